@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the three instruction-set builds of the CPU kernels offer, and how the work is cut. No torch in here.
+#pragma once
+#include "../params.h"
+
+namespace lifeops {
+
+// Channels per task. 64 floats are four cache lines of a token: one image's K-row ring of a 14-wide grid is 12 KB, in L1.
+constexpr int64_t kBlock = 64;
+// Columns per task, so that the ring of a very wide grid still fits the second-level cache.
+constexpr int64_t kSegment = 128;
+constexpr int kMaxKernel = 15;
+
+// static: each instruction set's build must keep its own copy, or the linker may hand AVX-512 code to an old CPU.
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Output rows [r0, r1) and columns [q0, q1) of channels [c0, c0 + kBlock) of image b.
+struct ForwardTask {
+  int64_t b, c0, r0, r1, q0, q1;
+  bool prefix_rows;  // this task also writes the prefix rows of its channels
+};
+
+// A fixed share of the sum over images and row strips, for channels [c0, c0 + kBlock).
+struct GradWeightTask {
+  int64_t c0, unit0, unit1;       // unit = image * strips + strip
+  int64_t strips, strip_rows;
+  void* partial;                  // (K*K + 1, kBlock) sums in the accumulation type; the last row is db
+};
+
+struct TokenDWConvKernels {
+  // `weight` is packed (blocks, K*K, kBlock) in the accumulation type, `bias` (blocks, kBlock) or null.
+  void (*forward)(const TokenDWConvParams&, const void* weight, const void* bias, const ForwardTask&, void* scratch);
+  int64_t (*forward_scratch)(const TokenDWConvParams&);  // bytes
+  void (*grad_weight)(const TokenDWConvGradWeightParams&, const GradWeightTask&, void* scratch);
+  int64_t (*grad_weight_scratch)(const TokenDWConvGradWeightParams&, int64_t strip_rows);
+};
+
+extern const TokenDWConvKernels token_dwconv_baseline;
+#if defined(__x86_64__)
+extern const TokenDWConvKernels token_dwconv_avx2;
+extern const TokenDWConvKernels token_dwconv_avx512;
+#endif
+
+}  // namespace lifeops

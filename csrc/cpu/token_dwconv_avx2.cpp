@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 with FMA and F16C.
+#if defined(__x86_64__)
+#include <cstdint>
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define LIFEOPS_ISA avx2
+#define LIFEOPS_VEC_BYTES 32
+#include "token_dwconv_kernels.h"
+
+namespace lifeops {
+const TokenDWConvKernels token_dwconv_avx2 = {avx2::forward, avx2::forward_scratch, avx2::grad_weight,
+                                              avx2::grad_weight_scratch};
+}  // namespace lifeops
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

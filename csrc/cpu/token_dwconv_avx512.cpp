@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 F, BW, VL, DQ.
+#if defined(__x86_64__)
+#include <cstdint>
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+#define LIFEOPS_ISA avx512
+#define LIFEOPS_VEC_BYTES 64
+#include "token_dwconv_kernels.h"
+
+namespace lifeops {
+const TokenDWConvKernels token_dwconv_avx512 = {avx512::forward, avx512::forward_scratch, avx512::grad_weight,
+                                              avx512::grad_weight_scratch};
+}  // namespace lifeops
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// The compiler's default instruction set (SSE2 or NEON).
+#include <cstdint>
+#define LIFEOPS_ISA baseline
+#define LIFEOPS_VEC_BYTES 16
+#include "token_dwconv_kernels.h"
+
+namespace lifeops {
+const TokenDWConvKernels token_dwconv_baseline = {baseline::forward, baseline::forward_scratch, baseline::grad_weight,
+                                              baseline::grad_weight_scratch};
+}  // namespace lifeops

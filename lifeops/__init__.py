@@ -1,0 +1,9 @@
+"""lifeops: fused ops that give Vision Transformers local structure."""
+
+import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
+from lifeops.config import use_backend
+from lifeops.errors import FallbackWarning, NotSupported
+from lifeops.ops.token_dwconv_function import token_dwconv
+
+__version__ = "0.1.0"
+__all__ = ["FallbackWarning", "NotSupported", "token_dwconv", "use_backend"]

@@ -1,0 +1,9 @@
+"""The autograd Functions of the ops.
+
+Each is made of ops whose own gradients are these Functions again, so double backward, ``torch.func.grad`` and ``vmap`` work.
+Only ``save_for_backward`` holds tensors, and only those a needed gradient reads.
+"""
+
+from lifeops.ops.token_dwconv_function import TokenDWConv, TokenDWConvBiasGrad, TokenDWConvInputGrad, TokenDWConvWeightGrad
+
+__all__ = ["TokenDWConv", "TokenDWConvBiasGrad", "TokenDWConvInputGrad", "TokenDWConvWeightGrad"]

@@ -1,0 +1,53 @@
+"""Token arithmetic: the only place that knows how a grid, prefix tokens and a sequence length belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+INT = (int, torch.SymInt)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """An ``height`` x ``width`` patch grid behind ``prefix`` prefix tokens, patches row-major."""
+
+    height: int
+    width: int
+    prefix: int = 0
+
+    @property
+    def num_patches(self) -> int:
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return self.prefix + self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.prefix} + {self.height}*{self.width}"
+
+
+def to_grid(op: str, grid, num_prefix_tokens: int) -> Grid:
+    """``grid=(H, W)`` and ``num_prefix_tokens=P`` as users write them, checked."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, INT) for n in grid):
+        raise TypeError(f"{op}: grid must be two ints (H, W), got {grid!r}")
+    if not isinstance(num_prefix_tokens, INT):
+        raise TypeError(f"{op}: num_prefix_tokens must be an int, got {num_prefix_tokens!r}")
+    height, width = grid
+    if height < 0 or width < 0:
+        raise ValueError(f"{op}: grid must not be negative, got {(height, width)}")
+    if num_prefix_tokens < 0:
+        raise ValueError(f"{op}: num_prefix_tokens must not be negative, got {num_prefix_tokens}")
+    return Grid(height, width, num_prefix_tokens)
+
+
+def check_tokens(op: str, name: str, got, height, width, prefix) -> None:
+    """Raise unless a sequence of ``got`` tokens is ``prefix`` prefix tokens and an ``height`` x ``width`` grid."""
+    if got != prefix + height * width:
+        expected = f"{prefix} + {height}*{width} = {prefix + height * width}"
+        raise ValueError(
+            f"{op}: {name}.shape[1] must be P + H*W = {expected}, got {got}"
+            " (dropped or packed patch tokens have no grid: turn patch dropout off)"
+        )

@@ -1,0 +1,3 @@
+"""The ops, one executable specification per file. A new op is one file and one line here."""
+
+from lifeops.ops import token_dwconv as token_dwconv

@@ -1,0 +1,184 @@
+"""Ops, their implementations per backend, and the choice between them. No torch.library in here."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lifeops import config
+from lifeops.errors import FallbackWarning, NotSupported
+
+
+class Cost(NamedTuple):
+    """Compulsory traffic (each input read once, each output written once) and floating point operations (MAC = 2)."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """What one op is. ``reference``, ``fake`` and ``check`` take the schema's arguments.
+
+    ``problem(*args)`` is the hashable key that ``supports`` and the choice of a backend see. ``make(sample, …)`` builds the
+    arguments of one named sample and ``samples`` lists them: tests and benchmarks are generated from these two.
+    """
+
+    name: str
+    schema: str
+    reference: Callable
+    check: Callable
+    fake: Callable
+    problem: Callable[..., tuple]
+    flops: Callable[..., int]
+    samples: Callable[[], Sequence[Any]] = tuple
+    make: Callable | None = None
+    reduces: Callable[[Any], int] | None = None  # terms per output for sums over the batch (dW, db): sqrt(terms) tolerance
+    is_empty: Callable[..., bool] = lambda *args: False
+    impls: dict[str, Impl] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One backend's implementation: a function with the op's schema signature."""
+
+    op: str
+    backend: str
+    fn: Callable
+    supports: Callable[[Any], list[str]]
+    priority: int
+    deterministic: bool = True
+    strided: bool = False  # reads any channel stride itself
+
+
+ops: dict[str, Op] = {}
+_LOADERS = {"cpu": "lifeops.native", "cuda": "lifeops.native", "triton": "lifeops.kernels"}
+_tried: set[str] = set()
+_unavailable: dict[str, str] = {}
+_choice: dict[tuple, Impl] = {}
+_warned: set[tuple] = set()
+
+
+def add(op: Op) -> Op:
+    """Enter an op and its reference."""
+    if op.name in ops:
+        raise ValueError(f"op {op.name!r} is registered already")
+    ops[op.name] = op
+    op.impls["reference"] = Impl(op.name, "reference", op.reference, lambda problem: [], 0, strided=True)
+    return op
+
+
+def register(
+    op: str, backend: str, fn: Callable, *, supports: Callable[[Any], list[str]], priority: int, deterministic: bool = True
+) -> None:
+    """Enter ``fn`` as ``backend``'s implementation of ``op``; ``supports(problem)`` returns every reason why not."""
+    config.check_backend(backend)
+    if op not in ops:
+        raise ValueError(f"no op {op!r} to register a {backend!r} implementation for; known: {', '.join(ops)}")
+    ops[op].impls[backend] = Impl(op, backend, fn, supports, priority, deterministic)
+    _choice.clear()
+
+
+def set_unavailable(backend: str, reason: str) -> None:
+    """Say why ``backend`` has nothing to offer on this machine."""
+    _unavailable[backend] = reason
+
+
+def unavailable(backend: str) -> str | None:
+    load(backend)
+    return _unavailable.get(backend)
+
+
+def load(backend: str) -> None:
+    """Import what registers ``backend``, once. A missing backend is noted with its reason, never an import error."""
+    module = _LOADERS.get(backend)
+    if module is None or module in _tried:
+        return
+    _tried.add(module)
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        for name, where in _LOADERS.items():
+            if where == module:
+                set_unavailable(name, f"{module} cannot be imported: {error}")
+
+
+def reasons_against(op: Op, backend: str, problem) -> list[str]:
+    """Every reason why ``backend`` cannot run ``problem``; empty if it can. Errors inside ``supports`` propagate."""
+    load(backend)
+    impl = op.impls.get(backend)
+    if impl is None:
+        return [_unavailable.get(backend, f"it has no implementation of {op.name}")]
+    return impl.supports(problem)
+
+
+def _preferred(problem) -> tuple[str, ...]:
+    """Backends worth loading when nothing is asked for, best first is decided by priority."""
+    return {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(problem.device.type, ())
+
+
+def select(op: Op, request: str, problem) -> Impl:
+    """The implementation that runs ``problem``: the one asked for, or the best that supports it (cached)."""
+    key = (op.name, request, problem, config.settings)
+    impl = _choice.get(key)
+    if impl is None:
+        impl = _choice[key] = _insisted(op, request, problem) if request else _best(op, problem)
+    return impl
+
+
+def _insisted(op: Op, backend: str, problem) -> Impl:
+    reasons = reasons_against(op, backend, problem)
+    if reasons:
+        raise NotSupported(op.name, backend, reasons)
+    return op.impls[backend]
+
+
+def _best(op: Op, problem) -> Impl:
+    wanted = config.settings.backend
+    candidates = _preferred(problem)
+    refused = {b: reasons_against(op, b, problem) for b in dict.fromkeys((*candidates, *([wanted] if wanted else [])))}
+    if wanted and not refused[wanted]:
+        return op.impls[wanted]
+    usable = [op.impls[b] for b in candidates if not refused[b]] or [op.impls["reference"]]
+    best = max(usable, key=lambda impl: impl.priority)
+    missed = {wanted: refused[wanted]} if wanted else (refused if best.backend == "reference" else {})
+    if missed:
+        _fall_back(op, best, missed)
+    return best
+
+
+def _fall_back(op: Op, best: Impl, missed: dict[str, list[str]]) -> None:
+    why = "; ".join(f"{backend}: {', '.join(reasons)}" for backend, reasons in missed.items())
+    if config.settings.strict:
+        raise NotSupported(op.name, "/".join(missed), [f"{why} (LIFEOPS_STRICT=1 forbids to fall back to {best.backend})"])
+    if (op.name, why) not in _warned:
+        _warned.add((op.name, why))
+        warnings.warn(f"lifeops: {op.name} runs on the slower {best.backend!r} backend. {why}", FallbackWarning, stacklevel=3)
+
+
+class Explanation(NamedTuple):
+    """Which backend runs one op, why each of the others does not, and which inputs are copied first."""
+
+    op: str
+    chosen: str
+    reasons: dict[str, list[str]]
+    copies: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen}"]
+        for backend, reasons in self.reasons.items():
+            if backend != self.chosen:
+                lines.append(f"  not {backend}: {'; '.join(reasons) or 'supported, but lower priority'}")
+        lines += [f"  copies {name}: its channels are not contiguous" for name in self.copies]
+        return "\n".join(lines)
+
+
+def explain_op(op: Op, request: str, problem, copies: tuple[str, ...] = ()) -> Explanation:
+    reasons = {backend: reasons_against(op, backend, problem) for backend in config.BACKENDS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FallbackWarning)
+        impl = select(op, request, problem)
+    return Explanation(op.name, impl.backend, reasons, () if impl.strided else copies)

@@ -1,0 +1,99 @@
+"""From an Op to a torch operator: the only file that touches torch.library.
+
+One operator per op (``torch.ops.lifeops.<name>``) is what autograd, torch.compile, export and the FLOP counter see; the
+backend is chosen inside it. ``Library.define/impl`` costs about a third of ``torch.library.custom_op`` per call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from lifeops import registry
+from lifeops.registry import Op
+
+_LIB = torch.library.Library("lifeops", "DEF")
+_DIFFERENTIABLE = "call lifeops.{name}(…) or lifeops.autograd instead: torch.ops.lifeops.{name} has no gradient of its own"
+
+copies = {"count": 0}
+"""How many inputs were copied because their channels were not contiguous (see ``lifeops.explain``)."""
+
+last_backend: dict[str, str] = {}
+"""The backend that ran each op most recently; tests assert on it."""
+
+
+def overload(op: Op):
+    """The torch operator of ``op``."""
+    return getattr(torch.ops.lifeops, op.name).default
+
+
+def channels_contiguous(t: torch.Tensor) -> bool:
+    return t.stride(-1) == 1 or t.shape[-1] == 1
+
+
+def _ready(arg):
+    """What a native backend reads in place, or one counted copy of it. Sequences (B, N, C) only: weights may lie anyhow."""
+    if isinstance(arg, torch.Tensor) and arg.dim() == 3 and not channels_contiguous(arg):
+        copies["count"] += 1
+        return arg.contiguous()
+    return arg
+
+
+def _kernel(op: Op):
+    def run(*args):
+        op.check(*args)
+        if op.is_empty(*args):
+            return op.reference(*args)
+        impl = registry.select(op, args[-1], op.problem(*args))
+        last_backend[op.name] = impl.backend
+        if not impl.strided:
+            args = tuple(_ready(a) for a in args)
+        return impl.fn(*args)
+
+    return run
+
+
+def _guard(op: Op):
+    """A direct call on inputs that need grad must not return a result whose gradient is silently missing."""
+
+    def run(*args):
+        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(_DIFFERENTIABLE.format(name=op.name))
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(op)(*args)
+
+    return run
+
+
+def _fake(op: Op):
+    def run(*args):
+        op.check(*args)
+        return op.fake(*args)
+
+    return run
+
+
+def install(op: Op) -> None:
+    """Define the operator of ``op``: kernel, fake, autograd guard and FLOP formula."""
+    registry.add(op)
+    _LIB.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIB.impl(op.name, _kernel(op), "CompositeExplicitAutograd")
+    _LIB.impl(op.name, _guard(op), "Autograd")
+    torch.library.register_fake(f"lifeops::{op.name}", _fake(op), lib=_LIB)
+
+    @register_flop_formula(getattr(torch.ops.lifeops, op.name))
+    def flops(*args, out_shape=None, **kwargs):
+        return op.flops(*args)
+
+
+def set_vmap(op: Op, rule) -> None:
+    """``rule(info, in_dims, *args) -> (outputs, out_dims)`` for torch.func.vmap."""
+    torch.library.register_vmap(f"lifeops::{op.name}", rule, lib=_LIB)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype conv2d would cast ``x`` to under the current autocast, or None (autocast off, or x is float64)."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64 or not x.is_floating_point():
+        return None
+    return torch.get_autocast_dtype(device)

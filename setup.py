@@ -1,0 +1,136 @@
+"""Build switches of the compiled kernels. LIFEOPS_BUILD=auto|none|cpu|cuda; MAX_JOBS and TORCH_CUDA_ARCH_LIST as usual.
+
+auto builds what the machine can: the CPU kernels with a C++ compiler and torch's headers, the CUDA kernels with nvcc and a
+CUDA torch as well. What is left out, and why, is printed, kept in lifeops/_build.json and told again at run time.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+BUILD = os.environ.get("LIFEOPS_BUILD", "auto").strip().lower()
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: one binary for every later torch
+CXX = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", TARGET]
+HOW = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def import_torch():
+    """torch of the environment that is installed into, also from within pip's isolated build environment."""
+    for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        if path not in sys.path:
+            sys.path.append(path)
+    import torch
+    from torch.utils import cpp_extension
+
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10):
+        raise ImportError(f"torch {torch.__version__} is older than 2.10")
+    return torch, cpp_extension
+
+
+def sources_digest():
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def plan():
+    """What to build, and why not the rest: ({"cpu", "cuda"}, {backend: reason})."""
+    if BUILD not in ("auto", "none", "cpu", "cuda"):
+        raise SystemExit(f"LIFEOPS_BUILD must be auto, none, cpu or cuda, got {BUILD!r}")
+    if BUILD == "none":
+        return set(), dict.fromkeys(("cpu", "cuda"), "left out by LIFEOPS_BUILD=none")
+    try:
+        torch, cpp_extension = import_torch()
+    except ImportError as error:
+        return set(), dict.fromkeys(("cpu", "cuda"), f"torch's headers were not found at build time ({error})")
+    missing = {}
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if not (shutil.which(compiler) or shutil.which("g++")):
+        missing["cpu"] = missing["cuda"] = f"no C++ compiler ({compiler} or g++) was found at build time"
+    elif os.name == "nt":
+        missing["cpu"] = missing["cuda"] = "the kernels need gcc or clang"
+    if BUILD == "cpu":
+        missing["cuda"] = "left out by LIFEOPS_BUILD=cpu"
+    elif torch.version.cuda is None:
+        missing["cuda"] = f"torch {torch.__version__} is a build without CUDA"
+    elif cpp_extension.CUDA_HOME is None or not shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin"):
+        missing["cuda"] = "nvcc was not found at build time (set CUDA_HOME)"
+    return {"cpu", "cuda"} - missing.keys(), missing
+
+
+def extensions(built):
+    if not built:
+        return [], {}
+    torch, cpp = import_torch()
+    import pybind11
+
+    files = [ROOT / "csrc/bindings.cpp", *(ROOT / "csrc/cpu").glob("*.cpp")]
+    flags, make = {"cxx": CXX}, cpp.CppExtension
+    archs = ""
+    if "cuda" in built:
+        if not torch.cuda.is_available():  # otherwise cpp_extension asks the devices
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "the build machine's devices")
+        files += (ROOT / "csrc/cuda").glob("*.cu")
+        flags["nvcc"] = ["-O3", "-std=c++17", "-lineinfo", "-DUSE_CUDA", TARGET]
+        make = cpp.CUDAExtension
+    facts = {"LIFEOPS_BUILT": " ".join(sorted(built)), "LIFEOPS_CUDA_ARCHS": archs, "LIFEOPS_SOURCES": sources_digest()}
+    relative = sorted(str(f.relative_to(ROOT)) for f in files)
+    ops = make("lifeops._ops", relative, extra_compile_args=flags, extra_link_args=["-Wl,--as-needed"])
+    macros = [(name, f'"{value}"') for name, value in facts.items()]
+    info = cpp.CppExtension(
+        "lifeops._info", ["csrc/info.cpp"], include_dirs=[pybind11.get_include()], define_macros=macros, extra_compile_args={"cxx": CXX[:-1]}
+    )
+
+    class Build(cpp.BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                if BUILD != "auto":
+                    raise
+                self.extensions = []  # nothing to copy back into the tree
+                report(dict.fromkeys(built, f"the build failed: {str(error).splitlines()[0]}"), self.build_lib)
+
+    return [ops, info], {"build_ext": Build}
+
+
+def report(missing, folder=None):
+    """Say what was left out, and keep it where `lifeops info` finds it."""
+    for backend, reason in missing.items():
+        print(f"\n*** lifeops: {backend} kernels LEFT OUT: {reason}.\n*** To build them: {HOW}\n", file=sys.stderr)
+    for target in {ROOT / "lifeops", Path(folder) / "lifeops" if folder else ROOT / "lifeops"}:
+        if target.is_dir():
+            (target / "_build.json").write_text(json.dumps({"left_out": missing, "how": HOW}))
+
+
+class BuildPy(build_py):
+    """Puts _build.json into the wheel beside the modules."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            report(MISSING, self.build_lib)
+
+
+BUILT, MISSING = plan()
+if BUILD in ("cpu", "cuda") and BUILD not in BUILT:
+    raise SystemExit(f"LIFEOPS_BUILD={BUILD}: cannot build the {BUILD} kernels: {MISSING[BUILD]}")
+report(MISSING)
+EXTENSIONS, COMMANDS = extensions(BUILT)
+setup(
+    packages=["lifeops", "lifeops.ops", "lifeops.nn", "lifeops.integrations", "lifeops.models", "lifeops.kernels"],
+    package_dir={"lifeops": "lifeops", "lifeops.kernels": "kernels"},
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_py": BuildPy, **COMMANDS},
+)
