@@ -3,7 +3,8 @@
 import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
 from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
+from lifeops.ops.life_qkv_function import life_qkv
 from lifeops.ops.token_dwconv_function import token_dwconv
 
 __version__ = "0.1.0"
-__all__ = ["FallbackWarning", "NotSupported", "token_dwconv", "use_backend"]
+__all__ = ["FallbackWarning", "NotSupported", "life_qkv", "token_dwconv", "use_backend"]

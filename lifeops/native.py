@@ -131,14 +131,14 @@ def _has(device: str) -> bool:
 def _register() -> None:
     global _fwd, _grad_weight
     error, notes = _load(), build_notes()
-    for device, priority in (("cpu", 20), ("cuda", 20)):
+    for device in ("cpu", "cuda"):
         if error is not None:
             registry.set_unavailable(device, notes.get(device, error))
         elif not _has(device):
             registry.set_unavailable(device, notes.get(device, "the extension was built without it"))
         else:
             for name, fn in _IMPLEMENTATIONS.items():
-                registry.register(name, device, fn, supports=_supports(device), priority=priority)
+                registry.register(name, device, fn, supports=_supports(device), priority=registry.BACKEND_PRIORITY[device])
     if error is None:
         _fwd = torch.ops.lifeops_native.token_dwconv.default
         _grad_weight = torch.ops.lifeops_native.token_dwconv_grad_weight.default

@@ -54,6 +54,8 @@ class Impl:
     strided: bool = False  # reads any channel stride itself
 
 
+BACKEND_PRIORITY = {"reference": 0, "triton": 10, "cpu": 20, "cuda": 20}
+
 ops: dict[str, Op] = {}
 _LOADERS = {"cpu": "lifeops.native", "cuda": "lifeops.native", "triton": "lifeops.kernels"}
 _tried: set[str] = set()

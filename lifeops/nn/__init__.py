@@ -1,0 +1,5 @@
+"""Modules: thin, state-dict compatible with the official checkpoints."""
+
+from lifeops.nn.life import LifeAttention, LifeQKV
+
+__all__ = ["LifeAttention", "LifeQKV"]

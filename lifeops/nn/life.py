@@ -1,0 +1,157 @@
+"""LIFE (Local InFormation Enhancer, arXiv 2305.08551) as modules; state-dict keys are the authors'."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lifeops import geometry
+from lifeops.ops.life_qkv import scale_dims
+from lifeops.ops.life_qkv_function import join_scales, life_qkv
+from lifeops.ops.project_scales import project_scales
+
+
+def _check_heads(name: str, dim: int, num_heads: int) -> None:
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"{name}: dim must be a multiple of num_heads, got dim = {dim}, num_heads = {num_heads}")
+
+
+class _Scale(nn.Module):
+    """Parameters of one deeper scale: ``depthwise.weight`` (C_in, 1, K, K) and ``pointwise.weight`` (C_out, C_in, 1, 1)."""
+
+    def __init__(self, dim_in: int, dim_out: int, kernel_size: int, **dd):
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim_in, dim_in, kernel_size, padding=kernel_size // 2, groups=dim_in, bias=False, **dd)
+        self.pointwise = nn.Conv2d(dim_in, dim_out, 1, bias=False, **dd)
+
+
+class LifeQKV(nn.Module):
+    """Multi-scale q, k, v of (B, N, C) tokens: see :func:`lifeops.life_qkv`.
+
+    Args:
+        dim: C, at least 3.
+        num_heads: heads that will read q, k and v; they lie inside one scale each iff ``self.aligned``.
+        num_prefix_tokens: P.
+        qkv_norm: one LayerNorm(C), eps 1e-5, shared by q, k and v.
+        aux_key: "multiscale" or "scale1" (the authors' checkpoints).
+        recompute: keep less for backward, run the depth-wise steps again there.
+    """
+
+    def __init__(
+        self, dim, num_heads, num_prefix_tokens=1, qkv_norm=False, aux_key="multiscale", *, recompute=False, device=None, dtype=None
+    ):
+        super().__init__()
+        _check_heads("LifeQKV", dim, num_heads)
+        if aux_key not in ("multiscale", "scale1"):
+            raise ValueError(f"LifeQKV: aux_key must be 'multiscale' or 'scale1', got {aux_key!r}")
+        if aux_key == "scale1" and dim % 3:
+            raise ValueError(f"LifeQKV: aux_key='scale1' needs a dim divisible by 3 (the authors' models), got {dim}")
+        dd = {"device": device, "dtype": dtype}
+        self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
+        self.aux_key, self.recompute = aux_key, recompute
+        widths = [3 * d for d in scale_dims(dim)]
+        self.scale1 = nn.Linear(dim, widths[0], **dd)
+        self.scale2 = _Scale(widths[0], widths[1], 3, **dd)
+        self.scale3 = _Scale(widths[1], widths[2], 5, **dd)
+        self.norm = nn.LayerNorm(dim, **dd) if qkv_norm else None
+        nn.init.trunc_normal_(self.scale1.weight, std=0.02)
+        nn.init.zeros_(self.scale1.bias)
+
+    @property
+    def aligned(self) -> bool:
+        """Every head lies inside one scale (h % 3 == 0 and C % 3 == 0), so no channels need to be joined."""
+        return self.num_heads % 3 == 0 and self.dim % 3 == 0
+
+    def scales(self, x, grid):
+        """z1, z2, z3, each (B, N, 3·d_s) holding q|k|v of its scale; before any qkv_norm."""
+        s2, s3 = self.scale2, self.scale3
+        weights = s2.depthwise.weight, s2.pointwise.weight, s3.depthwise.weight, s3.pointwise.weight
+        return life_qkv(
+            x, self.scale1.weight, self.scale1.bias, *weights, grid=grid, num_prefix_tokens=self.num_prefix_tokens,
+            aux_key=self.aux_key, layout="scales", recompute=self.recompute,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, P + H*W, C), grid (H, W) -> q, k, v, each (B, N, C) with channels ordered by scale."""
+        qkv = join_scales(self.scales(x, grid))
+        return qkv if self.norm is None else tuple(self.norm(t) for t in qkv)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_heads={self.num_heads}, num_prefix_tokens={self.num_prefix_tokens}, aux_key={self.aux_key!r}"
+
+
+class GridHolder:
+    """Where a converted model's patch embedding leaves the grid for its attention modules."""
+
+    def __init__(self, grid: tuple[int, int] | None = None):
+        self.grid = grid
+
+
+class LifeAttention(nn.Module):
+    """Multi-head self-attention over LIFE's multi-scale q, k, v; a drop-in for timm's ``Attention`` once it knows the grid.
+
+    ``softmax(q kᵀ / sqrt(d)) v``, then ``proj``. Where heads lie inside one scale (h % 3 == 0), each scale is attended as a
+    strided view of its own buffer and projected from there: no concatenation, no permute copy.
+
+    Args:
+        dim, num_heads: C and h, C % h == 0.
+        num_prefix_tokens: P (cls, dist, registers).
+        grid: (H, W) for every call, or None: then ``forward`` must be given it.
+        qkv_norm, aux_key, recompute: see :class:`LifeQKV`.
+        attn_drop, proj_drop: dropout rates. proj_bias: bias of the output projection.
+    """
+
+    needs_grid = True
+
+    def __init__(
+        self, dim, num_heads=8, num_prefix_tokens=1, *, grid=None, qkv_norm=False, aux_key="multiscale", attn_drop=0.0, proj_drop=0.0,
+        proj_bias=True, recompute=False, device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        _check_heads("LifeAttention", dim, num_heads)
+        self.dim, self.num_heads, self.head_dim, self.scale = dim, num_heads, dim // num_heads, (dim // num_heads) ** -0.5
+        dd = {"device": device, "dtype": dtype}
+        self.qkv = LifeQKV(dim, num_heads, num_prefix_tokens, qkv_norm, aux_key, recompute=recompute, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.grid_holder = GridHolder(None if grid is None else tuple(grid))
+        nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        if proj_bias:
+            nn.init.zeros_(self.proj.bias)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.qkv.num_prefix_tokens
+
+    def _heads(self, t: torch.Tensor) -> torch.Tensor:
+        """(B, N, n·d) -> (B, n, N, d), a view."""
+        return t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+    def _attend(self, q, k, v, attn_mask):
+        drop = self.attn_drop.p if self.training else 0.0
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop).transpose(1, 2).flatten(2)
+
+    def qkv_heads(self, x: torch.Tensor, grid: tuple[int, int] | None = None):
+        """q, k, v as (B, h, N, d): what an attention map is computed from."""
+        return tuple(self._heads(t) for t in self.qkv(x, self._grid(grid)))
+
+    def _grid(self, grid):
+        grid = self.grid_holder.grid if grid is None else grid
+        if grid is None:
+            raise ValueError("LifeAttention: the grid is unknown: give forward(x, grid=(H, W)) or LifeAttention(…, grid=(H, W))")
+        return grid
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, P + H*W, C) -> (B, P + H*W, C). ``attn_mask`` as in F.scaled_dot_product_attention, the same for every head."""
+        grid = self._grid(grid)
+        if not isinstance(grid, geometry.Grid) and attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] != 1:
+            raise ValueError("LifeAttention: attn_mask must be the same for every head: (N, N) or (B, 1, N, N)")
+        if self.qkv.aligned and self.qkv.norm is None:
+            parts = [self._attend(*z.chunk(3, -1), attn_mask) for z in self.qkv.scales(x, grid)]
+            y = project_scales(parts, self.proj.weight, self.proj.bias)
+        else:
+            y = self.proj(self._attend(*self.qkv(x, grid), attn_mask))
+        return self.proj_drop(y)
