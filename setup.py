@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.resolve()
 BUILD = os.environ.get("LIFEOPS_BUILD", "auto").strip().lower()
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: one binary for every later torch
 CXX = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", TARGET]
+if "clang" not in os.environ.get("CXX", ""):  # gcc would carry loaded columns over in registers and spill the sums for it
+    CXX.insert(1, "-fno-predictive-commoning")
 HOW = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -89,7 +91,7 @@ def extensions(built):
     ops = make("lifeops._ops", relative, extra_compile_args=flags, extra_link_args=["-Wl,--as-needed"])
     macros = [(name, f'"{value}"') for name, value in facts.items()]
     info = cpp.CppExtension(
-        "lifeops._info", ["csrc/info.cpp"], include_dirs=[pybind11.get_include()], define_macros=macros, extra_compile_args={"cxx": CXX[:-1]}
+        "lifeops._info", ["csrc/info.cpp"], include_dirs=[pybind11.get_include()], define_macros=macros, extra_compile_args={"cxx": ["-O2", "-std=c++17"]}
     )
 
     class Build(cpp.BuildExtension):

@@ -91,24 +91,25 @@ template <class A> const A* pack(const TokenDWConvParams& p, int64_t blocks, con
 }
 
 // Row strips: one per image unless that leaves too few tasks for many cores; a strip re-reads K - 1 rows.
-int64_t forward_strips(const TokenDWConvParams& p, int64_t blocks, int64_t segments) {
-  const int64_t tasks = p.B * blocks * segments, wanted = ceil_div(16, tasks), possible = max64(1, p.H / (2 * p.K));
+int64_t forward_strips(const TokenDWConvParams& p, int64_t chunks, int64_t segments) {
+  const int64_t tasks = p.B * chunks * segments, wanted = ceil_div(16, tasks), possible = max64(1, p.H / (2 * p.K));
   return min64(wanted, possible);
 }
 
 template <class A> void run_forward(const TokenDWConvParams& p, const TokenDWConvKernels& kernel) {
-  const int64_t blocks = ceil_div(p.C, kBlock), segments = ceil_div(p.W, kSegment);
-  const int64_t strips = forward_strips(p, blocks, segments);
   const A* bias = nullptr;
-  const A* weight = pack<A>(p, blocks, &bias);
-  const int64_t task_bytes = max64(1, p.H * p.W * kBlock * int64_t(sizeof(A)) / (strips * segments));
+  const A* weight = pack<A>(p, ceil_div(p.C, kBlock), &bias);
+  const int64_t channels = kernel.forward_channels(p), chunks = ceil_div(p.C, channels), segments = ceil_div(p.W, kSegment);
+  const int64_t strips = forward_strips(p, chunks, segments);
+  const int64_t task_bytes = max64(1, p.H * p.W * channels * int64_t(sizeof(A)) / (strips * segments));
   const int64_t scratch = kernel.forward_scratch(p);
-  torch::stable::parallel_for(0, p.B * segments * strips * blocks, max64(1, kGrainBytes / task_bytes), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.B * segments * strips * chunks, max64(1, kGrainBytes / task_bytes), [&](int64_t begin, int64_t end) {
     void* ring = ring_scratch.get(scratch);
-    for (int64_t i = begin; i < end; ++i) {  // blocks innermost: neighbours share pages and cache-line pairs
-      const int64_t block = i % blocks, strip = i / blocks % strips, segment = i / (blocks * strips) % segments;
-      const ForwardTask task{i / (blocks * strips * segments), block * kBlock, strip * p.H / strips, (strip + 1) * p.H / strips,
-                             segment * p.W / segments, (segment + 1) * p.W / segments, strip == 0 && segment == 0};
+    for (int64_t i = begin; i < end; ++i) {  // chunks innermost: neighbours share pages
+      const int64_t c0 = i % chunks * channels, strip = i / chunks % strips, segment = i / (chunks * strips) % segments;
+      const ForwardTask task{i / (chunks * strips * segments), c0, min64(p.C, c0 + channels), strip * p.H / strips,
+                             (strip + 1) * p.H / strips, segment * p.W / segments, (segment + 1) * p.W / segments,
+                             strip == 0 && segment == 0};
       kernel.forward(p, weight, bias, task, ring);
     }
   });

@@ -5,8 +5,10 @@
 
 namespace lifeops {
 
-// Channels per task. 64 floats are four cache lines of a token: one image's K-row ring of a 14-wide grid is 12 KB, in L1.
+// Channels per block of packed weights and of a weight-gradient task: 64 floats are four cache lines of a token.
 constexpr int64_t kBlock = 64;
+// A forward task's ring of K converted input rows: well inside a second-level cache of 512 KB or more.
+constexpr int64_t kRingBytes = 192 * 1024;
 // Columns per task, so that the ring of a very wide grid still fits the second-level cache.
 constexpr int64_t kSegment = 128;
 constexpr int kMaxKernel = 15;
@@ -16,9 +18,9 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Output rows [r0, r1) and columns [q0, q1) of channels [c0, c0 + kBlock) of image b.
+// Output rows [r0, r1), columns [q0, q1) and channels [c0, c1) of image b.
 struct ForwardTask {
-  int64_t b, c0, r0, r1, q0, q1;
+  int64_t b, c0, c1, r0, r1, q0, q1;
   bool prefix_rows;  // this task also writes the prefix rows of its channels
 };
 
@@ -32,7 +34,8 @@ struct GradWeightTask {
 struct TokenDWConvKernels {
   // `weight` is packed (blocks, K*K, kBlock) in the accumulation type, `bias` (blocks, kBlock) or null.
   void (*forward)(const TokenDWConvParams&, const void* weight, const void* bias, const ForwardTask&, void* scratch);
-  int64_t (*forward_scratch)(const TokenDWConvParams&);  // bytes
+  int64_t (*forward_scratch)(const TokenDWConvParams&);   // bytes
+  int64_t (*forward_channels)(const TokenDWConvParams&);  // channels a task takes, a multiple of kBlock
   void (*grad_weight)(const TokenDWConvGradWeightParams&, const GradWeightTask&, void* scratch);
   int64_t (*grad_weight_scratch)(const TokenDWConvGradWeightParams&, int64_t strip_rows);
 };

@@ -14,7 +14,7 @@
 #include "token_dwconv_kernels.h"
 
 namespace lifeops {
-const TokenDWConvKernels token_dwconv_avx2 = {avx2::forward, avx2::forward_scratch, avx2::grad_weight,
+const TokenDWConvKernels token_dwconv_avx2 = {avx2::forward, avx2::forward_scratch, avx2::forward_channels, avx2::grad_weight,
                                               avx2::grad_weight_scratch};
 }  // namespace lifeops
 #if defined(__clang__)

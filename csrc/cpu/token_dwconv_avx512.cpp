@@ -14,7 +14,7 @@
 #include "token_dwconv_kernels.h"
 
 namespace lifeops {
-const TokenDWConvKernels token_dwconv_avx512 = {avx512::forward, avx512::forward_scratch, avx512::grad_weight,
+const TokenDWConvKernels token_dwconv_avx512 = {avx512::forward, avx512::forward_scratch, avx512::forward_channels, avx512::grad_weight,
                                               avx512::grad_weight_scratch};
 }  // namespace lifeops
 #if defined(__clang__)

@@ -6,6 +6,6 @@
 #include "token_dwconv_kernels.h"
 
 namespace lifeops {
-const TokenDWConvKernels token_dwconv_baseline = {baseline::forward, baseline::forward_scratch, baseline::grad_weight,
+const TokenDWConvKernels token_dwconv_baseline = {baseline::forward, baseline::forward_scratch, baseline::forward_channels, baseline::grad_weight,
                                               baseline::grad_weight_scratch};
 }  // namespace lifeops

@@ -47,12 +47,13 @@ class _Differentiable:
 
     @staticmethod
     def convolve(z, weight, residual, geo):
-        return TokenDWConv.apply(z, weight, None, residual, *geo)
+        return torchlib.apply(TokenDWConv, _dwconv, z, weight, None, residual, *geo)
 
     @staticmethod
     def filter_grad(g, z, weight, geo):
         *place, backend = geo
-        return TokenDWConvWeightGrad.apply(g, z, weight.shape[-1], *place, weight.dtype, None, backend)[0]
+        args = g, z, weight.shape[-1], *place, weight.dtype, None, backend
+        return torchlib.apply(TokenDWConvWeightGrad, _dwconv_bwd_dw, *args)[0]
 
 
 def _add(a, b):
@@ -203,7 +204,7 @@ def life_qkv(
         spec.check(*args[:-1])
         scales = _differentiable_scales(*args)
     else:
-        scales = LifeQKV.apply(*args)[:3]
+        scales = torchlib.apply(LifeQKV, lambda *a: _op(*a[:-1]), *args)[:3]
     return scales if layout == "scales" else join_scales(scales)
 
 

@@ -59,4 +59,4 @@ def project_scales(parts, weight, bias):
         parts = [o.to(dtype) for o in parts]
     if torch._C._are_functorch_transforms_active():
         return F.linear(torch.cat(parts, -1), weight, bias)
-    return ProjectScales.apply(weight, bias, *parts)
+    return torchlib.apply(ProjectScales, ProjectScales.forward, weight, bias, *parts)

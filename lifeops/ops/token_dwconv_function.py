@@ -17,11 +17,6 @@ _bwd_dw = torchlib.overload(spec.bwd_dw_op)
 _bwd_db = torchlib.overload(spec.bwd_db_op)
 
 
-def _call(function, op, *args):
-    """The op itself unless a graph is being built: an autograd Function costs several microseconds on the host."""
-    return function.apply(*args) if torch.is_grad_enabled() else op(*args)
-
-
 def _filter_only(prefix):
     """The prefix mode of the part of the map that depends on the weight."""
     return "zero" if prefix == "keep" else prefix
@@ -56,15 +51,15 @@ class TokenDWConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need, dx, dw, db = ctx.needs_input_grad, None, None, None
         if need[0]:
-            dx = _call(TokenDWConvInputGrad, _bwd_dx, dy, weight, *ctx.geometry)
+            dx = torchlib.apply(TokenDWConvInputGrad, _bwd_dx, dy, weight, *ctx.geometry)
         if need[1]:
             *geo, backend = ctx.geometry
             args = (dy, x, ctx.K, *geo, ctx.weight_dtype, ctx.bias_dtype, backend)
-            dw, db = _call(TokenDWConvWeightGrad, _bwd_dw, *args)
+            dw, db = torchlib.apply(TokenDWConvWeightGrad, _bwd_dw, *args)
             dw = _like_parameter(dw, ctx.weight_stride)
         elif need[2]:
             *geo, backend = ctx.geometry
-            db = _call(TokenDWConvBiasGrad, _bwd_db, dy, *geo, ctx.bias_dtype, backend)
+            db = torchlib.apply(TokenDWConvBiasGrad, _bwd_db, dy, *geo, ctx.bias_dtype, backend)
         return dx, dw, db if need[2] else None, dy if need[3] else None, None, None, None, None, None
 
 
@@ -89,10 +84,10 @@ class TokenDWConvInputGrad(torch.autograd.Function):
         dy, weight = ctx.saved_tensors
         need, gdy, gw = ctx.needs_input_grad, None, None
         if need[0]:
-            gdy = _call(TokenDWConv, _fwd, g, weight, None, None, *ctx.geometry)
+            gdy = torchlib.apply(TokenDWConv, _fwd, g, weight, None, None, *ctx.geometry)
         if need[1]:
             *geo, backend = ctx.geometry
-            gw = _call(TokenDWConvWeightGrad, _bwd_dw, dy, g, ctx.K, *geo, ctx.weight_dtype, None, backend)[0]
+            gw = torchlib.apply(TokenDWConvWeightGrad, _bwd_dw, dy, g, ctx.K, *geo, ctx.weight_dtype, None, backend)[0]
         return gdy, gw, None, None, None, None, None
 
 
@@ -118,9 +113,9 @@ class TokenDWConvWeightGrad(torch.autograd.Function):
         dy, x = ctx.saved_tensors
         need, gdy, gx = ctx.needs_input_grad, None, None
         if need[0]:
-            gdy = _call(TokenDWConv, _fwd, x, gw, gb if ctx.has_bias else None, None, *ctx.geometry)
+            gdy = torchlib.apply(TokenDWConv, _fwd, x, gw, gb if ctx.has_bias else None, None, *ctx.geometry)
         if need[1]:
-            gx = _call(TokenDWConvInputGrad, _bwd_dx, dy, gw, *ctx.geometry)
+            gx = torchlib.apply(TokenDWConvInputGrad, _bwd_dx, dy, gw, *ctx.geometry)
         return gdy, gx, None, None, None, None, None, None, None, None
 
 
@@ -235,7 +230,7 @@ def token_dwconv(x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="kee
         lifeops.NotSupported: the requested backend cannot run this problem.
     """
     args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
-    return TokenDWConv.apply(*args)
+    return torchlib.apply(TokenDWConv, _fwd, *args)
 
 
 def explain(x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None):
