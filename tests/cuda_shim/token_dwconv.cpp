@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// token_dwconv's CUDA kernels on the CPU, behind a C interface for ctypes. The plan, the dispatch and the kernels are
+// those of the GPU; only the launch differs.
+#include "cuda_shim.h"
+
+#include <cstring>
+
+#include "../../csrc/cuda/token_dwconv.cuh"
+
+using namespace lifeops;
+using namespace lifeops::cuda;
+
+namespace {
+
+template <typename F> int by_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+#ifndef SHIM_ONE_DTYPE  // the sanitizers' program: a fourth of the compile time
+    case DType::f64: f(double{}); break;
+    case DType::f32: f(float{}); break;
+    case DType::f16: f(f16{}); break;
+#endif
+    default: f(bf16{}); break;
+  }
+  return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// -> vec of the chosen kernel (0: the one for any K).
+int shim_token_dwconv(const TokenDWConvParams* p, int multiprocessors) {
+  const auto plan = plan_token_dwconv(*p, multiprocessors);
+  by_dtype(p->dtype, [&](auto zero) {
+    run_token_dwconv<decltype(zero)>(plan, [&](auto kernel, LaunchShape shape, const auto& args) {
+      const bool no_barrier = plan.variant.vec == 0;
+      cuda_shim::launch(kernel, shape.blocks, shape.threads, args, no_barrier);
+    });
+  });
+  return plan.variant.vec;
+}
+
+int shim_token_dwconv_grad_weight(const TokenDWConvGradWeightParams* p) {
+  auto plan = plan_token_dwconv_grad_weight(*p);
+  // Not a byte more than the kernels may write, and nothing they may read before.
+  const size_t count = static_cast<size_t>(plan.args.chunks) * plan.args.taps * p->C;
+  std::vector<double> f64(p->dtype == DType::f64 ? count : 0, NAN);
+  std::vector<float> f32(p->dtype == DType::f64 ? 0 : count, NAN);
+  plan.args.partial = f64.empty() ? static_cast<void*>(f32.data()) : f64.data();
+  int stage = 0;
+  by_dtype(p->dtype, [&](auto zero) {
+    run_token_dwconv_grad_weight<decltype(zero)>(plan, [&](auto kernel, LaunchShape shape, const auto& args) {
+      const bool no_barrier = stage++ == 1;  // the second stage
+      cuda_shim::launch(kernel, shape.blocks, shape.threads, args, no_barrier);
+    });
+  });
+  return plan.variant.vec;
+}
+
+// The kernel arguments as the GPU gets them, for counting instructions: -> size, blocks and variant in `out`.
+int shim_plan_token_dwconv(const TokenDWConvParams* p, int multiprocessors, void* args, int* out) {
+  const auto plan = plan_token_dwconv(*p, multiprocessors);
+  std::memcpy(args, &plan.args, sizeof(plan.args));
+  out[0] = plan.shape.blocks, out[1] = plan.variant.vec, out[2] = plan.variant.tile_w;
+  return sizeof(plan.args);
+}
+
+int shim_plan_token_dwconv_grad_weight(const TokenDWConvGradWeightParams* p, void* args, int* out) {
+  const auto plan = plan_token_dwconv_grad_weight(*p);
+  std::memcpy(args, &plan.args, sizeof(plan.args));
+  out[0] = plan.shape.blocks, out[1] = plan.variant.vec, out[2] = plan.variant.tile_w;
+  return sizeof(plan.args);
+}
+}
