@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
@@ -90,9 +90,8 @@ def extensions(built):
     relative = sorted(str(f.relative_to(ROOT)) for f in files)
     ops = make("lifeops._ops", relative, extra_compile_args=flags, extra_link_args=["-Wl,--as-needed"])
     macros = [(name, f'"{value}"') for name, value in facts.items()]
-    info = cpp.CppExtension(
-        "lifeops._info", ["csrc/info.cpp"], include_dirs=[pybind11.get_include()], define_macros=macros, extra_compile_args={"cxx": ["-O2", "-std=c++17"]}
-    )
+    info = Extension("lifeops._info", ["csrc/info.cpp"], include_dirs=[pybind11.get_include()], define_macros=macros, language="c++")
+    info.extra_compile_args = {"cxx": ["-O2", "-std=c++17"]}  # BuildExtension's form
 
     class Build(cpp.BuildExtension):
         def run(self):

@@ -1,10 +1,25 @@
 """lifeops: fused ops that give Vision Transformers local structure."""
 
 import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
+from lifeops import autograd, nn
 from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
+from lifeops.explain import explain
+from lifeops.integrations import convert, load_official, revert
 from lifeops.ops.life_qkv_function import life_qkv
 from lifeops.ops.token_dwconv_function import token_dwconv
 
 __version__ = "0.1.0"
-__all__ = ["FallbackWarning", "NotSupported", "life_qkv", "token_dwconv", "use_backend"]
+__all__ = [
+    "FallbackWarning",
+    "NotSupported",
+    "autograd",
+    "convert",
+    "explain",
+    "life_qkv",
+    "load_official",
+    "nn",
+    "revert",
+    "token_dwconv",
+    "use_backend",
+]

@@ -4,6 +4,8 @@ Each is made of ops whose own gradients are these Functions again, so double bac
 Only ``save_for_backward`` holds tensors, and only those a needed gradient reads.
 """
 
+from lifeops.ops.life_qkv_function import LifeQKV
+from lifeops.ops.project_scales import ProjectScales
 from lifeops.ops.token_dwconv_function import TokenDWConv, TokenDWConvBiasGrad, TokenDWConvInputGrad, TokenDWConvWeightGrad
 
-__all__ = ["TokenDWConv", "TokenDWConvBiasGrad", "TokenDWConvInputGrad", "TokenDWConvWeightGrad"]
+__all__ = ["LifeQKV", "ProjectScales", "TokenDWConv", "TokenDWConvBiasGrad", "TokenDWConvInputGrad", "TokenDWConvWeightGrad"]

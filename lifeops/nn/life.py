@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lifeops import geometry
 from lifeops.ops.life_qkv import scale_dims
 from lifeops.ops.life_qkv_function import join_scales, life_qkv
 from lifeops.ops.project_scales import project_scales
@@ -81,6 +80,13 @@ class LifeQKV(nn.Module):
         return f"dim={self.dim}, num_heads={self.num_heads}, num_prefix_tokens={self.num_prefix_tokens}, aux_key={self.aux_key!r}"
 
 
+def _mask_per_scale(mask, num_heads):
+    """An attention mask for each third of the heads; one that is shared by all heads is shared by the scales."""
+    if mask is None or mask.dim() < 3 or mask.shape[-3] == 1:
+        return (mask,) * 3
+    return mask.split(num_heads // 3, -3)
+
+
 class GridHolder:
     """Where a converted model's patch embedding leaves the grid for its attention modules."""
 
@@ -129,10 +135,11 @@ class LifeAttention(nn.Module):
         """(B, N, n·d) -> (B, n, N, d), a view."""
         return t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def _attend(self, q, k, v, attn_mask):
+    def _attend(self, q, k, v, attn_mask, is_causal):
         drop = self.attn_drop.p if self.training else 0.0
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop).transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal)
+        return out.transpose(1, 2).flatten(2)
 
     def qkv_heads(self, x: torch.Tensor, grid: tuple[int, int] | None = None):
         """q, k, v as (B, h, N, d): what an attention map is computed from."""
@@ -144,14 +151,16 @@ class LifeAttention(nn.Module):
             raise ValueError("LifeAttention: the grid is unknown: give forward(x, grid=(H, W)) or LifeAttention(…, grid=(H, W))")
         return grid
 
-    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, P + H*W, C) -> (B, P + H*W, C). ``attn_mask`` as in F.scaled_dot_product_attention, the same for every head."""
+    def forward(
+        self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        """x (B, P + H*W, C) -> (B, P + H*W, C). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention."""
         grid = self._grid(grid)
-        if not isinstance(grid, geometry.Grid) and attn_mask is not None and attn_mask.dim() > 3 and attn_mask.shape[1] != 1:
-            raise ValueError("LifeAttention: attn_mask must be the same for every head: (N, N) or (B, 1, N, N)")
         if self.qkv.aligned and self.qkv.norm is None:
-            parts = [self._attend(*z.chunk(3, -1), attn_mask) for z in self.qkv.scales(x, grid)]
+            masks = _mask_per_scale(attn_mask, self.num_heads)
+            scales = zip(self.qkv.scales(x, grid), masks, strict=True)
+            parts = [self._attend(*z.chunk(3, -1), mask, is_causal) for z, mask in scales]
             y = project_scales(parts, self.proj.weight, self.proj.bias)
         else:
-            y = self.proj(self._attend(*self.qkv(x, grid), attn_mask))
+            y = self.proj(self._attend(*self.qkv(x, grid), attn_mask, is_causal))
         return self.proj_drop(y)

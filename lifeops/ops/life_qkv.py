@@ -19,7 +19,7 @@ from lifeops import geometry, torchlib
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
 from lifeops.pointwise import pointwise
-from lifeops.registry import BACKEND_PRIORITY, Op, register
+from lifeops.registry import BACKEND_PRIORITY, Op, reasons_against, register
 
 NAME = "life_qkv"
 
@@ -52,7 +52,8 @@ def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend):
         if t is None and name == "b1":
             continue
         if tuple(t.shape[:2]) != expected[name] or (name.startswith("pw") and t.dim() != 2):
-            raise ValueError(f"{NAME}: {name} must have shape {expected[name]}{' + (K, K)' if name[0] == 'd' else ''} for C = {C}, got {tuple(t.shape)}")
+            tail = " + (K, K)" if name.startswith("dw") else ""
+            raise ValueError(f"{NAME}: {name} must have shape {expected[name]}{tail} for C = {C}, got {tuple(t.shape)}")
         if t.dtype != x.dtype and not name.startswith("dw"):
             raise TypeError(f"{NAME}: {name}.dtype must be x.dtype = {x.dtype}, got {t.dtype}")
 
@@ -91,16 +92,10 @@ def _composed(backend):
     def supports(problem):
         found = []
         for K in (3, 5):
-            found += dwconv_reasons(backend, dwconv.Problem(problem.device, problem.dtype, problem.weight_dtype, problem.C, K))
+            found += reasons_against(dwconv.fwd_op, backend, dwconv.Problem(*problem, K=K))
         return list(dict.fromkeys(found))
 
     return run, supports
-
-
-def dwconv_reasons(backend, problem):
-    from lifeops.registry import reasons_against
-
-    return reasons_against(dwconv.fwd_op, backend, problem)
 
 
 def fake(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lifeops import config, geometry, torchlib
+from lifeops import config, geometry, registry, torchlib
 from lifeops.ops import life_qkv as spec
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.token_dwconv_function import TokenDWConv, TokenDWConvWeightGrad, token_dwconv
-from lifeops.pointwise import pointwise, pointwise_bwd_dw, pointwise_bwd_dx
+from lifeops.pointwise import pointwise_bwd_dw, pointwise_bwd_dx
 
 _op = torchlib.overload(spec.op)
 _dwconv = torchlib.overload(dwconv.fwd_op)
@@ -186,8 +186,33 @@ def life_qkv(
             each holding q|k|v of its scale: nothing is joined, and heads inside one scale read them as strided views.
         recompute: keep two sequences less for backward and run the depth-wise steps again there.
 
-    Source: Akbar, Arani, Zonooz: "LIFE: Local InFormation Enhancer", arXiv 2305.08551, equations 1-3.
+    Raises:
+        ValueError, TypeError: shapes, dtypes or the grid do not fit (the message says what was expected and got).
+        lifeops.NotSupported: the requested backend cannot run this problem.
+
+    Source: the module of LIFE (arXiv 2305.08551), checked against the authors' code.
     """
+    args = _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend)
+    if torch._C._are_functorch_transforms_active():
+        spec.check(*args[:-1])
+        scales = _differentiable_scales(*args)
+    else:
+        scales = torchlib.apply(LifeQKV, lambda *a: _op(*a[:-1]), *args)[:3]
+    return scales if layout == "scales" else join_scales(scales)
+
+
+def explain(x, w1, b1, dw2, pw2, dw3, pw3, *, grid, num_prefix_tokens=1, aux_key="multiscale", layout="qkv", recompute=False, backend=None):
+    """Which backend the chain and its depth-wise gradients take, and why not the others."""
+    *args, request, _ = _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend)
+    spec.check(*args, request)
+    problem = spec.op.problem(*args)
+    steps = [dwconv.Problem(*problem, K=dw.shape[-1]) for dw in (dw2, dw3)]
+    parts = [registry.explain_op(spec.op, request, problem)]
+    return parts + [registry.explain_op(dwconv.bwd_dw_op, request, step) for step in steps]
+
+
+def _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend):
+    """The schema's arguments and ``recompute``: autocast followed, geometry and names checked, backend resolved."""
     g = geometry.to_grid(spec.NAME, grid, num_prefix_tokens)
     if aux_key not in ("multiscale", "scale1"):
         raise ValueError(f"{spec.NAME}: aux_key must be 'multiscale' or 'scale1', got {aux_key!r}")
@@ -199,13 +224,8 @@ def life_qkv(
     if dtype is not None:
         x, w1, pw2, pw3 = (t.to(dtype) for t in (x, w1, pw2, pw3))
         b1 = None if b1 is None else b1.to(dtype)
-    args = x, w1, b1, dw2, pw2, dw3, pw3, g.height, g.width, g.prefix, aux_key == "scale1", config.requested_backend(backend), recompute
-    if torch._C._are_functorch_transforms_active():
-        spec.check(*args[:-1])
-        scales = _differentiable_scales(*args)
-    else:
-        scales = torchlib.apply(LifeQKV, lambda *a: _op(*a[:-1]), *args)[:3]
-    return scales if layout == "scales" else join_scales(scales)
+    place = g.height, g.width, g.prefix, aux_key == "scale1"
+    return x, w1, b1, dw2, pw2, dw3, pw3, *place, config.requested_backend(backend), recompute
 
 
 def join_scales(scales):

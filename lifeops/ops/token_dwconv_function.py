@@ -40,7 +40,7 @@ class TokenDWConv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, residual, *ctx.geometry = inputs
+        x, weight, bias, _, *ctx.geometry = inputs
         need = ctx.needs_input_grad
         ctx.save_for_backward(x if need[1] else None, weight if need[0] else None)
         ctx.K, ctx.weight_stride, ctx.weight_dtype = weight.shape[-1], weight.stride(), weight.dtype

@@ -1,0 +1,77 @@
+"""timm VisionTransformer models. timm itself is not imported: the modules are recognised by what they have."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lifeops.nn.life import GridHolder, LifeAttention
+
+_LOOKED_FOR = "a timm VisionTransformer: patch_embed with grid_size, num_prefix_tokens, and blocks[i].attn with qkv, proj, num_heads"
+
+
+class GridHook:
+    """Forward hook of the patch embedding: leaves each forward's grid where the attention modules find it."""
+
+    def __init__(self, holder: GridHolder):
+        self.holder = holder
+
+    def __call__(self, module, args, output):
+        if output.dim() == 4:  # dynamic_img_size: NHWC unless told otherwise
+            nchw = str(getattr(module, "output_fmt", "NHWC")).endswith("NCHW")
+            height, width = output.shape[2:4] if nchw else output.shape[1:3]
+        elif hasattr(module, "dynamic_feat_size"):
+            height, width = module.dynamic_feat_size(tuple(args[0].shape[-2:]))
+        else:
+            height, width = module.grid_size
+        self.holder.grid = (height, width)
+
+
+def _check_attention(path: str, attn: nn.Module) -> None:
+    missing = [name for name in ("qkv", "proj", "num_heads") if not hasattr(attn, name)]
+    if missing or not isinstance(attn.qkv, nn.Linear):
+        lacks = ", ".join(missing) or "a Linear qkv"
+        raise ValueError(f"convert: {path} is {type(attn).__name__} without {lacks}; looked for {_LOOKED_FOR}")
+    odd = [n for n in ("q_norm", "k_norm", "norm") if not isinstance(getattr(attn, n, nn.Identity()), nn.Identity)]
+    odd += [n for n in ("gate", "rope") if getattr(attn, n, None) is not None]
+    if odd:
+        raise ValueError(f"convert: {path} has {', '.join(odd)}, which LIFE's attention does not know (use qkv_norm=True for its own norm)")
+    dim = attn.proj.in_features
+    if (attn.qkv.in_features, attn.proj.out_features) != (dim, dim):
+        raise ValueError(f"convert: {path} must map {dim} channels to {dim}, got {attn.qkv.in_features} to {attn.proj.out_features}")
+
+
+def _replacement(attn: nn.Module, num_prefix_tokens: int, options: dict) -> LifeAttention:
+    weight = attn.proj.weight
+    new = LifeAttention(
+        attn.proj.in_features, attn.num_heads, num_prefix_tokens, attn_drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p,
+        proj_bias=attn.proj.bias is not None, device=weight.device, dtype=weight.dtype, **options,
+    )  # fmt: skip
+    with torch.no_grad():
+        for ours, theirs in zip(new.proj.parameters(), attn.proj.parameters(), strict=True):
+            ours.copy_(theirs)
+    for parameter in new.proj.parameters():
+        parameter.requires_grad_(attn.proj.weight.requires_grad)
+    return new.train(attn.training)
+
+
+def convert_life(model: nn.Module, record, *, num_prefix_tokens: int | None = None, **options) -> None:
+    """Replace the attention of every block; ``record`` keeps what revert needs."""
+    unknown = options.keys() - {"qkv_norm", "aux_key", "recompute"}
+    if unknown:
+        raise TypeError(f"convert: unknown options {', '.join(sorted(unknown))}; known: qkv_norm, aux_key, recompute, num_prefix_tokens")
+    if not (hasattr(model, "blocks") and hasattr(getattr(model, "patch_embed", None), "grid_size")):
+        raise ValueError(f"convert: {type(model).__name__} is not a known ViT; looked for {_LOOKED_FOR}")
+    prefix = getattr(model, "num_prefix_tokens", None) if num_prefix_tokens is None else num_prefix_tokens
+    if prefix is None:
+        raise ValueError(f"convert: {type(model).__name__} does not say num_prefix_tokens; pass num_prefix_tokens=…")
+    found = [(f"blocks.{i}.attn", getattr(block, "attn", None)) for i, block in enumerate(model.blocks)]
+    for path, attn in found:
+        _check_attention(path, attn)
+    holder = GridHolder()
+    for path, attn in found:
+        new = _replacement(attn, prefix, options)
+        new.grid_holder = holder
+        model.get_submodule(path.rpartition(".")[0]).attn = new
+        record.replaced.append((path, attn))
+    record.hook_id = model.patch_embed.register_forward_hook(GridHook(holder)).id
