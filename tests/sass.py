@@ -236,6 +236,10 @@ def _minmax(w: Warp, mods: list[str], ops: list[str], add: bool) -> None:
 def _lea(w: Warp, mods: list[str], ops: list[str]) -> None:
     outs = [o for o in ops[1:] if _is_predicate(o)]
     rest = [o for o in ops[1:] if not _is_predicate(o)]
+    if mods == ["HI"] and len(rest) == 4:
+        a, b, c, n = (w.read(o) for o in rest)
+        w.write(ops[0], None if None in (a, b, c, n) else ((a | c << 32) << n >> 32) + b)
+        return
     if "HI" in mods or "X" in mods or outs:
         w.write(ops[0], None)  # 64-bit addresses: never branched on
         for o in outs:

@@ -6,8 +6,6 @@ What is not covered: memory coalescing, ptxas, and everything about time.
 """
 
 import ctypes
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,63 +14,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-SHIM = ROOT / "tests" / "cuda_shim"
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # order of csrc/params.h
+sys.path.insert(0, str(Path(__file__).parent))
+from cuda_tools import DTYPES, FwdParams, GradWeightParams, compile_for_host
+
 MULTIPROCESSORS = 2  # few, so that small problems already give a warp several tiles
 
 
-class FwdParams(ctypes.Structure):
-    """TokenDWConvParams of csrc/params.h."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "y")]
-        + [(name, ctypes.c_int64) for name in ("B", "H", "W", "C")]
-        + [(f"{t}_stride_{d}", ctypes.c_int64) for t in "xyr" for d in "bn"]
-        + [(name, ctypes.c_int32) for name in ("K", "x_prefix", "y_prefix", "prefix")]
-        + [("flip", ctypes.c_bool)]
-        + [(name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "bias_dtype")]
-    )
-
-
-class GradWeightParams(ctypes.Structure):
-    """TokenDWConvGradWeightParams of csrc/params.h."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("dy", "x", "dw", "db")]
-        + [(name, ctypes.c_int64) for name in ("B", "H", "W", "C")]
-        + [(f"{t}_stride_{d}", ctypes.c_int64) for t in ("x", "dy") for d in "bn"]
-        + [(name, ctypes.c_int32) for name in ("K", "x_prefix", "dy_prefix", "dtype", "weight_dtype", "bias_dtype")]
-    )
-
-
-def cuda_include() -> Path | None:
-    """A folder with cuda_bf16.h: the toolkit's, or the one inside Triton's wheel."""
-    candidates = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
-    try:
-        import triton
-
-        candidates.append(Path(triton.__file__).parent / "backends" / "nvidia" / "include")
-    except ImportError:
-        pass
-    return next((c for c in candidates if (c / "cuda_bf16.h").exists()), None)
-
-
 def compile_shim(out: Path, *flags: str) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed")
-    if cuda_include() is None:
-        pytest.skip("cuda_bf16.h not found: neither a CUDA toolkit nor Triton is installed")
-    command = ["g++", "-std=c++20", "-pthread", "-Wall", "-Wno-unknown-pragmas", f"-I{cuda_include()}", *flags]
-    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
+    reason = compile_for_host(out, *flags)
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory):
     out = tmp_path_factory.mktemp("cuda_shim") / "token_dwconv.so"
-    compile_shim(out, "-O1", "-shared", "-fPIC", str(SHIM / "token_dwconv.cpp"))
+    compile_shim(out, "-O1", "-shared", "-fPIC", "token_dwconv.cpp")
     return ctypes.CDLL(str(out))
 
 
@@ -154,7 +111,7 @@ def make(shape, dtype, seed, integers=False):
 
 def check_all(shim, x, dy, weight, bias, residual, H, W, P, prefix, exact=False):
     """Forward, dX, dW and db of one problem; -> vec of the forward and the dW kernel that ran."""
-    K, (B, _, C) = weight.shape[-1], x.shape
+    K, B = weight.shape[-1], x.shape[0]
     compare = (lambda got, want, *_: torch.testing.assert_close(got.double(), want, rtol=0, atol=0)) if exact else assert_close
     y = forward(shim, x, weight, bias, residual, H, W, P, prefix)
     forward_vec = forward.vec
@@ -273,7 +230,7 @@ def test_sanitizers(tmp_path, sanitizer):
     """A program of its own, since a sanitizer's runtime must be the first library in a process."""
     exe = tmp_path / "driver"
     strict = [] if sanitizer == "thread" else ["-fno-sanitize-recover=all"]
-    compile_shim(exe, "-O0", "-g1", f"-fsanitize={sanitizer}", *strict, "-DSHIM_ONE_DTYPE", str(SHIM / "driver.cpp"))
+    compile_shim(exe, "-O0", "-g1", f"-fsanitize={sanitizer}", *strict, "-DSHIM_ONE_DTYPE", "driver.cpp")
     done = subprocess.run([str(exe)], capture_output=True, text=True, timeout=300)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("this kernel's address layout is unknown to ThreadSanitizer")

@@ -61,11 +61,11 @@ __device__ __forceinline__ uint32_t opaque(uint32_t value) {
   return value;
 }
 
-// base + i * stride for i < kCount.
-template <int kCount> struct Columns {
+// base + i * stride for i < kCount: the columns of a row, the rows of a tile.
+template <int kCount> struct Steps {
   uint32_t stride_bytes, n[kCount];
 
-  __device__ __forceinline__ explicit Columns(uint32_t stride) : stride_bytes(opaque(stride)) {
+  __device__ __forceinline__ explicit Steps(uint32_t stride) : stride_bytes(opaque(stride)) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) n[i] = opaque(static_cast<uint32_t>(i));
   }

@@ -26,6 +26,7 @@ __device__ __forceinline__ void reduce_warps(const TokenDWConvGradWeightArgs& a,
 #pragma unroll
     for (int i = 0; i < kVec; ++i) s_sums[(warp * kCount + k) * kSlab + lane * kVec + i] = sums[k][i];
   __syncthreads();
+#pragma unroll 1
   for (int k = threadIdx.x; k < kCount * kSlab; k += kThreads) {
     const int c = k % kSlab;
     if (c >= channels) continue;
@@ -39,18 +40,15 @@ __device__ __forceinline__ void reduce_warps(const TokenDWConvGradWeightArgs& a,
 
 // The tile of dy, widened; zero where the tile owns nothing. Its sum is db.
 template <typename T, int kVec, int kTileW>
-__device__ __forceinline__ void load_dy(const TokenDWConvGradWeightArgs& a, const Tile& tile, int c, int H,
-                                        const Columns<kTileW>& columns, acc_t<T> (&dy)[kTileH][kTileW][kVec],
+__device__ __forceinline__ void load_dy(const T* row, const Tile& tile, int rows, const Steps<2>& dy_rows,
+                                        const Steps<kTileW>& dy_columns, acc_t<T> (&dy)[kTileH][kTileW][kVec],
                                         acc_t<T> (&db)[kVec]) {
-  const T* row = opaque(advance(static_cast<const T*>(a.dy_patches) + c,
-                                tile.b * a.dy_image_bytes + static_cast<int64_t>(tile.r0) * a.dy_row_bytes +
-                                    tile.q0 * static_cast<int64_t>(a.dy_token_bytes)));
   Pack<T, kVec> packs[kTileH][kTileW] = {};
 #pragma unroll
-  for (int r = 0; r < kTileH; ++r, row = opaque(advance(row, a.dy_row_bytes))) {
-    if (tile.r0 + r >= H) break;
+  for (int r = 0; r < kTileH; ++r, row = opaque(dy_rows.at(row, 1))) {
+    if (r >= rows) break;
 #pragma unroll
-    for (int q = 0; q < kTileW; ++q) packs[r][q] = Pack<T, kVec>::load(columns.at(row, q));
+    for (int q = 0; q < kTileW; ++q) packs[r][q] = Pack<T, kVec>::load(dy_columns.at(row, q));
   }
   if (tile.first > 0) {
 #pragma unroll
@@ -107,29 +105,31 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Acc s_sums[kWarps * K * kSlab];
   const int chunk = a.tiling.slabs.div(blockIdx.x), c_first = (blockIdx.x - chunk * a.tiling.slabs.divisor) * kSlab;
   const int channels = min(static_cast<int>(a.p.C) - c_first, kSlab);
-  const int lane = threadIdx.x % kLanes, warp = warp_uniform(threadIdx.x / kLanes), c = c_first + lane * kVec;
+  const int warp = warp_uniform(threadIdx.x / kLanes);
+  // Lanes beyond C repeat the last channels, which keeps the warp together; their sums are not stored.
+  const int c = c_first + min(static_cast<int>(threadIdx.x % kLanes) * kVec, channels - kVec);
   const int H = a.p.H, W = a.p.W;
-  const Columns<kTileW + K - 1> x_columns(a.x_token_bytes);
-  const Columns<kTileW> dy_columns(a.dy_token_bytes);
+  const Steps<kTileW + K - 1> x_columns(a.x_token_bytes);
+  const Steps<kTileW> dy_columns(a.dy_token_bytes);
+  const Steps<2> x_rows(a.x_row_bytes), dy_rows(a.dy_row_bytes);
   Acc dw[K * K][kVec] = {}, db[1][kVec] = {};
-  const int first = chunk * a.tasks_per_chunk;
-  // Lanes beyond C wait at the barriers with sums of zero.
-  const int end = lane * kVec < channels ? min(first + a.tasks_per_chunk, a.tiling.tasks) : 0;
+  const int first = chunk * a.tasks_per_chunk, end = min(first + a.tasks_per_chunk, a.tiling.tasks);
   for (int task = first + warp; task < end; task += kWarps) {
     const Tile tile = locate_tile<K, kTileW>(a.tiling, task, H, W);
-    const T* row = opaque(advance(static_cast<const T*>(a.x_patches) + c,
-                                  tile.b * a.x_image_bytes + static_cast<int64_t>(tile.r0 - K / 2) * a.x_row_bytes +
-                                      (tile.q0 - K / 2) * static_cast<int64_t>(a.x_token_bytes)));
+    const T* row = locate_token(static_cast<const T*>(a.x_patches) + c, tile, -(K / 2), -(K / 2), a.x_image_bytes,
+                                a.x_row_bytes, a.x_token_bytes);
+    const T* dy_row = locate_token(static_cast<const T*>(a.dy_patches) + c, tile, 0, 0, a.dy_image_bytes, a.dy_row_bytes,
+                                   a.dy_token_bytes);
     Pack<T, kVec> r_rows[2][kTileW + K - 1];
     auto fetch = [&](int j) {
       if (tile.rows >> j & 1) load_row<T, kVec, kTileW, K / 2>(row, x_columns, tile, r_rows[j % 2]);
     };
     Acc dy[kTileH][kTileW][kVec];
     fetch(0);
-    load_dy<T, kVec, kTileW>(a, tile, c, H, dy_columns, dy, db[0]);
+    load_dy<T, kVec, kTileW>(dy_row, tile, min(kTileH, H - tile.r0), dy_rows, dy_columns, dy, db[0]);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      row = opaque(advance(row, a.x_row_bytes));
+      row = opaque(x_rows.at(row, 1));
       if (j + 1 < kRows) fetch(j + 1);
       if (tile.rows >> j & 1) correlate_row<T, K, kVec, kTileW>(j, r_rows[j % 2], tile.left, tile.right, dy, dw);
     }

@@ -30,9 +30,18 @@ __device__ __forceinline__ Tile locate_tile(const Tiling& a, int task, int H, in
   return {b, strip * kTileH, q0, own - q0, (1u << end) - (1u << begin), q0 > 0, q0 < last};
 }
 
+// The token `dr` rows and `dq` columns off the tile's first one.
+template <typename T>
+__device__ __forceinline__ T* locate_token(T* patches, const Tile& tile, int dr, int dq, uint32_t image_bytes,
+                                           uint32_t row_bytes, uint32_t token_bytes) {
+  const int64_t image = static_cast<uint64_t>(static_cast<uint32_t>(tile.b)) * image_bytes;
+  return opaque(advance(patches, image + static_cast<int64_t>(tile.r0 + dr) * static_cast<int32_t>(row_bytes) +
+                                     static_cast<int64_t>(tile.q0 + dq) * static_cast<int32_t>(token_bytes)));
+}
+
 // One input row of a tile with its halo; `row` points at the leftmost halo column, which need not exist.
 template <typename T, int kVec, int kTileW, int kHalo>
-__device__ __forceinline__ void load_row(const T* row, const Columns<kTileW + 2 * kHalo>& columns, const Tile& tile,
+__device__ __forceinline__ void load_row(const T* row, const Steps<kTileW + 2 * kHalo>& columns, const Tile& tile,
                                          Pack<T, kVec> (&dst)[kTileW + 2 * kHalo]) {
 #pragma unroll
   for (int s = kHalo; s < kHalo + kTileW; ++s) dst[s] = Pack<T, kVec>::load(columns.at(row, s));
@@ -70,20 +79,27 @@ __device__ __forceinline__ void stage_filter(const TokenDWConvParams& p, int c_f
   }
 }
 
+// The prefix rows of an image, which lie right before its patches in x, y and the residual; `tile` is its first tile.
 template <typename T, int kVec>
-__device__ __forceinline__ void copy_prefix(const TokenDWConvParams& p, int64_t b, int c) {
+__device__ __forceinline__ void copy_prefix(const TokenDWConvFwdArgs& a, const Tile& tile, const T* x, T* y, int c) {
+  const int count = a.p.y_prefix;
+  x = locate_token(x, tile, 0, -count, a.x_image_bytes, 0, a.x_token_bytes);
+  y = locate_token(y, tile, 0, -count, a.y_image_bytes, 0, a.y_token_bytes);
+  const T* r = a.r_patches ? locate_token(static_cast<const T*>(a.r_patches) + c, tile, 0, -count, a.r_image_bytes, 0,
+                                          a.r_token_bytes)
+                           : nullptr;
 #pragma unroll 1
-  for (int n = 0; n < p.y_prefix; ++n) {
+  for (int n = 0; n < count; ++n) {
     acc_t<T> value[kVec] = {}, residual[kVec];
-    if (p.prefix == Prefix::copy)
-      unpack<T, kVec>(Pack<T, kVec>::load(static_cast<const T*>(p.x) + b * p.x_stride_b + n * p.x_stride_n + c), value);
-    if (p.residual) {
-      unpack<T, kVec>(
-          Pack<T, kVec>::load(static_cast<const T*>(p.residual) + b * p.r_stride_b + n * p.r_stride_n + c), residual);
+    if (a.p.prefix == Prefix::copy) unpack<T, kVec>(Pack<T, kVec>::load(x), value);
+    if (r) {
+      unpack<T, kVec>(Pack<T, kVec>::load(r), residual);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) value[i] += residual[i];
+      r = advance(r, a.r_token_bytes);
     }
-    pack<T, kVec>(value).store(static_cast<T*>(p.y) + b * p.y_stride_b + n * p.y_stride_n + c);
+    pack<T, kVec>(value).store(y);
+    x = advance(x, a.x_token_bytes), y = advance(y, a.y_token_bytes);
   }
 }
 
@@ -118,27 +134,22 @@ __device__ __forceinline__ void accumulate_row(int j, const Pack<T, kVec> (&row)
   }
 }
 
-// Add bias and residual, round once, store the rows and columns the tile owns.
 template <typename T, int kVec, int kTileW>
-__device__ __forceinline__ void finish_tile(const TokenDWConvFwdArgs& a, const Tile& tile, int c,
-                                            const Columns<kTileW>& columns,
-                                            acc_t<T> (&acc)[kTileH][kTileW][kVec]) {
-  const TokenDWConvParams& p = a.p;
-  const int rows = min(kTileH, static_cast<int>(p.H) - tile.r0);
-  if (p.bias) {
+__device__ __forceinline__ void add_bias_and_residual(const TokenDWConvFwdArgs& a, const Tile& tile, int c, int rows,
+                                                      acc_t<T> (&acc)[kTileH][kTileW][kVec]) {
+  if (a.p.bias) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const acc_t<T> bias = load_as<acc_t<T>>(p.bias, p.bias_dtype, c + i);
+      const acc_t<T> bias = load_as<acc_t<T>>(a.p.bias, a.p.bias_dtype, c + i);
 #pragma unroll
       for (int r = 0; r < kTileH; ++r)
 #pragma unroll
         for (int q = 0; q < kTileW; ++q) acc[r][q][i] += bias;
     }
   }
-  if (p.residual) {
-    const T* row = advance(static_cast<const T*>(a.r_patches) + c,
-                           tile.b * a.r_image_bytes + static_cast<int64_t>(tile.r0) * a.r_row_bytes +
-                               tile.q0 * static_cast<int64_t>(a.r_token_bytes));
+  if (a.r_patches) {
+    const T* row = locate_token(static_cast<const T*>(a.r_patches) + c, tile, 0, 0, a.r_image_bytes, a.r_row_bytes,
+                                a.r_token_bytes);
 #pragma unroll
     for (int r = 0; r < kTileH; ++r, row = advance(row, a.r_row_bytes)) {
       if (r >= rows) break;
@@ -151,19 +162,28 @@ __device__ __forceinline__ void finish_tile(const TokenDWConvFwdArgs& a, const T
       }
     }
   }
-  T* row = opaque(advance(static_cast<T*>(a.y_patches) + c,
-                          tile.b * a.y_image_bytes + static_cast<int64_t>(tile.r0) * a.y_row_bytes +
-                              tile.q0 * static_cast<int64_t>(a.y_token_bytes)));
+}
+
+// Round once and store the rows and columns the tile owns.
+template <typename T, int kVec, int kTileW>
+__device__ __forceinline__ void store_tile(T* y, const Tile& tile, int rows, const Steps<kTileH>& y_rows,
+                                           const Steps<kTileW>& y_columns,
+                                           const acc_t<T> (&acc)[kTileH][kTileW][kVec]) {
+  if (rows == kTileH && tile.first == 0) {  // whole tiles first: the tests would cost 1 instruction per element
 #pragma unroll
-  for (int r = 0; r < kTileH; ++r, row = opaque(advance(row, a.y_row_bytes))) {
-    if (r >= rows) break;
-    if (tile.first == 0) {  // whole tiles first: a test per column would cost 1 instruction per element
+    for (int r = 0; r < kTileH; ++r) {
+      T* row = opaque(y_rows.at(y, r));
 #pragma unroll
-      for (int q = 0; q < kTileW; ++q) pack<T, kVec>(acc[r][q]).store(columns.at(row, q));
-    } else {
+      for (int q = 0; q < kTileW; ++q) pack<T, kVec>(acc[r][q]).store(y_columns.at(row, q));
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < kTileH; ++r) {
+      if (r >= rows) break;
+      T* row = opaque(y_rows.at(y, r));
 #pragma unroll
       for (int q = 0; q < kTileW; ++q)
-        if (q >= tile.first) pack<T, kVec>(acc[r][q]).store(columns.at(row, q));
+        if (q >= tile.first) pack<T, kVec>(acc[r][q]).store(y_columns.at(row, q));
     }
   }
 }
@@ -189,15 +209,18 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kVec; ++i) r_filter[t][i] = s_filter[t * kPitch + lane * kVec + i];
 
   const int H = p.H, W = p.W;
-  const Columns<kTileW + K - 1> x_columns(a.x_token_bytes);
-  const Columns<kTileW> y_columns(a.y_token_bytes);
+  const Steps<kTileW + K - 1> x_columns(a.x_token_bytes);
+  const Steps<2> x_rows(a.x_row_bytes);
+  const Steps<kTileW> y_columns(a.y_token_bytes);
+  const Steps<kTileH> y_rows(a.y_row_bytes);
+  const T* x_patches = opaque(static_cast<const T*>(a.x_patches) + c);
+  T* y_patches = opaque(static_cast<T*>(a.y_patches) + c);
   int task = group * a.tasks_per_warp * kWarps + warp;
   for (int n = 0; n < a.tasks_per_warp && task < a.tiling.tasks; ++n, task += kWarps) {
     const Tile tile = locate_tile<K, kTileW>(a.tiling, task, H, W);
-    if (tile.r0 == 0 && tile.q0 == 0) copy_prefix<T, kVec>(p, tile.b, c);
-    const T* row = opaque(advance(static_cast<const T*>(a.x_patches) + c,
-                                  tile.b * a.x_image_bytes + static_cast<int64_t>(tile.r0 - K / 2) * a.x_row_bytes +
-                                      (tile.q0 - K / 2) * static_cast<int64_t>(a.x_token_bytes)));
+    if (tile.r0 == 0 && tile.q0 == 0) copy_prefix<T, kVec>(a, tile, x_patches, y_patches, c);
+    const T* row =
+        locate_token(x_patches, tile, -(K / 2), -(K / 2), a.x_image_bytes, a.x_row_bytes, a.x_token_bytes);
     Acc acc[kTileH][kTileW][kVec] = {};
     Pack<T, kVec> r_rows[2][kTileW + K - 1];  // row j in use, row j + 1 on its way
     auto fetch = [&](int j) {
@@ -206,12 +229,15 @@ __global__ void __launch_bounds__(kThreads)
     fetch(0);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      row = opaque(advance(row, a.x_row_bytes));
+      row = opaque(x_rows.at(row, 1));
       if (j + 1 < kRows) fetch(j + 1);
       if (tile.rows >> j & 1)
         accumulate_row<T, K, kVec, kTileW>(j, r_rows[j % 2], tile.left, tile.right, r_filter, acc);
     }
-    finish_tile<T, kVec, kTileW>(a, tile, c, y_columns, acc);
+    const int rows = min(kTileH, H - tile.r0);
+    add_bias_and_residual<T, kVec, kTileW>(a, tile, c, rows, acc);
+    T* y = locate_token(y_patches, tile, 0, 0, a.y_image_bytes, a.y_row_bytes, a.y_token_bytes);
+    store_tile<T, kVec, kTileW>(y, tile, rows, y_rows, y_columns, acc);
   }
 }
 

@@ -26,9 +26,9 @@ struct TokenDWConvFwdArgs {
   const void* x_patches;  // the first patch row of x, of the residual, of y
   const void* r_patches;
   void* y_patches;
-  int64_t x_image_bytes, r_image_bytes, y_image_bytes;
+  uint32_t x_image_bytes, r_image_bytes, y_image_bytes;
   uint32_t x_token_bytes, r_token_bytes, y_token_bytes;
-  int32_t x_row_bytes, r_row_bytes, y_row_bytes;  // a row of the grid: W tokens
+  uint32_t x_row_bytes, r_row_bytes, y_row_bytes;  // a row of the grid: W tokens
 };
 
 struct TokenDWConvGradWeightArgs {
@@ -38,9 +38,9 @@ struct TokenDWConvGradWeightArgs {
   const void* x_patches;
   const void* dy_patches;
   void* partial;  // (chunks, taps, C) in the accumulator's type, all of it written
-  int64_t x_image_bytes, dy_image_bytes;
+  uint32_t x_image_bytes, dy_image_bytes;
   uint32_t x_token_bytes, dy_token_bytes;
-  int32_t x_row_bytes, dy_row_bytes;
+  uint32_t x_row_bytes, dy_row_bytes;
 };
 
 // vec 0 is the kernel for any K and any grid; else vec channels per thread and tiles of kTileH x tile_w.
@@ -74,9 +74,10 @@ inline bool is_even(const void* p, int64_t stride_b, int64_t stride_n, int eleme
   return reinterpret_cast<uintptr_t>(p) % (2 * element) == 0 && stride_b % 2 == 0 && stride_n % 2 == 0;
 }
 
-// 32 bits hold a token stride and a row of tokens; the position of an image always has 64.
-inline bool is_small(int64_t stride_n, int64_t W, int element) {
-  return stride_n >= 0 && stride_n * W * element < (1ll << 31);
+// The tile kernels keep the strides of an image, a row and a token in 32 bits; products with them have 64.
+inline bool is_small(int64_t stride_b, int64_t stride_n, int64_t W, int element) {
+  auto fits = [&](int64_t elements) { return elements >= 0 && elements * element < (1ll << 31); };
+  return fits(stride_b) && fits(stride_n * W);
 }
 
 inline Tiling make_tiling(int64_t B, int64_t H, int64_t W, int64_t C, const Variant& v) {
@@ -97,8 +98,8 @@ inline Plan<TokenDWConvFwdArgs> plan_token_dwconv(const TokenDWConvParams& p, in
   const bool pairs = p.C % 2 == 0 && is_even(p.x, p.x_stride_b, p.x_stride_n, es) &&
                      is_even(p.y, p.y_stride_b, p.y_stride_n, es) &&
                      (!p.residual || is_even(p.residual, p.r_stride_b, p.r_stride_n, es));
-  const bool small = is_small(p.x_stride_n, p.W, es) && is_small(p.y_stride_n, p.W, es) &&
-                     (!p.residual || is_small(p.r_stride_n, p.W, es));
+  const bool small = is_small(p.x_stride_b, p.x_stride_n, p.W, es) && is_small(p.y_stride_b, p.y_stride_n, p.W, es) &&
+                     (!p.residual || is_small(p.r_stride_b, p.r_stride_n, p.W, es));
   Plan<TokenDWConvFwdArgs> plan{};
   plan.variant = choose_variant(p.dtype, p.K, p.W, pairs, small);
   TokenDWConvFwdArgs& a = plan.args;
@@ -107,15 +108,18 @@ inline Plan<TokenDWConvFwdArgs> plan_token_dwconv(const TokenDWConvParams& p, in
   a.x_patches = patches(p.x, p.x_prefix * p.x_stride_n);
   a.r_patches = patches(p.residual, p.y_prefix * p.r_stride_n);
   a.y_patches = const_cast<char*>(patches(p.y, p.y_prefix * p.y_stride_n));
-  a.x_image_bytes = p.x_stride_b * es, a.r_image_bytes = p.r_stride_b * es, a.y_image_bytes = p.y_stride_b * es;
   if (plan.variant.vec == 0) {
     const int64_t outputs = p.B * (p.y_prefix + p.H * p.W) * p.C;
     plan.shape = {checked_blocks(std::min<int64_t>(ceil_div(outputs, kThreads), 1 << 20)), kThreads};
     return plan;
   }
+  a.x_image_bytes = p.x_stride_b * es, a.y_image_bytes = p.y_stride_b * es;
   a.x_token_bytes = p.x_stride_n * es, a.x_row_bytes = p.x_stride_n * p.W * es;
   a.y_token_bytes = p.y_stride_n * es, a.y_row_bytes = p.y_stride_n * p.W * es;
-  if (p.residual) a.r_token_bytes = p.r_stride_n * es, a.r_row_bytes = p.r_stride_n * p.W * es;
+  if (p.residual) {
+    a.r_image_bytes = p.r_stride_b * es, a.r_token_bytes = p.r_stride_n * es;
+    a.r_row_bytes = p.r_stride_n * p.W * es;
+  }
   a.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant);
   const int64_t resident = static_cast<int64_t>(multiprocessors) * (p.K == 3 ? 16 : p.K == 5 ? 12 : 8);  // warps
   const int64_t slabs = a.tiling.slabs.divisor;
@@ -131,7 +135,7 @@ inline Plan<TokenDWConvGradWeightArgs> plan_token_dwconv_grad_weight(const Token
   const int es = element_size(p.dtype);
   const bool pairs = p.C % 2 == 0 && is_even(p.dy, p.dy_stride_b, p.dy_stride_n, es) &&
                      (!p.x || is_even(p.x, p.x_stride_b, p.x_stride_n, es));
-  const bool small = is_small(p.dy_stride_n, p.W, es) && is_small(p.x_stride_n, p.W, es);
+  const bool small = is_small(p.dy_stride_b, p.dy_stride_n, p.W, es) && is_small(p.x_stride_b, p.x_stride_n, p.W, es);
   Plan<TokenDWConvGradWeightArgs> plan{};
   if (p.x) plan.variant = choose_variant(p.dtype, p.K, p.W, pairs, small);
   TokenDWConvGradWeightArgs& a = plan.args;
@@ -139,9 +143,9 @@ inline Plan<TokenDWConvGradWeightArgs> plan_token_dwconv_grad_weight(const Token
   a.taps = (p.x ? p.K * p.K : 0) + 1;
   a.dy_patches = static_cast<const char*>(p.dy) + p.dy_prefix * p.dy_stride_n * es;
   a.x_patches = p.x ? static_cast<const char*>(p.x) + p.x_prefix * p.x_stride_n * es : nullptr;
-  a.x_image_bytes = p.x_stride_b * es, a.dy_image_bytes = p.dy_stride_b * es;
   int64_t work, slabs, least, copies = 1;
   if (plan.variant.vec) {
+    a.x_image_bytes = p.x_stride_b * es, a.dy_image_bytes = p.dy_stride_b * es;
     a.x_token_bytes = p.x_stride_n * es, a.x_row_bytes = p.x_stride_n * p.W * es;
     a.dy_token_bytes = p.dy_stride_n * es, a.dy_row_bytes = p.dy_stride_n * p.W * es;
     a.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant);

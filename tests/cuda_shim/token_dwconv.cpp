@@ -3,8 +3,6 @@
 // those of the GPU; only the launch differs.
 #include "cuda_shim.h"
 
-#include <cstring>
-
 #include "../../csrc/cuda/token_dwconv.cuh"
 
 using namespace lifeops;
@@ -55,20 +53,5 @@ int shim_token_dwconv_grad_weight(const TokenDWConvGradWeightParams* p) {
     });
   });
   return plan.variant.vec;
-}
-
-// The kernel arguments as the GPU gets them, for counting instructions: -> size, blocks and variant in `out`.
-int shim_plan_token_dwconv(const TokenDWConvParams* p, int multiprocessors, void* args, int* out) {
-  const auto plan = plan_token_dwconv(*p, multiprocessors);
-  std::memcpy(args, &plan.args, sizeof(plan.args));
-  out[0] = plan.shape.blocks, out[1] = plan.variant.vec, out[2] = plan.variant.tile_w;
-  return sizeof(plan.args);
-}
-
-int shim_plan_token_dwconv_grad_weight(const TokenDWConvGradWeightParams* p, void* args, int* out) {
-  const auto plan = plan_token_dwconv_grad_weight(*p);
-  std::memcpy(args, &plan.args, sizeof(plan.args));
-  out[0] = plan.shape.blocks, out[1] = plan.variant.vec, out[2] = plan.variant.tile_w;
-  return sizeof(plan.args);
 }
 }

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel arguments as the GPU would get them, for counting instructions. -> their size; `out` gets the number of
+// blocks, the channels per thread and the width of a tile.
+#include "cuda_shim.h"
+
+#include <cstring>
+
+#include "../../csrc/cuda/token_dwconv_plan.h"
+
+namespace {
+
+template <typename Args> int copy_plan(const lifeops::cuda::Plan<Args>& plan, void* args, int* out) {
+  std::memcpy(args, &plan.args, sizeof(plan.args));
+  out[0] = plan.shape.blocks, out[1] = plan.variant.vec, out[2] = plan.variant.tile_w;
+  return sizeof(plan.args);
+}
+
+}  // namespace
+
+extern "C" {
+
+int shim_plan_fwd(const lifeops::TokenDWConvParams* p, void* args, int* out) {
+  return copy_plan(lifeops::cuda::plan_token_dwconv(*p), args, out);
+}
+
+int shim_plan_bwd_dw(const lifeops::TokenDWConvGradWeightParams* p, void* args, int* out) {
+  return copy_plan(lifeops::cuda::plan_token_dwconv_grad_weight(*p), args, out);
+}
+}
