@@ -1,0 +1,135 @@
+"""What the token kernels share: offsets of token rows, exact unpacking, and the host side of a launch.
+
+Names in the kernels say where a value lives: i_ program or tile index, o_ offsets, m_ mask, p_ pointers, b_ block of values.
+"""
+
+import contextlib
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+TL_DTYPE = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+WARPS = 4  # 128 threads: up to 168 registers each leave three programs on an SM
+
+
+@triton.jit
+def to_accumulator(b, ACC: tl.constexpr):
+    """``b`` in the accumulator's dtype, exactly.
+
+    bfloat16 is widened as an integer: LLVM then takes the upper half of a register pair with one AND. Its own conversion
+    is a PRMT and a shift, 1 of 15 instructions per element at K = 3.
+    """
+    if b.dtype == tl.bfloat16 and ACC == tl.float32:
+        return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return b.to(ACC)
+
+
+@triton.jit
+def load_block(p, m, MASKED: tl.constexpr, ACC: tl.constexpr):
+    """A block in the accumulator's dtype, zero where ``m`` is false. Without MASKED no register is cleared beforehand."""
+    if MASKED:
+        b = tl.load(p, mask=m, other=0.0)
+    else:
+        b = tl.load(p)
+    return to_accumulator(b, ACC)
+
+
+@triton.jit
+def store_block(p, b, m, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(p, b.to(p.dtype.element_ty), mask=m)
+    else:
+        tl.store(p, b.to(p.dtype.element_ty))
+
+
+@triton.jit
+def inside(o, size):
+    """Whether row or column ``o`` of each job is on the grid, (BLOCK_R, 1)."""
+    return ((o >= 0) & (o < size))[:, None]
+
+
+@triton.jit
+def row_offset(o_b, o_n, stride_b, stride_n):
+    """int64 offset of token ``o_n`` of image ``o_b``."""
+    return o_b.to(tl.int64) * stride_b + o_n.to(tl.int64) * stride_n
+
+
+@triton.jit
+def strides(stride_b, stride_n, STRIDE_N: tl.constexpr, ALIGN: tl.constexpr):
+    """Strides of images and tokens in elements, from those in units of ALIGN elements: so Triton knows that ALIGN divides
+    them and loads whole vectors. A common STRIDE_N is a constant: columns are then immediate offsets.
+    """
+    if STRIDE_N == 0:
+        return stride_b.to(tl.int64) * ALIGN, stride_n.to(tl.int64) * ALIGN
+    else:
+        return stride_b.to(tl.int64) * ALIGN, STRIDE_N
+
+
+@triton.jit
+def divide(o_a, d):
+    """(o_a // d, o_a % d) of non-negative int32; unsigned division is half as long as signed."""
+    o_q = (o_a.to(tl.uint32) // d.to(tl.uint32)).to(tl.int32)
+    return o_q, o_a - o_q * d
+
+
+def interpreted(kernel) -> bool:
+    """Whether ``kernel`` was made with TRITON_INTERPRET=1, which runs on CPU tensors."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def accumulator(dtype: torch.dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def common_stride(stride_n: int, C: int) -> int:
+    """``stride_n`` where it is worth a compiled variant: whole rows and chunks of qkv. Else 0, a run-time stride."""
+    return stride_n if stride_n in (C, 2 * C, 3 * C) else 0
+
+
+@cache
+def alignment(*numbers: int) -> int:
+    """The largest power of two up to 16 that divides every number: how far a row's vectors may be trusted."""
+    align = 16
+    while any(n % align for n in numbers):
+        align //= 2
+    return align
+
+
+@cache
+def block_of_channels(C: int, widest: int) -> int:
+    """Channels per program: the fewest padded channels, then the widest rows (128-byte rows cost 7 % of bandwidth)."""
+    return min((widest, widest // 2, widest // 4), key=lambda block: (-(-C // block) * block, -block))
+
+
+@cache
+def channels_per_lane(K: int, dtype: torch.dtype) -> int:
+    """What the K² values per channel leave room for in 128 registers; a double takes two."""
+    channels = 4 if K <= 3 else 2 if K <= 7 else 1
+    return max(1, channels // 2) if dtype == torch.float64 else channels
+
+
+def launch(kernel, programs: int, on: torch.Tensor, arguments: dict) -> None:
+    """Run ``programs`` programs on the device of ``on``. The sums are explicit FMAs; fusion is asked for all the same,
+    because Triton 3.9 warns when it is left to a default that 3.10 turns off.
+    """
+    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+        kernel[(programs,)](**arguments, num_warps=WARPS, enable_fp_fusion=True)
+
+
+def unsupported(problem, kernel, max_kernel: int) -> list[str]:
+    """Every reason why Triton cannot run ``problem``."""
+    reasons, device = [], problem.device
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted(kernel)):
+        reasons.append(f"Triton needs a CUDA device (or TRITON_INTERPRET=1 set before it is imported), got {device.type}")
+    dtypes = {problem.dtype, problem.weight_dtype} - {None}
+    for dtype in sorted(dtypes - TL_DTYPE.keys(), key=str):
+        reasons.append(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+    if problem.K and (problem.K % 2 == 0 or problem.K > max_kernel):
+        reasons.append(f"K must be odd and at most {max_kernel}, got {problem.K}")
+    if device.type == "cuda" and torch.bfloat16 in dtypes and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            reasons.append(f"bfloat16 needs compute capability 8.0, got {major}.{minor}")
+    return reasons
