@@ -37,7 +37,7 @@ class _Raw:
 
 
 class _Differentiable:
-    """The same steps as differentiable calls, for double backward."""
+    """The same steps as differentiable calls, for double backward and for compilers, which choose products themselves."""
 
     dx = staticmethod(torch.matmul)
 
@@ -118,7 +118,7 @@ class LifeQKV(torch.autograd.Function):
     def backward(ctx, *grads):
         x, w1, dw2, pw2, dw3, pw3, z1, z2, d2, d3 = ctx.saved_tensors
         need, geo = ctx.needs_input_grad, ctx.geometry
-        maths = _Differentiable if torch.is_grad_enabled() else _Raw
+        maths = _Differentiable if torch.is_grad_enabled() or torch.compiler.is_compiling() else _Raw
         *z_grads, g_d2, g_d3 = grads
         P = geo[2]
         if ctx.scale1_key and P:

@@ -24,7 +24,7 @@ class ProjectScales(torch.autograd.Function):
             if y is None:
                 y = rows @ w if bias is None else torch.addmm(bias, rows, w)
             else:
-                y.addmm_(rows, w)
+                torch.addmm(y, rows, w, out=y)  # not addmm_, which torch's FLOP counter does not know
             start += o.shape[-1]
         return y.unflatten(0, parts[0].shape[:2])
 
@@ -57,6 +57,6 @@ def project_scales(parts, weight, bias):
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         parts = [o.to(dtype) for o in parts]
-    if torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return F.linear(torch.cat(parts, -1), weight, bias)
     return torchlib.apply(ProjectScales, ProjectScales.forward, weight, bias, *parts)

@@ -1,0 +1,38 @@
+"""Same bits at any thread count, run after run, and for a sample alone or in its batch (forward and dX)."""
+
+import pytest
+import torch
+
+from lifeops import registry, testing, torchlib
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def _args(name, dtype, B=6, C=100, K=5):
+    op = registry.ops[name]
+    sample = next(iter(op.samples()))._replace(B=B, H=9, W=11, P=2, C=C)
+    if name.startswith("token"):
+        sample = sample._replace(K=K)
+    return op, testing.make(op, sample, dtype, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [n for n in registry.ops if n.startswith("token_dwconv")])
+def test_same_bits_at_any_thread_count_and_every_run(name, dtype, threads):
+    op, args = _args(name, dtype)
+    results = []
+    for count in (1, 2, 2, 3, 1):
+        threads(count)
+        results.append(testing.tensors(torchlib.overload(op)(*args)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["token_dwconv", "token_dwconv_bwd_dx"])
+def test_batch_invariance(name, dtype):
+    op, (x, *rest) = _args(name, dtype)
+    together = torchlib.overload(op)(x, *rest)
+    for b in range(len(x)):
+        alone = torchlib.overload(op)(x[b : b + 1], *rest)
+        assert torch.equal(alone[0], together[b])

@@ -1,0 +1,106 @@
+"""Every error message of the public functions: what was expected and what came."""
+
+import re
+
+import pytest
+import torch
+
+import lifeops
+
+
+def _call(**changes):
+    args = {
+        "x": torch.randn(2, 198, 8), "weight": torch.randn(8, 1, 3, 3), "bias": None, "grid": (14, 14), "num_prefix_tokens": 2,
+        "prefix": "keep", "residual": None, "backend": None,
+    }  # fmt: skip
+    args.update(changes)
+    x, weight, bias = args.pop("x"), args.pop("weight"), args.pop("bias")
+    return lifeops.token_dwconv(x, weight, bias, **args)
+
+
+CASES = {
+    "tokens": ({"x": torch.randn(2, 197, 8)}, ValueError, "x.shape[1] must be P + H*W = 2 + 14*14 = 198, got 197"),
+    "patch_drop": ({"x": torch.randn(2, 100, 8)}, ValueError, "turn patch dropout off"),
+    "grid_type": ({"grid": 14}, TypeError, "grid must be two ints (H, W), got 14"),
+    "grid_length": ({"grid": (14, 14, 1)}, TypeError, "grid must be two ints (H, W), got (14, 14, 1)"),
+    "grid_float": ({"grid": (14.0, 14)}, TypeError, "grid must be two ints"),
+    "grid_negative": ({"grid": (-1, 14)}, ValueError, "grid must not be negative, got (-1, 14)"),
+    "prefix_count": ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must not be negative, got -1"),
+    "prefix_type": ({"num_prefix_tokens": "2"}, TypeError, "num_prefix_tokens must be an int, got '2'"),
+    "prefix_mode": ({"prefix": "skip"}, ValueError, "prefix must be one of 'keep', 'zero', 'drop', got 'skip'"),
+    "x_rank": ({"x": torch.randn(198, 8)}, ValueError, "x must have shape (B, N, C), got (198, 8)"),
+    "x_dtype": ({"x": torch.ones(2, 198, 8, dtype=torch.int32)}, TypeError, "x.dtype must be float64, float32, float16 or bfloat16, got torch.int32"),
+    "not_tensor": ({"x": [1.0]}, TypeError, "x and weight must be tensors, got list and Tensor"),
+    "weight_rank": ({"weight": torch.randn(8, 3, 3)}, ValueError, "weight must have shape (C, 1, K, K) as in nn.Conv2d(groups=C), got (8, 3, 3)"),
+    "weight_dense": ({"weight": torch.randn(8, 8, 3, 3)}, ValueError, "weight must have shape (C, 1, K, K)"),
+    "weight_rectangle": ({"weight": torch.randn(8, 1, 3, 5)}, ValueError, "got (8, 1, 3, 5)"),
+    "weight_channels": ({"weight": torch.randn(9, 1, 3, 3)}, ValueError, "weight.shape[0] must be the 8 channels of the sequence, got 9"),
+    "weight_even": ({"weight": torch.randn(8, 1, 4, 4)}, ValueError, "the kernel size must be odd, got K = 4"),
+    "weight_dtype": ({"weight": torch.ones(8, 1, 3, 3, dtype=torch.int8)}, TypeError, "weight.dtype must be float64"),
+    "weight_device": ({"weight": torch.randn(8, 1, 3, 3, device="meta")}, ValueError, "weight must be on the sequence's device cpu, got meta"),
+    "bias_shape": ({"bias": torch.randn(7)}, ValueError, "bias must have shape (8,), got (7,)"),
+    "residual_shape": ({"residual": torch.randn(2, 196, 8)}, ValueError, "residual must have the output's shape (2, 198, 8), got (2, 196, 8)"),
+    "residual_dtype": ({"residual": torch.randn(2, 198, 8).double()}, TypeError, "residual.dtype must be x.dtype = torch.float32, got torch.float64"),
+    "backend": ({"backend": "gpu"}, ValueError, "backend must be one of 'reference', 'cpu', 'cuda', 'triton' or None, got 'gpu'"),
+    "backend_refuses": ({"backend": "cuda"}, lifeops.NotSupported, "token_dwconv: backend 'cuda' cannot run this problem"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_token_dwconv_message(name):
+    changes, error, message = CASES[name]
+    with pytest.raises(error, match=re.escape(message)):
+        _call(**changes)
+
+
+def test_message_names_the_op():
+    with pytest.raises(ValueError, match="^token_dwconv: "):
+        _call(grid=(13, 14))
+
+
+def test_gradient_ops_check_their_own_arguments():
+    dy, w = torch.randn(1, 5, 4), torch.randn(4, 1, 3, 3)
+    with pytest.raises(ValueError, match="token_dwconv_bwd_dx: dy.shape"):
+        torch.ops.lifeops.token_dwconv_bwd_dx(dy, w, 2, 2, 2, "keep", "")
+    with pytest.raises(ValueError, match="x and dy must agree"):
+        torch.ops.lifeops.token_dwconv_bwd_dw(dy, torch.randn(2, 5, 4), 3, 2, 2, 1, "keep", torch.float32, None, "")
+
+
+def _life(C=12, **changes):
+    x = changes.pop("x", torch.randn(2, 22, C))
+    w = {
+        "w1": torch.randn(C, C), "b1": torch.randn(C), "dw2": torch.randn(C, 1, 3, 3), "pw2": torch.randn(C, C),
+        "dw3": torch.randn(C, 1, 5, 5), "pw3": torch.randn(C, C),
+    }  # fmt: skip
+    w.update({k: changes.pop(k) for k in list(changes) if k in w})
+    return lifeops.life_qkv(x, *w.values(), **{"grid": (4, 5), "num_prefix_tokens": 2, **changes})
+
+
+LIFE = {
+    "tokens": ({"x": torch.randn(2, 23, 12)}, ValueError, "life_qkv: x.shape[1] must be P + H*W = 2 + 4*5 = 22, got 23"),
+    "rank": ({"x": torch.randn(22, 12)}, ValueError, "life_qkv: x must have shape (B, N, C), got (22, 12)"),
+    "aux_key": ({"aux_key": "cls"}, ValueError, "aux_key must be 'multiscale' or 'scale1', got 'cls'"),
+    "layout": ({"layout": "heads"}, ValueError, "layout must be 'qkv' or 'scales', got 'heads'"),
+    "w1": ({"w1": torch.randn(11, 12)}, ValueError, "w1 must have shape (12, 12) for C = 12, got (11, 12)"),
+    "pw2": ({"pw2": torch.randn(12, 12, 3, 3)}, ValueError, "pw2 must have shape (C_out, C_in) or (C_out, C_in, 1, 1), got (12, 12, 3, 3)"),
+    "dw3": ({"dw3": torch.randn(6, 1, 5, 5)}, ValueError, "dw3 must have shape (12, 1) + (K, K) for C = 12, got (6, 1, 5, 5)"),
+    "dtype": ({"w1": torch.randn(12, 12).double()}, TypeError, "w1.dtype must be x.dtype = torch.float32, got torch.float64"),
+}
+
+
+@pytest.mark.parametrize("name", LIFE)
+def test_life_qkv_message(name):
+    changes, error, message = LIFE[name]
+    with pytest.raises(error, match=re.escape(message)):
+        _life(**changes)
+
+
+def test_module_messages():
+    with pytest.raises(ValueError, match="dim must be a multiple of num_heads, got dim = 10, num_heads = 3"):
+        lifeops.nn.LifeAttention(10, 3)
+    with pytest.raises(ValueError, match="aux_key='scale1' needs a dim divisible by 3"):
+        lifeops.nn.LifeQKV(32, 4, aux_key="scale1")
+    with pytest.raises(ValueError, match="aux_key must be 'multiscale' or 'scale1', got 'figure'"):
+        lifeops.nn.LifeQKV(33, 3, aux_key="figure")
+    with pytest.raises(ValueError, match="the grid is unknown"):
+        lifeops.nn.LifeAttention(12, 3)(torch.randn(1, 5, 12))

@@ -1,0 +1,128 @@
+"""The torch operators: opcheck on every op, compile (and that something was compiled), autocast, vmap, FLOPs, the guard."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import lifeops
+from lifeops import registry, testing, torchlib
+from lifeops.testing import Maker
+
+GRID = (4, 5)
+
+
+def _problem(dtype=torch.float32, P=2, C=8, K=3, B=2, grad=True):
+    draw = Maker(0, dtype)
+    x, w, b = draw(B, P + 20, C), draw(C, 1, K, K), draw(C)
+    return tuple(t.requires_grad_(grad) for t in (x, w, b))
+
+
+OPCHECKED = ("plain", "dist", "drop", "cls", "scale1_key", "dim_10", "no_prefix", "window")
+OPCHECK = [pytest.param(op, s, id=f"{name}-{s.name}") for name, op in registry.ops.items() for s in op.samples() if s.name in OPCHECKED]
+
+
+@pytest.mark.parametrize(("op", "sample"), OPCHECK)
+def test_opcheck(op, sample):
+    args = testing.make(op, sample, torch.float32)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    results = torch.library.opcheck(torchlib.overload(op), args, test_utils=tests)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("prefix", ["keep", "zero", "drop"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_fullgraph_dynamic(backend, prefix):
+    """One graph, no break, same numbers, and no recompilation past the second size."""
+    if backend == "inductor" and prefix != "keep":
+        pytest.skip("one inductor build is enough")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+
+    def step(x, w, b, height, width):
+        return lifeops.token_dwconv(x, w, b, grid=(height, width), num_prefix_tokens=2, prefix=prefix).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for height, width in ((4, 5), (3, 7), (6, 2), (5, 5)):
+        draw = Maker(1, torch.float32)
+        x, w, b = (t.requires_grad_() for t in (draw(2, 2 + height * width, 8), draw(8, 1, 3, 3), draw(8)))
+        got, expected = compiled(x, w, b, height, width), step(x, w, b, height, width)
+        torch.testing.assert_close(got, expected)
+        for a, e in zip(torch.autograd.grad(got, (x, w, b)), torch.autograd.grad(expected, (x, w, b)), strict=True):
+            torch.testing.assert_close(a, e)
+    assert counters["stats"]["unique_graphs"] in (1, 2), counters
+    assert counters["stats"]["calls_captured"] >= 1  # something was compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_follows_conv2d(dtype):
+    for x_dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x, w, b = _problem(x_dtype)
+        with torch.autocast("cpu", dtype=dtype):
+            y = lifeops.token_dwconv(x, w.float().detach().requires_grad_(), None, grid=GRID, num_prefix_tokens=2)
+            conv = torch.nn.functional.conv2d(torch.zeros(1, 8, 4, 5, dtype=x_dtype), w.detach().to(x_dtype), groups=8, padding=1)
+        assert y.dtype == conv.dtype
+        y.float().sum().backward()  # outside the autocast region
+        assert x.grad.dtype == x_dtype
+
+
+def test_weight_gradient_keeps_the_parameters_dtype_and_strides():
+    x, w, b = _problem(torch.bfloat16)
+    weight = torch.nn.Parameter(w.detach().float().contiguous(memory_format=torch.channels_last))
+    bias = torch.nn.Parameter(b.detach().float())
+    lifeops.token_dwconv(x, weight, bias, grid=GRID, num_prefix_tokens=2).sum().backward()
+    assert (weight.grad.dtype, bias.grad.dtype, x.grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert weight.grad.stride() == weight.stride()
+
+
+def test_direct_call_on_inputs_that_need_grad_raises():
+    x, w, b = _problem()
+    with pytest.raises(RuntimeError, match=r"lifeops\.token_dwconv\(…\)"):
+        torch.ops.lifeops.token_dwconv(x, w, b, None, 4, 5, 2, "keep", "")
+
+
+def test_flops_equal_conv2d():
+    """Forward as torch counts conv2d; forward and backward three times that (torch counts a depth-wise dW C times too high)."""
+    x, w, _ = _problem()
+    with FlopCounterMode(display=False) as ours:
+        y = lifeops.token_dwconv(x, w, grid=GRID, num_prefix_tokens=2)
+    with FlopCounterMode(display=False) as theirs:
+        torch.nn.functional.conv2d(torch.randn(2, 8, 4, 5), w, padding=1, groups=8)
+    assert ours.get_total_flops() == theirs.get_total_flops() == 2 * 9 * 8 * 20 * 2
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    assert backward.get_total_flops() == 2 * ours.get_total_flops()
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None), (0, 0, None), (None, 0, 0), (1, 0, 0)])
+def test_vmap(in_dims):
+    x, w, b = _problem(torch.float64, grad=False)
+    size = 3
+    mapped = [t if d is None else torch.stack([t * (i + 1) for i in range(size)], d) for t, d in zip((x, w, b), in_dims, strict=True)]
+
+    def f(x, w, b):
+        return lifeops.token_dwconv(x, w, b, grid=GRID, num_prefix_tokens=2)
+
+    got = torch.func.vmap(f, in_dims=in_dims)(*mapped)
+    for i in range(size):
+        one = [t if d is None else t.select(d, i) for t, d in zip(mapped, in_dims, strict=True)]
+        torch.testing.assert_close(got[i], f(*one))
+
+
+def test_per_sample_gradients():
+    x, w, b = _problem(torch.float64, grad=False)
+
+    def loss(w, b, x):
+        return lifeops.token_dwconv(x[None], w, b, grid=GRID, num_prefix_tokens=2).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)), in_dims=(None, None, 0))(w, b, x)
+    for i in range(len(x)):
+        for g, e in zip(got, torch.func.grad(loss, argnums=(0, 1, 2))(w, b, x[i]), strict=True):
+            torch.testing.assert_close(g[i], e)
+
+
+def test_profiler_shows_the_op():
+    x, w, b = _problem(grad=False)
+    with torch.profiler.profile() as prof:
+        lifeops.token_dwconv(x, w, b, grid=GRID, num_prefix_tokens=2)
+    assert any(e.key == "lifeops::token_dwconv" for e in prof.key_averages())
