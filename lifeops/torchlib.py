@@ -7,9 +7,8 @@ backend is chosen inside it. ``Library.define/impl`` costs about a third of ``to
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
-
 from lifeops import registry
+from lifeops.after_import import after_import
 from lifeops.registry import Op
 
 _LIB = torch.library.Library("lifeops", "DEF")
@@ -73,6 +72,14 @@ def _fake(op: Op):
     return run
 
 
+def _register_flops(op: Op) -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(getattr(torch.ops.lifeops, op.name))
+    def flops(*args, out_shape=None, **kwargs):
+        return op.flops(*args)
+
+
 def install(op: Op) -> None:
     """Define the operator of ``op``: kernel, fake, autograd guard and FLOP formula."""
     registry.add(op)
@@ -81,9 +88,7 @@ def install(op: Op) -> None:
     _LIB.impl(op.name, _guard(op), "Autograd")
     torch.library.register_fake(f"lifeops::{op.name}", _fake(op), lib=_LIB)
 
-    @register_flop_formula(getattr(torch.ops.lifeops, op.name))
-    def flops(*args, out_shape=None, **kwargs):
-        return op.flops(*args)
+    after_import("torch.utils.flop_counter", lambda: _register_flops(op))
 
 
 def set_vmap(op: Op, rule) -> None:

@@ -1,0 +1,58 @@
+# `make demo` and `make test` do all set-up themselves: a venv, torch, the build.
+#   TORCH="torch==2.11.0" picks another torch; pip's own variables (PIP_INDEX_URL, PIP_FIND_LINKS, …) pick where it comes from.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?= -n 2
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -q
+SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test test-none lint bench budgets readme clean
+
+demo: $(VENV)/demo.ready
+	$(BIN)/lifeops demo $(ARGS)
+
+# One thread per test process: the tests use both cores, and thread-count tests set their own number.
+test: $(VENV)/test.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The pure-Python installation: no compiled kernels, everything runs on the reference.
+test-none: $(VENV)/test.ready
+	rm -rf $(VENV)/none && LIFEOPS_BUILD=none $(PIP) install --no-build-isolation --no-deps --target $(VENV)/none .
+	cd tests && LIFEOPS_BUILD=none OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/none $(abspath $(BIN))/python -m pytest $(PYTEST_ARGS) \
+	  test_without_kernels.py test_errors.py test_autograd.py test_life.py test_convert.py -k "not cpu"
+
+lint: $(VENV)/test.ready
+	$(BIN)/ruff check .
+
+bench: $(VENV)/test.ready
+	$(BIN)/python -m bench $(ARGS)
+
+# Registers, spills and instructions per element of every GPU kernel variant on sm_80, sm_90 and sm_100, without a GPU.
+budgets: $(VENV)/test.ready
+	$(BIN)/python -m bench.budgets $(ARGS)
+
+readme: $(VENV)/test.ready
+	$(BIN)/python -m bench.readme
+
+$(VENV)/torch.ready:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -U pip "setuptools>=77" wheel pybind11 ninja numpy "$(TORCH)"
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $(VENV)/constraints.txt
+	touch $@
+
+$(VENV)/built.ready: $(VENV)/torch.ready $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e .
+	touch $@
+
+$(VENV)/demo.ready: $(VENV)/built.ready
+	$(PIP) install -c $(VENV)/constraints.txt scikit-learn matplotlib rich
+	touch $@
+
+$(VENV)/test.ready: $(VENV)/built.ready
+	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark timm safetensors scikit-learn matplotlib rich ruff
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info lifeops/*.so lifeops/_build.json runs

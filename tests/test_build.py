@@ -1,0 +1,142 @@
+"""Installations in any state: import isolation, missing and stale libraries, the shadowing source folder, what info says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lifeops
+from lifeops import info, native, registry
+
+PACKAGE = Path(lifeops.__file__).parent
+
+
+def run(code, *, cwd=None, **env):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env={**os.environ, **env}, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The package in a folder of its own, compiled files included, in front of the installed one."""
+    shutil.copytree(PACKAGE, tmp_path / "lifeops", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+CALL = """
+import warnings, torch, lifeops
+from lifeops import registry, torchlib
+warnings.simplefilter("ignore")
+y = lifeops.token_dwconv(torch.ones(1, 5, 4), torch.ones(4, 1, 3, 3), grid=(2, 2), num_prefix_tokens=1)
+assert y[0, 1:].eq(4).all() and y[0, 0].eq(1).all()
+print(torchlib.last_backend["token_dwconv"], "|", registry.unavailable("cpu"))
+"""
+
+
+def test_import_touches_neither_triton_nor_the_gpu():
+    out = run(
+        "import sys, torch; before = set(sys.modules); import lifeops\n"
+        "print(any(m.split('.')[0] in ('triton', 'timm', 'matplotlib', 'sklearn', 'rich') for m in set(sys.modules) - before),"
+        " torch.cuda.is_initialized())"
+    )
+    assert out.split() == ["False", "False"]
+
+
+def test_import_is_quick():
+    out = run("import torch, time; t = time.process_time(); import lifeops; print(time.process_time() - t)")
+    torch_out = run("import time; t = time.process_time(); import torch; print(time.process_time() - t)")
+    assert float(out) < float(torch_out)  # a ratio in one run: nothing heavy hangs on the import
+
+
+def test_works_where_triton_cannot_be_imported():
+    blocked = "import sys\nsys.modules['triton'] = None\n"
+    out = run(blocked + CALL + "print(registry.reasons_against(registry.ops['token_dwconv'], 'triton', "
+              "registry.ops['token_dwconv'].problem(torch.ones(1, 5, 4), torch.ones(4, 1, 3, 3))))")  # fmt: skip
+    assert out.startswith("cpu")
+    assert "triton" in out.splitlines()[-1]
+
+
+def test_a_missing_library_leaves_the_reference(copied):
+    for path in (copied / "lifeops").glob("_ops*.so"):
+        path.unlink()
+    out = run(CALL, cwd=copied, PYTHONPATH=str(copied))
+    assert out.startswith("reference | ")
+    assert "no compiled kernels" in out
+
+
+def test_a_broken_library_leaves_the_reference(copied):
+    for path in (copied / "lifeops").glob("_ops*.so"):
+        path.write_bytes(b"not a library")
+    out = run(CALL, cwd=copied, PYTHONPATH=str(copied))
+    assert out.startswith("reference | ")
+
+
+def test_a_stale_library_is_detected(copied):
+    source = copied / "lifeops" / "native.py"
+    source.write_text(source.read_text().replace("bool flip, int isa) -> ()", "bool flip, int isa, int more) -> ()"))
+    out = run(CALL, cwd=copied, PYTHONPATH=str(copied))
+    assert out.startswith("reference | ")
+    assert "is stale: expected" in out
+    assert "rebuild it with" in out
+
+
+def test_the_source_folder_in_front_of_an_installation_is_named(tmp_path):
+    """As after `pip install .`, run from the repository root: the source package has no library."""
+    shutil.copytree(PACKAGE, tmp_path / "lifeops", ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.json"))
+    (tmp_path / "setup.py").write_text("")
+    out = run(CALL, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert out.startswith("reference | ")
+    assert "shadows it (run from another folder)" in out
+
+
+def test_info_names_versions_backends_and_switches():
+    text = info.text()
+    for part in ("torch", "triton", "CPU instruction set", "reference", "cuda", "LIFEOPS_BACKEND", "LIFEOPS_STRICT", "compiler"):
+        assert part in text
+    out = subprocess.run([sys.executable, "-m", "lifeops", "info"], capture_output=True, text=True, check=True).stdout
+    assert "backends" in out
+
+
+def test_info_tells_a_stale_build(monkeypatch):
+    monkeypatch.setattr(info, "_digest", lambda csrc: "something else")
+    if (PACKAGE.parent / "csrc").is_dir() and not registry.unavailable("cpu"):
+        assert "STALE" in info.build()["extension"]
+
+
+def test_the_library_speaks_only_the_stable_abi():
+    """No C++ symbols of libtorch: one binary for every torch from 2.10 on."""
+    nm = shutil.which("nm")
+    if nm is None or registry.unavailable("cpu"):
+        pytest.skip("needs nm and the compiled kernels")
+    symbols = subprocess.run([nm, "-D", "--undefined-only", str(native._find())], capture_output=True, text=True, check=True).stdout
+    unstable = [s for s in symbols.split() if "N2at" in s or "N3c10" in s or "N5torch" in s or s.startswith("Py")]
+    assert not unstable
+
+
+def test_fork_after_use():
+    """A worker process forked after the kernels ran can run them too (data loaders, launchers)."""
+    code = CALL + (
+        "import os\npid = os.fork()\n"
+        "if pid == 0:\n    torch.set_num_threads(1)\n"
+        "    lifeops.token_dwconv(torch.ones(1, 5, 4), torch.ones(4, 1, 3, 3), grid=(2, 2), num_prefix_tokens=1)\n    os._exit(7)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
+    )
+    run(code, OMP_NUM_THREADS="1")
+
+
+def test_dependencies_point_one_way():
+    """geometry, errors <- registry <- ops <- backends; ops know no backend, nothing but torchlib touches torch.library."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        if path.parent.name == "ops":
+            assert "import triton" not in text
+            assert "lifeops.native" not in text
+            assert "lifeops.kernels" not in text
+        if path.name not in ("torchlib.py",):
+            assert "torch.library." not in text, path
+        if path.name not in ("config.py", "info.py"):
+            assert "os.environ" not in text, path
