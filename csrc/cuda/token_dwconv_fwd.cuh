@@ -188,8 +188,14 @@ __device__ __forceinline__ void store_tile(T* y, const Tile& tile, int rows, con
   }
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define LIFEOPS_RESIDENT_BLOCKS(K, T) 2  // sm_75 spills 16 bytes with 168 registers
+#else
+#define LIFEOPS_RESIDENT_BLOCKS(K, T) resident_blocks(K, sizeof(T))
+#endif
+
 template <typename T, int K, int kVec, int kTileW>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, LIFEOPS_RESIDENT_BLOCKS(K, T))
     token_dwconv_fwd_tile_kernel(const __grid_constant__ TokenDWConvFwdArgs a) {
   using Acc = acc_t<T>;
   constexpr int kTaps = K * K, kSlab = kLanes * kVec, kPitch = kSlab + kVec, kRows = kTileH + K - 1;
