@@ -7,6 +7,7 @@ backend is chosen inside it. ``Library.define/impl`` costs about a third of ``to
 from __future__ import annotations
 
 import torch
+
 from lifeops import registry
 from lifeops.after_import import after_import
 from lifeops.registry import Op

@@ -135,7 +135,7 @@ def test_what_cannot_be_converted_is_named():
         lifeops.convert(_model("cls"), "conv")
     with pytest.raises(ValueError, match=r"Linear is not a known ViT; looked for a timm VisionTransformer"):
         lifeops.convert(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="converted to 'life' before; call lifeops.revert"):
+    with pytest.raises(ValueError, match=r"converted to 'life' before; call lifeops\.revert"):
         lifeops.convert(lifeops.convert(_model("cls")))
     with pytest.raises(ValueError, match="was not converted"):
         lifeops.revert(_model("cls"))
@@ -197,7 +197,7 @@ def test_official_errors():
         lifeops.load_official(state)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         lifeops.load_official({**state, "extra": torch.zeros(1)}, num_heads=3)
-    with pytest.raises(ValueError, match="has no 'head.weight'"):
+    with pytest.raises(ValueError, match=r"has no 'head\.weight'"):
         lifeops.load_official({k: v for k, v in state.items() if k != "head.weight"}, num_heads=3)
     with pytest.raises(ValueError, match="square grids"):
         lifeops.load_official({**state, "pos_embed": torch.zeros(1, 16, 24)}, num_heads=3)

@@ -60,7 +60,7 @@ def test_message_names_the_op():
 
 def test_gradient_ops_check_their_own_arguments():
     dy, w = torch.randn(1, 5, 4), torch.randn(4, 1, 3, 3)
-    with pytest.raises(ValueError, match="token_dwconv_bwd_dx: dy.shape"):
+    with pytest.raises(ValueError, match=r"token_dwconv_bwd_dx: dy\.shape"):
         torch.ops.lifeops.token_dwconv_bwd_dx(dy, w, 2, 2, 2, "keep", "")
     with pytest.raises(ValueError, match="x and dy must agree"):
         torch.ops.lifeops.token_dwconv_bwd_dw(dy, torch.randn(2, 5, 4), 3, 2, 2, 1, "keep", torch.float32, None, "")

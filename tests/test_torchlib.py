@@ -57,7 +57,7 @@ def test_compile_fullgraph_dynamic(backend, prefix):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_follows_conv2d(dtype):
     for x_dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        x, w, b = _problem(x_dtype)
+        x, w, _ = _problem(x_dtype)
         with torch.autocast("cpu", dtype=dtype):
             y = lifeops.token_dwconv(x, w.float().detach().requires_grad_(), None, grid=GRID, num_prefix_tokens=2)
             conv = torch.nn.functional.conv2d(torch.zeros(1, 8, 4, 5, dtype=x_dtype), w.detach().to(x_dtype), groups=8, padding=1)

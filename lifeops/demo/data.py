@@ -13,7 +13,8 @@ from torch import Tensor
 
 NUM_CLASSES = 10
 IMG_SIZE = 8
-_TEST_SIZE = 597
+_POOL_SIZE = 1200
+MIN_SIZE, MAX_SIZE = NUM_CLASSES, _POOL_SIZE - NUM_CLASSES  # an image of every class to train on and one left over
 
 
 class Images(NamedTuple):
@@ -35,15 +36,14 @@ def load() -> tuple[Images, Images]:
 
     digits = load_digits()
     x = torch.from_numpy(digits.images).float().div(8).sub(1).unsqueeze(1)
-    pool, test = _split(Images(x, torch.from_numpy(digits.target).long()), len(x) - _TEST_SIZE, seed=0)
+    pool, test = _split(Images(x, torch.from_numpy(digits.target).long()), _POOL_SIZE, seed=0)
     return pool, test
 
 
 def draw(pool: Images, size: int, seed: int) -> tuple[Images, Images]:
     """(training set of ``size`` images, what is left of the pool)."""
-    largest = len(pool) - NUM_CLASSES
-    if not NUM_CLASSES <= size <= largest:
-        raise ValueError(f"training sizes must be between {NUM_CLASSES} (one image per class) and {largest}, got {size}")
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise ValueError(f"the size of a training set must be between {MIN_SIZE} and {MAX_SIZE}, got {size}")
     return _split(pool, size, seed)
 
 

@@ -1,0 +1,83 @@
+"""Named problems and what the library promises on them. The CLI and the pytest-benchmark suite share them."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Problem(NamedTuple):
+    """One measurement: ``system`` and ``mode`` say what runs (see systems.py), the rest is its size."""
+
+    system: str
+    mode: str
+    B: int
+    H: int
+    W: int
+    C: int
+    K: int  # 0 where the system fixes its kernels
+    dtype: str
+    P: int = 1
+
+    @property
+    def name(self) -> str:
+        kernel = f"_k{self.K}" if self.K else ""
+        return f"b{self.B}_{self.H}x{self.W}_c{self.C}{kernel}_{self.dtype}"
+
+    @property
+    def elements(self) -> int:
+        return self.B * self.H * self.W * self.C
+
+
+class Target(NamedTuple):
+    """``time(baseline) / time(lifeops) >= at_least``."""
+
+    baseline: str
+    at_least: float
+
+
+SIZES = [(8, 14, 14), (32, 14, 14), (16, 16, 16), (8, 32, 32), (8, 37, 37), (32, 37, 37)]
+QUICK_SIZES = [(16, 14, 14), (8, 32, 32)]
+
+
+def _dwconv(modes, quick):
+    sizes, widths = (QUICK_SIZES, (192, 768)) if quick else (SIZES, (192, 384, 768))
+    for mode, dtype, (B, H, W), C, K in product(modes, DTYPES, sizes, widths, (3, 5, 7)):
+        yield Problem("token_dwconv", mode, B, H, W, C, K, dtype)
+
+
+def _life(system, modes):
+    for mode, dtype, C in product(modes, DTYPES, (192, 384, 768)):
+        yield Problem(system, mode, 16, 14, 14, C, 0, dtype, P=1)
+
+
+def problems(system: str, modes: list[str] | None = None, *, quick: bool = False, dtypes: tuple[str, ...] = DTYPES) -> list[Problem]:
+    """The committed set for a system; ``quick`` is a subset for a look."""
+    if system == "token_dwconv":
+        found = _dwconv(modes or ["fwd", "dw", "fwdbwd"], quick)
+    elif system in ("life_qkv", "life_attention"):
+        found = _life(system, modes or ["fwd", "fwdbwd"])
+    else:
+        raise ValueError(f"bench: system must be token_dwconv, life_qkv or life_attention, got {system!r}")
+    return [p for p in found if p.dtype in dtypes]
+
+
+def targets(p: Problem, allocator: str) -> list[Target]:
+    """What the library promises for this problem on CPU; an empty list where nothing is promised."""
+    if p.system == "token_dwconv":
+        large = p.K >= 5
+        return {
+            "fwd": [Target("eager", 1.5)] + ([Target("onednn", 1.0)] if large else []),
+            "dw": [Target("onednn", 10.0 if large else 1.0)],
+            "fwdbwd": [Target("eager", 3.0 if large else 1.5)],
+        }[p.mode]
+    if p.system == "life_qkv" and p.dtype == "float32":
+        i = (192, 384, 768).index(p.C)
+        if allocator == "default":
+            return [Target("eager", 2.0)] if p.mode == "fwd" else []
+        if p.mode == "fwd":
+            return [Target("plain", 1 / (1.4, 1.25, 1.15)[i]), Target("eager", (1.55, 1.5, 1.4)[i])]
+        return [Target("eager", (1.5, 1.5, 1.3)[i])]
+    return []
