@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kThreads)
     const Tile tile = locate_tile<K, kTileW>(a.tiling, task, H, W);
     const T* row = locate_token(static_cast<const T*>(a.x_patches) + c, tile, -(K / 2), -(K / 2), a.x_image_bytes,
                                 a.x_row_bytes, a.x_token_bytes);
-    const T* dy_row = locate_token(static_cast<const T*>(a.dy_patches) + c, tile, 0, 0, a.dy_image_bytes, a.dy_row_bytes,
-                                   a.dy_token_bytes);
+    const T* dy_row = locate_token(static_cast<const T*>(a.dy_patches) + c, tile, 0, 0, a.dy_image_bytes,
+                                   a.dy_row_bytes, a.dy_token_bytes);
     Pack<T, kVec> r_rows[2][kTileW + K - 1];
     auto fetch = [&](int j) {
       if (tile.rows >> j & 1) load_row<T, kVec, kTileW, K / 2>(row, x_columns, tile, r_rows[j % 2]);
