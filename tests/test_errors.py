@@ -54,7 +54,7 @@ def test_token_dwconv_message(name):
 
 
 def test_message_names_the_op():
-    with pytest.raises(ValueError, match="^token_dwconv: "):
+    with pytest.raises(ValueError, match=r"^token_dwconv: "):
         _call(grid=(13, 14))
 
 
