@@ -15,25 +15,19 @@ WARPS = 4  # 128 threads: up to 168 registers each leave three programs on an SM
 
 
 @triton.jit
-def to_accumulator(b, ACC: tl.constexpr):
-    """``b`` in the accumulator's dtype, exactly.
+def load_block(p, m, MASKED: tl.constexpr, ACC: tl.constexpr):
+    """A block in the accumulator's dtype, zero where ``m`` is false. Without MASKED no register is cleared beforehand.
 
     bfloat16 is widened as an integer: LLVM then takes the upper half of a register pair with one AND. Its own conversion
     is a PRMT and a shift, 1 of 15 instructions per element at K = 3.
     """
-    if b.dtype == tl.bfloat16 and ACC == tl.float32:
-        return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return b.to(ACC)
-
-
-@triton.jit
-def load_block(p, m, MASKED: tl.constexpr, ACC: tl.constexpr):
-    """A block in the accumulator's dtype, zero where ``m`` is false. Without MASKED no register is cleared beforehand."""
     if MASKED:
         b = tl.load(p, mask=m, other=0.0)
     else:
         b = tl.load(p)
-    return to_accumulator(b, ACC)
+    if b.dtype == tl.bfloat16 and ACC == tl.float32:
+        return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return b.to(ACC)
 
 
 @triton.jit

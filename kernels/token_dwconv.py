@@ -18,13 +18,13 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+
+from lifeops import registry
 from lifeops.kernels import _tile
 from lifeops.kernels._tile import divide, inside, load_block, row_offset, store_block, strides
 
-from lifeops import registry
-
 MAX_KERNEL = 15
-ROWS = tl.constexpr(2)  # output rows per job: more would save loads, but 14 rows are seven pairs and not whole fours
+ROWS = 2  # output rows per job: more would save loads, but 14 rows are seven pairs and not whole fours
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _store_output(y, residual, b_y, m, r: tl.constexpr, q: tl.constexpr, MASKED:
 
 
 @triton.jit
-def _window(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, FLIP: tl.constexpr,
+def _window(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
             SEGMENT: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """K <= 5. While input column ``col`` is added, slot s of the ring is output column col + s - K // 2."""
     HP: tl.constexpr = K // 2
@@ -120,7 +120,7 @@ def _add_row(acc, row, taps, K: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.c
 
 
 @triton.jit
-def _rolling(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, FLIP: tl.constexpr,
+def _rolling(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
              SEGMENT: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """K >= 7. Input row j meets row j of the taps for the upper output row and row j - 1 for the lower one."""
     HP: tl.constexpr = K // 2
@@ -165,7 +165,7 @@ def _prefix_rows(p_x, p_r, p_y, m_x, m_y, rows, x_col, r_col, y_col, ACC: tl.con
 def token_dwconv_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
     B, H, W, x_prefix, y_prefix, copied, pairs, conv_tiles, stride_xb, stride_xn, stride_rb, stride_rn,
-    C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
     X_STRIDE_N: tl.constexpr, R_STRIDE_N: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -219,9 +219,9 @@ def token_dwconv_fwd_kernel(
             b_bias += load_block(bias_ptr + o_c, m_c, TAIL, ACC)
         p_w = weight_ptr + o_c * (K * K)
         if K <= 5:
-            _window(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K, FLIP, SEGMENT, WHOLE, TAIL, ACC)
+            _window(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K, FLIP, ROWS, SEGMENT, WHOLE, TAIL, ACC)
         else:
-            _rolling(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K, FLIP, SEGMENT, WHOLE, TAIL, ACC)
+            _rolling(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K, FLIP, ROWS, SEGMENT, WHOLE, TAIL, ACC)
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def segments(H: int, W: int, K: int) -> tuple[int, bool]:
     """(SEGMENT, WHOLE). Four variants serve every grid: whole rows of 14 and 16 without column masks, else masked
     segments of 8 or 16, whichever loads fewer columns (8 for windows of 7 and 8).
     """
-    if W in (14, 16) and H >= ROWS.value:
+    if W in (14, 16) and H >= ROWS:
         return W, True
     return min((16, 8), key=lambda segment: -(-W // segment) * (segment + K - 1)), False
 
@@ -258,7 +258,7 @@ def forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_
     K = weight.shape[-1]
     config = forward_config(H, W, C, K, x.dtype)
     blocks_c = -(-C // config.BLOCK_C)
-    pairs, cuts = -(-H // ROWS.value), -(-W // config.SEGMENT)
+    pairs, cuts = -(-H // ROWS), -(-W // config.SEGMENT)
     conv_tiles = -(-B * pairs // config.BLOCK_R) * cuts
     prefix_tiles = -(-B // config.BLOCK_R) if y_prefix else 0
     stride_rb, stride_rn = (0, 0) if residual is None else residual.stride()[:2]
@@ -268,7 +268,7 @@ def forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_
         B=B, H=H, W=W, x_prefix=x_prefix, y_prefix=y_prefix, copied=B if copy_prefix else 0, pairs=pairs,
         conv_tiles=conv_tiles, stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
         stride_rb=stride_rb // align, stride_rn=stride_rn // align,
-        C=C, K=K, FLIP=flip, X_STRIDE_N=_tile.common_stride(x.stride(1), C), R_STRIDE_N=_tile.common_stride(stride_rn, C),
+        C=C, K=K, FLIP=flip, ROWS=ROWS, X_STRIDE_N=_tile.common_stride(x.stride(1), C), R_STRIDE_N=_tile.common_stride(stride_rn, C),
         ALIGN=align, ACC=_tile.accumulator(x.dtype), **asdict(config),
     )  # fmt: skip
     return (conv_tiles + prefix_tiles) * blocks_c, arguments

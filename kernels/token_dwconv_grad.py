@@ -15,11 +15,11 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+
+from lifeops import registry
 from lifeops.kernels import _tile
 from lifeops.kernels._tile import divide, inside, load_block, row_offset, strides
 from lifeops.kernels.token_dwconv import MAX_KERNEL, segments
-
-from lifeops import registry
 
 PROGRAMS = 768  # of the first stage, about: over one wave of 132 SMs x 4; at K 3 and C 384 the partial sums are 4 MB
 SUM_ROWS = tl.constexpr(16)  # partial sums added side by side in the second stage
