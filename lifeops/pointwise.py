@@ -66,7 +66,8 @@ def _map(x: torch.Tensor) -> torch.Tensor:
 
 
 def _tokens(y: torch.Tensor) -> torch.Tensor:
-    return y.squeeze(3).transpose(1, 2)
+    """Back to (B, N, C). A tiny convolution may come out channels first: then this is a copy, else a view."""
+    return y.squeeze(3).transpose(1, 2).contiguous()
 
 
 _CONV = ([0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
