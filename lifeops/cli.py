@@ -1,0 +1,28 @@
+"""The command line: ``lifeops <command>`` or ``python -m lifeops <command>``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Sequence
+
+# command -> (module whose ``main(argv)`` runs it, imported only then; what it does)
+COMMANDS = {
+    "info": ("lifeops.info", "versions, backends and why one is missing, environment variables"),
+    "demo": ("lifeops.demo.run", "train plain against LIFE on small real images: accuracy, time and memory side by side"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="lifeops",
+        description="Fused token ops that give Vision Transformers local structure.",
+        epilog="commands:\n" + "".join(f"  {name:<6}{text}\n" for name, (_, text) in COMMANDS.items()) + "\nlifeops COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of: {', '.join(COMMANDS)}")
+    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the command's own options")
+    args = parser.parse_args(argv)
+    module, _ = COMMANDS[args.command]
+    return importlib.import_module(module).main(args.args)
