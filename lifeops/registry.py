@@ -36,7 +36,7 @@ class Op:
     flops: Callable[..., int]
     samples: Callable[[], Sequence[Any]] = tuple
     make: Callable | None = None
-    reduces: Callable[[Any], int] | None = None  # terms per output for sums over the batch (dW, db): sqrt(terms) tolerance
+    reduces: Callable[[Any], int] | None = None  # terms of long sums (dW, db, matrix products): sqrt(terms) tolerance
     is_empty: Callable[..., bool] = lambda *args: False
     impls: dict[str, Impl] = field(default_factory=dict, compare=False)
 
