@@ -70,6 +70,10 @@ class Cost:
         return self.spilled == 0 and self.per_element <= per_element and self.registers <= registers
 
 
+def integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
 def specialisation(kernel, arguments: dict) -> tuple:
     """What a launch compiles for: constants, argument types, and ints that Triton may specialise on their value."""
     key = []
@@ -80,9 +84,9 @@ def specialisation(kernel, arguments: dict) -> tuple:
         elif isinstance(value, torch.Tensor):
             key.append((parameter.name, value.dtype))
         elif parameter.do_not_specialize:
-            key.append((parameter.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            key.append((parameter.name, integer(value)))
         else:
-            key.append((parameter.name, "i32", value == 1, value % 16 == 0))
+            key.append((parameter.name, integer(value), value == 1, value % 16 == 0))
     return tuple(key)
 
 
@@ -96,7 +100,7 @@ def source(kernel, arguments: dict) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(i,)] = _POINTER[value.dtype], [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "i32"
+            signature[parameter.name] = integer(value)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
