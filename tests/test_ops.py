@@ -1,12 +1,16 @@
 """Every op x backend x sample x dtype against the oracle: generated from the registry, nothing is listed here."""
 
+import os
+
 import pytest
 import torch
 
 from lifeops import registry, testing, torchlib
 
-registry.load("cpu")
+BACKEND = os.environ.get("LIFEOPS_TEST_BACKEND", "cpu")  # triton: tests/test_triton_ops.py, in Triton's interpreter
+INTERPRETED = BACKEND == "triton"
 HALF = (torch.float16, torch.bfloat16)
+registry.load(BACKEND)
 
 
 def _id(value):
@@ -17,6 +21,9 @@ def _cases(backend, **kwargs):
     return [pytest.param(*case, id="-".join(map(_id, case))) for case in testing.cases(backend, **kwargs)]
 
 
+CASES = _cases(BACKEND, tiny_only=INTERPRETED)
+
+
 def _run(op, args):
     out = torchlib.overload(op)(*args)
     if not op.is_empty(*args):
@@ -24,16 +31,16 @@ def _run(op, args):
     return out
 
 
-@pytest.mark.parametrize(("op", "sample", "dtype"), _cases("cpu"))
-def test_cpu_oracle(op, sample, dtype, poison):
-    args = testing.make(op, sample, dtype, backend="cpu")
-    testing.check(op, args, _run(op, args), terms=op.reduces(sample) if op.reduces else 1)
+@pytest.mark.parametrize(("op", "sample", "dtype"), CASES)
+def test_oracle(op, sample, dtype, poison):
+    args = testing.make(op, sample, dtype, backend=BACKEND)
+    testing.check(op, args, _run(op, args), terms=op.reduces(sample) if op.reduces else 1, truncates=INTERPRETED)
 
 
-@pytest.mark.parametrize(("op", "sample", "dtype"), _cases("cpu"))
-def test_cpu_exact(op, sample, dtype, poison):
-    args = testing.make(op, sample, dtype, backend="cpu", integers=True)
-    limit = {torch.bfloat16: 256, torch.float16: 2048}.get(sample.weight_dtype or dtype if op.reduces else dtype)
+@pytest.mark.parametrize(("op", "sample", "dtype"), CASES)
+def test_exact(op, sample, dtype, poison):
+    args = testing.make(op, sample, dtype, backend=BACKEND, integers=True)
+    limit = {torch.bfloat16: 256, torch.float16: 2048}.get(sample.weight_dtype or dtype if op.name.endswith(("dw", "db")) else dtype)
     expected = testing.oracle(op, args)
     if limit and any(e.numel() and e.abs().max() > limit for e in expected):
         pytest.skip(f"sums pass {limit}: not every integer is representable")
@@ -42,10 +49,13 @@ def test_cpu_exact(op, sample, dtype, poison):
 
 @pytest.mark.parametrize(("op", "sample", "dtype"), _cases("reference", tiny_only=True, dtypes=(torch.float32,)))
 def test_reference_exact(op, sample, dtype):
+    if INTERPRETED:
+        pytest.skip("runs beside the cpu backend")
     args = testing.make(op, sample, dtype, backend="reference", integers=True)
     testing.check_exact(op, args, _run(op, args))
 
 
+@pytest.mark.skipif(INTERPRETED, reason="runs beside the cpu backend")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=_id)
 def test_every_instruction_set(isa, dtype, monkeypatch, poison):

@@ -1,0 +1,24 @@
+"""The registry's own tests on the Triton backend, in its interpreter: dispatch, strides and LIFE's chain on top.
+
+A selection: the interpreter takes about a second a case. tests/test_triton_interpreter.py holds the kernels' own cases; all of
+the registry's run with TRITON_INTERPRET=1 LIFEOPS_TEST_BACKEND=triton pytest tests/test_ops.py (12 minutes).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SELECTION = "test_oracle and float32 and (plain or zero_residual or drop_residual or transposed_dy or scalar_dy or cls)"
+
+
+def test_registry_cases_in_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "LIFEOPS_TEST_BACKEND": "triton"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "test_ops.py", "-k", SELECTION]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 20
