@@ -121,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         from bench import tune
 
         return tune.main()
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog="`python -m bench tune` writes the table of CPU GEMM paths.")
+    tune_help = "`python -m bench tune` writes the table of CPU GEMM paths."
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, epilog=tune_help)
     parser.add_argument("--system", choices=SYSTEMS, action="append", help="default: all")
     parser.add_argument("--mode", help="comma-separated: fwd, dw, fwdbwd; default: all of a system's")
     parser.add_argument("--dtype", help=f"comma-separated; default: {','.join(DTYPES)}")

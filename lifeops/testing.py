@@ -4,7 +4,8 @@ Oracle: the op's reference in float64 on the same values. An implementation may 
 
     2 * (error of the reference run in the op's dtype) + eps(dtype) * max|oracle|      in the max norm,
 
-times sqrt(terms) on the second part for long sums (dW, db, matrix products), whose order differs between libraries. Integer-valued inputs must match bit for bit.
+times sqrt(terms) on the second part for long sums (dW, db, matrix products), whose order differs between libraries.
+Integer-valued inputs must match bit for bit.
 """
 
 from __future__ import annotations
