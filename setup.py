@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
@@ -130,7 +130,7 @@ if BUILD in ("cpu", "cuda") and BUILD not in BUILT:
 report(MISSING)
 EXTENSIONS, COMMANDS = extensions(BUILT)
 setup(
-    packages=["lifeops", "lifeops.ops", "lifeops.nn", "lifeops.integrations", "lifeops.models", "lifeops.kernels"],
+    packages=["lifeops", *(f"lifeops.{name}" for name in find_packages("lifeops")), "lifeops.kernels"],
     package_dir={"lifeops": "lifeops", "lifeops.kernels": "kernels"},
     ext_modules=EXTENSIONS,
     cmdclass={"build_py": BuildPy, **COMMANDS},

@@ -54,10 +54,10 @@ def _shadowed() -> str | None:
     """The source folder in front of an installed package, as when one runs from the repository root."""
     if not (_HERE.parent / "setup.py").exists():
         return None
-    for path in importlib.metadata.files("lifeops") or [] if _version("lifeops") != "not installed" else []:
-        located = Path(path.locate())
-        if located.name == "__init__.py" and located.parent.name == "lifeops" and located.parent.resolve() != _HERE.resolve():
-            return f"this is {_HERE}, which shadows the installation in {located.parent}: run from another folder"
+    for distribution in importlib.metadata.distributions(name="lifeops"):  # an egg-info of the source folder is one of them
+        installed = Path(distribution.locate_file("lifeops"))
+        if (installed / "__init__.py").is_file() and installed.resolve() != _HERE.resolve():
+            return f"this is {_HERE}, which shadows the installation in {installed}: run from another folder"
     return None
 
 

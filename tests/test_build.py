@@ -93,6 +93,24 @@ def test_the_source_folder_in_front_of_an_installation_is_named(tmp_path):
     assert "shadows it (run from another folder)" in out
 
 
+def test_info_names_the_shadowed_installation(tmp_path):
+    """The source folder in front of an installed package with its own metadata."""
+    installed, source = tmp_path / "site", tmp_path / "source"
+    for folder in (installed, source):
+        shutil.copytree(PACKAGE, folder / "lifeops", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    (source / "setup.py").write_text("")
+    (installed / "lifeops-0.1.0.dist-info").mkdir()
+    (installed / "lifeops-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lifeops\nVersion: 0.1.0\n")
+    out = run("import lifeops.info; print(lifeops.info.text())", cwd=source, PYTHONPATH=f"{source}{os.pathsep}{installed}")
+    assert f"shadows the installation in {installed / 'lifeops'}: run from another folder" in out
+
+
+def test_every_package_is_installed():
+    """setup.py lists packages by looking, but a folder without __init__.py would be left out."""
+    folders = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} - {"."}
+    assert all((PACKAGE / folder / "__init__.py").is_file() for folder in folders)
+
+
 def test_info_names_versions_backends_and_switches():
     text = info.text()
     for part in ("torch", "triton", "CPU instruction set", "reference", "cuda", "LIFEOPS_BACKEND", "LIFEOPS_STRICT", "compiler"):

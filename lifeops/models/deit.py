@@ -146,7 +146,7 @@ class VisionTransformer(nn.Module):
             def attn(dim: int, num_heads: int, num_prefix_tokens: int) -> nn.Module:
                 return Attention(dim, num_heads, qkv_bias)
 
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()  # deeper blocks are dropped more often
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(Block(embed_dim, attn(embed_dim, num_heads, P), mlp_ratio, norm_eps, r) for r in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
