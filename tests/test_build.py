@@ -157,4 +157,5 @@ def test_dependencies_point_one_way():
         if path.name not in ("torchlib.py",):
             assert "torch.library." not in text, path
         if path.name not in ("config.py", "info.py"):
-            assert "os.environ" not in text, path
+            assert "os.environ.get" not in text, path
+            assert "os.getenv" not in text, path
