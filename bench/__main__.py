@@ -104,13 +104,14 @@ def report(rows, console) -> list[str]:
             last = (p.system, p.mode, allocator)
             baselines = [v for v in cell if v != "lifeops" and not v.startswith("plain_")]
             table = Table(title=f"{p.system} {p.mode}, {allocator} allocator: times slower than lifeops", title_justify="left")
-            for column in ("problem", "lifeops ms", *baselines, "promise"):
+            for column in ("problem", "lifeops ms", "GB/s", *baselines, "promise"):
                 table.add_column(column, justify="left" if column == "problem" else "right", no_wrap=True)
         missed = [t for t in targets(p, allocator) if sorted(cell[t.baseline])[len(cell[t.baseline]) // 2] < t.at_least]
         promise = "-" if not targets(p, allocator) else ("missed" if missed else "kept")
         where = f"{p.system} {p.mode} {p.name} {allocator}"
         losing += [f"{where}: {t.baseline} {_spread(cell[t.baseline])}, promised {t.at_least:.2f}" for t in missed]
-        table.add_row(p.name, _spread(cell["lifeops"]), *(_spread(cell[b]) for b in baselines), promise)
+        speed = f"{p.bytes / min(cell['lifeops']) / 1e6:.1f}" if p.bytes else "-"
+        table.add_row(p.name, _spread(cell["lifeops"]), speed, *(_spread(cell[b]) for b in baselines), promise)
     if table is not None:
         console.print(table)
     return losing

@@ -23,7 +23,7 @@ class Timing(NamedTuple):
     q75: float
 
 
-def interleaved(variants: dict[str, Callable[[], object]], seconds: float = 0.6, least: int = 7, most: int = 400) -> dict[str, Timing]:
+def interleaved(variants: dict[str, Callable[[], object]], seconds: float = 0.6, least: int = 5, most: int = 400) -> dict[str, Timing]:
     """Time every variant in turn for about ``seconds`` in all, at least ``least`` rounds, after two untimed ones."""
     for fn in variants.values():
         fn(), fn()

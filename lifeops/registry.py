@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+
 from lifeops import config
 from lifeops.errors import FallbackWarning, NotSupported
 
@@ -39,6 +41,13 @@ class Op:
     reduces: Callable[[Any], int] | None = None  # terms of long sums (dW, db, matrix products): sqrt(terms) tolerance
     is_empty: Callable[..., bool] = lambda *args: False
     impls: dict[str, Impl] = field(default_factory=dict, compare=False)
+
+    def cost(self, *args) -> Cost:
+        """Compulsory traffic and arithmetic of one call: every tensor argument read once, every output written once."""
+        read = [a for a in args if isinstance(a, torch.Tensor)]
+        out = self.fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+        moved = sum(t.numel() * t.element_size() for t in (*read, *(out if isinstance(out, tuple) else (out,))))
+        return Cost(moved, self.flops(*(a.shape if isinstance(a, torch.Tensor) else a for a in args)))
 
 
 @dataclass(frozen=True)

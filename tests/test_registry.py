@@ -129,6 +129,14 @@ def test_environment_values_are_checked(monkeypatch):
         config.refresh()
 
 
+def test_cost_counts_every_tensor_once():
+    x, w = torch.randn(2, 17, 4, dtype=torch.bfloat16), torch.randn(4, 1, 3, 3)
+    cost = registry.ops["token_dwconv"].cost(x, w, None, None, 4, 4, 1, "keep", "")
+    assert cost == registry.Cost(bytes=2 * 2 * 17 * 4 * 2 + 4 * 9 * 4, flops=2 * 9 * 4 * 16 * 2)
+    dw = registry.ops["token_dwconv_bwd_dw"].cost(x, x, 3, 4, 4, 1, "keep", torch.float32, None, "")
+    assert dw == registry.Cost(bytes=2 * 2 * 17 * 4 * 2 + 4 * 9 * 4, flops=2 * 9 * 4 * 16 * 2)
+
+
 def test_registering_twice_or_for_an_unknown_op_is_an_error():
     with pytest.raises(ValueError, match="registered already"):
         registry.add(registry.ops["token_dwconv"])
