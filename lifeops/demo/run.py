@@ -1,0 +1,143 @@
+"""The demo from the command line to the files it writes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lifeops.demo import data
+from lifeops.demo.data import Images
+from lifeops.demo.measure import compare
+from lifeops.demo.train import ATTENTION, Recipe, Run, build, make_optimizer, run_one, training_loss
+from lifeops.models.deit import VisionTransformer
+
+SYSTEMS = ("life",)
+SIZES, QUICK_SIZES = (50, 100, 300, 1000), (50, 300)
+_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lifeops demo",
+        description="Train a small DeiT from scratch on scikit-learn's digits, with plain and with LIFE attention (same seeds, data"
+        " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
+        " curves.png and attention.png.",
+    )
+    parser.add_argument("--system", choices=SYSTEMS, default="life", help="what to compare with the plain model (default: life)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder to write to (default: runs)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs per model and training-set size (default: 3)")
+    parser.add_argument("--sizes", type=int, nargs="+", help=f"training-set sizes (default: {' '.join(map(str, SIZES))})")
+    parser.add_argument("--epochs", type=int, help=f"passes over the training set (default: {Recipe().steps} steps at every size)")
+    parser.add_argument("--jobs", type=int, help="training runs at a time, one thread each (default: one per CPU core)")
+    parser.add_argument("--quick", action="store_true", help="two sizes, half the steps, costs of the demo's own model only")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"lifeops demo needs {', '.join(missing)}: pip install lifeops[demo]", file=sys.stderr)
+        return 1
+    if any(n is not None and n < 1 for n in (args.seeds, args.epochs, args.jobs)):
+        parser.error("--seeds, --epochs and --jobs must be at least 1")
+    args.sizes = sorted(set(args.sizes or (QUICK_SIZES if args.quick else SIZES)))
+    if not data.MIN_SIZE <= args.sizes[0] <= args.sizes[-1] <= data.MAX_SIZE:
+        parser.error(f"--sizes must be between {data.MIN_SIZE} and {data.MAX_SIZE}, got {args.sizes}")
+    run(args)
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from lifeops.demo import report
+
+    console = Console()
+    recipe = replace(Recipe(), steps=Recipe().steps // 2 if args.quick else Recipe().steps, epochs=args.epochs)
+    folder = args.out / args.system
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = train_all(console, args.sizes, args.seeds, recipe, args.jobs or _num_cores())
+    costs = measure_all(console, recipe, quick=args.quick)
+    tables = [report.accuracy_table(runs), *(report.cost_table(setting, models) for setting, models in costs.items())]
+    for table in tables:
+        table.print(console)
+    report.write_csv(folder / "table.csv", runs, costs)
+    (folder / "table.md").write_text("\n".join(t.markdown() for t in tables), encoding="utf-8")
+    report.plot_curves(folder / "curves.png", runs)
+    report.plot_attention(folder / "attention.png", runs, recipe)
+    console.print(f"Tables, curves and attention maps are in {folder}{os.sep}", soft_wrap=True)
+
+
+def train_all(console, sizes: Sequence[int], seeds: int, recipe: Recipe, jobs: int) -> list[Run]:
+    """Every run of the demo. Models this small gain nothing from threads, so runs go side by side with one thread each."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    from lifeops.demo.report import TRAINED
+
+    # the weights of one pair are kept, for the attention maps
+    todo = [(m, size, seed, recipe, size == sizes[-1] and seed == 0) for size in sizes for seed in range(seeds) for m in TRAINED]
+    text = f"Training {len(todo)} models: {', '.join(TRAINED)} x {seeds} seeds x {', '.join(map(str, sizes))} images"
+    console.print(text, highlight=False, soft_wrap=True)
+    columns = ("training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        done = []
+        for result in progress.track(_results(todo, min(jobs, len(todo))), total=len(todo)):
+            done.append(result)
+    return done
+
+
+def _results(todo: list[tuple], jobs: int):
+    """The runs of ``todo`` as they end."""
+    if jobs == 1:
+        yield from (run_one(*arguments) for arguments in todo)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads half alive
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for future in as_completed([pool.submit(run_one, *arguments) for arguments in todo]):
+            yield future.result()
+
+
+def measure_all(console, recipe: Recipe, quick: bool) -> dict[str, dict]:
+    """Setting to model to :class:`lifeops.demo.measure.Cost`: the demo's model and, unless ``quick``, DeiT-Tiny at 224."""
+    costs = {}
+    with console.status("measuring time and memory of a training step"):
+        models = {name: build(name, recipe) for name in ATTENTION}
+        batch = data.load()[0].take(slice(recipe.batch_size))
+        setting = f"a training step of the demo's model, batch {recipe.batch_size}, 1 thread"
+        costs[setting] = _measure(models, batch, recipe, rounds=30)
+        if not quick:
+            models = {name: VisionTransformer(dist_token=True, attn=attn) for name, attn in ATTENTION.items()}
+            batch = Images(torch.randn(2, 3, 224, 224), torch.arange(2))
+            costs["a training step of DeiT-Tiny, 224 x 224, batch 2, 1 thread"] = _measure(models, batch, recipe, rounds=5)
+    return costs
+
+
+def _measure(models, batch: Images, recipe: Recipe, rounds: int):
+    optimizers = {id(model): make_optimizer(model, recipe) for model in models.values()}
+
+    def step(model) -> None:
+        training_loss(model, batch).backward()
+        optimizers[id(model)].step()
+        optimizers[id(model)].zero_grad()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # with more, a busy core stalls a whole step, and ratios say more about the neighbours than the model
+    try:
+        return compare(models, step, batch.x[:1], rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
