@@ -1,0 +1,266 @@
+"""The demo end to end in a tiny setting, its two LIFE implementations against each other, its DeiT and its measurements."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import declare_torchvision_ops
+from lifeops import cli
+from lifeops.demo import data, measure
+from lifeops.demo.attention import cls_attention
+from lifeops.demo.train import Recipe, Run, accuracy, build, fit
+from lifeops.models.deit import VisionTransformer
+from lifeops.nn.eager_life import EagerLifeAttention, EagerLifeQKV
+from test_life import golden
+
+TINY = {"img_size": 16, "patch_size": 8, "num_classes": 5, "embed_dim": 12, "depth": 2, "num_heads": 3}
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def demo_output(tmp_path_factory):
+    """One tiny demo: what it printed and the folder it wrote."""
+    for package in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(package)
+    out = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "lifeops", "demo", "--quick", "--sizes", "100", "--epochs", "25", "--seeds", "2", "--jobs", "2"]
+    result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result, out / "life"
+
+
+def test_demo_writes_its_files_and_says_where(demo_output):
+    result, folder = demo_output
+    assert {p.name for p in folder.iterdir()} == {"table.csv", "table.md", "curves.png", "attention.png"}
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in folder.glob("*.png"))
+    assert str(folder) in result.stdout.splitlines()[-1]
+    assert len(result.stdout.splitlines()) < 40  # no progress bars outside a terminal
+    assert "profiler_start" not in result.stderr
+
+
+def test_demo_table_has_every_row(demo_output):
+    _, folder = demo_output
+    with (folder / "table.csv").open(newline="") as file:
+        rows = {(r["model"], r["quantity"]): float(r["value"]) for r in csv.DictReader(file)}
+    quantities = ("parameters", "MACs per image", "seconds per training step", "peak bytes of a training step")
+    costs = {(model, q) for model in ("plain", "eager", "life") for q in quantities}
+    assert rows.keys() == costs | {("plain", "accuracy %"), ("life", "accuracy %")}
+    assert min(rows.values()) > 0
+    for quantity in quantities[:2]:
+        assert rows["eager", quantity] == rows["life", quantity] > rows["plain", quantity]
+    text = (folder / "table.md").read_text(encoding="utf-8")
+    assert all(label in text for label in ("| 100 |", "| plain |", "| LIFE (authors) |", "| LIFE (lifeops) |"))
+
+
+def test_demo_learns(demo_output):
+    _, folder = demo_output
+    with (folder / "table.csv").open(newline="") as file:
+        accuracies = {r["model"]: float(r["value"]) for r in csv.DictReader(file) if r["quantity"] == "accuracy %"}
+    assert accuracies["plain"] > 20  # chance is 10
+    assert accuracies["life"] > 30
+
+
+def test_command_line_errors(capsys, monkeypatch):
+    for arguments in (["demo", "--system", "nonsense"], ["demo", "--sizes", "5"], ["demo", "--seeds", "0"], ["nonsense"]):
+        with pytest.raises(SystemExit) as error:
+            cli.main(arguments)
+        assert error.value.code == 2
+    message = capsys.readouterr().err
+    assert "choose from 'life'" in message or "choose from life" in message
+    assert "between 10 and 1190" in message
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 1
+    assert "pip install lifeops[demo]" in capsys.readouterr().err
+
+
+def test_eager_and_lifeops_train_alike():
+    pytest.importorskip("sklearn")
+    images, _ = data.draw(data.load()[0], 50, seed=0)
+    recipe, losses = Recipe(steps=5), {}
+    weights = build("eager", recipe).state_dict()
+    for name in ("eager", "life"):
+        model, run = build(name, recipe), Run(name, 50, 0)
+        model.load_state_dict(weights)
+        fit(model, images, recipe, 0, run)
+        losses[name] = torch.tensor(run.losses)
+    torch.testing.assert_close(losses["eager"], losses["life"], rtol=0, atol=1e-4)
+    assert losses["life"][0] != losses["life"][-1]
+
+
+def test_same_images_in_the_same_order():
+    pytest.importorskip("sklearn")
+    pool, test = data.load()
+    first, rest = data.draw(pool, 100, seed=3)
+    second, _ = data.draw(pool, 100, seed=3)
+    other, _ = data.draw(pool, 100, seed=4)
+    assert torch.equal(first.x, second.x)
+    assert not torch.equal(first.x, other.x)
+    assert (len(pool), len(test), len(first), len(rest)) == (1200, 597, 100, 1100)
+    assert first.y.bincount().min() >= 9
+
+
+@pytest.mark.parametrize("name", ["plain", "eager", "life"])
+def test_attention_of_the_class_token(name):
+    model = build(name, Recipe())
+    x = torch.randn(2, 1, 8, 8)
+    maps = cls_attention(model, x)
+    assert maps.shape == (2, 4, 4)
+    assert (maps > 0).all()
+    assert (maps.sum((1, 2)) < 1).all()  # the rest goes to the prefix tokens
+    assert 0 <= accuracy(model, data.Images(x, torch.zeros(2, dtype=torch.int64))) <= 1
+
+
+def test_attention_is_the_same_from_both_implementations():
+    eager, life = build("eager", Recipe()), build("life", Recipe())
+    life.load_state_dict(eager.state_dict())
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(cls_attention(eager, x), cls_attention(life, x))
+
+
+def test_peak_memory_is_the_running_maximum():
+    def allocate():
+        a = torch.empty(1 << 20)  # 4 MiB
+        del a
+        b = torch.empty(1 << 20)
+        return torch.empty(1 << 19), b.sum()
+
+    assert 6 << 20 <= measure.peak_memory(allocate) <= (6 << 20) + 4096
+
+
+def test_macs_count_attention():
+    model = VisionTransformer(**TINY)
+    tokens, patches, dim = 5, 4, 12
+    blocks = 2 * (tokens * 12 * dim**2 + 2 * tokens**2 * dim)
+    expected = patches * 3 * 64 * dim + blocks + dim * 5
+    assert measure.count_macs(lambda: model(torch.randn(1, 3, 16, 16))) == expected
+
+
+# the baseline -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["life_qkv_c24_p1_5x5", "life_qkv_c24_p1_5x5_norm", "life_qkv_c12_p0_4x4"])
+def test_eager_life_is_the_authors(name):
+    case = golden(name)
+    qkv = EagerLifeQKV(case["x"].shape[-1], int(case["prefix"]), "param.norm.weight" in case, aux_key="scale1").double()
+    qkv.load_state_dict({k.removeprefix("param."): v for k, v in case.items() if k.startswith("param.")})
+    x = case["x"].requires_grad_()
+    out = qkv(x, tuple(case["grid"].tolist()))
+    torch.autograd.backward(out, [case["gq"], case["gk"], case["gv"]])
+    for tensor, key in zip(out, "qkv", strict=True):
+        close(tensor, case[key])
+    close(x.grad, case["grad_x"])
+    for key, parameter in qkv.named_parameters():
+        close(parameter.grad, case[f"grad.{key}"])
+
+
+def test_deit_with_eager_life_is_the_authors():
+    case = golden("life_deit_c24_d2")
+    model = VisionTransformer(
+        32, 8, num_classes=7, embed_dim=24, depth=2, num_heads=3, attn=lambda *sizes: EagerLifeAttention(*sizes, aux_key="scale1")
+    ).double()
+    model.load_state_dict({k.removeprefix("param."): v for k, v in case.items() if k.startswith("param.")})
+    close(model.eval()(case["x"]), case["y"])
+
+
+def test_eager_life_treats_every_prefix_token_alike():
+    attn = EagerLifeAttention(12, 3, num_prefix_tokens=3, qkv_norm=True)
+    x = torch.randn(2, 3 + 8, 12)
+    order = [2, 0, 1, *range(3, 11)]
+    torch.testing.assert_close(attn(x, (2, 4))[:, order], attn(x[:, order], (2, 4)))
+
+
+def test_eager_life_errors():
+    with pytest.raises(ValueError, match="multiple of 3"):
+        EagerLifeQKV(16)
+    with pytest.raises(ValueError, match="aux_key"):
+        EagerLifeQKV(12, aux_key="first")
+    with pytest.raises(ValueError, match="multiple of num_heads"):
+        EagerLifeAttention(12, 5)
+    with pytest.raises(ValueError, match=r"1 \+ 2\*4 = 9"):
+        EagerLifeQKV(12)(torch.zeros(1, 10, 12), (2, 4))
+
+
+# the DeiT -----------------------------------------------------------------------------------------------------------------
+
+
+def shapes(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("dist", "registers"), [(False, 0), (True, 0), (False, 4)])
+def test_state_dict_is_timms(dist, registers):
+    declare_torchvision_ops()
+    vit = pytest.importorskip("timm.models.deit" if dist else "timm.models.vision_transformer")
+    theirs = (vit.VisionTransformerDistilled if dist else vit.VisionTransformer)(**TINY, reg_tokens=registers)
+    ours = VisionTransformer(**TINY, dist_token=dist, num_reg_tokens=registers)
+    assert shapes(ours) == shapes(theirs)
+    assert ours.num_prefix_tokens == theirs.num_prefix_tokens
+    if not registers:  # timm puts the registers before the patches too, but adds the position embedding in another order
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(2, 3, 16, 16)
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_published_sizes():
+    def params(**kwargs):
+        with torch.device("meta"):
+            return measure.count_params(VisionTransformer(num_classes=100, **kwargs))
+
+    assert params() == 5_543_716
+    assert params(attn=EagerLifeAttention) == 5_617_444
+    assert params(embed_dim=384, num_heads=6) == 21_704_164
+
+
+def test_prefix_tokens_outputs_and_grid():
+    sizes = {**TINY, "img_size": (16, 24), "patch_size": (8, 4), "in_chans": 1}
+    model = VisionTransformer(**sizes, dist_token=True, num_reg_tokens=2, attn=EagerLifeAttention, drop_path_rate=0.5)
+    assert model.num_prefix_tokens == 4
+    assert model.patch_embed.grid_size == (2, 6)
+    assert model.pos_embed.shape == (1, 4 + 12, 12)
+    x = torch.randn(3, 1, 16, 24)
+    cls, dist = model(x)
+    assert cls.shape == dist.shape == (3, 5)
+    tokens = model.eval().forward_features(x)
+    assert tokens.shape == (3, 16, 12)
+    torch.testing.assert_close(model(x), (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2)
+    assert VisionTransformer(**sizes, class_token=False)(x).shape == (3, 5)
+    assert VisionTransformer(**{**sizes, "num_classes": 0})(x).shape == (3, 12)
+
+
+def test_drop_path_keeps_the_mean():
+    from lifeops.models.deit import DropPath
+
+    torch.manual_seed(0)
+    dropped = DropPath(0.25)(torch.ones(4000, 2, 3))
+    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert (dropped == dropped[:, :1, :1]).all()  # whole samples
+    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"img_size": 18}, "multiple of patch_size"),
+        ({"img_size": (16, 0)}, "img_size must be a positive int"),
+        ({"patch_size": (8, 8, 8)}, "patch_size must be"),
+        ({"num_heads": 5}, "multiple of num_heads"),
+        ({"class_token": False, "dist_token": True}, "needs class_token"),
+        ({"num_reg_tokens": -1}, "num_reg_tokens"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+    ],
+)
+def test_deit_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        VisionTransformer(**{**TINY, **changes})
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 16, 16), (2, 3, 16, 24), (3, 16, 16)])
+def test_deit_refuses_other_images(shape):
+    with pytest.raises(ValueError, match=r"must be images \(B, 3, 16, 16\)"):
+        VisionTransformer(**TINY)(torch.zeros(shape))
