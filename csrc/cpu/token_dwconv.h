@@ -7,8 +7,8 @@ namespace lifeops {
 
 // Channels per block of packed weights and of a weight-gradient task: 64 floats are four cache lines of a token.
 constexpr int64_t kBlock = 64;
-// A forward task's ring of K converted input rows: well inside a second-level cache of 512 KB or more.
-constexpr int64_t kRingBytes = 192 * 1024;
+// A forward task's ring of K converted input rows: inside a second-level cache of 512 KB or more.
+constexpr int64_t kRingBytes = 320 * 1024;
 // Columns per task, so that the ring of a very wide grid still fits the second-level cache.
 constexpr int64_t kSegment = 128;
 constexpr int kMaxKernel = 15;

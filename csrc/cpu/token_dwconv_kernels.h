@@ -101,8 +101,9 @@ template <class T> struct Forward {
 
   // Channels of a task: as many blocks as the ring may hold, so that tokens are read and written in long runs.
   static int64_t channels(const TokenDWConvParams& p) {
-    const int64_t block_bytes = p.K * columns(p) * kBlock * int64_t(sizeof(A));
-    return max64(1, min64(kRingBytes / block_bytes, ceil_div(p.C, kBlock))) * kBlock;
+    const int64_t block_bytes = p.K * columns(p) * kBlock * int64_t(sizeof(A)), blocks = ceil_div(p.C, kBlock);
+    const int64_t tasks = ceil_div(blocks, max64(1, kRingBytes / block_bytes));
+    return ceil_div(blocks, tasks) * kBlock;  // even shares
   }
   static int64_t scratch(const TokenDWConvParams& p) { return p.K * columns(p) * channels(p) * int64_t(sizeof(A)); }
 
@@ -147,11 +148,11 @@ template <class T> struct Forward {
                        (min64(r + p.K / 2 + 1, p.H - 1) * p.W + task.q0 + p.x_prefix) * p.x_stride_n;
     T* y_ahead = r + 1 < task.r1 ? y + p.W * p.y_stride_n : y;
     const T* res = p.residual ? static_cast<const T*>(p.residual) + task.b * p.r_stride_b + token * p.r_stride_n + task.c0 : nullptr;
-    for (int64_t c = 0, v = 0; c < n; c += L, ++v) {
-      const vec_t<A> start = b ? load(b + c) : vec_t<A>{};
-      const A* taps = w + c / kBlock * kBlock * p.K * p.K + c % kBlock;
-      for (int tile = 0; tile < tiling.count; ++tile) {
-        const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
+    for (int tile = 0; tile < tiling.count; ++tile) {  // outermost: 32 columns of three tensors are more pages than the first TLB holds
+      const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
+      for (int64_t c = 0, v = 0; c < n; c += L, ++v) {
+        const vec_t<A> start = b ? load(b + c) : vec_t<A>{};
+        const A* taps = w + c / kBlock * kBlock * p.K * p.K + c % kBlock;
         const A* tile_rows[kMaxKernel];
         for (int i = i0; i < i1; ++i) tile_rows[i] = rows[i] + (v * cols + t0) * L;
         const RowTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr,
