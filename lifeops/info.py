@@ -29,6 +29,8 @@ def _native():
         from lifeops import _info
     except ImportError as error:
         return None, str(error)
+    if Path(_info.__file__).parent != _HERE:  # an editable installation answers for its package's missing modules too
+        return None, f"{_HERE} has none; the one found belongs to {Path(_info.__file__).parent}"
     return _info, ""
 
 

@@ -74,10 +74,11 @@ UPSTREAM = {
 }
 
 
+@pytest.mark.parametrize("backend", ["cpu"])
 @pytest.mark.parametrize("consumer", UPSTREAM)
-def test_upstream_gradients_of_any_strides(consumer):
+def test_upstream_gradients_of_any_strides(consumer, backend):
     args = _problem(residual=False)[:3]
-    grads = [torch.autograd.grad(UPSTREAM[consumer](_f("keep", backend)(*args)), args) for backend in BACKENDS]
+    grads = [torch.autograd.grad(UPSTREAM[consumer](_f("keep", b)(*args)), args) for b in (backend, "reference")]
     for ours, expected in zip(*grads, strict=True):
         torch.testing.assert_close(ours, expected)
 
