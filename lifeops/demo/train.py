@@ -5,8 +5,8 @@ learns faster with it. Width 48 is 16 per head. Depth 2 does as well as depth 3 
 and weight decay were tuned for the *plain* model alone, on validation images (what a training set leaves of the pool) with
 training sets of 100 and 1000: rates 1 to 10e-3, decays 0.05 to 2, 500 and 800 steps; rate 6e-3 with decay 1 was best, or
 level with the best, for both lengths. The customary decay of 0.05 costs the plain model some 15 points at 100 images. Shifting
-images by a pixel at random never helped and cost the plain model points, so there is no augmentation. LIFE has the same settings; they are about as
-good for it as any that were tried. There is no teacher: both heads learn the labels.
+images by a pixel at random never helped and cost the plain model points, so there is no augmentation. LIFE has the same
+settings; they are about as good for it as any that were tried. There is no teacher: both heads learn the labels.
 
 500 steps keep the demo near two minutes; part of what it shows is that LIFE learns faster. Accuracy after 800 steps (3 seeds,
 training sets of 50, 100, 300, 1000): plain 53.8, 70.8, 89.9, 94.9 and LIFE 66.0, 79.1, 90.7, 95.0, so that the advantage at
