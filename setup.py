@@ -101,27 +101,31 @@ def extensions(built):
                 if BUILD != "auto":
                     raise
                 self.extensions = []  # nothing to copy back into the tree
-                report(dict.fromkeys(built, f"the build failed: {str(error).splitlines()[0]}"), self.build_lib)
+                MISSING.update(dict.fromkeys(built, f"the build failed: {str(error).splitlines()[0]}"))
+                report(MISSING)
+            keep(MISSING, ROOT if self.inplace or self.editable_mode else Path(self.build_lib))
 
     return [ops, info], {"build_ext": Build}
 
 
-def report(missing, folder=None):
-    """Say what was left out, and keep it where `lifeops info` finds it."""
+def report(missing):
+    """Say what was left out."""
     for backend, reason in missing.items():
         print(f"\n*** lifeops: {backend} kernels LEFT OUT: {reason}.\n*** To build them: {HOW}\n", file=sys.stderr)
-    for target in {ROOT / "lifeops", Path(folder) / "lifeops" if folder else ROOT / "lifeops"}:
-        if target.is_dir():
-            (target / "_build.json").write_text(json.dumps({"left_out": missing, "how": HOW}))
+
+
+def keep(missing, folder):
+    """Note it beside the modules, where `lifeops info` and the fallback warning find it."""
+    if (folder / "lifeops").is_dir():
+        (folder / "lifeops" / "_build.json").write_text(json.dumps({"left_out": missing, "how": HOW}))
 
 
 class BuildPy(build_py):
-    """Puts _build.json into the wheel beside the modules."""
+    """Puts _build.json beside the modules also where nothing is compiled."""
 
     def run(self):
         super().run()
-        if not self.editable_mode:
-            report(MISSING, self.build_lib)
+        keep(MISSING, ROOT if self.editable_mode else Path(self.build_lib))
 
 
 BUILT, MISSING = plan()
