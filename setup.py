@@ -134,7 +134,7 @@ if BUILD in ("cpu", "cuda") and BUILD not in BUILT:
 report(MISSING)
 EXTENSIONS, COMMANDS = extensions(BUILT)
 setup(
-    packages=["lifeops", *(f"lifeops.{name}" for name in find_packages("lifeops")), "lifeops.kernels"],
+    packages=["lifeops", "lifeops.data", *(f"lifeops.{name}" for name in find_packages("lifeops")), "lifeops.kernels"],
     package_dir={"lifeops": "lifeops", "lifeops.kernels": "kernels"},
     ext_modules=EXTENSIONS,
     cmdclass={"build_py": BuildPy, **COMMANDS},
