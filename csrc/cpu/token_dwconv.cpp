@@ -13,7 +13,6 @@ namespace lifeops {
 namespace {
 
 constexpr int64_t kGrainBytes = 32768;      // less work than this is not worth a second thread
-constexpr int64_t kSlabBytes = 256 * 1024;  // x and dy rows of one weight-gradient step, in the second-level cache
 
 const TokenDWConvKernels& kernels(int64_t isa) {
 #if defined(__x86_64__)
@@ -91,16 +90,15 @@ template <class A> const A* pack(const TokenDWConvParams& p, int64_t blocks, con
 }
 
 // Row strips: one per image unless that leaves too few tasks for many cores; a strip re-reads K - 1 rows.
-int64_t forward_strips(const TokenDWConvParams& p, int64_t chunks, int64_t segments) {
-  const int64_t tasks = p.B * chunks * segments, wanted = ceil_div(16, tasks), possible = max64(1, p.H / (2 * p.K));
-  return min64(wanted, possible);
+int64_t row_strips(int64_t H, int64_t K, int64_t tasks) {
+  return min64(ceil_div(16, tasks), max64(1, H / (2 * K)));
 }
 
 template <class A> void run_forward(const TokenDWConvParams& p, const TokenDWConvKernels& kernel) {
   const A* bias = nullptr;
   const A* weight = pack<A>(p, ceil_div(p.C, kBlock), &bias);
   const int64_t channels = kernel.forward_channels(p), chunks = ceil_div(p.C, channels), segments = ceil_div(p.W, kSegment);
-  const int64_t strips = forward_strips(p, chunks, segments);
+  const int64_t strips = row_strips(p.H, p.K, p.B * chunks * segments);
   const int64_t task_bytes = max64(1, p.H * p.W * channels * int64_t(sizeof(A)) / (strips * segments));
   const int64_t scratch = kernel.forward_scratch(p);
   torch::stable::parallel_for(0, p.B * segments * strips * chunks, max64(1, kGrainBytes / task_bytes), [&](int64_t begin, int64_t end) {
@@ -124,50 +122,53 @@ void token_dwconv(const Tensor& x, const Tensor& weight, const std::optional<Ten
   else run_forward<float>(p, kernels(isa));
 }
 
-// How the sum over images and row strips is cut: about 32 tasks in all, from the problem alone.
+// How the sum is cut: channels into chunks, units (see GradWeightTask) into groups; about 32 tasks, from the problem alone.
 struct GradPlan {
-  int64_t blocks, strips, strip_rows, units_per_chunk, chunks;
-};
+  int64_t channels, chunks, blocks, strips, segments, units, units_per_group, groups;
 
-GradPlan plan_grad(const TokenDWConvGradWeightParams& p, int64_t acc_bytes) {
-  GradPlan plan;
-  plan.blocks = ceil_div(p.C, kBlock);
-  plan.strip_rows = min64(p.H, max64(4, kSlabBytes / ((2 * p.W + p.K - 1) * kBlock * acc_bytes)));
-  plan.strips = ceil_div(p.H, plan.strip_rows);
-  const int64_t units = p.B * plan.strips;
-  plan.units_per_chunk = ceil_div(units, min64(units, ceil_div(32, plan.blocks)));
-  plan.chunks = ceil_div(units, plan.units_per_chunk);
-  return plan;
-}
+  GradPlan(const TokenDWConvGradWeightParams& p, const TokenDWConvKernels& kernel)
+      : channels(kernel.grad_weight_channels(p)), chunks(ceil_div(p.C, channels)), blocks(ceil_div(p.C, kBlock)) {
+    segments = ceil_div(p.W, kSegment);
+    strips = row_strips(p.H, p.K, p.B * chunks * segments);
+    units = p.B * strips * segments;
+    units_per_group = ceil_div(units, min64(units, ceil_div(32, chunks)));
+    groups = ceil_div(units, units_per_group);
+  }
+};
 
 template <class A> void reduce_block(const TokenDWConvGradWeightParams& p, const GradPlan& plan, int64_t block, A* partials) {
   const int64_t taps = p.K * p.K, size = (taps + 1) * kBlock, c0 = block * kBlock, n = min64(kBlock, p.C - c0);
-  A* total = partials + block * plan.chunks * size;  // chunk by chunk, in order, into the first
-  for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
-    for (int64_t k = 0; k < size; ++k) total[k] += total[chunk * size + k];
+  A* total = partials + block * size;  // group by group, in order, into the first
+  for (int64_t group = 1; group < plan.groups; ++group)
+    for (int64_t k = 0; k < size; ++k) total[k] += total[group * plan.blocks * size + k];
   for (int64_t c = 0; c < n; ++c) {
-    if (p.dw)
-      for (int64_t t = 0; t < taps; ++t) put(p.dw, p.weight_dtype, (c0 + c) * taps + t, total[t * kBlock + c]);
+    const int64_t first = (c0 + c) * taps;
+    if (p.dw && p.weight_dtype == DType::f32) {  // the common case, without a switch per element
+      float* dw = static_cast<float*>(p.dw) + first;
+      for (int64_t t = 0; t < taps; ++t) dw[t] = float(total[t * kBlock + c]);
+    } else if (p.dw) {
+      for (int64_t t = 0; t < taps; ++t) put(p.dw, p.weight_dtype, first + t, total[t * kBlock + c]);
+    }
     if (p.db) put(p.db, p.bias_dtype, c0 + c, total[taps * kBlock + c]);
   }
 }
 
 template <class A> void run_grad_weight(const TokenDWConvGradWeightParams& p, const TokenDWConvKernels& kernel) {
-  const GradPlan plan = plan_grad(p, sizeof(A));
-  const int64_t size = (p.K * p.K + 1) * kBlock, tasks = plan.blocks * plan.chunks;
-  A* partials = static_cast<A*>(shared_scratch.get(tasks * size * int64_t(sizeof(A))));
-  const int64_t task_bytes = max64(1, plan.units_per_chunk * plan.strip_rows * p.W * kBlock * int64_t(sizeof(A)));
-  const int64_t scratch = kernel.grad_weight_scratch(p, plan.strip_rows);
-  torch::stable::parallel_for(0, tasks, max64(1, kGrainBytes / task_bytes), [&](int64_t begin, int64_t end) {
+  const GradPlan plan(p, kernel);
+  const int64_t size = (p.K * p.K + 1) * kBlock, scratch = kernel.grad_weight_scratch(p);
+  A* partials = static_cast<A*>(shared_scratch.get(plan.groups * plan.blocks * size * int64_t(sizeof(A))));
+  const int64_t unit_bytes = max64(1, p.H * p.W * plan.channels * int64_t(sizeof(A)) / (plan.strips * plan.segments));
+  const int64_t grain = max64(1, kGrainBytes / (unit_bytes * plan.units_per_group));
+  torch::stable::parallel_for(0, plan.groups * plan.chunks, grain, [&](int64_t begin, int64_t end) {
     void* slab = ring_scratch.get(scratch);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = i % plan.blocks, chunk = i / plan.blocks, first = chunk * plan.units_per_chunk;
-      const GradWeightTask task{block * kBlock, first, min64(first + plan.units_per_chunk, p.B * plan.strips), plan.strips,
-                                plan.strip_rows, partials + (block * plan.chunks + chunk) * size};
+      const int64_t c0 = i % plan.chunks * plan.channels, group = i / plan.chunks, first = group * plan.units_per_group;
+      const GradWeightTask task{c0, min64(p.C, c0 + plan.channels), first, min64(first + plan.units_per_group, plan.units),
+                                plan.strips, plan.segments, partials + (group * plan.blocks + c0 / kBlock) * size};
       kernel.grad_weight(p, task, slab);
     }
   });
-  torch::stable::parallel_for(0, plan.blocks, max64(1, kGrainBytes / (plan.chunks * size * int64_t(sizeof(A)))), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, plan.blocks, max64(1, kGrainBytes / (plan.groups * size * int64_t(sizeof(A)))), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) reduce_block(p, plan, block, partials);
   });
 }

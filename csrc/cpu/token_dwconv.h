@@ -9,6 +9,8 @@ namespace lifeops {
 constexpr int64_t kBlock = 64;
 // A forward task's ring of K converted input rows: inside a second-level cache of 512 KB or more.
 constexpr int64_t kRingBytes = 320 * 1024;
+// A weight gradient's ring and sums: up to a second-level cache of 1 MB or more, for the longest runs of a token.
+constexpr int64_t kGradBytes = 512 * 1024;
 // Columns per task, so that the ring of a very wide grid still fits the second-level cache.
 constexpr int64_t kSegment = 128;
 constexpr int kMaxKernel = 15;
@@ -24,11 +26,11 @@ struct ForwardTask {
   bool prefix_rows;  // this task also writes the prefix rows of its channels
 };
 
-// A fixed share of the sum over images and row strips, for channels [c0, c0 + kBlock).
+// A fixed share of the sum over images, row strips and column segments, for channels [c0, c1).
 struct GradWeightTask {
-  int64_t c0, unit0, unit1;       // unit = image * strips + strip
-  int64_t strips, strip_rows;
-  void* partial;                  // (K*K + 1, kBlock) sums in the accumulation type; the last row is db
+  int64_t c0, c1, unit0, unit1;  // unit = (image * strips + strip) * segments + segment
+  int64_t strips, segments;
+  void* partial;  // (blocks, K*K + 1, kBlock) sums in the accumulation type; the last row of a block is db
 };
 
 struct TokenDWConvKernels {
@@ -37,7 +39,8 @@ struct TokenDWConvKernels {
   int64_t (*forward_scratch)(const TokenDWConvParams&);   // bytes
   int64_t (*forward_channels)(const TokenDWConvParams&);  // channels a task takes, a multiple of kBlock
   void (*grad_weight)(const TokenDWConvGradWeightParams&, const GradWeightTask&, void* scratch);
-  int64_t (*grad_weight_scratch)(const TokenDWConvGradWeightParams&, int64_t strip_rows);
+  int64_t (*grad_weight_scratch)(const TokenDWConvGradWeightParams&);   // bytes
+  int64_t (*grad_weight_channels)(const TokenDWConvGradWeightParams&);  // channels a task takes, a multiple of kBlock
 };
 
 extern const TokenDWConvKernels token_dwconv_baseline;

@@ -15,7 +15,7 @@
 
 namespace lifeops {
 const TokenDWConvKernels token_dwconv_avx2 = {avx2::forward, avx2::forward_scratch, avx2::forward_channels, avx2::grad_weight,
-                                              avx2::grad_weight_scratch};
+                                              avx2::grad_weight_scratch, avx2::grad_weight_channels};
 }  // namespace lifeops
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -15,7 +15,7 @@
 
 namespace lifeops {
 const TokenDWConvKernels token_dwconv_avx512 = {avx512::forward, avx512::forward_scratch, avx512::forward_channels, avx512::grad_weight,
-                                              avx512::grad_weight_scratch};
+                                              avx512::grad_weight_scratch, avx512::grad_weight_channels};
 }  // namespace lifeops
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -7,5 +7,5 @@
 
 namespace lifeops {
 const TokenDWConvKernels token_dwconv_baseline = {baseline::forward, baseline::forward_scratch, baseline::forward_channels, baseline::grad_weight,
-                                              baseline::grad_weight_scratch};
+                                              baseline::grad_weight_scratch, baseline::grad_weight_channels};
 }  // namespace lifeops
