@@ -7,10 +7,11 @@ namespace lifeops {
 
 // Channels per block of packed weights and of a weight-gradient task: 64 floats are four cache lines of a token.
 constexpr int64_t kBlock = 64;
-// A forward task's ring of K converted input rows: inside a second-level cache of 512 KB or more.
-constexpr int64_t kRingBytes = 320 * 1024;
-// A weight gradient's ring and sums: up to a second-level cache of 1 MB or more, for the longest runs of a token.
-constexpr int64_t kGradBytes = 512 * 1024;
+// What a task may keep in the second-level cache (1 MB where this was tuned): all it touches between two visits of a row; its ring
+// of converted input rows, where more channels mean longer runs of every token; the weight gradient's ring and sums.
+constexpr int64_t kCacheBytes = 768 * 1024;
+constexpr int64_t kRingBytes = 384 * 1024;
+constexpr int64_t kGradRingBytes = 512 * 1024;
 // Columns per task, so that the ring of a very wide grid still fits the second-level cache.
 constexpr int64_t kSegment = 128;
 constexpr int kMaxKernel = 15;

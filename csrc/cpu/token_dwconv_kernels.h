@@ -11,7 +11,7 @@
 namespace lifeops {
 namespace LIFEOPS_ISA {
 
-// Accumulators held in registers: 16 of 32 with AVX-512, 12 of 16 elsewhere; the rest holds the weight and the operands.
+// Accumulators held in registers: 16 of 32 with AVX-512, 12 of 16 elsewhere; the rest holds the weights and the operands.
 constexpr int kTile = LIFEOPS_VEC_BYTES == 64 ? 16 : 12;
 constexpr int kGradTile = LIFEOPS_VEC_BYTES == 64 ? 28 : 12;
 
@@ -32,50 +32,100 @@ void load_row(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1,
   }
 }
 
-// Where one vector of channels of a row goes. `x_ahead` and `y_ahead` are the same columns of the input row that is read next
-// and of the output row that is written next: asking for their lines between the stores hides memory behind arithmetic
-// (asked for in one burst they fill the line buffers and the core waits: 30 % of the time at C 768).
-template <class T> struct RowTarget {
-  T* y;
-  const T* residual;
-  const T* x_ahead;
-  T* y_ahead;
-  int64_t x_stride, y_stride, r_stride, n;  // n channels are left from this vector on
+// The lines that are wanted next, asked for one by one between the sums, in the order they lie in memory: the run of one token, then
+// the next token. Asked for vector by vector instead, every request of a wide token is another page; asked for in one burst they fill
+// the line buffers and the core waits.
+struct Ahead {
+  const char *a, *b;
+  int64_t step, run, left;  // bytes per request; requests per token, and how many of this token are left
+  int64_t a_skip, b_skip;   // bytes from the end of a token's run to the start of the next
+
+  // Strides in elements of T, whose vectors have `lanes` elements; n channels.
+  template <class T> Ahead(const T* first, int64_t stride, const T* second, int64_t second_stride, int64_t n, int64_t lanes)
+      : a(reinterpret_cast<const char*>(first)), b(reinterpret_cast<const char*>(second)), step(lanes * int64_t(sizeof(T))),
+        run(ceil_div(n, lanes)), left(run), a_skip((stride - run * lanes) * int64_t(sizeof(T))),
+        b_skip((second_stride - run * lanes) * int64_t(sizeof(T))) {}
+
+  template <bool kWrite = false> inline __attribute__((always_inline)) void fetch() {
+    __builtin_prefetch(a, 0, 2);
+    __builtin_prefetch(b, kWrite, 2);
+    a += step, b += step;
+    if (--left == 0) left = run, a += a_skip, b += b_skip;
+  }
 };
 
-// kWidth neighbouring outputs of one vector of channels: the sum over the filter rows [i0, i1).
-template <class T, int kWidth, class A = typename AccOf<T>::type>
-void conv_tile(const A* const* rows, const A* weight, int i0, int i1, int K, vec_t<A> bias, const RowTarget<T>& out) {
-  constexpr int L = Vec<A>::kLanes;
-  vec_t<A> acc[kWidth];
+// Where one vector of channels of a tile goes.
+template <class T> struct TileTarget {
+  T* y;
+  const T* residual;
+  int64_t y_stride, r_stride;  // from token to token
+  int64_t y_row, r_row;        // from row to row
+  int64_t n;                   // channels left from this vector on
+};
+
+// acc[t] += sum over one filter row of tap * x[t + j]; `add_two` does it for two output rows, which share every load of x.
+template <int kWidth, class A>
+inline __attribute__((always_inline)) void add_one(vec_t<A>* acc, const A* x, const A* w, int K) {
+  for (int j = 0; j < K; ++j, x += Vec<A>::kLanes, w += kBlock) {
+    const vec_t<A> tap = load(w);
 #pragma GCC unroll 16
-  for (int t = 0; t < kWidth; ++t) acc[t] = bias;
-  for (int i = i0; i < i1; ++i) {
-    const A* x = rows[i];
-    const A* w = weight + i * K * kBlock;
-    for (int j = 0; j < K; ++j, x += L, w += kBlock) {
-      const vec_t<A> tap = load(w);
-#pragma GCC unroll 16
-      for (int t = 0; t < kWidth; ++t) acc[t] += tap * load(x + t * L);
-    }
+    for (int t = 0; t < kWidth; ++t) acc[t] += tap * load(x + t * Vec<A>::kLanes);
   }
+}
+template <int kWidth, class A>
+inline __attribute__((always_inline)) void add_two(vec_t<A>* acc, vec_t<A>* below, const A* x, const A* w, const A* w_below, int K) {
+  for (int j = 0; j < K; ++j, x += Vec<A>::kLanes, w += kBlock, w_below += kBlock) {
+    const vec_t<A> tap = load(w), tap_below = load(w_below);
 #pragma GCC unroll 16
-  for (int t = 0; t < kWidth; ++t) {
-    if (out.residual) acc[t] += load_n(out.residual + t * out.r_stride, out.n);
-    store_n(out.y + t * out.y_stride, acc[t], out.n);
-    __builtin_prefetch(out.x_ahead + t * out.x_stride, 0, 2);
-    __builtin_prefetch(out.y_ahead + t * out.y_stride, 1, 2);
+    for (int t = 0; t < kWidth; ++t) {
+      const vec_t<A> value = load(x + t * Vec<A>::kLanes);
+      acc[t] += tap * value;
+      below[t] += tap_below * value;
+    }
   }
 }
 
-template <class T> using ConvTile = void (*)(const typename AccOf<T>::type* const*, const typename AccOf<T>::type*, int, int, int,
-                                             vec_t<typename AccOf<T>::type>, const RowTarget<T>&);
+template <class T, int kWidth, class A = typename AccOf<T>::type>
+inline __attribute__((always_inline)) void store_tile_row(const vec_t<A>* acc, int64_t row, const TileTarget<T>& out, Ahead* ahead) {
+  Ahead next = *ahead;
+#pragma GCC unroll 16
+  for (int t = 0; t < kWidth; ++t) {
+    vec_t<A> value = acc[t];
+    if (out.residual) value += load_n(out.residual + row * out.r_row + t * out.r_stride, out.n);
+    store_n(out.y + row * out.y_row + t * out.y_stride, value, out.n);
+    next.fetch<true>();
+  }
+  *ahead = next;
+}
 
-template <class T, int... kWidths> struct ConvTiles {
-  static constexpr ConvTile<T> table[] = {conv_tile<T, kWidths + 1>...};
+// kRows (1 or 2) x kWidth neighbouring outputs of one vector of channels, from the input rows [k0, k1) of K + kRows - 1.
+template <class T, int kRows, int kWidth, class A = typename AccOf<T>::type>
+void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec_t<A> bias, const TileTarget<T>& out,
+               Ahead* ahead) {
+  vec_t<A> acc[kRows][kWidth];
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int t = 0; t < kWidth; ++t) acc[r][t] = bias;
+  for (int k = k0; k < k1; ++k) {
+    const A* w = weight + k * K * kBlock;
+    if (kRows == 1 || k == 0) add_one<kWidth, A>(acc[0], rows[k], w, K);
+    else if (k == K) add_one<kWidth, A>(acc[kRows - 1], rows[k], w - K * kBlock, K);
+    else add_two<kWidth, A>(acc[0], acc[kRows - 1], rows[k], w, w - K * kBlock, K);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) store_tile_row<T, kWidth>(acc[r], r, out, ahead);
+}
+
+template <class T> using ConvTile = void (*)(const typename AccOf<T>::type* const*, int, int, const typename AccOf<T>::type*, int,
+                                             vec_t<typename AccOf<T>::type>, const TileTarget<T>&, Ahead*);
+
+// table[width - 1]
+template <class T, int kRows, int... kWidths> struct ConvTiles {
+  static constexpr ConvTile<T> table[] = {conv_tile<T, kRows, kWidths + 1>...};
 };
-template <class T, int n, int... rest> struct MakeTiles : MakeTiles<T, n - 1, n - 1, rest...> {};
-template <class T, int... rest> struct MakeTiles<T, 0, rest...> { using type = ConvTiles<T, rest...>; };
+template <class T, int kRows, int n, int... rest> struct MakeTiles : MakeTiles<T, kRows, n - 1, n - 1, rest...> {};
+template <class T, int kRows, int... rest> struct MakeTiles<T, kRows, 0, rest...> { using type = ConvTiles<T, kRows, rest...>; };
 
 template <class T> void copy_prefix(const TokenDWConvParams& p, const ForwardTask& task, int64_t n) {
   using A = typename AccOf<T>::type;
@@ -93,19 +143,25 @@ template <class T> void copy_prefix(const TokenDWConvParams& p, const ForwardTas
   }
 }
 
+// Two output rows at a time, so that every input row is loaded (K + 1) / 2 times, not K; one where two rows of whole tokens, the two
+// that are asked for next and the ring do not fit the second-level cache together.
 template <class T> struct Forward {
   using A = typename AccOf<T>::type;
   static constexpr int L = Vec<A>::kLanes;
 
   static int64_t columns(const TokenDWConvParams& p) { return min64(p.W, kSegment) + p.K - 1; }
+  static int64_t step(const TokenDWConvParams& p) {
+    return ((p.K + 1) * columns(p) + 6 * min64(p.W, kSegment)) * p.C * int64_t(sizeof(A)) <= kCacheBytes ? 2 : 1;
+  }
+  static int64_t ring_rows(const TokenDWConvParams& p) { return p.K + step(p) - 1; }
 
   // Channels of a task: as many blocks as the ring may hold, so that tokens are read and written in long runs.
   static int64_t channels(const TokenDWConvParams& p) {
-    const int64_t block_bytes = p.K * columns(p) * kBlock * int64_t(sizeof(A)), blocks = ceil_div(p.C, kBlock);
+    const int64_t block_bytes = ring_rows(p) * columns(p) * kBlock * int64_t(sizeof(A)), blocks = ceil_div(p.C, kBlock);
     const int64_t tasks = ceil_div(blocks, max64(1, kRingBytes / block_bytes));
     return ceil_div(blocks, tasks) * kBlock;  // even shares
   }
-  static int64_t scratch(const TokenDWConvParams& p) { return p.K * columns(p) * channels(p) * int64_t(sizeof(A)); }
+  static int64_t scratch(const TokenDWConvParams& p) { return ring_rows(p) * columns(p) * channels(p) * int64_t(sizeof(A)); }
 
   static void run(const TokenDWConvParams& p, const void* weight, const void* bias, const ForwardTask& task, void* scratch) {
     const int64_t n = task.c1 - task.c0;
@@ -114,68 +170,55 @@ template <class T> struct Forward {
     const int64_t cols = task.q1 - task.q0 + p.K - 1, row_size = cols * ceil_div(n, L) * L;
     A* ring = static_cast<A*>(scratch);
     const T* x = static_cast<const T*>(p.x) + task.b * p.x_stride_b + p.x_prefix * p.x_stride_n + task.c0;
-    const auto fetch = [&](int64_t row) {
-      load_row<T>(x + row * p.W * p.x_stride_n, p.x_stride_n, p.W, task.q0 - half, task.q1 + half, n,
-                  ring + int32_t(row) % p.K * row_size, cols * L);
+    const auto ring_row = [&](int64_t row) { return ring + int32_t(row) % int32_t(ring_rows(p)) * row_size; };
+    const auto fetch = [&](int64_t row0, int64_t row1) {
+      for (int64_t row = max64(0, row0); row < min64(p.H, row1); ++row)
+        load_row<T>(x + row * p.W * p.x_stride_n, p.x_stride_n, p.W, task.q0 - half, task.q1 + half, n, ring_row(row), cols * L);
     };
     const A* w = static_cast<const A*>(weight) + task.c0 * p.K * p.K;
     const A* b = bias ? static_cast<const A*>(bias) + task.c0 : nullptr;
-    const Tiling tiling(int(task.q1 - task.q0));
-    for (int64_t row = max64(0, task.r0 - half); row < min64(p.H, task.r0 + half); ++row) fetch(row);
-    for (int64_t r = task.r0; r < task.r1; ++r) {
-      if (r + half < p.H) fetch(r + half);
-      const int i0 = int(max64(0, half - r)), i1 = int(min64(p.K, p.H + half - r));
-      const A* rows[kMaxKernel];
-      for (int i = i0; i < i1; ++i) rows[i] = ring + int32_t(r + i - half) % p.K * row_size;
-      output_row(p, task, tiling, r, rows, i0, i1, cols, w, b, n);
+    const int most = int(step(p));
+    const Tiling tiling(int(task.q1 - task.q0), kTile / most);
+    fetch(task.r0 - half, task.r0 + half);
+    for (int64_t r = task.r0; r < task.r1; r += most) {
+      const int height = int(min64(most, task.r1 - r));
+      fetch(r + half, r + half + height);
+      const int k0 = int(max64(0, half - r)), k1 = int(min64(p.K + height - 1, p.H + half - r));
+      const A* rows[kMaxKernel + 1];
+      for (int k = k0; k < k1; ++k) rows[k] = ring_row(r + k - half);
+      output_rows(p, task, tiling, r, height, rows, k0, k1, cols, w, b, n);
     }
   }
 
-  // Columns cut into even tiles, at most kTile wide. Made once a task: a 64-bit division costs as much as ten tiles' taps.
+  // Columns cut into even tiles, at most `widest` wide. Made once a task: a 64-bit division costs as much as ten tiles' taps.
   struct Tiling {
-    int count, start[kSegment / kTile + 2];
-    explicit Tiling(int width) : count((width + kTile - 1) / kTile) {
+    int count, start[kSegment / (kTile / 2) + 2];
+    Tiling(int width, int widest) : count((width + widest - 1) / widest) {
       for (int tile = 0; tile <= count; ++tile) start[tile] = tile * width / count;
     }
   };
 
-  static void output_row(const TokenDWConvParams& p, const ForwardTask& task, const Tiling& tiling, int64_t r,
-                         const A* const* rows, int i0, int i1, int64_t cols, const A* w, const A* b, int64_t n) {
-    using Tiles = typename MakeTiles<T, kTile>::type;
+  static void output_rows(const TokenDWConvParams& p, const ForwardTask& task, const Tiling& tiling, int64_t r, int height,
+                          const A* const* rows, int k0, int k1, int64_t cols, const A* w, const A* b, int64_t n) {
+    const ConvTile<T>* tiles = height == 1 ? MakeTiles<T, 1, kTile>::type::table : MakeTiles<T, 2, kTile / 2>::type::table;
     const int64_t token = r * p.W + task.q0 + p.y_prefix;
     T* y = static_cast<T*>(p.y) + task.b * p.y_stride_b + token * p.y_stride_n + task.c0;
-    const T* x_ahead = static_cast<const T*>(p.x) + task.b * p.x_stride_b + task.c0 +
-                       (min64(r + p.K / 2 + 1, p.H - 1) * p.W + task.q0 + p.x_prefix) * p.x_stride_n;
-    T* y_ahead = r + 1 < task.r1 ? y + p.W * p.y_stride_n : y;
+    const T* x_next = static_cast<const T*>(p.x) + task.b * p.x_stride_b + task.c0 +
+                      (min64(r + p.K / 2 + height, p.H - 1) * p.W + task.q0 + p.x_prefix) * p.x_stride_n;
+    Ahead ahead(x_next, p.x_stride_n, static_cast<const T*>(r + height < task.r1 ? y + height * p.W * p.y_stride_n : y), p.y_stride_n, n, L);
     const T* res = p.residual ? static_cast<const T*>(p.residual) + task.b * p.r_stride_b + token * p.r_stride_n + task.c0 : nullptr;
     for (int tile = 0; tile < tiling.count; ++tile) {  // outermost: 32 columns of three tensors are more pages than the first TLB holds
       const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
       for (int64_t c = 0, v = 0; c < n; c += L, ++v) {
         const vec_t<A> start = b ? load(b + c) : vec_t<A>{};
         const A* taps = w + c / kBlock * kBlock * p.K * p.K + c % kBlock;
-        const A* tile_rows[kMaxKernel];
-        for (int i = i0; i < i1; ++i) tile_rows[i] = rows[i] + (v * cols + t0) * L;
-        const RowTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr,
-                               x_ahead + t0 * p.x_stride_n + c, y_ahead + t0 * p.y_stride_n + c,
-                               p.x_stride_n, p.y_stride_n, p.r_stride_n, n - c};
-        Tiles::table[t1 - t0 - 1](tile_rows, taps, i0, i1, p.K, start, out);
+        const A* tile_rows[kMaxKernel + 1];
+        for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * cols + t0) * L;
+        const TileTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr, p.y_stride_n,
+                                p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c};
+        tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, out, &ahead);
       }
     }
-  }
-};
-
-// What the next rows' conversion reads, asked for line by line between the sums, in the order it lies in memory: the run of one
-// token, then the next token. Asked for vector by vector instead, every request of a wide token is another page.
-struct Ahead {
-  const char *x, *dy;
-  int64_t step, run, left;  // bytes per request; requests per token, and how many of this token are left
-  int64_t x_skip, dy_skip;  // bytes from the end of a token's run to the start of the next
-
-  inline __attribute__((always_inline)) void fetch() {
-    __builtin_prefetch(x, 0, 2);
-    __builtin_prefetch(dy, 0, 2);
-    x += step, dy += step;
-    if (--left == 0) left = run, x += x_skip, dy += dy_skip;
   }
 };
 
@@ -267,7 +310,7 @@ template <class T> struct GradWeight {
 
   static int64_t channels(const Params& p) {
     const int64_t block_bytes = (ring_size(p) + p.K * p.K) * kBlock * int64_t(sizeof(A)), blocks = ceil_div(p.C, kBlock);
-    const int64_t tasks = ceil_div(blocks, max64(1, kGradBytes / block_bytes));
+    const int64_t tasks = ceil_div(blocks, max64(1, kGradRingBytes / block_bytes));
     return ceil_div(blocks, tasks) * kBlock;  // even shares
   }
   static int64_t scratch(const Params& p) {
@@ -332,10 +375,9 @@ template <class T> struct GradWeight {
   }
 
   Ahead look_ahead(const Unit& unit, int64_t dy_row, int64_t x_row) const {
-    const T* x = p.x ? x_at(unit.b, min64(p.H - 1, max64(0, x_row)), unit.q0) : nullptr;
-    const int64_t size = sizeof(T), run = ceil_div(n, L);
-    return {reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(dy_at(unit.b, dy_row, unit.q0)), L * size, run, run,
-            (p.x_stride_n - run * L) * size, (p.dy_stride_n - run * L) * size};
+    const T* dy = dy_at(unit.b, dy_row, unit.q0);
+    if (!p.x) return Ahead(dy, p.dy_stride_n, dy, p.dy_stride_n, n, L);
+    return Ahead(x_at(unit.b, min64(p.H - 1, max64(0, x_row)), unit.q0), p.x_stride_n, dy, p.dy_stride_n, n, L);
   }
 
   void add_vector(GradRows<T> rows, int64_t c, Ahead* ahead) const {
