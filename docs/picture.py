@@ -27,10 +27,13 @@ def picture():
     labels = ["cls", "dist", *range(12)]
     step = CELL + GAP
     grid = "".join(
-        square(150 + c * step, 92 + r * step, COLORS["tap" if (r, c) in NEAR else "patch"], str(r * 4 + c)) for r in range(3) for c in range(4)
+        square(150 + c * step, 92 + r * step, COLORS["tap" if (r, c) in NEAR else "patch"], str(r * 4 + c))
+        for r in range(3)
+        for c in range(4)
     )
     arrows = "".join(
-        f'<path d="M{10 + CELL / 2 + i * step} 62 V 208" stroke="{COLORS["prefix"]}" stroke-width="2" stroke-dasharray="4 3"/>' for i in (0, 1)
+        f'<path d="M{10 + CELL / 2 + i * step} 62 V 208" stroke="{COLORS["prefix"]}" stroke-width="2" stroke-dasharray="4 3"/>'
+        for i in (0, 1)
     )
     body = (
         text(10, 22, "x (B, P + H·W, C): prefix tokens, then the patches of an H×W grid") + row(32, labels, TAPS)

@@ -78,26 +78,26 @@ def _rows(P, prefix):
 
 def _token_dwconv(x, weight, bias, residual, H, W, P, prefix, backend):
     rows = _rows(P, prefix)
-    y = torch.empty((x.shape[0], rows + H * W, x.shape[2]), dtype=x.dtype, device=x.device)
+    y = x.new_empty((x.shape[0], rows + H * W, x.shape[2]))
     _fwd(x, weight.contiguous(), bias, residual, y, H, W, P, rows, int(prefix != "keep"), False, _isa())
     return y
 
 
 def _token_dwconv_bwd_dx(dy, weight, H, W, P, prefix, backend):
-    dx = torch.empty((dy.shape[0], P + H * W, dy.shape[2]), dtype=dy.dtype, device=dy.device)
+    dx = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2]))
     _fwd(dy, weight.contiguous(), None, None, dx, H, W, _rows(P, prefix), P, int(prefix != "keep"), True, _isa())
     return dx
 
 
 def _token_dwconv_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend):
-    dw = torch.empty((x.shape[2], 1, K, K), dtype=weight_dtype, device=x.device)
-    db = None if bias_dtype is None else torch.empty((x.shape[2],), dtype=bias_dtype, device=x.device)
+    dw = x.new_empty((x.shape[2], 1, K, K), dtype=weight_dtype)
+    db = None if bias_dtype is None else x.new_empty((x.shape[2],), dtype=bias_dtype)
     _grad_weight(dy, x, dw, db, K, H, W, _rows(P, prefix), P, _isa())
-    return dw, torch.empty((0,), dtype=x.dtype, device=x.device) if db is None else db
+    return dw, x.new_empty((0,)) if db is None else db
 
 
 def _token_dwconv_bwd_db(dy, H, W, P, prefix, bias_dtype, backend):
-    db = torch.empty((dy.shape[2],), dtype=bias_dtype, device=dy.device)
+    db = dy.new_empty((dy.shape[2],), dtype=bias_dtype)
     _grad_weight(dy, None, None, db, 1, H, W, _rows(P, prefix), 0, _isa())
     return db
 

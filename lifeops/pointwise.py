@@ -41,7 +41,7 @@ def _table() -> dict[tuple[str, str, str, str], str]:
 
 @functools.cache
 def choose(dtype: torch.dtype, channels: int, setting: str) -> str:
-    """"linear" or "conv1x1" for products of this dtype and input width on this CPU; unknown machines take F.linear."""
+    """ "linear" or "conv1x1" for products of this dtype and input width on this CPU; unknown machines take F.linear."""
     if setting != "auto":
         return setting
     shape = "wide" if channels >= WIDE else "narrow"
@@ -51,12 +51,12 @@ def choose(dtype: torch.dtype, channels: int, setting: str) -> str:
 
 def _as_convolution(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        choose(x.dtype, x.shape[2], config.settings.cpu_gemm) == "conv1x1"  # first: on most machines it is the whole answer
+        and x.device.type == "cpu"
         and x.dtype != torch.float64
         and x.is_contiguous()
         and x.numel() > 0
         and weight.dtype == x.dtype
-        and choose(x.dtype, x.shape[2], config.settings.cpu_gemm) == "conv1x1"
     )
 
 

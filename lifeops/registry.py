@@ -63,6 +63,15 @@ class Impl:
     strided: bool = False  # reads any channel stride itself
 
 
+class _Plans(dict):
+    """A cache that starts afresh rather than grow without end where every call has another shape."""
+
+    def __setitem__(self, key, value) -> None:
+        if len(self) >= 4096:
+            self.clear()
+        super().__setitem__(key, value)
+
+
 BACKEND_PRIORITY = {"reference": 0, "triton": 10, "cpu": 20, "cuda": 20}
 
 ops: dict[str, Op] = {}
@@ -70,6 +79,8 @@ _LOADERS = {"cpu": "lifeops.native", "cuda": "lifeops.native", "triton": "lifeop
 _tried: set[str] = set()
 _unavailable: dict[str, str] = {}
 _choice: dict[tuple, Impl] = {}
+plans = _Plans()
+"""What torchlib found out about calls it has seen; forgotten whenever an implementation is registered."""
 _warned: set[tuple] = set()
 
 
@@ -90,7 +101,13 @@ def register(
     if op not in ops:
         raise ValueError(f"no op {op!r} to register a {backend!r} implementation for; known: {', '.join(ops)}")
     ops[op].impls[backend] = Impl(op, backend, fn, supports, priority, deterministic)
+    forget_choices()
+
+
+def forget_choices() -> None:
+    """Choose again for every problem."""
     _choice.clear()
+    plans.clear()
 
 
 def set_unavailable(backend: str, reason: str) -> None:

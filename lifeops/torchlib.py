@@ -6,9 +6,11 @@ backend is chosen inside it. ``Library.define/impl`` costs about a third of ``to
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from lifeops import registry
+from lifeops import config, registry
 from lifeops.after_import import after_import
 from lifeops.registry import Op
 
@@ -31,24 +33,33 @@ def channels_contiguous(t: torch.Tensor) -> bool:
     return t.stride(-1) == 1 or t.shape[-1] == 1
 
 
-def _ready(arg):
-    """What a native backend reads in place, or one counted copy of it. Sequences (B, N, C) only: weights may lie anyhow."""
-    if isinstance(arg, torch.Tensor) and arg.dim() == 3 and not channels_contiguous(arg):
-        copies["count"] += 1
-        return arg.contiguous()
-    return arg
+def _contiguous_channels(args: tuple, sequences: tuple[int, ...]) -> tuple:
+    """``args`` as a native backend reads them: one counted copy of every sequence (B, N, C) whose channels lie apart."""
+    for i in sequences:
+        if not channels_contiguous(args[i]):
+            copies["count"] += 1
+            args = (*args[:i], args[i].contiguous(), *args[i + 1 :])
+    return args
+
+
+def _plan(op: Op, args: tuple) -> tuple[str, Callable, tuple[int, ...]]:
+    """Checked once per shapes, dtypes, devices and settings: the backend, its function, and the sequences it reads in place."""
+    op.check(*args)
+    if op.is_empty(*args):
+        return "reference", op.reference, ()
+    impl = registry.select(op, args[-1], op.problem(*args))
+    sequences = tuple(i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.dim() == 3)  # weights may lie anyhow
+    return impl.backend, impl.fn, () if impl.strided else sequences
 
 
 def _kernel(op: Op):
     def run(*args):
-        op.check(*args)
-        if op.is_empty(*args):
-            return op.reference(*args)
-        impl = registry.select(op, args[-1], op.problem(*args))
-        last_backend[op.name] = impl.backend
-        if not impl.strided:
-            args = tuple(_ready(a) for a in args)
-        return impl.fn(*args)
+        key = (op.name, config.settings, *[(a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args])
+        plan = registry.plans.get(key)
+        if plan is None:
+            plan = registry.plans[key] = _plan(op, args)
+        last_backend[op.name], fn, sequences = plan
+        return fn(*_contiguous_channels(args, sequences))
 
     return run
 

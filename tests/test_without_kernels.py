@@ -18,7 +18,7 @@ def test_nothing_compiled_is_there():
 
 def test_the_reference_runs_and_warns_once():
     registry._warned.clear()
-    registry._choice.clear()
+    registry.forget_choices()
     x, w = torch.randn(1, 5, 4), torch.randn(4, 1, 3, 3)
     with pytest.warns(lifeops.FallbackWarning, match=r"token_dwconv runs on the slower 'reference' backend. cpu: left out"):
         lifeops.token_dwconv(x, w, grid=(2, 2), num_prefix_tokens=1)

@@ -4,8 +4,9 @@
     q|k|v of scale s = thirds of z_s;   q = z1[:d1] | z2[:d2] | z3[:d3], k and v likewise (| joins channels)
 
 DW_K is token_dwconv with prefix="keep": prefix tokens skip the depth-wise steps and take the point-wise ones. Scale s carries
-d_s = C//3 + (s < C%3) channels (s = 0, 1, 2) of each of q, k and v. The depth-wise outputs d2, d3 come out too: backward reads
-them. With ``scale1_key`` the prefix rows of every scale's key third are scale 1's, as the authors' code (not their figure) has it.
+d_s = C//3 + (s < C%3) channels (s = 0, 1, 2) of each of q, k and v. With ``keep`` the depth-wise outputs d2, d3 come out too, for
+backward; without it they are empty and one buffer serves both. With ``scale1_key`` the prefix rows of every scale's key third are
+scale 1's, as the authors' code (not their figure) has it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Problem(NamedTuple):
     C: int
 
 
-def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend):
+def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
     if x.dim() != 3:
         raise ValueError(f"{NAME}: x must have shape (B, N, C), got {tuple(x.shape)}")
     geometry.check_tokens(NAME, "x", x.shape[1], H, W, P)
@@ -58,12 +59,16 @@ def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend):
             raise TypeError(f"{NAME}: {name}.dtype must be x.dtype = {x.dtype}, got {t.dtype}")
 
 
-def _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, P, convolve, product):
+def _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, keep, P, convolve, product):
     z1 = product(x, w1, b1)
     d2 = convolve(z1, dw2)
     z2 = product(d2, pw2)
+    if not keep:
+        d2 = x.new_empty(0)  # frees its memory for d3, which has just been in the caches
     d3 = convolve(z2, dw3)
     z3 = product(d3, pw3)
+    if not keep:
+        d3 = x.new_empty(0)
     if scale1_key and P:
         d = x.shape[2] // 3
         for z in (z2, z3):
@@ -71,23 +76,23 @@ def _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, P, convolve, product):
     return z1, z2, z3, d2, d3
 
 
-def reference(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend):
+def reference(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
     """The formula with F.linear and token_dwconv's reference."""
 
     def convolve(z, weight):
         return dwconv.reference(z, weight, None, None, H, W, P, "keep", "reference")
 
-    return _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, P, convolve, F.linear)
+    return _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, keep, P, convolve, F.linear)
 
 
 def _composed(backend):
     """The chain on one backend's depth-wise kernel: each product writes its scale once, nothing is joined or permuted."""
 
-    def run(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, _):
+    def run(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, _):
         def convolve(z, weight):
             return dwconv.fwd_op.impls[backend].fn(z, weight, None, None, H, W, P, "keep", backend)
 
-        return _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, P, convolve, pointwise)
+        return _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, keep, P, convolve, pointwise)
 
     def supports(problem):
         found = []
@@ -98,9 +103,10 @@ def _composed(backend):
     return run, supports
 
 
-def fake(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend):
-    widths = w1.shape[0], pw2.shape[0], pw3.shape[0], w1.shape[0], pw2.shape[0]
-    return tuple(x.new_empty((*x.shape[:2], width)) for width in widths)
+def fake(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
+    scales = [x.new_empty((*x.shape[:2], w.shape[0])) for w in (w1, pw2, pw3)]
+    kept = [x.new_empty((*x.shape[:2], w.shape[0]) if keep else 0) for w in (w1, pw2)]
+    return (*scales, *kept)
 
 
 def flops(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, *rest):
@@ -120,6 +126,7 @@ class Sample(NamedTuple):
     P: int = 1
     C: int = 12
     scale1_key: bool = False
+    keep: bool = True
     x_layout: str = "contiguous"
     tiny: bool = True
 
@@ -132,6 +139,7 @@ def samples():
         Sample("window", "attention windows have no prefix", P=0, H=4, W=4),
         Sample("scale1_key", "the authors' checkpoints", scale1_key=True),
         Sample("scale1_key_dist", "the authors' key with two prefix tokens", P=2, scale1_key=True),
+        Sample("inference", "d2 and d3 are not kept", keep=False),
         Sample("dim_10", "C % 3 = 1: scales of 4, 3, 3", C=10),
         Sample("dim_32", "C % 3 = 2: scales of 11, 11, 10", C=32, P=2),
         Sample("narrow", "grid smaller than the 5x5 kernel", H=2, W=1),
@@ -150,13 +158,13 @@ def make(s: Sample, draw: Maker, backend: str) -> tuple:
 
     x = lay_out(draw(s.B, s.P + s.H * s.W, s.C, scale=1), s.x_layout)
     weights = weight(a, s.C), draw(a, scale=1), weight(a, 1, 3, 3), weight(b, a), weight(b, 1, 5, 5), weight(c, b)
-    return x, *weights, s.H, s.W, s.P, s.scale1_key, backend
+    return x, *weights, s.H, s.W, s.P, s.scale1_key, s.keep, backend
 
 
 op = Op(
     NAME,
     f"{NAME}(Tensor x, Tensor w1, Tensor? b1, Tensor dw2, Tensor pw2, Tensor dw3, Tensor pw3, SymInt H, SymInt W, SymInt P,"
-    " bool scale1_key, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool scale1_key, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference,
     check,
     fake,

@@ -96,19 +96,19 @@ def cleared_tokens(grads):
 
 
 class LifeQKV(torch.autograd.Function):
-    """(z1, z2, z3, d2, d3) = life_qkv(x, …): see :func:`lifeops.life_qkv`. With ``recompute`` d2 and d3 are not kept."""
+    """(z1, z2, z3, d2, d3) = life_qkv(x, …): see :func:`lifeops.life_qkv`. Without ``keep`` backward computes d2 and d3 again."""
 
     @staticmethod
-    def forward(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend, recompute):
-        return _op(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend)
+    def forward(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
+        return _op(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend, recompute = inputs
+        x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend = inputs
         z1, z2, _, d2, d3 = output
         ctx.set_materialize_grads(False)
-        ctx.recompute = recompute
-        if recompute:
+        ctx.recompute = not keep
+        if ctx.recompute:
             ctx.mark_non_differentiable(d2, d3)
             d2 = d3 = None
         ctx.save_for_backward(x, w1, dw2, pw2, dw3, pw3, z1, z2, d2, d3)
@@ -144,7 +144,7 @@ def _recompute(maths, z1, z2, dw2, pw2, dw3, geo, scale1_key):
     return d2, maths.convolve(z2, dw3, None, geo)
 
 
-def _differentiable_scales(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, backend, recompute):
+def _differentiable_scales(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
     """The chain as separate differentiable calls: what torch.func transforms see."""
 
     def convolve(z, weight):
@@ -194,16 +194,16 @@ def life_qkv(
     """
     args = _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend)
     if torch._C._are_functorch_transforms_active():
-        spec.check(*args[:-1])
+        spec.check(*args)
         scales = _differentiable_scales(*args)
     else:
-        scales = torchlib.apply(LifeQKV, lambda *a: _op(*a[:-1]), *args)[:3]
+        scales = torchlib.apply(LifeQKV, _op, *args)[:3]
     return scales if layout == "scales" else join_scales(scales)
 
 
 def explain(x, w1, b1, dw2, pw2, dw3, pw3, *, grid, num_prefix_tokens=1, aux_key="multiscale", layout="qkv", recompute=False, backend=None):
     """Which backend the chain and its depth-wise gradients take, and why not the others."""
-    *args, request, _ = _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend)
+    *args, request = _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend)
     spec.check(*args, request)
     problem = spec.op.problem(*args)
     steps = [dwconv.Problem(*problem, K=dw.shape[-1]) for dw in (dw2, dw3)]
@@ -212,7 +212,7 @@ def explain(x, w1, b1, dw2, pw2, dw3, pw3, *, grid, num_prefix_tokens=1, aux_key
 
 
 def _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend):
-    """The schema's arguments and ``recompute``: autocast followed, geometry and names checked, backend resolved."""
+    """The schema's arguments: autocast followed, geometry and names checked, backend resolved."""
     g = geometry.to_grid(spec.NAME, grid, num_prefix_tokens)
     if aux_key not in ("multiscale", "scale1"):
         raise ValueError(f"{spec.NAME}: aux_key must be 'multiscale' or 'scale1', got {aux_key!r}")
@@ -225,7 +225,8 @@ def _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, 
         x, w1, pw2, pw3 = (t.to(dtype) for t in (x, w1, pw2, pw3))
         b1 = None if b1 is None else b1.to(dtype)
     place = g.height, g.width, g.prefix, aux_key == "scale1"
-    return x, w1, b1, dw2, pw2, dw3, pw3, *place, config.requested_backend(backend), recompute
+    keep = torch.is_grad_enabled() and not recompute
+    return x, w1, b1, dw2, pw2, dw3, pw3, *place, keep, config.requested_backend(backend)
 
 
 def join_scales(scales):
