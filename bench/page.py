@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from itertools import groupby
 from pathlib import Path
+from typing import get_type_hints
 
 from bench.__main__ import _spread, ratios
 from bench.problems import Problem, targets
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "performance.md"
 INTRO = """# Performance
 
 Written by `python -m bench.page` from the rows in `bench/results/`. Each figure is how many times slower a baseline is than
@@ -24,17 +27,17 @@ paths, `clone` a copy of the same bytes. "promise" says whether the library's ow
 
 
 def read(path: Path) -> list[dict]:
-    whole = {f for f, kind in Problem.__annotations__.items() if kind in (int, "int")}
+    whole = {f for f, kind in get_type_hints(Problem).items() if kind is int}
     with path.open(newline="") as file:
         return [{k: int(v) if k in whole else float(v) if k.endswith("_ms") else v for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def _row(p: Problem, allocator: str, cell: dict, baselines: list[str]) -> str:
     promised = targets(p, allocator)
-    missed = [t for t in promised if sorted(cell[t.baseline])[len(cell[t.baseline]) // 2] < t.at_least]
+    missed = [t for t in promised if statistics.median(cell[t.baseline]) < t.at_least]
     verdict = "-" if not promised else "kept" if not missed else "; ".join(f"missed: {t.baseline} {t.at_least:.2f}" for t in missed)
-    ours = [f"{ms:.2f}" for ms in (sorted(cell["lifeops"])[len(cell["lifeops"]) // 2],)]
-    return "| " + " | ".join([p.name, *ours, *(_spread(cell[b]) for b in baselines), verdict]) + " |"
+    ours = f"{statistics.median(cell['lifeops']):.2f}"
+    return "| " + " | ".join([p.name, ours, *(_spread(cell[b]) for b in baselines), verdict]) + " |"
 
 
 def tables(rows: list[dict]) -> list[str]:
@@ -51,7 +54,7 @@ def tables(rows: list[dict]) -> list[str]:
     return lines
 
 
-def main() -> int:
+def page() -> str:
     lines = [INTRO]
     for path in sorted((ROOT / "bench" / "results").glob("*.csv")):
         rows = read(path)
@@ -59,7 +62,11 @@ def main() -> int:
         facts = f"torch {first['torch']}, {first['threads']} threads, commit {first['commit']}, `{path.name}`"
         lines += [f"## {first['machine']}", "", facts, ""]
         lines += tables(rows)
-    (ROOT / "docs" / "performance.md").write_text("\n".join(lines).rstrip() + "\n")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> int:
+    PAGE.write_text(page())
     return 0
 
 

@@ -25,3 +25,8 @@ def test_snippets_run():
 
 def test_generated_tables_are_up_to_date():
     assert subprocess.run([sys.executable, "-m", "bench.readme", "--check"], cwd=README.parent, check=False).returncode == 0
+
+
+def test_the_performance_page_is_what_the_rows_say():
+    code = "from bench import page; assert page.PAGE.read_text() == page.page(), 'run python -m bench.page'"
+    subprocess.run([sys.executable, "-c", code], cwd=README.parent, check=True)
