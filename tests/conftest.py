@@ -37,6 +37,7 @@ def poison(monkeypatch):
     """Every buffer the library allocates starts as NaN, so that an element it forgets to write shows."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
 
 
 @pytest.fixture

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of tokens: how a task reads them once, and asks ahead for the next.
+//
+// Each input row is read once, converted once and written to a zero-padded ring of rows [vector][column][lane]: compact, so that
+// channel strides such as 4096 bytes cannot collide in L1, and free of column masks. The sums then read one ring vector per
+// multiply-add, which two loads a cycle keep up with.
+#pragma once
+#include "token_dwconv.h"
+#include "vec.h"
+
+namespace lifeops {
+namespace LIFEOPS_ISA {
+
+// Tokens of one grid row, columns [q0, q1) of which those outside [0, W) become zeros, channels `n` of a block.
+template <class T, class A = typename AccOf<T>::type>
+void load_row(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out, int64_t vector_stride) {
+  constexpr int L = Vec<A>::kLanes;
+  const vec_t<A> zero = {};
+  for (int64_t q = q0; q < q1; ++q, out += L) {
+    if (q < 0 || q >= W) {
+      for (int64_t v = 0; v * L < n; ++v) store(out + v * vector_stride, zero);
+      continue;
+    }
+    const T* token = row + q * stride_n;
+    for (int64_t v = 0; v * L < n; ++v) store(out + v * vector_stride, load_n(token + v * L, n - v * L));
+  }
+}
+
+// The lines that are wanted next, asked for one by one between the sums, in the order they lie in memory: the run of one token, then
+// the next token. Asked for vector by vector instead, every request of a wide token is another page; asked for in one burst they fill
+// the line buffers and the core waits.
+struct Ahead {
+  const char *a, *b;
+  int64_t step, run, left;  // bytes per request; requests per token, and how many of this token are left
+  int64_t a_skip, b_skip;   // bytes from the end of a token's run to the start of the next
+
+  // Strides in elements of T, whose vectors have `lanes` elements; n channels.
+  template <class T> Ahead(const T* first, int64_t stride, const T* second, int64_t second_stride, int64_t n, int64_t lanes)
+      : a(reinterpret_cast<const char*>(first)), b(reinterpret_cast<const char*>(second)), step(lanes * int64_t(sizeof(T))),
+        run(ceil_div(n, lanes)), left(run), a_skip((stride - run * lanes) * int64_t(sizeof(T))),
+        b_skip((second_stride - run * lanes) * int64_t(sizeof(T))) {}
+
+  template <bool kWrite = false> inline __attribute__((always_inline)) void fetch() {
+    __builtin_prefetch(a, 0, 2);
+    __builtin_prefetch(b, kWrite, 2);
+    a += step, b += step;
+    if (--left == 0) left = run, a += a_skip, b += b_skip;
+  }
+};
+
+}  // namespace LIFEOPS_ISA
+}  // namespace lifeops

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward and input gradient of one task. Compiled once per instruction set (see vec.h).
+#pragma once
+#include "rows.h"
+
+namespace lifeops {
+namespace LIFEOPS_ISA {
+
+// Accumulators held in registers: 16 of 32 with AVX-512, 12 of 16 elsewhere; the rest holds the weights and the operands.
+constexpr int kTile = LIFEOPS_VEC_BYTES == 64 ? 16 : 12;
+
+// Where one vector of channels of a tile goes.
+template <class T> struct TileTarget {
+  T* y;
+  const T* residual;
+  int64_t y_stride, r_stride;  // from token to token
+  int64_t y_row, r_row;        // from row to row
+  int64_t n;                   // channels left from this vector on
+};
+
+// acc[t] += sum over one filter row of tap * x[t + j]; `add_two` does it for two output rows, which share every load of x.
+template <int kWidth, class A>
+inline __attribute__((always_inline)) void add_one(vec_t<A>* acc, const A* x, const A* w, int K) {
+  for (int j = 0; j < K; ++j, x += Vec<A>::kLanes, w += kBlock) {
+    const vec_t<A> tap = load(w);
+#pragma GCC unroll 16
+    for (int t = 0; t < kWidth; ++t) acc[t] += tap * load(x + t * Vec<A>::kLanes);
+  }
+}
+template <int kWidth, class A>
+inline __attribute__((always_inline)) void add_two(vec_t<A>* acc, vec_t<A>* below, const A* x, const A* w, const A* w_below, int K) {
+  for (int j = 0; j < K; ++j, x += Vec<A>::kLanes, w += kBlock, w_below += kBlock) {
+    const vec_t<A> tap = load(w), tap_below = load(w_below);
+#pragma GCC unroll 16
+    for (int t = 0; t < kWidth; ++t) {
+      const vec_t<A> value = load(x + t * Vec<A>::kLanes);
+      acc[t] += tap * value;
+      below[t] += tap_below * value;
+    }
+  }
+}
+
+template <class T, int kWidth, class A = typename AccOf<T>::type>
+inline __attribute__((always_inline)) void store_tile_row(const vec_t<A>* acc, int64_t row, const TileTarget<T>& out, Ahead* ahead) {
+  Ahead next = *ahead;
+#pragma GCC unroll 16
+  for (int t = 0; t < kWidth; ++t) {
+    vec_t<A> value = acc[t];
+    if (out.residual) value += load_n(out.residual + row * out.r_row + t * out.r_stride, out.n);
+    store_n(out.y + row * out.y_row + t * out.y_stride, value, out.n);
+    next.fetch<true>();
+  }
+  *ahead = next;
+}
+
+// kRows (1 or 2) x kWidth neighbouring outputs of one vector of channels, from the input rows [k0, k1) of K + kRows - 1.
+template <class T, int kRows, int kWidth, class A = typename AccOf<T>::type>
+void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec_t<A> bias, const TileTarget<T>& out,
+               Ahead* ahead) {
+  vec_t<A> acc[kRows][kWidth];
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int t = 0; t < kWidth; ++t) acc[r][t] = bias;
+  for (int k = k0; k < k1; ++k) {
+    const A* w = weight + k * K * kBlock;
+    if (kRows == 1 || k == 0) add_one<kWidth, A>(acc[0], rows[k], w, K);
+    else if (k == K) add_one<kWidth, A>(acc[kRows - 1], rows[k], w - K * kBlock, K);
+    else add_two<kWidth, A>(acc[0], acc[kRows - 1], rows[k], w, w - K * kBlock, K);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r) store_tile_row<T, kWidth>(acc[r], r, out, ahead);
+}
+
+template <class T> using ConvTile = void (*)(const typename AccOf<T>::type* const*, int, int, const typename AccOf<T>::type*, int,
+                                             vec_t<typename AccOf<T>::type>, const TileTarget<T>&, Ahead*);
+
+// table[width - 1]
+template <class T, int kRows, int... kWidths> struct ConvTiles {
+  static constexpr ConvTile<T> table[] = {conv_tile<T, kRows, kWidths + 1>...};
+};
+template <class T, int kRows, int n, int... rest> struct MakeTiles : MakeTiles<T, kRows, n - 1, n - 1, rest...> {};
+template <class T, int kRows, int... rest> struct MakeTiles<T, kRows, 0, rest...> { using type = ConvTiles<T, kRows, rest...>; };
+
+template <class T> void copy_prefix(const TokenDWConvParams& p, const ForwardTask& task, int64_t n) {
+  using A = typename AccOf<T>::type;
+  constexpr int L = Vec<A>::kLanes;
+  const T* x = static_cast<const T*>(p.x) + task.b * p.x_stride_b + task.c0;
+  T* y = static_cast<T*>(p.y) + task.b * p.y_stride_b + task.c0;
+  const T* r = p.residual ? static_cast<const T*>(p.residual) + task.b * p.r_stride_b + task.c0 : nullptr;
+  const vec_t<A> zero = {};
+  for (int64_t t = 0; t < p.y_prefix; ++t) {
+    for (int64_t c = 0; c < n; c += L) {
+      vec_t<A> value = p.prefix == Prefix::copy ? load_n(x + t * p.x_stride_n + c, n - c) : zero;
+      if (r) value += load_n(r + t * p.r_stride_n + c, n - c);
+      store_n(y + t * p.y_stride_n + c, value, n - c);
+    }
+  }
+}
+
+// Two output rows at a time, so that every input row is loaded (K + 1) / 2 times, not K; one where two rows of whole tokens, the two
+// that are asked for next and the ring do not fit the second-level cache together.
+template <class T> struct Forward {
+  using A = typename AccOf<T>::type;
+  static constexpr int L = Vec<A>::kLanes;
+
+  static int64_t columns(const TokenDWConvParams& p) { return min64(p.W, kSegment) + p.K - 1; }
+  static int64_t step(const TokenDWConvParams& p) {
+    return ((p.K + 1) * columns(p) + 6 * min64(p.W, kSegment)) * p.C * int64_t(sizeof(A)) <= kCacheBytes ? 2 : 1;
+  }
+  static int64_t ring_rows(const TokenDWConvParams& p) { return p.K + step(p) - 1; }
+
+  // Channels of a task: as many blocks as the ring may hold, so that tokens are read and written in long runs.
+  static int64_t channels(const TokenDWConvParams& p) {
+    const int64_t block_bytes = ring_rows(p) * columns(p) * kBlock * int64_t(sizeof(A)), blocks = ceil_div(p.C, kBlock);
+    const int64_t tasks = ceil_div(blocks, max64(1, kRingBytes / block_bytes));
+    return ceil_div(blocks, tasks) * kBlock;  // even shares
+  }
+  static int64_t scratch(const TokenDWConvParams& p) { return ring_rows(p) * columns(p) * channels(p) * int64_t(sizeof(A)); }
+
+  static void run(const TokenDWConvParams& p, const void* weight, const void* bias, const ForwardTask& task, void* scratch) {
+    const int64_t n = task.c1 - task.c0;
+    if (task.prefix_rows) copy_prefix<T>(p, task, n);
+    const int half = p.K / 2;
+    const int64_t cols = task.q1 - task.q0 + p.K - 1, row_size = cols * ceil_div(n, L) * L;
+    A* ring = static_cast<A*>(scratch);
+    const T* x = static_cast<const T*>(p.x) + task.b * p.x_stride_b + p.x_prefix * p.x_stride_n + task.c0;
+    const auto ring_row = [&](int64_t row) { return ring + int32_t(row) % int32_t(ring_rows(p)) * row_size; };
+    const auto fetch = [&](int64_t row0, int64_t row1) {
+      for (int64_t row = max64(0, row0); row < min64(p.H, row1); ++row)
+        load_row<T>(x + row * p.W * p.x_stride_n, p.x_stride_n, p.W, task.q0 - half, task.q1 + half, n, ring_row(row), cols * L);
+    };
+    const A* w = static_cast<const A*>(weight) + task.c0 * p.K * p.K;
+    const A* b = bias ? static_cast<const A*>(bias) + task.c0 : nullptr;
+    const int most = int(step(p));
+    const Tiling tiling(int(task.q1 - task.q0), kTile / most);
+    fetch(task.r0 - half, task.r0 + half);
+    for (int64_t r = task.r0; r < task.r1; r += most) {
+      const int height = int(min64(most, task.r1 - r));
+      fetch(r + half, r + half + height);
+      const int k0 = int(max64(0, half - r)), k1 = int(min64(p.K + height - 1, p.H + half - r));
+      const A* rows[kMaxKernel + 1];
+      for (int k = k0; k < k1; ++k) rows[k] = ring_row(r + k - half);
+      output_rows(p, task, tiling, r, height, rows, k0, k1, cols, w, b, n);
+    }
+  }
+
+  // Columns cut into even tiles, at most `widest` wide. Made once a task: a 64-bit division costs as much as ten tiles' taps.
+  struct Tiling {
+    int count, start[kSegment / (kTile / 2) + 2];
+    Tiling(int width, int widest) : count((width + widest - 1) / widest) {
+      for (int tile = 0; tile <= count; ++tile) start[tile] = tile * width / count;
+    }
+  };
+
+  static void output_rows(const TokenDWConvParams& p, const ForwardTask& task, const Tiling& tiling, int64_t r, int height,
+                          const A* const* rows, int k0, int k1, int64_t cols, const A* w, const A* b, int64_t n) {
+    const ConvTile<T>* tiles = height == 1 ? MakeTiles<T, 1, kTile>::type::table : MakeTiles<T, 2, kTile / 2>::type::table;
+    const int64_t token = r * p.W + task.q0 + p.y_prefix;
+    T* y = static_cast<T*>(p.y) + task.b * p.y_stride_b + token * p.y_stride_n + task.c0;
+    const T* x_next = static_cast<const T*>(p.x) + task.b * p.x_stride_b + task.c0 +
+                      (min64(r + p.K / 2 + height, p.H - 1) * p.W + task.q0 + p.x_prefix) * p.x_stride_n;
+    Ahead ahead(x_next, p.x_stride_n, static_cast<const T*>(r + height < task.r1 ? y + height * p.W * p.y_stride_n : y), p.y_stride_n, n, L);
+    const T* res = p.residual ? static_cast<const T*>(p.residual) + task.b * p.r_stride_b + token * p.r_stride_n + task.c0 : nullptr;
+    for (int tile = 0; tile < tiling.count; ++tile) {  // outermost: 32 columns of three tensors are more pages than the first TLB holds
+      const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
+      for (int64_t c = 0, v = 0; c < n; c += L, ++v) {
+        const vec_t<A> start = b ? load(b + c) : vec_t<A>{};
+        const A* taps = w + c / kBlock * kBlock * p.K * p.K + c % kBlock;
+        const A* tile_rows[kMaxKernel + 1];
+        for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * cols + t0) * L;
+        const TileTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr, p.y_stride_n,
+                                p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c};
+        tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, out, &ahead);
+      }
+    }
+  }
+};
+
+}  // namespace LIFEOPS_ISA
+}  // namespace lifeops

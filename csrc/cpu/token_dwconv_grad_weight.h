@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weight and bias gradient of one task. Compiled once per instruction set (see vec.h).
+#pragma once
+#include "rows.h"
+
+namespace lifeops {
+namespace LIFEOPS_ISA {
+
+constexpr int kGradTile = LIFEOPS_VEC_BYTES == 64 ? 28 : 12;  // sums held in registers
+
+// One vector of channels of a few output rows: dy in place, and the input rows from the topmost tap down.
+template <class T, class A = typename AccOf<T>::type> struct GradRows {
+  const T* dy;
+  int64_t dy_row, dy_column, n;  // strides of dy in elements; n channels are left from this vector on
+  const A* const* x;             // height + K - 1 rows, null outside the grid
+  int64_t height, width;
+};
+
+// acc[i, j] += dy[q] * x[i][q + j] for kColumns neighbouring columns, whose taps overlap: K + kColumns - 1 loads of x for a row.
+template <class A, int K, int kRows, int kColumns>
+inline __attribute__((always_inline)) void grad_columns(vec_t<A>* acc, const vec_t<A>* dy, const A* const* x, int64_t offset) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
+    for (int k = 0; k < K + kColumns - 1; ++k) {
+      const vec_t<A> value = load(x[i] + offset + k * Vec<A>::kLanes);
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c)
+        if (k - c >= 0 && k - c < K) acc[i * K + k - c] += dy[c] * value;
+    }
+}
+
+// Sums of dy[r, q] * x[r + i, q + j] for the filter rows i in [i0, i0 + kRows).
+template <class T, int K, int kRows, class A = typename AccOf<T>::type>
+void grad_taps(const GradRows<T>& rows, int i0, A* sums, Ahead* ahead) {
+  constexpr int L = Vec<A>::kLanes;
+  vec_t<A> acc[kRows * K];
+#pragma GCC unroll 32
+  for (int k = 0; k < kRows * K; ++k) acc[k] = load(sums + (i0 * K + k) * kBlock);
+  Ahead next = *ahead;
+  for (int64_t r = 0; r < rows.height; ++r) {
+    const A* x[kRows];  // kept apart: base + q + constant is one address, (i * cols + j) is a register of its own
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) x[i] = rows.x[r + i0 + i];
+    const T* dy = rows.dy + r * rows.dy_row;
+    int64_t q = 0;
+    for (; q + 2 <= rows.width; q += 2, dy += 2 * rows.dy_column) {
+      const vec_t<A> g[2] = {load_n(dy, rows.n), load_n(dy + rows.dy_column, rows.n)};
+      if (i0 == 0) next.fetch(), next.fetch();
+      grad_columns<A, K, kRows, 2>(acc, g, x, q * L);
+    }
+    if (q < rows.width) {
+      const vec_t<A> g = load_n(dy, rows.n);
+      if (i0 == 0) next.fetch();
+      grad_columns<A, K, kRows, 1>(acc, &g, x, q * L);
+    }
+  }
+  if (i0 == 0) *ahead = next;
+#pragma GCC unroll 32
+  for (int k = 0; k < kRows * K; ++k) store(sums + (i0 * K + k) * kBlock, acc[k]);
+}
+
+// All filter rows, as many at once as the registers hold.
+template <class T, int K, class A = typename AccOf<T>::type> void grad_filter(const GradRows<T>& rows, A* sums, Ahead* ahead) {
+  constexpr int kRows = kGradTile / K < 1 ? 1 : (kGradTile / K > K ? K : kGradTile / K), kRest = K % kRows, kWhole = K - kRest;
+  for (int i = 0; i < kWhole; i += kRows) grad_taps<T, K, kRows>(rows, i, sums, ahead);
+  if constexpr (kRest > 0) grad_taps<T, K, kRest>(rows, kWhole, sums, ahead);
+}
+
+template <class T, class A = typename AccOf<T>::type> void grad_filter_any(int64_t K, const GradRows<T>& rows, A* sums, Ahead* ahead) {
+  switch (K) {
+    case 1: return grad_filter<T, 1>(rows, sums, ahead);
+    case 3: return grad_filter<T, 3>(rows, sums, ahead);
+    case 5: return grad_filter<T, 5>(rows, sums, ahead);
+    case 7: return grad_filter<T, 7>(rows, sums, ahead);
+    case 9: return grad_filter<T, 9>(rows, sums, ahead);
+    case 11: return grad_filter<T, 11>(rows, sums, ahead);
+    case 13: return grad_filter<T, 13>(rows, sums, ahead);
+    default: return grad_filter<T, 15>(rows, sums, ahead);
+  }
+}
+
+// A step sums a few output rows at a time, so that the sums and the K input rows, which pass through a ring, are loaded once for all.
+template <class T> struct GradWeight {
+  using Params = TokenDWConvGradWeightParams;
+  using A = typename AccOf<T>::type;
+  static constexpr int L = Vec<A>::kLanes;
+  static constexpr int kStepColumns = 32;  // of a step, at least, where the grid has them
+  static constexpr int kStepRows = kStepColumns + kMaxKernel - 1;
+
+  static int64_t width(const Params& p) { return min64(p.W, kSegment); }
+  static int64_t columns(const Params& p) { return width(p) + p.K - 1; }
+  static int64_t step_rows(const Params& p) { return min64(p.H, ceil_div(kStepColumns, width(p))); }
+  static int64_t ring_rows(const Params& p) { return step_rows(p) + p.K - 1; }
+  static int64_t ring_size(const Params& p) { return p.x ? ring_rows(p) * columns(p) : 0; }  // elements per channel
+
+  static int64_t channels(const Params& p) {
+    const int64_t block_bytes = (ring_size(p) + p.K * p.K) * kBlock * int64_t(sizeof(A)), blocks = ceil_div(p.C, kBlock);
+    const int64_t tasks = ceil_div(blocks, max64(1, kGradRingBytes / block_bytes));
+    return ceil_div(blocks, tasks) * kBlock;  // even shares
+  }
+  static int64_t scratch(const Params& p) {
+    return (ring_size(p) * channels(p) + columns(p) * L) * int64_t(sizeof(A));
+  }
+
+  // Output rows [r0, r1) and columns [q0, q1) of image b.
+  struct Unit {
+    int64_t b, r0, r1, q0, q1;
+    Unit(const Params& p, const GradWeightTask& task, int64_t index) : b(index / (task.strips * task.segments)) {
+      const int64_t strip = index / task.segments % task.strips, segment = index % task.segments;
+      r0 = strip * p.H / task.strips, r1 = (strip + 1) * p.H / task.strips;
+      q0 = segment * p.W / task.segments, q1 = (segment + 1) * p.W / task.segments;
+    }
+  };
+
+  const Params& p;
+  const GradWeightTask& task;
+  const int64_t n, half;
+  A *zeros, *ring, *sums;  // [column][lane], [row][vector][column][lane], [block][tap][channel]
+
+  GradWeight(const Params& params, const GradWeightTask& t, A* scratch)
+      : p(params), task(t), n(t.c1 - t.c0), half(params.K / 2), zeros(scratch), ring(zeros + columns(params) * L), sums(static_cast<A*>(t.partial)) {}
+
+  static void run(const Params& p, const GradWeightTask& task, void* scratch) {
+    GradWeight body(p, task, static_cast<A*>(scratch));
+    for (int64_t k = 0; k < columns(p) * L; ++k) body.zeros[k] = 0;
+    for (int64_t k = 0; k < ceil_div(body.n, kBlock) * (p.K * p.K + 1) * kBlock; ++k) body.sums[k] = 0;
+    for (int64_t index = task.unit0; index < task.unit1; ++index) {
+      const Unit unit(p, task, index), next(p, task, min64(index + 1, task.unit1 - 1));
+      body.add(unit, next);
+    }
+  }
+
+  const T* x_at(int64_t b, int64_t row, int64_t column) const {
+    return static_cast<const T*>(p.x) + b * p.x_stride_b + (p.x_prefix + row * p.W + column) * p.x_stride_n + task.c0;
+  }
+  const T* dy_at(int64_t b, int64_t row, int64_t column) const {
+    return static_cast<const T*>(p.dy) + b * p.dy_stride_b + (p.dy_prefix + row * p.W + column) * p.dy_stride_n + task.c0;
+  }
+  A* ring_row(const Unit& unit, int64_t row) const {
+    return ring + int32_t(row) % int32_t(ring_rows(p)) * (unit.q1 - unit.q0 + p.K - 1) * ceil_div(n, L) * L;
+  }
+  void load_x(const Unit& unit, int64_t row0, int64_t row1) const {
+    const int64_t cols = unit.q1 - unit.q0 + p.K - 1;
+    for (int64_t row = max64(0, row0); row < min64(p.H, row1); ++row)
+      load_row<T>(x_at(unit.b, row, 0), p.x_stride_n, p.W, unit.q0 - half, unit.q1 + half, n, ring_row(unit, row), cols * L);
+  }
+
+  void add(const Unit& unit, const Unit& next) const {
+    const int64_t step = step_rows(p);
+    if (p.x) load_x(unit, unit.r0 - half, unit.r0 + half);
+    for (int64_t r = unit.r0; r < unit.r1; r += step) {
+      const int64_t end = min64(unit.r1, r + step), width = unit.q1 - unit.q0;
+      if (p.x) load_x(unit, r + half, end + half);
+      const A* x[kStepRows];  // once a step: a division costs as much as two columns
+      if (p.x)
+        for (int64_t row = r - half; row < end + half; ++row) x[row - r + half] = row >= 0 && row < p.H ? ring_row(unit, row) : nullptr;
+      Ahead ahead = end < unit.r1 ? look_ahead(unit, end, end + half) : look_ahead(next, next.r0, next.r0 - half);
+      for (int64_t c = 0; c < n; c += L) add_vector(GradRows<T>{dy_at(unit.b, r, unit.q0) + c, p.W * p.dy_stride_n, p.dy_stride_n, n - c, x, end - r, width}, c, &ahead);
+    }
+  }
+
+  Ahead look_ahead(const Unit& unit, int64_t dy_row, int64_t x_row) const {
+    const T* dy = dy_at(unit.b, dy_row, unit.q0);
+    if (!p.x) return Ahead(dy, p.dy_stride_n, dy, p.dy_stride_n, n, L);
+    return Ahead(x_at(unit.b, min64(p.H - 1, max64(0, x_row)), unit.q0), p.x_stride_n, dy, p.dy_stride_n, n, L);
+  }
+
+  void add_vector(GradRows<T> rows, int64_t c, Ahead* ahead) const {
+    const int64_t taps = p.K * p.K, cols = rows.width + p.K - 1;
+    A* out = sums + c / kBlock * kBlock * (taps + 1) + c % kBlock;
+    if (p.db) sum_rows(rows, out + taps * kBlock);
+    if (!p.x) return;
+    const A* x[kStepRows];
+    for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
+    rows.x = x;
+    grad_filter_any<T>(p.K, rows, out, ahead);
+  }
+
+  static void sum_rows(const GradRows<T>& rows, A* out) {
+    vec_t<A> total = load(out);
+    for (int64_t r = 0; r < rows.height; ++r)
+      for (int64_t q = 0; q < rows.width; ++q) total += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
+    store(out, total);
+  }
+};
+
+}  // namespace LIFEOPS_ISA
+}  // namespace lifeops
