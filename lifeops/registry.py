@@ -40,6 +40,7 @@ class Op:
     make: Callable | None = None
     reduces: Callable[[Any], int] | None = None  # terms of long sums (dW, db, matrix products): sqrt(terms) tolerance
     is_empty: Callable[..., bool] = lambda *args: False
+    exact: Callable[[Any], bool] = lambda sample: True  # integer inputs must give the oracle's bits
     impls: dict[str, Impl] = field(default_factory=dict, compare=False)
 
     def cost(self, *args) -> Cost:

@@ -1,5 +1,6 @@
 """Modules: thin, state-dict compatible with the official checkpoints."""
 
 from lifeops.nn.life import LifeAttention, LifeQKV
+from lifeops.nn.localvit import LocalityFeedForward
 
-__all__ = ["LifeAttention", "LifeQKV"]
+__all__ = ["LifeAttention", "LifeQKV", "LocalityFeedForward"]

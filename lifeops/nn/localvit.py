@@ -1,0 +1,275 @@
+"""LocalViT's locality feed-forward (arXiv 2104.05707) on token sequences; state-dict keys are the authors'."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lifeops import config, geometry, torchlib
+from lifeops.nn.life import GridHolder
+from lifeops.ops import locality_ffn as chain
+from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel_gate import gate
+from lifeops.ops.token_dwconv_function import token_dwconv
+
+ACTS = {"relu6": ("relu6", ""), "hs": ("hardswish", ""), "hs+se": ("hardswish", "se"), "hs+eca": ("hardswish", "eca"), "hs+ecah": ("hardswish", "ecah")}
+
+
+class SELayer(nn.Module):
+    """Squeeze and excitation of (B, N, C) tokens; ``fc.0`` and ``fc.2`` as the authors'."""
+
+    def __init__(self, channels: int, reduction: int, **dd):
+        super().__init__()
+        if reduction < 1 or reduction > channels:
+            raise ValueError(f"SELayer: reduction must be between 1 and the {channels} hidden channels, got {reduction}")
+        width = channels // reduction
+        self.fc = nn.Sequential(nn.Linear(channels, width, **dd), nn.ReLU(), nn.Linear(width, channels, **dd), nn.Hardsigmoid())
+        self.kind = "se"
+
+    def gate_params(self):
+        return self.fc[0].weight, self.fc[0].bias, self.fc[2].weight, self.fc[2].bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _gate_tokens(self, x)
+
+
+class ECALayer(nn.Module):
+    """Efficient channel attention of (B, N, C) tokens; ``conv.weight`` (1, 1, k), k the odd number from (log2 C + 1) / 2."""
+
+    def __init__(self, channels: int, hard: bool, **dd):
+        super().__init__()
+        size = int(abs((math.log2(channels) + 1) / 2))
+        size = size if size % 2 else size + 1
+        self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, **dd)
+        self.kind = "ecah" if hard else "eca"
+
+    def gate_params(self):
+        return (self.conv.weight,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _gate_tokens(self, x)
+
+
+def _gate_tokens(layer, x):
+    """x * gate(mean over the tokens); the gate is computed in float32 or wider."""
+    dtype = accumulate_dtype(x.dtype)
+    s = gate(layer.kind, x.to(dtype).mean(1), tuple(p.to(dtype) for p in layer.gate_params()))
+    return x * s[:, None].to(x.dtype)
+
+
+class LocalityFeedForward(nn.Module):
+    """x + [0 for the prefix tokens | conv(patch tokens)]: LocalViT's inverted-residual feed-forward on (B, P + H*W, C) tokens.
+
+    ``conv``: 1x1 C -> H_, BN, f, depth-wise 3x3, BN, f, channel attention, 1x1 H_ -> C, BN; H_ = int(C * expand_ratio), f = ReLU6
+    or h-swish, no biases. On the fast path no normalised or activated hidden tensor is stored; batch statistics, running
+    statistics, ``momentum``, ``track_running_stats``, evaluation mode and SyncBatchNorm are as in ``nn.BatchNorm2d``. The layers
+    inside ``conv`` are not called one by one there, so their forward hooks do not run.
+
+    Args:
+        dim: C. expand_ratio: H_ / C.
+        act: "relu6", "hs", "hs+se", "hs+eca" or "hs+ecah" (+ the channel attention).
+        reduction: of "hs+se": its width is H_ // reduction.
+        wo_dp_conv: leave the depth-wise convolution out. dp_first: put it, on C channels, before the expansion (the ablations of
+            the paper's table; the authors' class fails on the second). Both run on the plain path.
+        num_prefix_tokens: P >= 0; prefix tokens pass untouched.
+        grid: (H, W) for every call, or None: then ``forward`` must be given it.
+
+    Raises ValueError for an unknown ``act``, sizes that do not fit, and a training batch of one value per channel.
+    """
+
+    needs_grid = True
+
+    def __init__(
+        self, dim, expand_ratio=4.0, act="hs+se", reduction=4, wo_dp_conv=False, dp_first=False, num_prefix_tokens=1, *, grid=None,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        if act not in ACTS:
+            raise ValueError(f"LocalityFeedForward: act must be one of {', '.join(map(repr, ACTS))}, got {act!r}")
+        hidden = int(dim * expand_ratio)
+        if hidden < 1:
+            raise ValueError(f"LocalityFeedForward: dim * expand_ratio must be at least 1, got {dim} * {expand_ratio}")
+        dd = {"device": device, "dtype": dtype}
+        self.dim, self.hidden_dim, self.num_prefix_tokens = dim, hidden, num_prefix_tokens
+        self.act, self.attention = ACTS[act]
+
+        def activation():
+            return nn.ReLU6() if self.act == "relu6" else nn.Hardswish()
+
+        def product(inputs, outputs):
+            return [nn.Conv2d(inputs, outputs, 1, bias=False, **dd), nn.BatchNorm2d(outputs, **dd)]
+
+        def local(channels):
+            conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False, **dd)
+            return [conv, nn.BatchNorm2d(channels, **dd), activation()]
+
+        layers = [*product(dim, hidden), activation()]
+        if not wo_dp_conv:
+            layers = [*local(dim), *layers] if dp_first else [*layers, *local(hidden)]
+        self.standard = not (wo_dp_conv or dp_first)
+        if self.attention == "se":
+            layers.append(SELayer(hidden, reduction, **dd))
+        elif self.attention:
+            layers.append(ECALayer(hidden, self.attention == "ecah", **dd))
+        self.conv = nn.Sequential(*layers, *product(hidden, dim))
+        self.grid_holder = GridHolder(None if grid is None else tuple(grid))
+
+    # ------------------------------------------------------------------------------------------------ the plain path
+
+    def _layer(self, layer, t, grid):
+        if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+            return F.linear(t, layer.weight[:, :, 0, 0], layer.bias)
+        if isinstance(layer, nn.Conv2d):
+            return token_dwconv(t, layer.weight, layer.bias, grid=grid)
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            return layer(t.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
+        return layer(t)
+
+    def _plain(self, x, grid):
+        """Layer by layer with torch's own operators: what the fast path is checked against, and what transforms see."""
+        P = self.num_prefix_tokens
+        t = x[:, P:]
+        for layer in self.conv:
+            t = self._layer(layer, t, grid)
+        return torch.cat((x[:, :P], x[:, P:] + t), 1)
+
+    # ------------------------------------------------------------------------------------------------ the fast path
+
+    def _norms(self):
+        return self.conv[1], self.conv[4], self.conv[-1]
+
+    def _fast(self, x) -> bool:
+        known = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+        return (
+            self.standard
+            and not torch._C._are_functorch_transforms_active()
+            and x.shape[0] * x.shape[1] > 0
+            and all(type(n) in known and getattr(n, "affine", True) for n in self._norms())
+        )
+
+    def _config(self, x, grid, norms, backend) -> chain.Config:
+        groups = tuple(_sync_group(n) for n in norms)
+        eps = tuple(getattr(n, "eps", 0.0) for n in norms)
+        return chain.Config(self.act, self.attention, *grid, self.num_prefix_tokens, eps, groups, backend)
+
+    def _run(self, x, grid):
+        dtype = torchlib.autocast_dtype(x) or x.dtype
+        wide = accumulate_dtype(dtype)
+        expand, local, project, norms = self.conv[0], self.conv[3], self.conv[-2], self._norms()
+        cfg = self._config(x, grid, norms, config.requested_backend(None))
+        values = [_norm_values(n, wide) for n in norms]
+        if any(v.on_batch for v in values):
+            _check_batch(x.shape[0] * cfg.patches, x, cfg)
+        gates = tuple(p.to(wide) for p in self.conv[6].gate_params()) if self.attention else ()
+
+        def weights(conv, cast):
+            w = conv.weight[:, :, 0, 0] if conv.groups == 1 else conv.weight
+            return (w.to(dtype), None if conv.bias is None else conv.bias.to(dtype)) if cast else (w, conv.bias)
+
+        parts = (*weights(expand, True), values[0]), (*weights(local, False), values[1]), (*weights(project, True), values[2])
+        if not torch.is_grad_enabled() and not any(v.on_batch for v in values):
+            return chain.infer(x, *parts[0], *parts[1], gates, *parts[2], cfg)
+        (w1, b1, n1), (dw, bd, n2), (w2, b2, n3) = parts
+        gates = (*gates, None, None, None, None)[:4]
+        y, *batch = chain.LocalityFFN.apply(cfg, x, w1, b1, *n1, dw, bd, *n2, *gates, w2, b2, *n3)
+        for norm, mean, var in zip(norms, batch[0::2], batch[1::2], strict=True):
+            if mean is not None:
+                _update_running(norm, mean, var, x.shape[0] * cfg.patches)
+        return y
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """x (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
+        grid = self.grid_holder.grid if grid is None else grid
+        if grid is None:
+            raise ValueError("LocalityFeedForward: the grid is unknown: give forward(x, grid=(H, W)) or LocalityFeedForward(…, grid=(H, W))")
+        g = geometry.to_grid("LocalityFeedForward", grid, self.num_prefix_tokens)
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"LocalityFeedForward: x must have shape (B, N, {self.dim}), got {tuple(x.shape)}")
+        geometry.check_tokens("LocalityFeedForward", "x", x.shape[1], g.height, g.width, g.prefix)
+        grid = g.height, g.width
+        return self._run(x, grid) if self._fast(x) else self._plain(x, grid)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, hidden_dim={self.hidden_dim}, num_prefix_tokens={self.num_prefix_tokens}"
+
+
+def _on_batch(norm) -> bool:
+    return norm.training or norm.running_mean is None
+
+
+def _norm_values(norm, dtype) -> chain.Norm:
+    """gamma, beta and, unless the batch is to be used, the running statistics, in the accumulation dtype."""
+    if isinstance(norm, nn.Identity):
+        return chain.Norm(None, None, None, None)
+    gamma, beta = norm.weight.to(dtype), norm.bias.to(dtype)
+    if _on_batch(norm):
+        return chain.Norm(gamma, beta, None, None)
+    return chain.Norm(gamma, beta, norm.running_mean.to(dtype), norm.running_var.to(dtype))
+
+
+def _sync_group(norm):
+    """The process group a SyncBatchNorm shares its batch statistics in, or None."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not torch.distributed.is_initialized():
+        return None
+    group = norm.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def _check_batch(count, x, cfg):
+    if count < 2 and all(group is None for group in cfg.groups):
+        raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {tuple(x.shape)} with a {cfg.H}x{cfg.W} grid")
+
+
+@torch.no_grad()
+def _update_running(norm, mean, var, count):
+    """What nn.BatchNorm2d does after a training step; the running variance is the unbiased one."""
+    if not norm.training or not norm.track_running_stats or norm.running_mean is None:
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    group = _sync_group(norm)
+    if group is not None:
+        total = mean.new_tensor([count])
+        torch.distributed.all_reduce(total, group=group)
+        count = int(total)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+
+
+def fuse_(module: nn.Module) -> nn.Module:
+    """Fold the batch norms of every :class:`LocalityFeedForward` in ``module`` into its convolutions, in place, for inference.
+
+    W' = W * gamma / sqrt(var + eps) per output channel, bias beta - mean * gamma / sqrt(var + eps), folded in float64: the same
+    outputs to rounding. The batch norms become ``nn.Identity`` and the convolutions get biases, so the state dict changes.
+
+    Raises ValueError in training mode, and where batch norms keep no running statistics.
+    """
+    found = [m for m in module.modules() if isinstance(m, LocalityFeedForward)]
+    if not found:
+        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward")
+    for m in found:
+        for i, norm in enumerate(m.conv):
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and _on_batch(norm):
+                raise ValueError(f"fuse_: conv.{i} takes its statistics from the batch: call .eval() first, with track_running_stats=True")
+    for m in found:
+        for i in range(1, len(m.conv)):
+            if isinstance(m.conv[i], nn.modules.batchnorm._BatchNorm):
+                m.conv[i - 1], m.conv[i] = _folded(m.conv[i - 1], m.conv[i]), nn.Identity()
+    return module
+
+
+@torch.no_grad()
+def _folded(conv, norm):
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale + (0 if norm.bias is None else norm.bias.double())
+    new = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups,
+        device=conv.weight.device, dtype=conv.weight.dtype,
+    )  # fmt: skip
+    new.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    new.bias.copy_(shift if conv.bias is None else shift + conv.bias.double() * scale)
+    return new.train(conv.training)

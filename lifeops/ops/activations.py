@@ -1,0 +1,32 @@
+"""Activations that kernels apply on the way: value and derivative, the executable specification of all backends."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+ACTS = ("none", "relu6", "hardswish", "gelu")
+EXACT = ("none", "relu6")  # integers stay integers, derivatives too
+
+
+def check(op: str, name: str, act: str) -> None:
+    if act not in ACTS:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, ACTS))}, got {act!r}")
+
+
+def value(v: torch.Tensor, act: str) -> torch.Tensor:
+    """f(v): v, min(max(v, 0), 6), v·relu6(v + 3)/6 or v·Φ(v) with the exact error function."""
+    return {"none": lambda v: v, "relu6": F.relu6, "hardswish": F.hardswish, "gelu": F.gelu}[act](v)
+
+
+def derivative(v: torch.Tensor, act: str) -> torch.Tensor:
+    """f'(v); at the kinks what torch's own backward takes."""
+    if act == "none":
+        return torch.ones_like(v)
+    if act == "relu6":
+        return ((v > 0) & (v < 6)).to(v.dtype)
+    if act == "hardswish":
+        return torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0)).to(v.dtype)
+    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)

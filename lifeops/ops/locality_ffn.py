@@ -1,0 +1,218 @@
+"""LocalViT's feed-forward (arXiv 2104.05707) over the patch tokens of a sequence, as one autograd Function over lifeops' ops.
+
+    z1 = t W1ᵀ (+ b1)        u1 = f(N1(z1))        t the patch rows of x, N the batch norms as v = scale * z + shift
+    z2 = DW(u1) (+ bd)       u2 = f(N2(z2))        s = gate(mean of u2 over the patches), or 1
+    z3 = (s * u2) W2ᵀ (+ b2)                       y = x + [0 for the prefix | N3(z3)]
+
+Kept for backward: t, z1, z2, z3 and per-channel values; u1, u2 and every normalised tensor are computed again where they are read.
+Backward of a norm with batch statistics, from dscale = sum dv z and dshift = sum dv over its n values per channel:
+    dgamma = rstd (dscale - mean dshift)      dbeta = dshift      dz = scale dv + a + b z
+    b = -scale rstd dgamma / n                a = -scale dshift / n - b mean
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from lifeops import torchlib
+from lifeops.ops import channel_act as rows
+from lifeops.ops import token_dwconv_act as dwconv
+from lifeops.ops.channel_gate import gate, gate_backward
+from lifeops.pointwise import pointwise, pointwise_bwd_dw, pointwise_bwd_dx
+
+_stats, _act, _pool, _sums, _grad = map(torchlib.overload, (rows.stats_op, rows.act_op, rows.pool_op, rows.sums_op, rows.grad_op))
+_dwconv, _dwconv_bwd_dx, _dwconv_bwd_dw = map(torchlib.overload, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
+
+
+class Config(NamedTuple):
+    """What is not a tensor. ``groups``: per norm the process group its statistics are shared in, or None."""
+
+    act: str
+    gate: str
+    H: int
+    W: int
+    P: int
+    eps: tuple[float, float, float]
+    groups: tuple[Any, Any, Any]
+    backend: str
+
+    @property
+    def patches(self) -> int:
+        return self.H * self.W
+
+
+class Norm(NamedTuple):
+    """A batch norm: none at all (gamma None), on constants (mean and var given) or on the batch."""
+
+    gamma: torch.Tensor | None
+    beta: torch.Tensor | None
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+
+    @property
+    def on_batch(self) -> bool:
+        return self.gamma is not None and self.mean is None
+
+
+class Affine(NamedTuple):
+    """A norm as scale * z + shift, and what its backward needs."""
+
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    rstd: torch.Tensor | None = None
+
+
+def _merge(mean, m2, n, group):
+    """Statistics of all processes of ``group`` from each one's (Chan's formula)."""
+    world = torch.distributed.get_world_size(group)
+    mine = torch.cat((mean, m2, mean.new_tensor([n])))
+    every = [torch.empty_like(mine) for _ in range(world)]
+    torch.distributed.all_gather(every, mine, group=group)
+    means, m2s, counts = torch.stack(every).split((len(mean), len(m2), 1), 1)
+    total = counts.sum()
+    mean = (means * counts).sum(0) / total
+    return mean, m2s.sum(0) + (counts * (means - mean).square()).sum(0), int(total)
+
+
+def _affine(norm: Norm, stats, n: int, eps: float, group):
+    """(Affine, batch mean, batch variance, n): ``stats()`` gives this process's mean and m2."""
+    if norm.gamma is None:
+        return Affine(), None, None, n
+    if norm.on_batch:
+        mean, m2 = stats()
+        if group is not None:
+            mean, m2, n = _merge(mean, m2, n, group)
+        var = m2 / max(1, n)
+    else:
+        mean, var = norm.mean, norm.var
+    rstd = (var + eps).rsqrt()
+    scale = norm.gamma * rstd
+    return Affine(scale, norm.beta - mean * scale, mean, rstd), mean, var, n
+
+
+def _norm_backward(affine: Affine, dscale, dshift, on_batch, n, group):
+    """(dgamma, dbeta, a, b) of one norm."""
+    dgamma = affine.rstd * (dscale - affine.mean * dshift)
+    if not on_batch:
+        return dgamma, dshift, None, None
+    total, total_shift = dgamma, dshift
+    if group is not None:
+        both = torch.stack((dgamma, dshift))
+        torch.distributed.all_reduce(both, group=group)
+        total, total_shift = both
+    b = -affine.scale * affine.rstd * total / n
+    return dgamma, dshift, -affine.scale * total_shift / n - b * affine.mean, b
+
+
+def _add_rows(x, z, affine: Affine, cfg: Config):
+    """x with affine(z) added to its patch rows; under autocast x may be wider than z."""
+    if x.dtype == z.dtype:
+        return _act(z, affine.scale, affine.shift, None, x, "none", cfg.patches, cfg.backend)
+    added = _act(z, affine.scale, affine.shift, None, None, "none", cfg.patches, cfg.backend)
+    return torch.cat((x[:, : cfg.P], x[:, cfg.P :] + added), 1)
+
+
+def _patches(x, cfg: Config, dtype):
+    return x[:, cfg.P :].to(dtype).contiguous()
+
+
+def _gated(z2, n2: Affine, s, cfg: Config):
+    return _act(z2, n2.scale, n2.shift, s, None, cfg.act, cfg.patches, cfg.backend)
+
+
+def infer(x, w1, b1, norm1: Norm, dw, bd, norm2: Norm, gate_params, w2, b2, norm3: Norm, cfg: Config):
+    """The chain without gradients, all norms on constants: the second activation is an epilogue of the convolution."""
+    geo = cfg.H, cfg.W, 0, "keep"
+    n1, n2, n3 = (_affine(norm, None, 0, eps, None)[0] for norm, eps in zip((norm1, norm2, norm3), cfg.eps, strict=True))
+    z1 = pointwise(_patches(x, cfg, w1.dtype), w1, b1)
+    u, pool, _, _ = _dwconv(
+        z1, dw, bd, n1.scale, n1.shift, cfg.act, n2.scale, n2.shift, cfg.act, None, *geo, bool(cfg.gate), False, cfg.backend
+    )
+    if cfg.gate:
+        s = gate(cfg.gate, pool / max(1, cfg.patches), gate_params)
+        u = _act(u, None, None, s, None, "none", cfg.patches, cfg.backend)
+    return _add_rows(x, pointwise(u, w2, b2), n3, cfg)
+
+
+class LocalityFFN(torch.autograd.Function):
+    """(y, mean1, var1, mean2, var2, mean3, var3): the batch statistics are None where a norm does not use them."""
+
+    @staticmethod
+    def forward(ctx, cfg: Config, x, w1, b1, g1, be1, m1, v1, dw, bd, g2, be2, m2, v2, q0, q1, q2, q3, w2, b2, g3, be3, m3, v3):
+        norms = Norm(g1, be1, m1, v1), Norm(g2, be2, m2, v2), Norm(g3, be3, m3, v3)
+        n = x.shape[0] * cfg.patches
+        t = _patches(x, cfg, w1.dtype)
+        z1 = pointwise(t, w1, b1)
+        n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, cfg.patches, cfg.backend), n, cfg.eps[0], cfg.groups[0])
+        z2, _, *found = _dwconv(
+            z1, dw, bd, n1.scale, n1.shift, cfg.act, None, None, "none", None, cfg.H, cfg.W, 0, "keep", False, norms[1].on_batch, cfg.backend
+        )
+        n2, *batch2, count2 = _affine(norms[1], lambda: found, n, cfg.eps[1], cfg.groups[1])
+        m = s = None
+        gate_params = tuple(q for q in (q0, q1, q2, q3) if q is not None)
+        if cfg.gate:
+            m = _pool(z2, n2.scale, n2.shift, cfg.act, cfg.patches, cfg.backend) / max(1, cfg.patches)
+            s = gate(cfg.gate, m, gate_params)
+        z3 = pointwise(_gated(z2, n2, s, cfg), w2, b2)
+        n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, cfg.patches, cfg.backend), n, cfg.eps[2], cfg.groups[2])
+        y = _add_rows(x, z3, n3, cfg)
+        ctx.cfg, ctx.counts, ctx.on_batch = cfg, (count1, count2, count3), tuple(norm.on_batch for norm in norms)
+        ctx.bias_dtype = None if bd is None else bd.dtype
+        ctx.save_for_backward(t, z1, z2, z3, m, w1, dw, w2, *n1, *n2, *n3, q0, q1, q2, q3)
+        batch = [value if norm.on_batch else None for norm, pair in zip(norms, (batch1, batch2, batch3), strict=True) for value in pair]
+        ctx.mark_non_differentiable(*(value for value in batch if value is not None))
+        return y, *batch
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        t, z1, z2, z3, m, w1, dw, w2, *rest = ctx.saved_tensors
+        n1, n2, n3 = Affine(*rest[0:4]), Affine(*rest[4:8]), Affine(*rest[8:12])
+        gate_params = tuple(q for q in rest[12:] if q is not None)
+        cfg = ctx.cfg
+        sums1, sums2, sums3 = zip(ctx.on_batch, ctx.counts, cfg.groups, strict=True)
+        place = cfg.patches, cfg.backend
+        g = dy.to(z3.dtype)
+        dg1 = dbe1 = dg2 = dbe2 = dg3 = dbe3 = a = b = None
+        # N3 and the second product
+        if n3.scale is not None:
+            _, dshift, dscale, _, _ = _sums(g, z3, None, None, "none", *place).sum(1)
+            dg3, dbe3, a, b = _norm_backward(n3, dscale, dshift, *sums3)
+        dz3 = _grad(g, z3, n3.scale, None, None, None, a, b, "none", *place)
+        db2 = rows.patch_rows(dz3, cfg.patches).sum((0, 1)) if ctx.needs_input_grad[19] else None
+        s = gate(cfg.gate, m, gate_params) if cfg.gate else None
+        dw2 = pointwise_bwd_dw(dz3, _gated(z2, n2, s, cfg))
+        da = pointwise_bwd_dx(dz3, w2)
+        # the gate and N2, from one reading of da and z2
+        pool_grad, dgate, a, b = None, (), None, None
+        if cfg.gate or n2.scale is not None:
+            df, dv, dvx, f1, f1x = _sums(da, z2, n2.scale, n2.shift, cfg.act, *place)
+            if cfg.gate:
+                dm, dgate = gate_backward(cfg.gate, df, m, gate_params)
+                pool_grad = dm / max(1, cfg.patches)
+                dv, dvx = s * dv + pool_grad * f1, s * dvx + pool_grad * f1x
+            if n2.scale is not None:
+                dg2, dbe2, a, b = _norm_backward(n2, dvx.sum(0), dv.sum(0), *sums2)
+        dz2 = _grad(da, z2, n2.scale, n2.shift, s, pool_grad, a, b, cfg.act, *place)
+        del da
+        # the depth-wise convolution and N1
+        geo = cfg.H, cfg.W, 0, "keep"
+        prologue = n1.scale, n1.shift, cfg.act
+        ddw, dbd = _dwconv_bwd_dw(dz2, z1, dw.shape[-1], *prologue, *geo, dw.dtype, ctx.bias_dtype, cfg.backend)
+        dz1, dscale, dshift = _dwconv_bwd_dx(dz2, z1, dw, *prologue, *geo, cfg.backend)
+        if n1.scale is not None:
+            dg1, dbe1, a, b = _norm_backward(n1, dscale, dshift, *sums1)
+            if a is not None:
+                dz1 = _grad(dz1, z1, None, None, None, None, a, b, "none", *place)
+        db1 = rows.patch_rows(dz1, cfg.patches).sum((0, 1)) if ctx.needs_input_grad[3] else None
+        dw1 = pointwise_bwd_dw(dz1, t)
+        dx = _add_rows(dy, pointwise_bwd_dx(dz1, w1), Affine(), cfg) if ctx.needs_input_grad[1] else None
+        dq = (*dgate, None, None, None, None)[:4]
+        grads = [
+            None, dx, dw1, db1, dg1, dbe1, None, None, ddw, None if ctx.bias_dtype is None else dbd, dg2, dbe2, None, None, *dq,
+            dw2, db2, dg3, dbe3, None, None,
+        ]  # fmt: skip
+        return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))
