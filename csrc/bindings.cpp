@@ -9,4 +9,17 @@ STABLE_TORCH_LIBRARY(lifeops_native, m) {
   m.def(
       "token_dwconv_grad_weight(Tensor dy, Tensor? x, Tensor(a!)? dw, Tensor(b!)? db, int K, int H, int W, int dy_prefix, "
       "int x_prefix, int isa) -> ()");
+  m.def(
+      "token_dwconv_act(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, int act, Tensor? out_scale, "
+      "Tensor? out_shift, int out_act, Tensor? residual, Tensor(a!) y, Tensor(b!)? pool, Tensor(c!)? stats, int H, int W, int x_prefix, "
+      "int y_prefix, int prefix_mode, int isa) -> ()");
+  m.def(
+      "token_dwconv_act_grad_input(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int act, Tensor(a!) dx, "
+      "Tensor(b!) sums, int H, int W, int dy_prefix, int x_prefix, int prefix_mode, int isa) -> ()");
+  m.def(
+      "token_dwconv_act_grad_weight(Tensor dy, Tensor x, Tensor? scale, Tensor? shift, int act, Tensor(a!) dw, Tensor(b!)? db, int K, "
+      "int H, int W, int dy_prefix, int x_prefix, int isa) -> ()");
+  m.def(
+      "channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? pool_grad, Tensor? a, "
+      "Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()");
 }

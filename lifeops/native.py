@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from lifeops import config, registry
-from lifeops.ops.token_dwconv import DTYPES, Problem
+from lifeops.ops.activations import ACTS
+from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.token_dwconv import DTYPES
 
 _HERE = Path(__file__).parent
 SCHEMAS = {
@@ -20,6 +22,15 @@ SCHEMAS = {
     " int W, int x_prefix, int y_prefix, int prefix_mode, bool flip, int isa) -> ()",
     "token_dwconv_grad_weight": "lifeops_native::token_dwconv_grad_weight(Tensor dy, Tensor? x, Tensor(a!)? dw, Tensor(b!)? db,"
     " int K, int H, int W, int dy_prefix, int x_prefix, int isa) -> ()",
+    "token_dwconv_act": "lifeops_native::token_dwconv_act(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, int act,"
+    " Tensor? out_scale, Tensor? out_shift, int out_act, Tensor? residual, Tensor(a!) y, Tensor(b!)? pool, Tensor(c!)? stats, int H, int W,"
+    " int x_prefix, int y_prefix, int prefix_mode, int isa) -> ()",
+    "token_dwconv_act_grad_input": "lifeops_native::token_dwconv_act_grad_input(Tensor dy, Tensor x, Tensor weight, Tensor? scale,"
+    " Tensor? shift, int act, Tensor(a!) dx, Tensor(b!) sums, int H, int W, int dy_prefix, int x_prefix, int prefix_mode, int isa) -> ()",
+    "token_dwconv_act_grad_weight": "lifeops_native::token_dwconv_act_grad_weight(Tensor dy, Tensor x, Tensor? scale, Tensor? shift,"
+    " int act, Tensor(a!) dw, Tensor(b!)? db, int K, int H, int W, int dy_prefix, int x_prefix, int isa) -> ()",
+    "channel_act": "lifeops_native::channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate,"
+    " Tensor? pool_grad, Tensor? a, Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()",
 }
 _ISA = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 MAX_KERNEL = 15
@@ -65,7 +76,7 @@ def _load() -> str | None:
     return _stale(path)
 
 
-_fwd = _grad_weight = None
+_fwd = _grad_weight = _channel = None
 
 
 def _isa() -> int:
@@ -102,34 +113,113 @@ def _token_dwconv_bwd_db(dy, H, W, P, prefix, bias_dtype, backend):
     return db
 
 
+def _token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend):
+    rows = _rows(P, prefix)
+    y = x.new_empty((x.shape[0], rows + H * W, x.shape[2]))
+    sums, found = (_sums(x, x.shape[0]) if pool else None), (_sums(x, 2) if stats else None)
+    values = map(_contiguous, (scale, shift, out_scale, out_shift))
+    scale, shift, out_scale, out_shift = values
+    prologue, epilogue = (scale, shift, ACTS.index(act)), (out_scale, out_shift, ACTS.index(out_act))
+    place = H, W, P, rows, int(prefix != "keep"), _isa()
+    torch.ops.lifeops_native.token_dwconv_act(x, weight.contiguous(), _contiguous(bias), *prologue, *epilogue, residual, y, sums, found, *place)
+    empty = [x.new_empty((0,), dtype=accumulate_dtype(x.dtype)) for _ in range(3)]
+    return y, sums if pool else empty[0], *((found[0], found[1].clone()) if stats else empty[1:])
+
+
+def _token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, H, W, P, prefix, backend):
+    dx, sums = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2])), _sums(x, 2)
+    prologue = _contiguous(scale), _contiguous(shift), ACTS.index(act)
+    place = H, W, _rows(P, prefix), P, int(prefix != "keep"), _isa()
+    torch.ops.lifeops_native.token_dwconv_act_grad_input(dy, x, weight.contiguous(), *prologue, dx, sums, *place)
+    return dx, sums[0], sums[1].clone()
+
+
+def _token_dwconv_act_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weight_dtype, bias_dtype, backend):
+    dw = x.new_empty((x.shape[2], 1, K, K), dtype=weight_dtype)
+    db = None if bias_dtype is None else x.new_empty((x.shape[2],), dtype=bias_dtype)
+    prologue = _contiguous(scale), _contiguous(shift), ACTS.index(act)
+    torch.ops.lifeops_native.token_dwconv_act_grad_weight(dy, x, *prologue, dw, db, K, H, W, _rows(P, prefix), P, _isa())
+    return dw, x.new_empty((0,)) if db is None else db
+
+
+def _contiguous(t):
+    return None if t is None else t.contiguous()
+
+
+def _channel_pass(number, x, patches, *, dy=None, scale=None, shift=None, gate=None, pool_grad=None, a=None, b=None, residual=None,
+                  y=None, sums=None, act="none"):  # fmt: skip
+    values = map(_contiguous, (scale, shift, gate, pool_grad, a, b))
+    _channel(number, x, dy, *values, residual, y, sums, ACTS.index(act), patches, _isa())
+    return y if sums is None else sums
+
+
+def _sums(x, *shape):
+    return x.new_empty((*shape, x.shape[2]), dtype=accumulate_dtype(x.dtype))
+
+
+def _channel_stats(x, patches, backend):
+    mean, m2 = _channel_pass(0, x, patches, sums=_sums(x, 2))
+    return mean, m2.clone()  # an operator's outputs must not share memory
+
+
+def _channel_act(x, scale, shift, gate, residual, act, patches, backend):
+    y = x.new_empty((x.shape[0], patches if residual is None else residual.shape[1], x.shape[2]))
+    return _channel_pass(1, x, patches, scale=scale, shift=shift, gate=gate, residual=residual, y=y, act=act)
+
+
+def _channel_act_pool(x, scale, shift, act, patches, backend):
+    return _channel_pass(2, x, patches, scale=scale, shift=shift, sums=_sums(x, x.shape[0]), act=act)
+
+
+def _channel_act_sums(dy, x, scale, shift, act, patches, backend):
+    return _channel_pass(3, x, patches, dy=dy, scale=scale, shift=shift, sums=_sums(x, 5, x.shape[0]), act=act)
+
+
+def _channel_act_grad(dy, x, scale, shift, gate, pool_grad, a, b, act, patches, backend):
+    y = x.new_empty((x.shape[0], patches, x.shape[2]))
+    values = {"scale": scale, "shift": shift, "gate": gate, "pool_grad": pool_grad, "a": a, "b": b}
+    return _channel_pass(4, x, patches, dy=dy, y=y, act=act, **values)
+
+
 _IMPLEMENTATIONS = {
+    "token_dwconv_act": _token_dwconv_act,
+    "token_dwconv_act_bwd_dx": _token_dwconv_act_bwd_dx,
+    "token_dwconv_act_bwd_dw": _token_dwconv_act_bwd_dw,
+    "channel_stats": _channel_stats,
+    "channel_act": _channel_act,
+    "channel_act_pool": _channel_act_pool,
+    "channel_act_sums": _channel_act_sums,
+    "channel_act_grad": _channel_act_grad,
     "token_dwconv": _token_dwconv,
     "token_dwconv_bwd_dx": _token_dwconv_bwd_dx,
     "token_dwconv_bwd_dw": _token_dwconv_bwd_dw,
     "token_dwconv_bwd_db": _token_dwconv_bwd_db,
 }
 
+_NATIVE = {name: "channel_act" if name.startswith("channel") else "token_dwconv_act" for name in _IMPLEMENTATIONS if "token_dwconv_b" not in name and name != "token_dwconv"}
+
 
 def _supports(device: str):
-    def reasons(problem: Problem) -> list[str]:
-        found = []
+    def reasons(problem) -> list[str]:
+        found, K = [], getattr(problem, "K", 0)
+        dtypes = problem.dtype, getattr(problem, "weight_dtype", None)
         if problem.device.type != device:
             found.append(f"tensors are on {problem.device.type}")
-        if problem.dtype not in DTYPES or problem.weight_dtype not in (None, *DTYPES):
-            found.append(f"dtypes {problem.dtype}, {problem.weight_dtype}")
-        if problem.K > MAX_KERNEL:
-            found.append(f"K = {problem.K} is larger than {MAX_KERNEL}")
+        if dtypes[0] not in DTYPES or dtypes[1] not in (None, *DTYPES):
+            found.append(f"dtypes {dtypes[0]}, {dtypes[1]}")
+        if K > MAX_KERNEL:
+            found.append(f"K = {K} is larger than {MAX_KERNEL}")
         return found
 
     return reasons
 
 
-def _has(device: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("lifeops_native::token_dwconv", device.upper())
+def _has(device: str, op: str = "token_dwconv") -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"lifeops_native::{op}", device.upper())
 
 
 def _register() -> None:
-    global _fwd, _grad_weight
+    global _fwd, _grad_weight, _channel
     error, notes = _load(), build_notes()
     for device in ("cpu", "cuda"):
         if error is not None:
@@ -138,10 +228,13 @@ def _register() -> None:
             registry.set_unavailable(device, notes.get(device, "the extension was built without it"))
         else:
             for name, fn in _IMPLEMENTATIONS.items():
+                if not _has(device, _NATIVE.get(name, "token_dwconv")):
+                    continue
                 registry.register(name, device, fn, supports=_supports(device), priority=registry.BACKEND_PRIORITY[device])
     if error is None:
         _fwd = torch.ops.lifeops_native.token_dwconv.default
         _grad_weight = torch.ops.lifeops_native.token_dwconv_grad_weight.default
+        _channel = torch.ops.lifeops_native.channel_act.default
 
 
 _register()

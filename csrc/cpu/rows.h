@@ -5,15 +5,17 @@
 // channel strides such as 4096 bytes cannot collide in L1, and free of column masks. The sums then read one ring vector per
 // multiply-add, which two loads a cycle keep up with.
 #pragma once
+#include "activations.h"
 #include "token_dwconv.h"
-#include "vec.h"
 
 namespace lifeops {
 namespace LIFEOPS_ISA {
 
-// Tokens of one grid row, columns [q0, q1) of which those outside [0, W) become zeros, channels `n` of a block.
-template <class T, class A = typename AccOf<T>::type>
-void load_row(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out, int64_t vector_stride) {
+// Tokens of one grid row, columns [q0, q1) of which those outside [0, W) become zeros, channels `n` of a block; `affine` is applied
+// to what lies inside.
+template <class T, class Convert, class A = typename AccOf<T>::type>
+inline __attribute__((always_inline)) void load_row_as(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out,
+                                                       int64_t vector_stride, Convert convert) {
   constexpr int L = Vec<A>::kLanes;
   const vec_t<A> zero = {};
   for (int64_t q = q0; q < q1; ++q, out += L) {
@@ -22,8 +24,25 @@ void load_row(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1,
       continue;
     }
     const T* token = row + q * stride_n;
-    for (int64_t v = 0; v * L < n; ++v) store(out + v * vector_stride, load_n(token + v * L, n - v * L));
+    for (int64_t v = 0; v * L < n; ++v) store(out + v * vector_stride, convert(load_n(token + v * L, n - v * L), v * L));
   }
+}
+
+template <class T, class A = typename AccOf<T>::type>
+void load_row(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out, int64_t vector_stride) {
+  load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [](vec_t<A> value, int64_t) { return value; });
+}
+
+// The same through a prologue, whose values start at this task's first channel.
+template <class T, class A = typename AccOf<T>::type>
+void load_row_through(const ChannelAffine& prologue, int64_t c0, const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n,
+                      A* out, int64_t vector_stride) {
+  const A *scale = static_cast<const A*>(prologue.scale) + c0, *shift = static_cast<const A*>(prologue.shift) + c0;
+  with_act(prologue.act, [&](auto act) {
+    load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [&](vec_t<A> value, int64_t c) {
+      return activate<decltype(act)::value, A>(load_n(scale + c, n - c) * value + load_n(shift + c, n - c));
+    });
+  });
 }
 
 // The lines that are wanted next, asked for one by one between the sums, in the order they lie in memory: the run of one token, then

@@ -4,15 +4,14 @@
 #include "token_dwconv.h"
 
 #include <memory>
-#include <vector>
 
 #include "../tensor_args.h"
 #include "isa.h"
+#include "merge_stats.h"
+#include "threads.h"
 
 namespace lifeops {
 namespace {
-
-constexpr int64_t kGrainBytes = 32768;      // less work than this is not worth a second thread
 
 const TokenDWConvKernels& kernels(int64_t isa) {
 #if defined(__x86_64__)
@@ -23,19 +22,6 @@ const TokenDWConvKernels& kernels(int64_t isa) {
   return token_dwconv_baseline;
 }
 
-// Cache-line aligned memory that a thread keeps between calls.
-class Scratch {
- public:
-  void* get(int64_t bytes) {
-    if (bytes > int64_t(storage_.size()) - kAlign) storage_ = std::vector<char>(size_t(bytes + kAlign));
-    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    return reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
-  }
-
- private:
-  static constexpr int64_t kAlign = 64;
-  std::vector<char> storage_;
-};
 thread_local Scratch ring_scratch;    // one task's rows
 thread_local Scratch shared_scratch;  // the calling thread's packed weights or partial sums, read by all
 
@@ -94,20 +80,35 @@ int64_t row_strips(int64_t H, int64_t K, int64_t tasks) {
   return min64(ceil_div(16, tasks), max64(1, H / (2 * K)));
 }
 
-template <class A> void run_forward(const TokenDWConvParams& p, const TokenDWConvKernels& kernel) {
+// How the output is cut.
+struct ForwardPlan {
+  int64_t channels, chunks, segments, strips;
+  ForwardPlan(const TokenDWConvParams& p, const TokenDWConvKernels& kernel)
+      : channels(kernel.forward_channels(p)), chunks(ceil_div(p.C, channels)), segments(ceil_div(p.W, kSegment)),
+        strips(row_strips(p.H, p.K, p.B * chunks * segments)) {}
+  int64_t parts() const { return segments * strips; }  // of an image
+  // Output positions of part i of all images' parts, numbered as run_forward numbers them.
+  int64_t positions(const TokenDWConvParams& p, int64_t i) const {
+    const int64_t strip = i % strips, segment = i / strips % segments;
+    return ((strip + 1) * p.H / strips - strip * p.H / strips) * ((segment + 1) * p.W / segments - segment * p.W / segments);
+  }
+};
+
+// `sums`: (images' parts, kTaskSums, C), or null.
+template <class A>
+void run_forward(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, const TokenDWConvExtras* extras = nullptr, A* sums = nullptr) {
   const A* bias = nullptr;
   const A* weight = pack<A>(p, ceil_div(p.C, kBlock), &bias);
-  const int64_t channels = kernel.forward_channels(p), chunks = ceil_div(p.C, channels), segments = ceil_div(p.W, kSegment);
-  const int64_t strips = row_strips(p.H, p.K, p.B * chunks * segments);
-  const int64_t task_bytes = max64(1, p.H * p.W * channels * int64_t(sizeof(A)) / (strips * segments));
-  const int64_t scratch = kernel.forward_scratch(p);
-  torch::stable::parallel_for(0, p.B * segments * strips * chunks, max64(1, kGrainBytes / task_bytes), [&](int64_t begin, int64_t end) {
+  const ForwardPlan plan(p, kernel);
+  const int64_t task_bytes = max64(1, p.H * p.W * plan.channels * int64_t(sizeof(A)) / plan.parts()), scratch = kernel.forward_scratch(p);
+  torch::stable::parallel_for(0, p.B * plan.parts() * plan.chunks, max64(1, kGrainBytes / task_bytes), [&](int64_t begin, int64_t end) {
     void* ring = ring_scratch.get(scratch);
     for (int64_t i = begin; i < end; ++i) {  // chunks innermost: neighbours share pages
-      const int64_t c0 = i % chunks * channels, strip = i / chunks % strips, segment = i / (chunks * strips) % segments;
-      const ForwardTask task{i / (chunks * strips * segments), c0, min64(p.C, c0 + channels), strip * p.H / strips,
-                             (strip + 1) * p.H / strips, segment * p.W / segments, (segment + 1) * p.W / segments,
-                             strip == 0 && segment == 0};
+      const int64_t c0 = i % plan.chunks * plan.channels, part = i / plan.chunks, strip = part % plan.strips;
+      const int64_t segment = part / plan.strips % plan.segments;
+      const ForwardTask task{part / plan.parts(), c0, min64(p.C, c0 + plan.channels), strip * p.H / plan.strips,
+                             (strip + 1) * p.H / plan.strips, segment * p.W / plan.segments, (segment + 1) * p.W / plan.segments,
+                             strip == 0 && segment == 0, extras, sums ? sums + part * kTaskSums * p.C : nullptr};
       kernel.forward(p, weight, bias, task, ring);
     }
   });
@@ -153,7 +154,8 @@ template <class A> void reduce_block(const TokenDWConvGradWeightParams& p, const
   }
 }
 
-template <class A> void run_grad_weight(const TokenDWConvGradWeightParams& p, const TokenDWConvKernels& kernel) {
+template <class A>
+void run_grad_weight(const TokenDWConvGradWeightParams& p, const TokenDWConvKernels& kernel, const ChannelAffine* prologue = nullptr) {
   const GradPlan plan(p, kernel);
   const int64_t size = (p.K * p.K + 1) * kBlock, scratch = kernel.grad_weight_scratch(p);
   A* partials = static_cast<A*>(shared_scratch.get(plan.groups * plan.blocks * size * int64_t(sizeof(A))));
@@ -164,7 +166,7 @@ template <class A> void run_grad_weight(const TokenDWConvGradWeightParams& p, co
     for (int64_t i = begin; i < end; ++i) {
       const int64_t c0 = i % plan.chunks * plan.channels, group = i / plan.chunks, first = group * plan.units_per_group;
       const GradWeightTask task{c0, min64(p.C, c0 + plan.channels), first, min64(first + plan.units_per_group, plan.units),
-                                plan.strips, plan.segments, partials + (group * plan.blocks + c0 / kBlock) * size};
+                                plan.strips, plan.segments, partials + (group * plan.blocks + c0 / kBlock) * size, prologue};
       kernel.grad_weight(p, task, slab);
     }
   });
@@ -182,10 +184,119 @@ void token_dwconv_grad_weight(const Tensor& dy, const std::optional<Tensor>& x, 
   else run_grad_weight<float>(p, kernels(isa));
 }
 
+// ---- with a prologue and an epilogue
+
+DType accumulate_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+// f(scale * value + shift) with what is absent filled in.
+template <class A> class AffineValues {
+ public:
+  AffineValues(const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t act, int64_t C, DType dtype) {
+    STD_TORCH_CHECK(act >= 0 && act <= 3, "lifeops_native: unknown activation ", act);
+    affine_ = {values(scale, "scale", A(1), C, dtype, ones_), values(shift, "shift", A(0), C, dtype, zeros_), Act(act)};
+    plain_ = !scale && !shift && affine_.act == Act::none;
+  }
+  const ChannelAffine* get() const { return &affine_; }
+  const ChannelAffine* unless_plain() const { return plain_ ? nullptr : &affine_; }
+
+ private:
+  static const void* values(const std::optional<Tensor>& t, const char* name, A otherwise, int64_t C, DType dtype, std::vector<A>& filled) {
+    if (!t) return filled.assign(size_t(C), otherwise), filled.data();
+    check_size(*t, name, C);
+    STD_TORCH_CHECK(dtype_of(*t) == accumulate_dtype(dtype), "lifeops_native: ", name, " must have the accumulation type");
+    return t->const_data_ptr();
+  }
+  std::vector<A> ones_, zeros_;
+  ChannelAffine affine_;
+  bool plain_;
+};
+
+template <class A> A* sums_out(const std::optional<Tensor>& t, const char* name, int64_t numel, DType dtype) {
+  if (!t) return nullptr;
+  check_size(*t, name, numel);
+  STD_TORCH_CHECK(dtype_of(*t) == accumulate_dtype(dtype), "lifeops_native: ", name, " must have the accumulation type");
+  return static_cast<A*>(t->mutable_data_ptr());
+}
+
+template <class A>
+void forward_act(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, const AffineValues<A>& prologue, const AffineValues<A>& epilogue,
+                 A* pool, A* stats) {
+  const ForwardPlan plan(p, kernel);
+  std::vector<A> sums(pool || stats ? size_t(p.B * plan.parts() * kTaskSums * p.C) : 0);
+  const TokenDWConvExtras extras{prologue.unless_plain(), epilogue.unless_plain(), nullptr, nullptr, 0, 0, !sums.empty()};
+  run_forward<A>(p, kernel, &extras, sums.empty() ? nullptr : sums.data());
+  const auto positions = [&](int64_t i) { return plan.positions(p, i); };
+  if (stats) merge_stats(sums.data(), p.B * plan.parts(), p.C, positions, stats);
+  for (int64_t b = 0; pool && b < p.B; ++b)
+    for (int64_t c = 0; c < p.C; ++c) {
+      A total = 0;
+      for (int64_t i = b * plan.parts(); i < (b + 1) * plan.parts(); ++i)
+        total += A(positions(i)) * sums[size_t(i * kTaskSums * p.C + c)] + sums[size_t((i * kTaskSums + 1) * p.C + c)];
+      pool[b * p.C + c] = total;
+    }
+}
+
+void token_dwconv_act(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& shift, int64_t act, const std::optional<Tensor>& out_scale,
+                      const std::optional<Tensor>& out_shift, int64_t out_act, const std::optional<Tensor>& residual, const Tensor& y,
+                      const std::optional<Tensor>& pool, const std::optional<Tensor>& stats, int64_t H, int64_t W, int64_t x_prefix,
+                      int64_t y_prefix, int64_t prefix_mode, int64_t isa) {
+  const TokenDWConvParams p = forward_params(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, prefix_mode, false);
+  if (p.B * p.H * p.W * p.C == 0) return;
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    forward_act<A>(p, kernels(isa), AffineValues<A>(scale, shift, act, p.C, p.dtype), AffineValues<A>(out_scale, out_shift, out_act, p.C, p.dtype),
+                   sums_out<A>(pool, "pool", p.B * p.C, p.dtype), sums_out<A>(stats, "stats", 2 * p.C, p.dtype));
+  };
+  p.dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
+// dx, and sums (2, C): of x dv and of dv.
+void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+                                 const std::optional<Tensor>& shift, int64_t act, const Tensor& dx, const Tensor& sums, int64_t H, int64_t W,
+                                 int64_t dy_prefix, int64_t x_prefix, int64_t prefix_mode, int64_t isa) {
+  const TokenDWConvParams p = forward_params(dy, weight, {}, {}, dx, H, W, dy_prefix, x_prefix, prefix_mode, true);
+  check_sequence(x, "x", p.B, x_prefix + H * W, p.C, p.dtype);
+  if (p.B * p.H * p.W * p.C == 0) return;
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    const TokenDWConvKernels& kernel = kernels(isa);
+    const int64_t parts = ForwardPlan(p, kernel).parts() * p.B, size = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+    const AffineValues<A> affine(scale, shift, act, p.C, p.dtype);
+    const char* pre = static_cast<const char*>(x.const_data_ptr()) + x_prefix * x.stride(1) * size;
+    const TokenDWConvExtras extras{nullptr, nullptr, affine.get(), pre, x.stride(0), x.stride(1), true};
+    std::vector<A> partial(size_t(parts * kTaskSums * p.C));
+    run_forward<A>(p, kernel, &extras, partial.data());
+    A* out = sums_out<A>(sums, "sums", 2 * p.C, p.dtype);
+    for (int64_t k = 0; k < 2; ++k)
+      for (int64_t c = 0; c < p.C; ++c) {
+        double total = 0;
+        for (int64_t i = 0; i < parts; ++i) total += double(partial[size_t((i * kTaskSums + k) * p.C + c)]);
+        out[k * p.C + c] = A(total);
+      }
+  };
+  p.dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
+void token_dwconv_act_grad_weight(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+                                  int64_t act, const Tensor& dw, const std::optional<Tensor>& db, int64_t K, int64_t H, int64_t W,
+                                  int64_t dy_prefix, int64_t x_prefix, int64_t isa) {
+  const TokenDWConvGradWeightParams p = grad_weight_params(dy, x, dw, db, K, H, W, dy_prefix, x_prefix);
+  if (p.B * p.H * p.W * p.C == 0) return;
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    run_grad_weight<A>(p, kernels(isa), AffineValues<A>(scale, shift, act, p.C, p.dtype).unless_plain());
+  };
+  p.dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
 }  // namespace
 }  // namespace lifeops
 
 STABLE_TORCH_LIBRARY_IMPL(lifeops_native, CPU, m) {
   m.impl("token_dwconv", TORCH_BOX(&lifeops::token_dwconv));
   m.impl("token_dwconv_grad_weight", TORCH_BOX(&lifeops::token_dwconv_grad_weight));
+  m.impl("token_dwconv_act", TORCH_BOX(&lifeops::token_dwconv_act));
+  m.impl("token_dwconv_act_grad_input", TORCH_BOX(&lifeops::token_dwconv_act_grad_input));
+  m.impl("token_dwconv_act_grad_weight", TORCH_BOX(&lifeops::token_dwconv_act_grad_weight));
 }

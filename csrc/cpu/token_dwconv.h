@@ -21,10 +21,30 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// f(scale[c] * value + shift[c]); the values are in the accumulation type and never null.
+struct ChannelAffine {
+  const void *scale, *shift;
+  Act act;
+};
+
+// What happens around the convolution. Forward: `prologue` on x, `epilogue` on the sums. Input gradient: `pre` says where x was
+// when it went through the prologue of the forward pass: the result is scale * f'(scale x + shift) * sum.
+struct TokenDWConvExtras {
+  const ChannelAffine *prologue, *epilogue, *derivative;  // any may be null
+  const void* pre;                                        // x, at its first patch
+  int64_t pre_stride_b, pre_stride_n;
+  bool sums;
+};
+// Values per channel that a task with sums writes: forward (first value k, sum of y - k, sum of (y - k)²), input gradient
+// (sum of x dv, sum of dv, unused).
+constexpr int64_t kTaskSums = 3;
+
 // Output rows [r0, r1), columns [q0, q1) and channels [c0, c1) of image b.
 struct ForwardTask {
   int64_t b, c0, c1, r0, r1, q0, q1;
-  bool prefix_rows;  // this task also writes the prefix rows of its channels
+  bool prefix_rows;                 // this task also writes the prefix rows of its channels
+  const TokenDWConvExtras* extras;  // or null
+  void* sums;                       // (kTaskSums, C) of this task, at channel 0
 };
 
 // A fixed share of the sum over images, row strips and column segments, for channels [c0, c1).
@@ -32,6 +52,7 @@ struct GradWeightTask {
   int64_t c0, c1, unit0, unit1;  // unit = (image * strips + strip) * segments + segment
   int64_t strips, segments;
   void* partial;  // (blocks, K*K + 1, kBlock) sums in the accumulation type; the last row of a block is db
+  const ChannelAffine* prologue;  // of x, or null
 };
 
 struct TokenDWConvKernels {

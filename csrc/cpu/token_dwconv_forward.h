@@ -16,7 +16,68 @@ template <class T> struct TileTarget {
   int64_t y_stride, r_stride;  // from token to token
   int64_t y_row, r_row;        // from row to row
   int64_t n;                   // channels left from this vector on
+  // With extras, else null:
+  const TokenDWConvExtras* extras;
+  const T* pre;               // x of the derivative
+  int64_t pre_row, c;         // from row to row; channel of this vector
+  typename AccOf<T>::type* sums;  // of the task, at this vector
+  int64_t sums_stride;
+  bool first;                 // nothing has been summed yet
 };
+
+// What T keeps of a value.
+template <class T, class A = typename AccOf<T>::type> inline vec_t<A> rounded(vec_t<A> value) {
+  T lanes[Vec<A>::kLanes];
+  store(lanes, value);
+  return load(lanes);
+}
+
+// The tile's sums through the epilogue, to y; out of line, so that the plain convolution keeps its registers.
+template <class T, class A = typename AccOf<T>::type>
+__attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
+  const TokenDWConvExtras& extras = *out.extras;
+  const vec_t<A> one = splat(A(1)), zero = {};
+  const ChannelAffine* e = extras.epilogue;
+  const vec_t<A> scale = e ? load_n(static_cast<const A*>(e->scale) + out.c, out.n) : one;
+  const vec_t<A> shift = e ? load_n(static_cast<const A*>(e->shift) + out.c, out.n) : zero;
+  vec_t<A> first = zero, sum = zero, square = zero;
+  if (extras.sums && !out.first)
+    first = load_n(out.sums, out.n), sum = load_n(out.sums + out.sums_stride, out.n), square = load_n(out.sums + 2 * out.sums_stride, out.n);
+  with_act(e ? e->act : Act::none, [&](auto act) {
+    for (int r = 0; r < rows; ++r)
+      for (int t = 0; t < width; ++t) {
+        vec_t<A> value = activate<decltype(act)::value, A>(scale * acc[r * width + t] + shift);
+        if (extras.sums) {
+          const vec_t<A> kept = rounded<T>(value);
+          if (out.first && r == 0 && t == 0) first = kept;
+          sum += kept - first, square += (kept - first) * (kept - first);
+        }
+        if (out.residual) value = rounded<T>(value) + load_n(out.residual + r * out.r_row + t * out.r_stride, out.n);
+        store_n(out.y + r * out.y_row + t * out.y_stride, value, out.n);
+      }
+  });
+  if (extras.sums) store_n(out.sums, first, out.n), store_n(out.sums + out.sums_stride, sum, out.n), store_n(out.sums + 2 * out.sums_stride, square, out.n);
+}
+
+// The tile's sums times the prologue's derivative, to dx; sums of x dv and dv.
+template <class T, class A = typename AccOf<T>::type>
+__attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
+  const TokenDWConvExtras& extras = *out.extras;
+  const ChannelAffine& d = *extras.derivative;
+  const vec_t<A> scale = load_n(static_cast<const A*>(d.scale) + out.c, out.n), shift = load_n(static_cast<const A*>(d.shift) + out.c, out.n);
+  vec_t<A> sum_x = {}, sum = {};
+  if (!out.first) sum_x = load_n(out.sums, out.n), sum = load_n(out.sums + out.sums_stride, out.n);
+  with_act(d.act, [&](auto act) {
+    for (int r = 0; r < rows; ++r)
+      for (int t = 0; t < width; ++t) {
+        const vec_t<A> x = load_n(out.pre + r * out.pre_row + t * extras.pre_stride_n, out.n);
+        const vec_t<A> dv = acc[r * width + t] * derivative<decltype(act)::value, A>(scale * x + shift);
+        sum_x += x * dv, sum += dv;
+        store_n(out.y + r * out.y_row + t * out.y_stride, scale * dv, out.n);
+      }
+  });
+  store_n(out.sums, sum_x, out.n), store_n(out.sums + out.sums_stride, sum, out.n);
+}
 
 // acc[t] += sum over one filter row of tap * x[t + j]; `add_two` does it for two output rows, which share every load of x.
 template <int kWidth, class A>
@@ -67,6 +128,15 @@ void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec
     if (kRows == 1 || k == 0) add_one<kWidth, A>(acc[0], rows[k], w, K);
     else if (k == K) add_one<kWidth, A>(acc[kRows - 1], rows[k], w - K * kBlock, K);
     else add_two<kWidth, A>(acc[0], acc[kRows - 1], rows[k], w, w - K * kBlock, K);
+  }
+  if (out.extras && (out.extras->epilogue || out.extras->sums || out.extras->derivative)) {
+    vec_t<A> copy[kRows * kWidth];  // acc itself stays in registers on the other path
+#pragma GCC unroll 16
+    for (int k = 0; k < kRows * kWidth; ++k) copy[k] = acc[k / kWidth][k % kWidth];
+    if (out.extras->derivative) store_through_derivative<T>(copy, kRows, kWidth, out);
+    else store_through_epilogue<T>(copy, kRows, kWidth, out);
+    for (int k = 0; k < kRows * kWidth; ++k) ahead->template fetch<true>();
+    return;
   }
 #pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r) store_tile_row<T, kWidth>(acc[r], r, out, ahead);
@@ -124,11 +194,15 @@ template <class T> struct Forward {
     const int half = p.K / 2;
     const int64_t cols = task.q1 - task.q0 + p.K - 1, row_size = cols * ceil_div(n, L) * L;
     A* ring = static_cast<A*>(scratch);
+    const ChannelAffine* prologue = task.extras ? task.extras->prologue : nullptr;
     const T* x = static_cast<const T*>(p.x) + task.b * p.x_stride_b + p.x_prefix * p.x_stride_n + task.c0;
     const auto ring_row = [&](int64_t row) { return ring + int32_t(row) % int32_t(ring_rows(p)) * row_size; };
     const auto fetch = [&](int64_t row0, int64_t row1) {
-      for (int64_t row = max64(0, row0); row < min64(p.H, row1); ++row)
-        load_row<T>(x + row * p.W * p.x_stride_n, p.x_stride_n, p.W, task.q0 - half, task.q1 + half, n, ring_row(row), cols * L);
+      for (int64_t row = max64(0, row0); row < min64(p.H, row1); ++row) {
+        const T* tokens = x + row * p.W * p.x_stride_n;
+        if (prologue) load_row_through<T>(*prologue, task.c0, tokens, p.x_stride_n, p.W, task.q0 - half, task.q1 + half, n, ring_row(row), cols * L);
+        else load_row<T>(tokens, p.x_stride_n, p.W, task.q0 - half, task.q1 + half, n, ring_row(row), cols * L);
+      }
     };
     const A* w = static_cast<const A*>(weight) + task.c0 * p.K * p.K;
     const A* b = bias ? static_cast<const A*>(bias) + task.c0 : nullptr;
@@ -162,6 +236,10 @@ template <class T> struct Forward {
                       (min64(r + p.K / 2 + height, p.H - 1) * p.W + task.q0 + p.x_prefix) * p.x_stride_n;
     Ahead ahead(x_next, p.x_stride_n, static_cast<const T*>(r + height < task.r1 ? y + height * p.W * p.y_stride_n : y), p.y_stride_n, n, L);
     const T* res = p.residual ? static_cast<const T*>(p.residual) + task.b * p.r_stride_b + token * p.r_stride_n + task.c0 : nullptr;
+    const T* pre = task.extras && task.extras->pre ? static_cast<const T*>(task.extras->pre) + task.b * task.extras->pre_stride_b +
+                                                         (r * p.W + task.q0) * task.extras->pre_stride_n + task.c0
+                                                   : nullptr;
+    const int64_t pre_stride = task.extras ? task.extras->pre_stride_n : 0;
     for (int tile = 0; tile < tiling.count; ++tile) {  // outermost: 32 columns of three tensors are more pages than the first TLB holds
       const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
       for (int64_t c = 0, v = 0; c < n; c += L, ++v) {
@@ -170,7 +248,9 @@ template <class T> struct Forward {
         const A* tile_rows[kMaxKernel + 1];
         for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * cols + t0) * L;
         const TileTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr, p.y_stride_n,
-                                p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c};
+                                p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c, task.extras,
+                                pre ? pre + t0 * pre_stride + c : nullptr, p.W * pre_stride, task.c0 + c,
+                                task.sums ? static_cast<A*>(task.sums) + task.c0 + c : nullptr, p.C, r == task.r0 && tile == 0};
         tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, out, &ahead);
       }
     }

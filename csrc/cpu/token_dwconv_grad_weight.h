@@ -142,8 +142,12 @@ template <class T> struct GradWeight {
   }
   void load_x(const Unit& unit, int64_t row0, int64_t row1) const {
     const int64_t cols = unit.q1 - unit.q0 + p.K - 1;
-    for (int64_t row = max64(0, row0); row < min64(p.H, row1); ++row)
-      load_row<T>(x_at(unit.b, row, 0), p.x_stride_n, p.W, unit.q0 - half, unit.q1 + half, n, ring_row(unit, row), cols * L);
+    for (int64_t row = max64(0, row0); row < min64(p.H, row1); ++row) {
+      const T* x = x_at(unit.b, row, 0);
+      A* out = ring_row(unit, row);
+      if (task.prologue) load_row_through<T>(*task.prologue, task.c0, x, p.x_stride_n, p.W, unit.q0 - half, unit.q1 + half, n, out, cols * L);
+      else load_row<T>(x, p.x_stride_n, p.W, unit.q0 - half, unit.q1 + half, n, out, cols * L);
+    }
   }
 
   void add(const Unit& unit, const Unit& next) const {

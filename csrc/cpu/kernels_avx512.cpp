@@ -11,11 +11,13 @@
 #endif
 #define LIFEOPS_ISA avx512
 #define LIFEOPS_VEC_BYTES 64
+#include "channel_act_kernels.h"
 #include "token_dwconv_kernels.h"
 
 namespace lifeops {
 const TokenDWConvKernels token_dwconv_avx512 = {avx512::forward, avx512::forward_scratch, avx512::forward_channels, avx512::grad_weight,
                                               avx512::grad_weight_scratch, avx512::grad_weight_channels};
+const ChannelActKernel channel_act_avx512 = avx512::channel_act;
 }  // namespace lifeops
 #if defined(__clang__)
 #pragma clang attribute pop

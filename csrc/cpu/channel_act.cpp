@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU launcher of the channel passes: images cut into strips of tokens, partial sums merged in a fixed order.
+#include "channel_act.h"
+
+#include <cstring>
+
+#include "../tensor_args.h"
+#include "isa.h"
+#include "merge_stats.h"
+#include "threads.h"
+
+namespace lifeops {
+namespace {
+
+ChannelActKernel kernel_of(int64_t isa) {
+#if defined(__x86_64__)
+  const Isa chosen = choose_isa(int(isa));
+  if (chosen == Isa::avx512) return channel_act_avx512;
+  if (chosen == Isa::avx2) return channel_act_avx2;
+#endif
+  return channel_act_baseline;
+}
+
+thread_local Scratch constants_scratch;
+thread_local Scratch partial_scratch;
+
+int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// The last `patches` rows of a sequence.
+Rows patch_rows(const Tensor& t, const char* name, const ChannelActParams& p) {
+  const int64_t lead = t.size(1) - p.n;
+  STD_TORCH_CHECK(lead >= 0, "lifeops_native: ", name, " has fewer tokens than patches");
+  check_sequence(t, name, p.B, lead + p.n, p.C, p.dtype);
+  char* data = const_cast<char*>(static_cast<const char*>(t.const_data_ptr()));
+  return {data + lead * t.stride(1) * element_size(p.dtype), t.stride(0), t.stride(1)};
+}
+
+const void* values(const std::optional<Tensor>& t, const char* name, int64_t numel, const ChannelActParams& p, const void* otherwise) {
+  if (!t) return otherwise;
+  check_size(*t, name, numel);
+  STD_TORCH_CHECK(dtype_of(*t) == (p.dtype == DType::f64 ? DType::f64 : DType::f32), "lifeops_native: ", name, " has the wrong dtype");
+  return t->const_data_ptr();
+}
+
+// Few tasks when there are many images; the cut depends on the problem only.
+int64_t strips_of(const ChannelActParams& p) {
+  const int64_t wanted = (16 + p.B - 1) / p.B, most = p.n / 16 > 0 ? p.n / 16 : 1;
+  return wanted < most ? wanted : most;
+}
+
+// out[k][b][c] = sum over the strips of image b.
+template <class A> void merge_images(const ChannelActParams& p, const A* partial, int64_t strips, A* out) {
+  const int64_t sums = channel_sums(p.pass);
+  for (int64_t k = 0; k < sums; ++k)
+    for (int64_t b = 0; b < p.B; ++b)
+      for (int64_t c = 0; c < p.C; ++c) {
+        A total = 0;
+        for (int64_t s = 0; s < strips; ++s) total += partial[((b * strips + s) * sums + k) * p.C + c];
+        out[(k * p.B + b) * p.C + c] = total;
+      }
+}
+
+// Rows of the residual in front of its patches.
+void copy_lead(const ChannelActParams& p, const Tensor& residual, const Tensor& y) {
+  const int64_t lead = residual.size(1) - p.n, size = element_size(p.dtype);
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t t = 0; t < lead; ++t)
+      std::memcpy(static_cast<char*>(y.mutable_data_ptr()) + (b * y.stride(0) + t * y.stride(1)) * size,
+                  static_cast<const char*>(residual.const_data_ptr()) + (b * residual.stride(0) + t * residual.stride(1)) * size, p.C * size);
+}
+
+template <class A> void run(const ChannelActParams& p, ChannelActKernel kernel, A* out) {
+  const int64_t strips = strips_of(p), sums = channel_sums(p.pass) * p.C;
+  A* partial = static_cast<A*>(partial_scratch.get(p.B * strips * sums * int64_t(sizeof(A))));
+  const int64_t task_bytes = p.n * p.C * int64_t(sizeof(A)) / strips + 1, grain = kGrainBytes / task_bytes + 1;
+  torch::stable::parallel_for(0, p.B * strips, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      kernel(p, ChannelTask{i / strips, i % strips * p.n / strips, (i % strips + 1) * p.n / strips, partial + i * sums});
+  });
+  const auto count = [&](int64_t i) { return (i % strips + 1) * p.n / strips - i % strips * p.n / strips; };
+  if (p.pass == ChannelPass::stats) merge_stats(partial, p.B * strips, p.C, count, out);
+  else if (sums) merge_images(p, partial, strips, out);
+}
+
+void channel_act(int64_t pass, const Tensor& x, const std::optional<Tensor>& dy, const std::optional<Tensor>& scale,
+                 const std::optional<Tensor>& shift, const std::optional<Tensor>& gate, const std::optional<Tensor>& pool_grad,
+                 const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::optional<Tensor>& residual,
+                 const std::optional<Tensor>& y, const std::optional<Tensor>& sums, int64_t act, int64_t patches, int64_t isa) {
+  ChannelActParams p{};
+  STD_TORCH_CHECK(pass >= 0 && pass <= 4 && act >= 0 && act <= 3, "lifeops_native: unknown pass or activation");
+  p.pass = ChannelPass(pass), p.act = Act(act), p.dtype = dtype_of(x), p.B = x.size(0), p.n = patches, p.C = x.size(2);
+  if (p.B * p.n * p.C == 0) return;
+  const bool writes = p.pass == ChannelPass::act || p.pass == ChannelPass::grad;
+  const bool reads_dy = p.pass == ChannelPass::sums || p.pass == ChannelPass::grad;
+  STD_TORCH_CHECK(writes == y.has_value() && writes != sums.has_value() && reads_dy == dy.has_value(), "lifeops_native: wrong tensors for this pass");
+  p.x = patch_rows(x, "x", p);
+  if (dy) p.dy = patch_rows(*dy, "dy", p);
+  if (y) p.y = patch_rows(*y, "y", p);
+  if (residual) {
+    p.residual = patch_rows(*residual, "residual", p);
+    STD_TORCH_CHECK(y && y->size(1) == residual->size(1), "lifeops_native: y must have the residual's rows");
+  }
+  const bool wide = p.dtype == DType::f64;
+  const int64_t size = wide ? 8 : 4;
+  char* ones = static_cast<char*>(constants_scratch.get(2 * p.C * size));
+  char* zeros = ones + p.C * size;
+  for (int64_t c = 0; c < p.C; ++c) wide ? reinterpret_cast<double*>(ones)[c] = 1 : reinterpret_cast<float*>(ones)[c] = 1;
+  std::memset(zeros, 0, p.C * size);
+  p.scale = values(scale, "scale", p.C, p, ones), p.shift = values(shift, "shift", p.C, p, zeros);
+  p.gate = values(gate, "gate", p.B * p.C, p, ones), p.gate_stride = gate ? p.C : 0;
+  p.pool_grad = values(pool_grad, "pool_grad", p.B * p.C, p, zeros), p.pool_grad_stride = pool_grad ? p.C : 0;
+  p.a = values(a, "a", p.C, p, nullptr), p.b = values(b, "b", p.C, p, nullptr);
+  void* out = nullptr;
+  if (sums) {
+    check_size(*sums, "sums", p.pass == ChannelPass::stats ? 2 * p.C : channel_sums(p.pass) * p.B * p.C);
+    STD_TORCH_CHECK(dtype_of(*sums) == (wide ? DType::f64 : DType::f32), "lifeops_native: sums has the wrong dtype");
+    out = sums->mutable_data_ptr();
+  }
+  if (residual) copy_lead(p, *residual, *y);
+  if (wide) run(p, kernel_of(isa), static_cast<double*>(out));
+  else run(p, kernel_of(isa), static_cast<float*>(out));
+}
+
+}  // namespace
+}  // namespace lifeops
+
+STABLE_TORCH_LIBRARY_IMPL(lifeops_native, CPU, m) { m.impl("channel_act", TORCH_BOX(&lifeops::channel_act)); }
