@@ -1,11 +1,12 @@
 """lifeops: fused ops that give Vision Transformers local structure."""
 
 import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
-from lifeops import autograd, nn
+from lifeops import autograd, models, nn
 from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
 from lifeops.integrations import convert, load_official, revert
+from lifeops.nn.localvit import fuse_
 from lifeops.ops.life_qkv_function import life_qkv
 from lifeops.ops.token_dwconv_function import token_dwconv
 
@@ -16,8 +17,10 @@ __all__ = [
     "autograd",
     "convert",
     "explain",
+    "fuse_",
     "life_qkv",
     "load_official",
+    "models",
     "nn",
     "revert",
     "token_dwconv",

@@ -227,13 +227,11 @@ void forward_act(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, c
   run_forward<A>(p, kernel, &extras, sums.empty() ? nullptr : sums.data());
   const auto positions = [&](int64_t i) { return plan.positions(p, i); };
   if (stats) merge_stats(sums.data(), p.B * plan.parts(), p.C, positions, stats);
-  for (int64_t b = 0; pool && b < p.B; ++b)
-    for (int64_t c = 0; c < p.C; ++c) {
-      A total = 0;
-      for (int64_t i = b * plan.parts(); i < (b + 1) * plan.parts(); ++i)
-        total += A(positions(i)) * sums[size_t(i * kTaskSums * p.C + c)] + sums[size_t((i * kTaskSums + 1) * p.C + c)];
-      pool[b * p.C + c] = total;
-    }
+  for (int64_t i = 0; pool && i < p.B * plan.parts(); ++i) {
+    A* total = pool + i / plan.parts() * p.C;
+    const A *first = sums.data() + i * kTaskSums * p.C, *rest = first + p.C, n = A(positions(i));
+    for (int64_t c = 0; c < p.C; ++c) total[c] = (i % plan.parts() ? total[c] : 0) + n * first[c] + rest[c];
+  }
 }
 
 void token_dwconv_act(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
@@ -268,12 +266,10 @@ void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor
     std::vector<A> partial(size_t(parts * kTaskSums * p.C));
     run_forward<A>(p, kernel, &extras, partial.data());
     A* out = sums_out<A>(sums, "sums", 2 * p.C, p.dtype);
-    for (int64_t k = 0; k < 2; ++k)
-      for (int64_t c = 0; c < p.C; ++c) {
-        double total = 0;
-        for (int64_t i = 0; i < parts; ++i) total += double(partial[size_t((i * kTaskSums + k) * p.C + c)]);
-        out[k * p.C + c] = A(total);
-      }
+    std::vector<double> total(size_t(2 * p.C));
+    for (int64_t i = 0; i < parts; ++i)
+      for (int64_t c = 0; c < 2 * p.C; ++c) total[size_t(c)] += double(partial[size_t(i * kTaskSums * p.C + c)]);
+    for (int64_t c = 0; c < 2 * p.C; ++c) out[c] = A(total[size_t(c)]);
   };
   p.dtype == DType::f64 ? run(double{}) : run(float{});
 }

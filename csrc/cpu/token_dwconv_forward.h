@@ -26,8 +26,9 @@ template <class T> struct TileTarget {
 };
 
 // What T keeps of a value.
-template <class T, class A = typename AccOf<T>::type> inline vec_t<A> rounded(vec_t<A> value) {
-  T lanes[Vec<A>::kLanes];
+template <class T> inline __attribute__((always_inline)) auto rounded(vec_t<typename AccOf<T>::type> value) {
+  if constexpr (sizeof(T) == sizeof(typename AccOf<T>::type)) return value;
+  T lanes[Vec<typename AccOf<T>::type>::kLanes];
   store(lanes, value);
   return load(lanes);
 }
@@ -59,6 +60,8 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
   if (extras.sums) store_n(out.sums, first, out.n), store_n(out.sums + out.sums_stride, sum, out.n), store_n(out.sums + 2 * out.sums_stride, square, out.n);
 }
 
+constexpr int64_t kPreAhead = 6;  // vectors of a token asked for ahead: nothing else has brought these tokens near
+
 // The tile's sums times the prologue's derivative, to dx; sums of x dv and dv.
 template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
@@ -70,7 +73,9 @@ __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int
   with_act(d.act, [&](auto act) {
     for (int r = 0; r < rows; ++r)
       for (int t = 0; t < width; ++t) {
-        const vec_t<A> x = load_n(out.pre + r * out.pre_row + t * extras.pre_stride_n, out.n);
+        const T* token = out.pre + r * out.pre_row + t * extras.pre_stride_n;
+        __builtin_prefetch(token + kPreAhead * Vec<A>::kLanes);
+        const vec_t<A> x = load_n(token, out.n);
         const vec_t<A> dv = acc[r * width + t] * derivative<decltype(act)::value, A>(scale * x + shift);
         sum_x += x * dv, sum += dv;
         store_n(out.y + r * out.y_row + t * out.y_stride, scale * dv, out.n);

@@ -7,7 +7,7 @@ from torch import nn
 from lifeops.integrations import timm
 
 RECORD = "_lifeops_conversion"
-SYSTEMS = {"life": timm.convert_life}
+SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit}
 
 
 class Conversion:
@@ -26,8 +26,12 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     none, and ``dynamic_img_size`` all work; the grid comes from the patch embedding at every forward). ``proj`` keeps its
     weights; q, k and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection.
 
-    Options: ``qkv_norm``, ``aux_key``, ``recompute`` as in :class:`lifeops.nn.LifeQKV`; ``num_prefix_tokens`` overrides the
-    model's own.
+    ``system="localvit"`` replaces each block by a :class:`lifeops.nn.LocalViTBlock`: the same ``norm1`` and ``attn``, and
+    :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``.
+
+    Options: "life": ``qkv_norm``, ``aux_key``, ``recompute`` as in :class:`lifeops.nn.LifeQKV`; "localvit": ``act`` ("hs+se"),
+    ``reduction`` (C, as the authors' tiny and small models), ``expand_ratio`` (the MLP's) as in
+    :class:`lifeops.nn.LocalityFeedForward`; both: ``num_prefix_tokens`` overrides the model's own.
 
     Raises:
         ValueError: unknown system, a model converted before, or one that is not a ViT as looked for (the message lists it).

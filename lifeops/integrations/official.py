@@ -10,26 +10,34 @@ import torch
 from torch import nn
 
 _LIFE_KEY = "blocks.0.attn.qkv.scale1.weight"
+_LOCALVIT_KEY = "blocks.0.conv.conv.0.weight"
 
 
-def load_official(checkpoint, *, num_heads: int | None = None) -> nn.Module:
+def load_official(checkpoint, *, num_heads: int | None = None, act: str | None = None) -> nn.Module:
     """Build the model that an official checkpoint is for, at the sizes its tensors tell, and load it strictly; in eval mode.
 
     Args:
         checkpoint: a path (``.safetensors``, or a torch file, read with ``weights_only=True``) or a loaded dict; with or
             without the outer "model" key.
-        num_heads: attention heads where the checkpoint's family does not fix them; default C // 64 for LIFE's DeiT models.
+        num_heads: attention heads where the checkpoint's family does not fix them; default C // 64 for LIFE's DeiT models, C // 48
+            for LocalViT's.
+        act: LocalViT's activation where the tensors do not tell; default "relu6" without channel attention (the authors'
+            mlp6_act1), "hs+se" with squeeze and excitation, "hs+eca" with ECA.
 
-    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``; returned with ``aux_key="scale1"``, as they were trained).
+    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``; returned with ``aux_key="scale1"``, as they were trained) and
+    LocalViT DeiT (``blocks.0.conv.conv.0.weight``).
 
     Raises:
         ValueError: keys of no known family, or sizes that do not fit together. RuntimeError: unexpected or missing keys.
     """
     state = _state_dict(checkpoint)
-    if _LIFE_KEY not in state:
-        known = "LIFE DeiT ('blocks.0.attn.qkv.scale1.weight')"
+    if _LIFE_KEY in state:
+        model = _life_deit(state, num_heads)
+    elif _LOCALVIT_KEY in state:
+        model = _localvit_deit(state, num_heads, act)
+    else:
+        known = f"LIFE DeiT ({_LIFE_KEY!r}), LocalViT DeiT ({_LOCALVIT_KEY!r})"
         raise ValueError(f"load_official: no known checkpoint; looked for {known}, got keys such as {sorted(state)[:5]}")
-    model = _life_deit(state, num_heads)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -52,33 +60,56 @@ def _state_dict(checkpoint) -> Mapping[str, torch.Tensor]:
     return state
 
 
+class _Host:
+    """The sizes of a DeiT host, read from its tensors."""
+
+    def __init__(self, family: str, state: Mapping[str, torch.Tensor], num_heads: int | None, head_dim: int):
+        self.family, self.state = family, state
+        patch = self.need("patch_embed.proj.weight")
+        self.dtype = patch.dtype
+        dim, in_chans, *patch_size = patch.shape
+        dist = "dist_token" in state
+        patches = self.need("pos_embed").shape[1] - 1 - dist
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise ValueError(f"load_official: the authors' models have square grids, got pos_embed for {patches} patches")
+        heads = num_heads or dim // head_dim
+        if heads < 1 or dim % heads:
+            raise ValueError(f"load_official: cannot tell the heads of a model of width {dim}; pass num_heads=…")
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        self.sizes = {
+            "img_size": (side * patch_size[0], side * patch_size[1]), "patch_size": tuple(patch_size), "in_chans": in_chans,
+            "num_classes": self.need("head.weight").shape[0], "embed_dim": dim, "depth": depth, "num_heads": heads, "dist_token": dist,
+        }  # fmt: skip
+
+    def need(self, name: str) -> torch.Tensor:
+        if name not in self.state:
+            raise ValueError(f"load_official: the {self.family} checkpoint has no {name!r}")
+        return self.state[name]
+
+
 def _life_deit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> nn.Module:
     from lifeops.models.deit import VisionTransformer
     from lifeops.nn.life import LifeAttention
 
-    def need(name: str) -> torch.Tensor:
-        if name not in state:
-            raise ValueError(f"load_official: the LIFE DeiT checkpoint has no {name!r}")
-        return state[name]
-
-    patch = need("patch_embed.proj.weight")
-    dim, in_chans, *patch_size = patch.shape
-    dist = "dist_token" in state
-    patches = need("pos_embed").shape[1] - 1 - dist
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"load_official: the authors' models have square grids, got pos_embed for {patches} patches")
-    heads = num_heads or dim // 64
-    if heads < 1 or dim % heads:
-        raise ValueError(f"load_official: cannot tell the heads of a model of width {dim}; pass num_heads=…")
+    host = _Host("LIFE DeiT", state, num_heads, 64)
     qkv_norm = "blocks.0.attn.qkv.norm.weight" in state
 
     def attention(dim, num_heads, num_prefix_tokens):
         return LifeAttention(dim, num_heads, num_prefix_tokens, qkv_norm=qkv_norm, aux_key="scale1")
 
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    return VisionTransformer(
-        img_size=(side * patch_size[0], side * patch_size[1]), patch_size=tuple(patch_size), in_chans=in_chans,
-        num_classes=need("head.weight").shape[0], embed_dim=dim, depth=depth,
-        num_heads=heads, mlp_ratio=need("blocks.0.mlp.fc1.weight").shape[0] / dim, dist_token=dist, attn=attention,
-    ).to(patch.dtype)  # fmt: skip
+    mlp_ratio = host.need("blocks.0.mlp.fc1.weight").shape[0] / host.sizes["embed_dim"]
+    return VisionTransformer(**host.sizes, mlp_ratio=mlp_ratio, attn=attention).to(host.dtype)
+
+
+def _localvit_deit(state: Mapping[str, torch.Tensor], num_heads: int | None, act: str | None) -> nn.Module:
+    from lifeops.models.localvit import localvit
+
+    host = _Host("LocalViT DeiT", state, num_heads, 48)
+    hidden, dim = host.need(_LOCALVIT_KEY).shape[:2]
+    squeeze = state.get("blocks.0.conv.conv.6.fc.0.weight")
+    if act is None:
+        eca = squeeze is None and "blocks.0.conv.conv.6.conv.weight" in state
+        act = "hs+eca" if eca else "relu6" if squeeze is None else "hs+se"
+    reduction = 1 if squeeze is None else hidden // squeeze.shape[0]
+    return localvit(mlp_ratio=hidden / dim, act=act, reduction=reduction, **host.sizes).to(host.dtype)

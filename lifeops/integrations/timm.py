@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lifeops.nn.life import GridHolder, LifeAttention
+from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 
 _LOOKED_FOR = "a timm VisionTransformer: patch_embed with grid_size, num_prefix_tokens, and blocks[i].attn with qkv, proj, num_heads"
 
@@ -55,23 +56,67 @@ def _replacement(attn: nn.Module, num_prefix_tokens: int, options: dict) -> Life
     return new.train(attn.training)
 
 
-def convert_life(model: nn.Module, record, *, num_prefix_tokens: int | None = None, **options) -> None:
-    """Replace the attention of every block; ``record`` keeps what revert needs."""
-    unknown = options.keys() - {"qkv_norm", "aux_key", "recompute"}
+def _options(options: dict, known: tuple[str, ...]) -> None:
+    unknown = options.keys() - set(known)
     if unknown:
-        raise TypeError(f"convert: unknown options {', '.join(sorted(unknown))}; known: qkv_norm, aux_key, recompute, num_prefix_tokens")
+        raise TypeError(f"convert: unknown options {', '.join(sorted(unknown))}; known: {', '.join(known)}, num_prefix_tokens")
+
+
+def _prefix_tokens(model: nn.Module, num_prefix_tokens: int | None) -> int:
+    """P of a model that looks like a ViT."""
     if not (hasattr(model, "blocks") and hasattr(getattr(model, "patch_embed", None), "grid_size")):
         raise ValueError(f"convert: {type(model).__name__} is not a known ViT; looked for {_LOOKED_FOR}")
     prefix = getattr(model, "num_prefix_tokens", None) if num_prefix_tokens is None else num_prefix_tokens
     if prefix is None:
         raise ValueError(f"convert: {type(model).__name__} does not say num_prefix_tokens; pass num_prefix_tokens=…")
+    return prefix
+
+
+def _replace(model: nn.Module, record, replacements: list[tuple[str, nn.Module]], with_grid) -> None:
+    """Put the new modules in place, give the part of each that ``with_grid`` names the grid; ``record`` keeps what revert needs."""
+    holder = GridHolder()
+    for path, new in replacements:
+        parent, _, name = path.rpartition(".")
+        record.replaced.append((path, model.get_submodule(path)))
+        setattr(model.get_submodule(parent), name, new)
+        with_grid(new).grid_holder = holder
+    record.hook_id = model.patch_embed.register_forward_hook(GridHook(holder)).id
+
+
+def convert_life(model: nn.Module, record, *, num_prefix_tokens: int | None = None, **options) -> None:
+    """Replace the attention of every block; ``record`` keeps what revert needs."""
+    _options(options, ("qkv_norm", "aux_key", "recompute"))
+    prefix = _prefix_tokens(model, num_prefix_tokens)
     found = [(f"blocks.{i}.attn", getattr(block, "attn", None)) for i, block in enumerate(model.blocks)]
     for path, attn in found:
         _check_attention(path, attn)
-    holder = GridHolder()
-    for path, attn in found:
-        new = _replacement(attn, prefix, options)
-        new.grid_holder = holder
-        model.get_submodule(path.rpartition(".")[0]).attn = new
-        record.replaced.append((path, attn))
-    record.hook_id = model.patch_embed.register_forward_hook(GridHook(holder)).id
+    _replace(model, record, [(path, _replacement(attn, prefix, options)) for path, attn in found], lambda new: new)
+
+
+def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reduction: int | None, expand_ratio: float | None) -> LocalViTBlock:
+    missing = [name for name in ("norm1", "attn", "norm2", "mlp") if not hasattr(block, name)]
+    if missing or not isinstance(getattr(block.mlp, "fc1", None), nn.Linear):
+        lacks = ", ".join(missing) or "a Linear mlp.fc1"
+        raise ValueError(f"convert: {path} is {type(block).__name__} without {lacks}; looked for a timm Block with norm1, attn, norm2, mlp")
+    weight = block.mlp.fc1.weight
+    hidden, dim = weight.shape
+    conv = LocalityFeedForward(
+        dim, hidden / dim if expand_ratio is None else expand_ratio, act, dim if reduction is None else reduction,
+        num_prefix_tokens=prefix, device=weight.device, dtype=weight.dtype,
+    )  # fmt: skip
+    new = LocalViTBlock(block.norm1, block.attn, conv, getattr(block, "drop_path1", None), getattr(block, "ls1", None))
+    new.conv.train(block.training)
+    new.training = block.training
+    return new
+
+
+def convert_localvit(
+    model: nn.Module, record, *, num_prefix_tokens: int | None = None, act: str = "hs+se", reduction: int | None = None,
+    expand_ratio: float | None = None, **options,
+) -> None:  # fmt: skip
+    """Replace every block by one with the same attention and LocalViT's feed-forward instead of LayerNorm and MLP."""
+    _options(options, ("act", "reduction", "expand_ratio"))
+    prefix = _prefix_tokens(model, num_prefix_tokens)
+    blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+    news = [(path, _localvit_block(path, block, prefix, act, reduction, expand_ratio)) for path, block in blocks]
+    _replace(model, record, news, lambda new: new.conv)

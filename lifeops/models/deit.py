@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 AttentionFactory = Callable[[int, int, int], nn.Module]
+BlockFactory = Callable[[int, int, int, nn.Module], nn.Module]
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -84,13 +85,13 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, norm_eps: float, drop_path: float):
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, norm_eps: float, drop_path: nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         y = self.norm1(x)
@@ -109,6 +110,9 @@ class VisionTransformer(nn.Module):
     ``attn``: called as ``attn(dim, num_heads, num_prefix_tokens)`` once per block, returns the attention module to use
     instead of the plain one (``qkv_bias`` is then its own affair). A module with ``needs_grid = True`` is called as
     ``module(x, grid)`` with ``grid = patch_embed.grid_size``, any other as ``module(x)``.
+
+    ``block``: called as ``block(dim, num_heads, num_prefix_tokens, drop_path)`` once per block, returns the whole block to use
+    instead, called as ``module(x, grid)``; ``attn``, ``mlp_ratio`` and ``qkv_bias`` are then its own affair.
 
     ``num_classes=0`` leaves the heads out: the features (B, C) come out instead of logits.
     Raises ValueError where sizes do not fit each other.
@@ -131,6 +135,7 @@ class VisionTransformer(nn.Module):
         qkv_bias: bool = True,
         norm_eps: float = 1e-6,
         drop_path_rate: float = 0.0,
+        block: BlockFactory | None = None,
     ):
         super().__init__()
         _check_sizes(embed_dim, num_heads, class_token, dist_token, num_reg_tokens, drop_path_rate)
@@ -147,7 +152,12 @@ class VisionTransformer(nn.Module):
                 return Attention(dim, num_heads, qkv_bias)
 
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]  # deeper blocks are dropped more often
-        self.blocks = nn.ModuleList(Block(embed_dim, attn(embed_dim, num_heads, P), mlp_ratio, norm_eps, r) for r in rates)
+        if block is None:
+
+            def block(dim: int, num_heads: int, num_prefix_tokens: int, drop_path: DropPath) -> nn.Module:
+                return Block(dim, attn(dim, num_heads, num_prefix_tokens), mlp_ratio, norm_eps, drop_path)
+
+        self.blocks = nn.ModuleList(block(embed_dim, num_heads, P, DropPath(r)) for r in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         if dist_token:

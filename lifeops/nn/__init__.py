@@ -1,6 +1,6 @@
 """Modules: thin, state-dict compatible with the official checkpoints."""
 
 from lifeops.nn.life import LifeAttention, LifeQKV
-from lifeops.nn.localvit import LocalityFeedForward
+from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 
-__all__ = ["LifeAttention", "LifeQKV", "LocalityFeedForward"]
+__all__ = ["LifeAttention", "LifeQKV", "LocalViTBlock", "LocalityFeedForward"]

@@ -196,6 +196,26 @@ class LocalityFeedForward(nn.Module):
         return f"dim={self.dim}, hidden_dim={self.hidden_dim}, num_prefix_tokens={self.num_prefix_tokens}"
 
 
+class LocalViTBlock(nn.Module):
+    """x + drop_path(attn(norm1(x))), then the locality feed-forward ``conv``, which has its own residual and no drop_path.
+
+    There is no second LayerNorm. ``attn`` gets the grid if it asks for it (``needs_grid``); other arguments of ``forward``, such as
+    timm's ``attn_mask``, go to it too.
+    """
+
+    def __init__(self, norm1: nn.Module, attn: nn.Module, conv: LocalityFeedForward, drop_path1: nn.Module | None = None, ls1: nn.Module | None = None):
+        super().__init__()
+        self.norm1, self.attn, self.conv = norm1, attn, conv
+        self.ls1 = nn.Identity() if ls1 is None else ls1
+        self.drop_path1 = nn.Identity() if drop_path1 is None else drop_path1
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, **options) -> torch.Tensor:
+        if getattr(self.attn, "needs_grid", False) and grid is not None:
+            options["grid"] = grid
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **options)))
+        return self.conv(x, grid)
+
+
 def _on_batch(norm) -> bool:
     return norm.training or norm.running_mean is None
 

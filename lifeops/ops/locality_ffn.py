@@ -115,6 +115,16 @@ def _add_rows(x, z, affine: Affine, cfg: Config):
     return torch.cat((x[:, : cfg.P], x[:, cfg.P :] + added), 1)
 
 
+def _with_bias(affine: Affine, bias):
+    """scale * (z + bias) + shift."""
+    if bias is None:
+        return affine
+    bias = bias.to(rows.accumulate_dtype(bias.dtype))
+    if affine.scale is None:
+        return Affine(shift=bias)
+    return affine._replace(shift=affine.shift + affine.scale * bias)
+
+
 def _patches(x, cfg: Config, dtype):
     return x[:, cfg.P :].to(dtype).contiguous()
 
@@ -127,14 +137,15 @@ def infer(x, w1, b1, norm1: Norm, dw, bd, norm2: Norm, gate_params, w2, b2, norm
     """The chain without gradients, all norms on constants: the second activation is an epilogue of the convolution."""
     geo = cfg.H, cfg.W, 0, "keep"
     n1, n2, n3 = (_affine(norm, None, 0, eps, None)[0] for norm, eps in zip((norm1, norm2, norm3), cfg.eps, strict=True))
-    z1 = pointwise(_patches(x, cfg, w1.dtype), w1, b1)
+    n1, n3 = _with_bias(n1, b1), _with_bias(n3, b2)  # the consumer adds it on the way; a product would read its output again
+    z1 = pointwise(_patches(x, cfg, w1.dtype), w1)
     u, pool, _, _ = _dwconv(
         z1, dw, bd, n1.scale, n1.shift, cfg.act, n2.scale, n2.shift, cfg.act, None, *geo, bool(cfg.gate), False, cfg.backend
     )
     if cfg.gate:
         s = gate(cfg.gate, pool / max(1, cfg.patches), gate_params)
         u = _act(u, None, None, s, None, "none", cfg.patches, cfg.backend)
-    return _add_rows(x, pointwise(u, w2, b2), n3, cfg)
+    return _add_rows(x, pointwise(u, w2), n3, cfg)
 
 
 class LocalityFFN(torch.autograd.Function):
