@@ -50,6 +50,8 @@ def choose(dtype: torch.dtype, channels: int, setting: str) -> str:
 
 
 def _as_convolution(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # a compiler chooses products itself
     return (
         choose(x.dtype, x.shape[2], config.settings.cpu_gemm) == "conv1x1"  # first: on most machines it is the whole answer
         and x.device.type == "cpu"

@@ -8,16 +8,25 @@ from lifeops import registry, testing, torchlib
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
+def _sized(op, B, C, K):
+    """A sample of the op, with every sum it can make, at a size that is cut into several tasks."""
+    samples = {s.name: s for s in op.samples()}
+    sample = samples.get("zero", next(iter(samples.values())))
+    if hasattr(sample, "base"):
+        return sample._replace(base=sample.base._replace(B=B, H=9, W=11, P=2, C=C, K=K))
+    if hasattr(sample, "patches"):
+        return sample._replace(B=B, patches=99, C=C)
+    sample = sample._replace(B=B, H=9, W=11, P=2, C=C)
+    return sample._replace(K=K) if hasattr(sample, "K") else sample
+
+
 def _args(name, dtype, B=6, C=100, K=5):
     op = registry.ops[name]
-    sample = next(iter(op.samples()))._replace(B=B, H=9, W=11, P=2, C=C)
-    if name.startswith("token"):
-        sample = sample._replace(K=K)
-    return op, testing.make(op, sample, dtype, backend="cpu")
+    return op, testing.make(op, _sized(op, B, C, K), dtype, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [n for n in registry.ops if n.startswith("token_dwconv")])
+@pytest.mark.parametrize("name", [n for n in registry.ops if n.startswith(("token_dwconv", "channel"))])
 def test_same_bits_at_any_thread_count_and_every_run(name, dtype, threads):
     op, args = _args(name, dtype)
     results = []
@@ -29,10 +38,10 @@ def test_same_bits_at_any_thread_count_and_every_run(name, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["token_dwconv", "token_dwconv_bwd_dx"])
+@pytest.mark.parametrize("name", ["token_dwconv", "token_dwconv_bwd_dx", "token_dwconv_act"])
 def test_batch_invariance(name, dtype):
     op, (x, *rest) = _args(name, dtype)
-    together = torchlib.overload(op)(x, *rest)
+    together = testing.tensors(torchlib.overload(op)(x, *rest))[0]
     for b in range(len(x)):
-        alone = torchlib.overload(op)(x[b : b + 1], *rest)
+        alone = testing.tensors(torchlib.overload(op)(x[b : b + 1], *rest))[0]
         assert torch.equal(alone[0], together[b])
