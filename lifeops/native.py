@@ -117,11 +117,10 @@ def _token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, 
     rows = _rows(P, prefix)
     y = x.new_empty((x.shape[0], rows + H * W, x.shape[2]))
     sums, found = (_sums(x, x.shape[0]) if pool else None), (_sums(x, 2) if stats else None)
-    values = map(_contiguous, (scale, shift, out_scale, out_shift))
-    scale, shift, out_scale, out_shift = values
-    prologue, epilogue = (scale, shift, ACTS.index(act)), (out_scale, out_shift, ACTS.index(out_act))
-    place = H, W, P, rows, int(prefix != "keep"), _isa()
-    torch.ops.lifeops_native.token_dwconv_act(x, weight.contiguous(), _contiguous(bias), *prologue, *epilogue, residual, y, sums, found, *place)
+    prologue = _contiguous(scale), _contiguous(shift), ACTS.index(act)
+    epilogue = _contiguous(out_scale), _contiguous(out_shift), ACTS.index(out_act)
+    inputs = x, weight.contiguous(), _contiguous(bias), *prologue, *epilogue, residual
+    torch.ops.lifeops_native.token_dwconv_act(*inputs, y, sums, found, H, W, P, rows, int(prefix != "keep"), _isa())
     empty = [x.new_empty((0,), dtype=accumulate_dtype(x.dtype)) for _ in range(3)]
     return y, sums if pool else empty[0], *((found[0], found[1].clone()) if stats else empty[1:])
 
@@ -181,22 +180,20 @@ def _channel_act_grad(dy, x, scale, shift, gate, pool_grad, a, b, act, patches, 
     return _channel_pass(4, x, patches, dy=dy, y=y, act=act, **values)
 
 
-_IMPLEMENTATIONS = {
-    "token_dwconv_act": _token_dwconv_act,
-    "token_dwconv_act_bwd_dx": _token_dwconv_act_bwd_dx,
-    "token_dwconv_act_bwd_dw": _token_dwconv_act_bwd_dw,
-    "channel_stats": _channel_stats,
-    "channel_act": _channel_act,
-    "channel_act_pool": _channel_act_pool,
-    "channel_act_sums": _channel_act_sums,
-    "channel_act_grad": _channel_act_grad,
-    "token_dwconv": _token_dwconv,
-    "token_dwconv_bwd_dx": _token_dwconv_bwd_dx,
-    "token_dwconv_bwd_dw": _token_dwconv_bwd_dw,
-    "token_dwconv_bwd_db": _token_dwconv_bwd_db,
+_IMPLEMENTATIONS = {  # op: (native operator, function)
+    "token_dwconv": ("token_dwconv", _token_dwconv),
+    "token_dwconv_bwd_dx": ("token_dwconv", _token_dwconv_bwd_dx),
+    "token_dwconv_bwd_dw": ("token_dwconv_grad_weight", _token_dwconv_bwd_dw),
+    "token_dwconv_bwd_db": ("token_dwconv_grad_weight", _token_dwconv_bwd_db),
+    "token_dwconv_act": ("token_dwconv_act", _token_dwconv_act),
+    "token_dwconv_act_bwd_dx": ("token_dwconv_act_grad_input", _token_dwconv_act_bwd_dx),
+    "token_dwconv_act_bwd_dw": ("token_dwconv_act_grad_weight", _token_dwconv_act_bwd_dw),
+    "channel_stats": ("channel_act", _channel_stats),
+    "channel_act": ("channel_act", _channel_act),
+    "channel_act_pool": ("channel_act", _channel_act_pool),
+    "channel_act_sums": ("channel_act", _channel_act_sums),
+    "channel_act_grad": ("channel_act", _channel_act_grad),
 }
-
-_NATIVE = {name: "channel_act" if name.startswith("channel") else "token_dwconv_act" for name in _IMPLEMENTATIONS if "token_dwconv_b" not in name and name != "token_dwconv"}
 
 
 def _supports(device: str):
@@ -227,8 +224,8 @@ def _register() -> None:
         elif not _has(device):
             registry.set_unavailable(device, notes.get(device, "the extension was built without it"))
         else:
-            for name, fn in _IMPLEMENTATIONS.items():
-                if not _has(device, _NATIVE.get(name, "token_dwconv")):
+            for name, (native, fn) in _IMPLEMENTATIONS.items():
+                if not _has(device, native):
                     continue
                 registry.register(name, device, fn, supports=_supports(device), priority=registry.BACKEND_PRIORITY[device])
     if error is None:

@@ -53,3 +53,41 @@ def test_two_processes_end_with_equal_weights(image_folder, tmp_path):
         assert torch.equal(weights, second[name]), name
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert torch.equal(saved["model"]["head.weight"], first["head.weight"])
+
+
+# two processes, half a batch each: SyncBatchNorm in the feed-forward against the whole batch in one process
+SYNC = """
+import copy, torch, torch.distributed as dist
+from torch import nn
+from lifeops.nn import LocalityFeedForward
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+alone = LocalityFeedForward(8, 2.0, "hs+se", 4).double()
+together = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(alone))
+x, g = torch.randn(2, 3, 13, 8).double(), torch.randn(2, 3, 13, 8).double()
+whole = x.flatten(0, 1).requires_grad_()
+expected = alone(whole, (3, 4))
+expected.backward(g.flatten(0, 1))
+mine = x[rank].requires_grad_()
+y = together(mine, (3, 4))
+y.backward(g[rank])
+def close(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+close(y, expected.unflatten(0, (2, 3))[rank])
+close(mine.grad, whole.grad.unflatten(0, (2, 3))[rank])
+for a, b in zip(together.parameters(), alone.parameters(), strict=True):
+    dist.all_reduce(a.grad)
+    close(a.grad, b.grad)
+for a, b in zip(together.state_dict().values(), alone.state_dict().values(), strict=True):
+    close(a, b)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_sync_batch_norm_sees_the_whole_batch(tmp_path):
+    worker = tmp_path / "sync.py"
+    worker.write_text(SYNC)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
+    result = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]

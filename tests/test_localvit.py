@@ -336,7 +336,10 @@ def test_official_checkpoint(backend):
             _close(lifeops.fuse_(model)(d["x"]), d["y"])
 
 
-@pytest.mark.parametrize(("variant", "act"), [("tiny_mlp6_act1", "relu6"), ("tiny_mlp4_act3_r4", "hs+se"), ("tiny_mlp4_act3_r192", "hs+eca")])
+KINDS = [("tiny_mlp6_act1", "relu6"), ("tiny_mlp4_act3_r4", "hs+se"), ("tiny_mlp4_act3_r192", "hs+eca")]
+
+
+@pytest.mark.parametrize(("variant", "act"), KINDS)
 def test_official_checkpoints_of_every_kind(variant, act):
     """A state dict is enough to build its model again; heads are C // 48."""
     model = _randomised(localvit(variant, act=act, depth=2, img_size=32, num_classes=5)).eval()

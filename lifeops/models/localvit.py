@@ -27,8 +27,9 @@ VARIANTS = {
 
 
 def localvit(
-    variant: str = "tiny_mlp4_act3_r192", *, embed_dim=None, num_heads=None, mlp_ratio=None, act=None, reduction=None, qkv_bias=True, norm_eps=1e-6, **host
-) -> VisionTransformer:
+    variant: str = "tiny_mlp4_act3_r192", *, embed_dim=None, num_heads=None, mlp_ratio=None, act=None, reduction=None, qkv_bias=True,
+    norm_eps=1e-6, **host,
+) -> VisionTransformer:  # fmt: skip
     """LocalViT: a DeiT whose blocks end in :class:`lifeops.nn.LocalityFeedForward` instead of LayerNorm and MLP.
 
     Args:

@@ -12,10 +12,11 @@ from lifeops import config, geometry, torchlib
 from lifeops.nn.life import GridHolder
 from lifeops.ops import locality_ffn as chain
 from lifeops.ops.channel_act import accumulate_dtype
-from lifeops.ops.channel_gate import gate
+from lifeops.ops.channel_gate import GATES, gate
 from lifeops.ops.token_dwconv_function import token_dwconv
 
-ACTS = {"relu6": ("relu6", ""), "hs": ("hardswish", ""), "hs+se": ("hardswish", "se"), "hs+eca": ("hardswish", "eca"), "hs+ecah": ("hardswish", "ecah")}
+ACTS = {"relu6": ("relu6", "")} | {"hs" + f"+{kind}" * bool(kind): ("hardswish", kind) for kind in GATES}
+"""The authors' names: activation and channel attention."""
 
 
 class SELayer(nn.Module):
@@ -184,7 +185,7 @@ class LocalityFeedForward(nn.Module):
         """x (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
         grid = self.grid_holder.grid if grid is None else grid
         if grid is None:
-            raise ValueError("LocalityFeedForward: the grid is unknown: give forward(x, grid=(H, W)) or LocalityFeedForward(…, grid=(H, W))")
+            raise ValueError("LocalityFeedForward: the grid is unknown: give it to forward(x, grid=(H, W)) or to the constructor")
         g = geometry.to_grid("LocalityFeedForward", grid, self.num_prefix_tokens)
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"LocalityFeedForward: x must have shape (B, N, {self.dim}), got {tuple(x.shape)}")
@@ -203,7 +204,7 @@ class LocalViTBlock(nn.Module):
     timm's ``attn_mask``, go to it too.
     """
 
-    def __init__(self, norm1: nn.Module, attn: nn.Module, conv: LocalityFeedForward, drop_path1: nn.Module | None = None, ls1: nn.Module | None = None):
+    def __init__(self, norm1: nn.Module, attn: nn.Module, conv: LocalityFeedForward, drop_path1=None, ls1=None):
         super().__init__()
         self.norm1, self.attn, self.conv = norm1, attn, conv
         self.ls1 = nn.Identity() if ls1 is None else ls1
@@ -240,7 +241,8 @@ def _sync_group(norm):
 
 def _check_batch(count, x, cfg):
     if count < 2 and all(group is None for group in cfg.groups):
-        raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {tuple(x.shape)} with a {cfg.H}x{cfg.W} grid")
+        got = f"{tuple(x.shape)} with a {cfg.H}x{cfg.W} grid"
+        raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {got}")
 
 
 @torch.no_grad()

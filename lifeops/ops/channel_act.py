@@ -273,9 +273,7 @@ def _op(name, schema, reference, check, fake, make, reduces=None):
 
 
 _AFFINE = "Tensor? scale, Tensor? shift"
-stats_op = _op(
-    "channel_stats", "Tensor x", reference_stats, _check_stats, _fake_stats, _make_stats, reduces=lambda s: s.B * s.patches
-)
+stats_op = _op("channel_stats", "Tensor x", reference_stats, _check_stats, _fake_stats, _make_stats, reduces=lambda s: s.B * s.patches)
 act_op = _op(
     "channel_act", f"Tensor x, {_AFFINE}, Tensor? gate, Tensor? residual, str act", reference_act, _check_act, _fake_act, _make_act
 )

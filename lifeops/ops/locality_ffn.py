@@ -158,9 +158,9 @@ class LocalityFFN(torch.autograd.Function):
         t = _patches(x, cfg, w1.dtype)
         z1 = pointwise(t, w1, b1)
         n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, cfg.patches, cfg.backend), n, cfg.eps[0], cfg.groups[0])
-        z2, _, *found = _dwconv(
-            z1, dw, bd, n1.scale, n1.shift, cfg.act, None, None, "none", None, cfg.H, cfg.W, 0, "keep", False, norms[1].on_batch, cfg.backend
-        )
+        geo = cfg.H, cfg.W, 0, "keep"
+        prologue, no_epilogue = (n1.scale, n1.shift, cfg.act), (None, None, "none")
+        z2, _, *found = _dwconv(z1, dw, bd, *prologue, *no_epilogue, None, *geo, False, norms[1].on_batch, cfg.backend)
         n2, *batch2, count2 = _affine(norms[1], lambda: found, n, cfg.eps[1], cfg.groups[1])
         m = s = None
         gate_params = tuple(q for q in (q0, q1, q2, q3) if q is not None)

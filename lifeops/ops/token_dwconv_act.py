@@ -63,7 +63,8 @@ def _check_prologue(op, dy, x, scale, shift, act, H, W, P):
     activations.check(op, "act", act)
     dwconv._check_sequence(op, "x", x, H, W, P)
     if (x.shape[0], x.shape[2], x.dtype, x.device) != (dy.shape[0], dy.shape[2], dy.dtype, dy.device):
-        raise ValueError(f"{op}: x and dy must agree in B, C, dtype and device, got {tuple(x.shape)} {x.dtype} and {tuple(dy.shape)} {dy.dtype}")
+        got = f"{tuple(x.shape)} {x.dtype} and {tuple(dy.shape)} {dy.dtype}"
+        raise ValueError(f"{op}: x and dy must agree in B, C, dtype and device, got {got}")
     check_values(op, x, scale=scale, shift=shift)
 
 
@@ -153,7 +154,7 @@ def samples():
     everything = {"act": "relu6", "out_act": "relu6", "out_affine": True, "pool": True}
     return (
         make("plain", "batch norm and h-swish before, statistics after: LocalViT's training step", P=0, bias=False, stats=True),
-        make("eval", "h-swish before and after, pool: LocalViT's folded forward", affine=False, out_act="hardswish", pool=True, prefix="drop"),
+        make("eval", "h-swish twice, pool: LocalViT's folded forward", affine=False, out_act="hardswish", pool=True, prefix="drop"),
         make("relu6", "integer inputs stay integers", **everything, residual=True),
         make("border", "f(0 + shift) is not 0: the padding must come after the prologue", act="none", H=2, W=3, K=5),
         make("gelu", "the DW shortcut: GELU before, residual after", act="gelu", affine=False, prefix="zero", residual=True),
@@ -171,7 +172,7 @@ def samples():
         make("empty_batch", "B = 0", **everything, B=0),
         make("empty_grid", "prefix tokens only", **everything, H=0, W=3, stats=True),
         make("hidden", "LocalViT-T's hidden width at 14x14", B=2, H=14, W=14, P=0, C=768, bias=False, stats=True, tiny=False),
-        make("strips", "row strips and wide segments share the sums", B=1, H=40, W=140, C=20, act="relu6", pool=True, stats=True, tiny=False),
+        make("strips", "row strips and segments share the sums", B=1, H=40, W=140, C=20, act="relu6", pool=True, stats=True, tiny=False),
     )  # fmt: skip
 
 
