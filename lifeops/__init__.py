@@ -8,10 +8,12 @@ from lifeops.explain import explain
 from lifeops.integrations import convert, load_official, revert
 from lifeops.nn.localvit import fuse_
 from lifeops.ops.life_qkv_function import life_qkv
+from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import token_dwconv
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChannelAct",
     "FallbackWarning",
     "NotSupported",
     "autograd",

@@ -205,7 +205,10 @@ def _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backe
     return x, weight, bias, residual, g.height, g.width, g.prefix, prefix, config.requested_backend(backend)
 
 
-def token_dwconv(x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None):
+def token_dwconv(
+    x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None, prologue=None, epilogue=None,
+    pool=False, stats=False,
+):  # fmt: skip
     """Depth-wise convolution over the patch tokens of ``x``; the prefix tokens bypass it.
 
     ``y[b, P + r*W + q, c] = bias[c] + sum_{i,j} weight[c, 0, i, j] * x[b, P + (r+i-K//2)*W + (q+j-K//2), c] (+ residual)``
@@ -221,16 +224,27 @@ def token_dwconv(x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="kee
         prefix: "keep" copies the prefix rows, "zero" sets them to zero, "drop" leaves them out: y is (B, H*W, C).
         residual: added to y, prefix rows included; y's shape and x's dtype.
         backend: "reference", "cpu", "cuda", "triton", or None for the enclosing ``use_backend`` or the best one.
+        prologue: :class:`lifeops.ChannelAct` ``f(scale * x + shift)`` on the patch rows before the zero padding: the padding is 0
+            whatever f(shift) is. Backward computes it again.
+        epilogue: :class:`lifeops.ChannelAct` on the patch rows after the bias, before the residual.
+        pool, stats: also return sums of the patch rows (before the residual) over the patches, mean and sum of squared deviations
+            over batch and patches, float32 (float64 for float64).
 
     Returns:
-        y with x's dtype (under autocast: the autocast dtype, as conv2d). Weight and bias gradients have the parameters' dtype.
+        y with x's dtype (under autocast: the autocast dtype, as conv2d), or with ``pool`` or ``stats`` the named tuple
+        (y, pool, mean, m2). Weight and bias gradients have the parameters' dtype. Differentiable any number of times without
+        prologue and epilogue, once with them.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or the grid do not fit (the message says what was expected and got).
         lifeops.NotSupported: the requested backend cannot run this problem.
     """
     args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
-    return torchlib.apply(TokenDWConv, _fwd, *args)
+    if prologue is None and epilogue is None and not pool and not stats:
+        return torchlib.apply(TokenDWConv, _fwd, *args)
+    from lifeops.ops.token_dwconv_act_function import convolve  # built on this function
+
+    return convolve(args, prologue, epilogue, bool(pool), bool(stats))
 
 
 def explain(x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None):

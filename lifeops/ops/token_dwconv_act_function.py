@@ -1,0 +1,141 @@
+"""token_dwconv with ``prologue`` and ``epilogue`` for users: the autograd Functions and the way they are put together.
+
+Without gradients everything is one operator. With them the convolution (prologue, bias) and what follows it (affine, activation)
+are two Functions, of which each keeps its own input, the pre-activation, and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lifeops import torchlib
+from lifeops.ops import activations, channel_act
+from lifeops.ops import token_dwconv as dwconv
+from lifeops.ops import token_dwconv_act as spec
+from lifeops.ops.token_dwconv_function import _bwd_db, _like_parameter, token_dwconv
+
+_fwd, _bwd_dx, _bwd_dw = map(torchlib.overload, (spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op))
+_act, _sums, _grad = map(torchlib.overload, (channel_act.act_op, channel_act.sums_op, channel_act.grad_op))
+
+
+class ChannelAct(NamedTuple):
+    """f(scale[c] * x + shift[c]): ``scale`` and ``shift`` (C,) or None, ``act`` "none", "relu6", "hardswish" or "gelu" (exact)."""
+
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    act: str = "none"
+
+
+class Convolved(NamedTuple):
+    """Result of token_dwconv with sums: ``pool`` (B, C) sums over the patches, ``mean`` and ``m2`` (C,) over batch and patches."""
+
+    y: torch.Tensor
+    pool: torch.Tensor | None
+    mean: torch.Tensor | None
+    m2: torch.Tensor | None
+
+
+class TokenDWConvAct(torch.autograd.Function):
+    """y = DW(f(scale * x + shift)) + bias + residual; differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, shift, residual, act, H, W, P, prefix, backend):
+        need = ctx.needs_input_grad
+        ctx.save_for_backward(x, weight if need[0] or need[3] or need[4] else None, scale, shift)
+        ctx.act, ctx.geometry, ctx.backend = act, (H, W, P, prefix), backend
+        ctx.K, ctx.weight_stride, ctx.weight_dtype = weight.shape[-1], weight.stride(), weight.dtype
+        ctx.bias_dtype = bias.dtype if bias is not None and need[2] else None
+        return _fwd(x, weight, bias, scale, shift, act, None, None, "none", residual, H, W, P, prefix, False, False, backend)[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, scale, shift = ctx.saved_tensors
+        need, prologue, dx, dw, db, dscale, dshift = ctx.needs_input_grad, (scale, shift, ctx.act), *[None] * 5
+        if need[0] or need[3] or need[4]:
+            dx, dscale, dshift = _bwd_dx(dy, x, weight, *prologue, *ctx.geometry, ctx.backend)
+        if need[1]:
+            dw, db = _bwd_dw(dy, x, ctx.K, *prologue, *ctx.geometry, ctx.weight_dtype, ctx.bias_dtype, ctx.backend)
+            dw = _like_parameter(dw, ctx.weight_stride)
+        elif need[2]:
+            db = _bwd_db(dy, *ctx.geometry, ctx.bias_dtype, ctx.backend)
+        grads = dx, dw, db, dscale, dshift, dy
+        return *(g if n else None for g, n in zip(grads, need, strict=False)), *[None] * 6
+
+
+class ChannelActivation(torch.autograd.Function):
+    """y = f(scale * x + shift) over sequences without prefix; differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, act, backend):
+        ctx.save_for_backward(x, scale, shift)
+        ctx.act, ctx.backend = act, backend
+        return _act(x, scale, shift, None, None, act, x.shape[1], backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, scale, shift = ctx.saved_tensors
+        place, dx, dscale, dshift = (x.shape[1], ctx.backend), None, None, None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            _, dshift, dscale, _, _ = _sums(dy, x, scale, shift, ctx.act, *place).sum(1)
+        if ctx.needs_input_grad[0]:
+            dx = _grad(dy, x, scale, shift, None, None, None, None, ctx.act, *place)
+        return *(g if n else None for g, n in zip((dx, dscale, dshift), ctx.needs_input_grad, strict=False)), None, None
+
+
+def _values(name, x, steps):
+    """scale, shift and act of a step, in the dtype the kernels sum in."""
+    if steps is None:
+        steps = ChannelAct()
+    if not isinstance(steps, tuple) or len(steps) != 3:
+        raise TypeError(f"token_dwconv: {name} must be a lifeops.ChannelAct(scale, shift, act), got {type(steps).__name__}")
+    scale, shift, act = steps
+    activations.check("token_dwconv", f"{name}.act", act)
+    dtype = channel_act.accumulate_dtype(x.dtype)
+    return ChannelAct(*(None if t is None else t.to(dtype) for t in (scale, shift)), act)
+
+
+def _transformed(args, before: ChannelAct, after: ChannelAct):
+    """The patch rows that come out, by torch's own operators around token_dwconv: what torch.func transforms see."""
+    x, weight, bias, _, H, W, P, _, backend = args
+    u = activations.value(channel_act.affine(x[:, P:], before.scale, before.shift), before.act).to(x.dtype)
+    z = token_dwconv(u, weight, bias, grid=(H, W), backend=backend or None)
+    return activations.value(channel_act.affine(z, after.scale, after.shift), after.act).to(x.dtype)
+
+
+def _assembled(y, x, residual, P, prefix):
+    y = dwconv._with_prefix(y, x, P, prefix)
+    return y if residual is None else y + residual
+
+
+def _summed(y, pool, stats):
+    """pool, mean and m2 of the patch rows ``y`` by torch's own, differentiable operators."""
+    wide = y.to(channel_act.accumulate_dtype(y.dtype))
+    return wide.sum(1) if pool else None, *(channel_act.stats_of(wide) if stats else (None, None))
+
+
+def convolve(args, prologue, epilogue, pool, stats):
+    """token_dwconv with the rest: ``args`` are the schema arguments of the plain operator."""
+    x, weight, bias, residual, H, W, P, prefix, backend = args
+    before, after = _values("prologue", x, prologue), _values("epilogue", x, epilogue)
+    spec.check(x, weight, bias, *before, *after, residual, H, W, P, prefix, pool, stats, backend)
+    tensors = (x, weight, bias, residual, *before[:2], *after[:2])
+    if torch._C._are_functorch_transforms_active():
+        y = _transformed(args, before, after)
+    elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, *sums = _fwd(x, weight, bias, *before, *after, residual, H, W, P, prefix, pool, stats, backend)
+        sums = [t if asked else None for t, asked in zip(sums, (pool, stats, stats), strict=True)]
+        return Convolved(y, *sums) if pool or stats else y
+    elif after == ChannelAct() and not (pool or stats):
+        return TokenDWConvAct.apply(x, weight, bias, *before[:2], residual, before.act, H, W, P, prefix, backend)
+    else:
+        y = TokenDWConvAct.apply(x, weight, bias, *before[:2], None, before.act, H, W, P, "drop", backend)
+        if after != ChannelAct():
+            y = ChannelActivation.apply(y, *after, backend)
+    sums = _summed(y, pool, stats)
+    y = _assembled(y, x, residual, P, prefix)
+    return Convolved(y, *sums) if pool or stats else y
