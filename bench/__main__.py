@@ -19,9 +19,7 @@ from rich.table import Table
 
 from bench import systems
 from bench.measure import WARM_ALLOCATOR
-from bench.problems import DTYPES, Problem, problems, targets
-
-SYSTEMS = ("token_dwconv", "life_qkv", "life_attention")
+from bench.problems import DTYPES, SYSTEMS, Problem, modes_of, problems, targets
 
 
 def machine() -> str:
@@ -154,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _known(system: str, modes: list[str]) -> list[str]:
-    have = ("fwd", "dw", "fwdbwd") if system == "token_dwconv" else ("fwd", "fwdbwd")
+    have = modes_of(system)
     return [m for m in modes if m in have] or [have[0]]
 
 

@@ -51,19 +51,28 @@ def _dwconv(modes, quick):
         yield Problem("token_dwconv", mode, B, H, W, C, K, dtype)
 
 
-def _life(system, modes):
-    for mode, dtype, C in product(modes, DTYPES, (192, 384, 768)):
+def _module(system, modes, widths=(192, 384, 768)):
+    for mode, dtype, C in product(modes, DTYPES, widths):
         yield Problem(system, mode, 16, 14, 14, C, 0, dtype, P=1)
+
+
+SYSTEMS = ("token_dwconv", "life_qkv", "life_attention", "localvit_ffn")
+
+
+def modes_of(system: str) -> tuple[str, ...]:
+    """fwd is inference (localvit_ffn: batch norms folded), dw the weight gradient alone, fwdbwd a training step."""
+    return ("fwd", "dw", "fwdbwd") if system == "token_dwconv" else ("fwd", "fwdbwd")
 
 
 def problems(system: str, modes: list[str] | None = None, *, quick: bool = False, dtypes: tuple[str, ...] = DTYPES) -> list[Problem]:
     """The committed set for a system; ``quick`` is a subset for a look."""
+    if system not in SYSTEMS:
+        raise ValueError(f"bench: system must be one of {', '.join(SYSTEMS)}, got {system!r}")
+    modes = modes or modes_of(system)
     if system == "token_dwconv":
-        found = _dwconv(modes or ["fwd", "dw", "fwdbwd"], quick)
-    elif system in ("life_qkv", "life_attention"):
-        found = _life(system, modes or ["fwd", "fwdbwd"])
+        found = _dwconv(modes, quick)
     else:
-        raise ValueError(f"bench: system must be token_dwconv, life_qkv or life_attention, got {system!r}")
+        found = _module(system, modes, *[(192, 384)] * (system == "localvit_ffn"))
     return [p for p in found if p.dtype in dtypes]
 
 
@@ -83,4 +92,7 @@ def targets(p: Problem, allocator: str) -> list[Target]:
         if p.mode == "fwd":
             return [Target("plain", 1 / (1.4, 1.25, 1.15)[i]), Target("eager", (1.55, 1.5, 1.4)[i])]
         return [Target("eager", (1.5, 1.5, 1.3)[i])]
+    if p.system == "localvit_ffn" and p.dtype == "float32" and allocator == "warm":
+        i = (192, 384).index(p.C)
+        return [Target("eager", ((1.4, 1.2) if p.mode == "fwd" else (1.5, 1.3))[i]), Target("compiled", 1.0)]
     return []

@@ -3,11 +3,13 @@
 Baselines are written as people write them. ``eager``: slice the patches, view them as a map, conv2d, view back, cat the prefix
 (LIFE: the authors' module). ``onednn``: the bare convolution on a ready channels-last map, a floor without any token handling.
 ``plain``: the ordinary C -> 3C projection by the better of F.linear and a channels-last 1x1 convolution, the price of no
-locality. ``clone``: a copy of the same bytes.
+locality. ``compiled``: torch.compile of ``eager``. ``mlp``: LayerNorm and the plain MLP that LocalViT's feed-forward replaces.
+``clone``: a copy of the same bytes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -16,8 +18,9 @@ import torch.nn.functional as F
 import lifeops
 from bench.problems import Problem
 from lifeops import registry, testing, torchlib
-from lifeops.nn import LifeAttention, LifeQKV
+from lifeops.nn import LifeAttention, LifeQKV, LocalityFeedForward
 from lifeops.nn.eager_life import EagerLifeAttention
+from lifeops.nn.eager_localvit import EagerLocalityFeedForward
 
 Variants = dict[str, Callable[[], object]]
 
@@ -25,7 +28,8 @@ Variants = dict[str, Callable[[], object]]
 def build(p: Problem) -> tuple[Variants, Callable[[], None]]:
     """The variants of a problem, and a check that raises AssertionError if lifeops' result is wrong on the timed tensors."""
     torch.manual_seed(0)
-    return {"token_dwconv": _token_dwconv, "life_qkv": _life_qkv, "life_attention": _life_attention}[p.system](p)
+    builders = {"token_dwconv": _token_dwconv, "life_qkv": _life_qkv, "life_attention": _life_attention, "localvit_ffn": _localvit_ffn}
+    return builders[p.system](p)
 
 
 def _eager_dwconv(x, w, p: Problem):
@@ -147,6 +151,40 @@ def _life_attention(p: Problem):
         a, e = ours(x, grid), eager(x, grid)
         limit = (1e-5 if dtype == torch.float32 else 4e-2) * e.abs().max()
         assert (a - e).abs().max() <= limit, f"life_attention is off by {(a - e).abs().max():.2e}, allowed {limit:.2e}"
+
+    return _modes(p, runs), check
+
+
+def _mlp(dim: int) -> torch.nn.Module:
+    layers = torch.nn.LayerNorm(dim), torch.nn.Linear(dim, 4 * dim), torch.nn.GELU(), torch.nn.Linear(4 * dim, dim)
+    return torch.nn.Sequential(*layers)
+
+
+def _localvit_ffn(p: Problem):
+    dtype, grid = getattr(torch, p.dtype), (p.H, p.W)
+    x, dy = (torch.randn(p.B, p.P + p.H * p.W, p.C).to(dtype) for _ in range(2))
+    eager = EagerLocalityFeedForward(p.C, reduction=p.C, num_prefix_tokens=p.P).to(dtype)
+    ours = LocalityFeedForward(p.C, reduction=p.C, num_prefix_tokens=p.P).to(dtype)
+    ours.load_state_dict(eager.state_dict())
+    mlp = _mlp(p.C).to(dtype)
+    reference = copy.deepcopy(eager).double().train(p.mode == "fwdbwd")
+    if p.mode == "fwd":
+        lifeops.fuse_(ours.eval()), eager.eval(), mlp.eval()
+    else:
+        x.requires_grad_()
+    compiled = torch.compile(copy.deepcopy(eager))
+    runs = {
+        "lifeops": (lambda: ours(x.view_as(x), grid), (x, *ours.parameters()), dy),
+        "eager": (lambda: eager(x.view_as(x), grid), (x, *eager.parameters()), dy),
+        "compiled": (lambda: compiled(x, grid), (x, *compiled.parameters()), dy),
+        "mlp": (lambda: x + mlp(x.view_as(x)), (x, *mlp.parameters()), dy),
+    }
+
+    def check():
+        with torch.no_grad():
+            e, a = reference(x.double(), grid), ours(x, grid).double()
+        limit = (1e-5 if dtype == torch.float32 else 4e-2) * e.abs().max()
+        assert (a - e).abs().max() <= limit, f"localvit_ffn is off by {(a - e).abs().max():.2e}, allowed {limit:.2e}"
 
     return _modes(p, runs), check
 

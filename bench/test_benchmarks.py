@@ -10,10 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import systems
-from bench.problems import problems
+from bench.problems import SYSTEMS, problems
 from lifeops.demo.measure import peak_memory
 
-QUICK = [p for system in ("token_dwconv", "life_qkv", "life_attention") for p in problems(system, quick=True, dtypes=("float32",))]
+QUICK = [p for system in SYSTEMS for p in problems(system, quick=True, dtypes=("float32",))]
 VARIANTS = {
     ("token_dwconv", "fwd"): ("lifeops", "eager", "onednn"),
     ("token_dwconv", "dw"): ("lifeops", "onednn"),
@@ -22,6 +22,8 @@ VARIANTS = {
     ("life_qkv", "fwdbwd"): ("lifeops", "eager", "plain_linear", "plain_conv1x1"),
     ("life_attention", "fwd"): ("lifeops", "eager"),
     ("life_attention", "fwdbwd"): ("lifeops", "eager"),
+    ("localvit_ffn", "fwd"): ("lifeops", "eager", "mlp"),
+    ("localvit_ffn", "fwdbwd"): ("lifeops", "eager", "mlp"),
 }
 CASES = [(p, v) for p in QUICK for v in VARIANTS[p.system, p.mode]]
 

@@ -44,6 +44,18 @@ def test_demo_writes_its_files_and_says_where(demo_output):
     assert "profiler_start" not in result.stderr
 
 
+def test_every_system_runs(tmp_path):
+    """The other systems than the one above, as short as can be."""
+    from lifeops.demo.train import SYSTEMS
+
+    assert set(SYSTEMS) == {"life", "localvit"}
+    options = ["--quick", "--sizes", "50", "--epochs", "2", "--seeds", "1", "--jobs", "1"]
+    assert cli.main(["demo", "--system", "localvit", *options, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "localvit" / "table.md").read_text(encoding="utf-8")
+    assert all(label in text for label in ("| 50 |", "| LocalViT (authors) |", "| LocalViT (lifeops) |"))
+    assert (tmp_path / "localvit" / "attention.png").exists()
+
+
 def test_demo_table_has_every_row(demo_output):
     _, folder = demo_output
     with (folder / "table.csv").open(newline="") as file:

@@ -10,6 +10,7 @@ from torch import nn
 import lifeops
 from lifeops.models import localvit
 from lifeops.nn import LocalityFeedForward
+from lifeops.nn.eager_localvit import EagerLocalityFeedForward
 from lifeops.nn.localvit import ACTS
 from test_life import GOLDEN, saved_bytes
 
@@ -97,42 +98,24 @@ def test_fast_path_is_the_plain_path(act, training):
         _close(fast, plain, 1e-11)
 
 
-class _EagerBlock(nn.Module):
-    """The authors' feed-forward on maps, for what it saves: conv2d, BatchNorm2d and h-swish as x * relu6(x + 3) / 6."""
-
-    class Swish(nn.Module):
-        def forward(self, x):
-            return x * nn.functional.relu6(x + 3, inplace=True) / 6
-
-    class Squeeze(nn.Module):
-        def __init__(self, channels, width):
-            super().__init__()
-            self.fc = nn.Sequential(nn.Linear(channels, width), nn.ReLU(inplace=True), nn.Linear(width, channels))
-
-        def forward(self, x):
-            s = nn.functional.relu6(self.fc(x.mean((2, 3))) + 3, inplace=True) / 6
-            return x * s[:, :, None, None]
-
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.conv = nn.Sequential(
-            nn.Conv2d(dim, hidden, 1, bias=False), nn.BatchNorm2d(hidden), self.Swish(),
-            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), self.Swish(),
-            self.Squeeze(hidden, 4), nn.Conv2d(hidden, dim, 1, bias=False), nn.BatchNorm2d(dim),
-        )  # fmt: skip
-
-    def forward(self, x, grid):
-        prefix, patches = x[:, :1], x[:, 1:]
-        maps = patches.transpose(1, 2).unflatten(2, grid)
-        return torch.cat((prefix, (maps + self.conv(maps)).flatten(2).transpose(1, 2)), 1)
-
-
 @pytest.mark.parametrize("dim", [192, 384])
 def test_saved_bytes(dim):
     """At most a quarter of the authors' module in a training step; nothing hides in a ctx attribute."""
     x = torch.randn(2, 197, dim, requires_grad=True)
-    ours, eager = LocalityFeedForward(dim, 4.0, "hs+se", dim), _EagerBlock(dim, 4 * dim)
+    ours, eager = LocalityFeedForward(dim, 4.0, "hs+se", dim), EagerLocalityFeedForward(dim, 4.0, dim)
     assert saved_bytes(ours, x) <= 0.25 * saved_bytes(eager, x)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_eager_baseline_is_the_authors(mode):
+    d = golden_with_act(f"localvit_ffn_hs_se_{mode}")
+    module = EagerLocalityFeedForward(8, 4.0, 4).double().train(mode == "train")
+    module.load_state_dict(_state(d, "param."))
+    x = _tokens(d["x"], 1).requires_grad_()
+    y = module(x, (5, 5))
+    y.backward(_tokens(d["g"], 1))
+    _close(y, _tokens(d["y"], 1))
+    _close(x.grad[:, 1:], _tokens(d["grad_x"], 0))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1), (torch.float16, 0.02)])

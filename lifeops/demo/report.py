@@ -17,11 +17,9 @@ from rich.console import Console
 from lifeops.demo import data
 from lifeops.demo.attention import cls_attention
 from lifeops.demo.measure import Cost
-from lifeops.demo.train import Recipe, Run, build
+from lifeops.demo.train import Recipe, Run, System, build
 
-LABELS = {"plain": "plain", "eager": "LIFE (authors)", "life": "LIFE (lifeops)"}
-TRAINED = ("plain", "life")
-_COLORS = {"plain": "tab:gray", "life": "tab:orange"}
+_COLORS = "tab:gray", "tab:orange"
 
 
 @dataclass(frozen=True)
@@ -52,21 +50,21 @@ def final_accuracies(runs: Sequence[Run], model: str, size: int) -> list[float]:
     return [100 * r.accuracies[-1] for r in runs if r.model == model and r.size == size]
 
 
-def accuracy_table(runs: Sequence[Run]) -> Table:
+def accuracy_table(system: System, runs: Sequence[Run]) -> Table:
     rows = []
     for size in sorted({r.size for r in runs}):
-        plain, life = (mean_sd(final_accuracies(runs, model, size)) for model in TRAINED)
-        rows.append((str(size), f"{plain[0]:.1f} ± {plain[1]:.1f}", f"{life[0]:.1f} ± {life[1]:.1f}", f"{life[0] - plain[0]:+.1f}"))
+        plain, ours = (mean_sd(final_accuracies(runs, model, size)) for model in system.trained)
+        rows.append((str(size), f"{plain[0]:.1f} ± {plain[1]:.1f}", f"{ours[0]:.1f} ± {ours[1]:.1f}", f"{ours[0] - plain[0]:+.1f}"))
     seeds = len({r.seed for r in runs})
     title = f"Test accuracy in %, mean ± standard deviation over {seeds} seeds" if seeds > 1 else "Test accuracy in %, one seed only"
-    return Table(title, ("training images", "plain", "LIFE", "LIFE - plain"), rows)
+    return Table(title, ("training images", "plain", system.label, f"{system.label} - plain"), rows)
 
 
-def cost_table(setting: str, costs: Mapping[str, Cost]) -> Table:
+def cost_table(system: System, setting: str, costs: Mapping[str, Cost]) -> Table:
     base = costs["plain"]
     rows = [
         (
-            LABELS[name],
+            system.labels[name],
             f"{cost.params:,}",
             f"{cost.macs / 1e6:,.4g}",
             f"{1e3 * cost.step_time:,.1f} ({cost.step_time / base.step_time:.2f}x)",
@@ -77,13 +75,13 @@ def cost_table(setting: str, costs: Mapping[str, Cost]) -> Table:
     return Table(f"Cost of {setting}", ("model", "params", "MMACs/image", "ms", "peak MiB"), rows)
 
 
-def write_csv(path: Path, runs: Sequence[Run], costs: Mapping[str, Mapping[str, Cost]]) -> None:
+def write_csv(path: Path, system: System, runs: Sequence[Run], costs: Mapping[str, Mapping[str, Cost]]) -> None:
     """One number per row: setting, model, quantity, value, sd."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("setting", "model", "quantity", "value", "sd"))
         for size in sorted({r.size for r in runs}):
-            for model in TRAINED:
+            for model in system.trained:
                 mean, sd = mean_sd(final_accuracies(runs, model, size))
                 writer.writerow((f"{size} training images", model, "accuracy %", f"{mean:.2f}", f"{sd:.2f}"))
         for setting, models in costs.items():
@@ -94,17 +92,17 @@ def write_csv(path: Path, runs: Sequence[Run], costs: Mapping[str, Mapping[str, 
                 writer.writerow((setting, model, "peak bytes of a training step", cost.peak, ""))
 
 
-def plot_curves(path: Path, runs: Sequence[Run]) -> None:
+def plot_curves(path: Path, system: System, runs: Sequence[Run]) -> None:
     """Test accuracy over training steps, one panel per training-set size; the band spans the seeds."""
     sizes = sorted({r.size for r in runs})
     figure = Figure(figsize=(3.2 * len(sizes), 3), layout="constrained")  # no pyplot: nothing global, no display needed
     axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
-        for model in TRAINED:
+        for model, color in zip(system.trained, _COLORS, strict=True):
             chosen = [r for r in runs if r.model == model and r.size == size]
             values = 100 * np.array([r.accuracies for r in chosen])
-            axis.plot(chosen[0].at, values.mean(0), color=_COLORS[model], label="LIFE" if model == "life" else model, marker=".")
-            axis.fill_between(chosen[0].at, values.min(0), values.max(0), color=_COLORS[model], alpha=0.2, linewidth=0)
+            axis.plot(chosen[0].at, values.mean(0), color=color, label=system.label if model == system.name else model, marker=".")
+            axis.fill_between(chosen[0].at, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
         axis.set(title=f"{size} training images", xlabel="training step")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy, %")
@@ -112,15 +110,15 @@ def plot_curves(path: Path, runs: Sequence[Run]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_attention(path: Path, runs: Sequence[Run], recipe: Recipe, count: int = 6) -> None:
-    """A few test digits and, below each, where the class token of the plain and of the LIFE model looks."""
+def plot_attention(path: Path, system: System, runs: Sequence[Run], recipe: Recipe, count: int = 6) -> None:
+    """A few test digits and, below each, where the class token of the two models looks."""
     kept = {r.model: r for r in runs if r.weights is not None}
     x = data.load()[1].x[:count]
     rows = {"digit": x[:, 0]}
-    for name in TRAINED:
+    for name in system.trained:
         model = build(name, recipe)
         model.load_state_dict({k: torch.from_numpy(v) for k, v in kept[name].weights.items()})
-        rows["LIFE" if name == "life" else name] = cls_attention(model, x)
+        rows[system.label if name == system.name else name] = cls_attention(model, x)
     figure = Figure(figsize=(1.3 * count, 1.4 * len(rows)), layout="constrained")  # no pyplot: nothing global, no display needed
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (label, images) in zip(axes, rows.items(), strict=True):
@@ -128,5 +126,5 @@ def plot_attention(path: Path, runs: Sequence[Run], recipe: Recipe, count: int =
         for axis, image in zip(line, images, strict=True):
             axis.imshow(image, cmap="gray" if label == "digit" else "viridis")
             axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"Attention of the class token, last block ({kept['life'].size} training images)", fontsize=9)
+    figure.suptitle(f"Attention of the class token, last block ({kept[system.name].size} training images)", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -17,10 +17,9 @@ import torch
 from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.demo.measure import compare
-from lifeops.demo.train import ATTENTION, Recipe, Run, build, make_optimizer, run_one, training_loss
+from lifeops.demo.train import MODELS, SYSTEMS, Recipe, Run, System, build, make_optimizer, run_one, training_loss
 from lifeops.models.deit import VisionTransformer
 
-SYSTEMS = ("life",)
 SIZES, QUICK_SIZES = (50, 100, 300, 1000), (50, 300)
 _NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
@@ -28,7 +27,7 @@ _NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lifeops demo",
-        description="Train a small DeiT from scratch on scikit-learn's digits, with plain and with LIFE attention (same seeds, data"
+        description="Train a small DeiT from scratch on scikit-learn's digits, plain and with local structure (same seeds, data"
         " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
         " curves.png and attention.png.",
     )
@@ -65,29 +64,28 @@ def run(args: argparse.Namespace) -> None:
 
     console = Console()
     recipe = replace(Recipe(), steps=Recipe().steps // 2 if args.quick else Recipe().steps, epochs=args.epochs)
-    folder = args.out / args.system
+    system = SYSTEMS[args.system]
+    folder = args.out / system.name
     folder.mkdir(parents=True, exist_ok=True)
-    runs = train_all(console, args.sizes, args.seeds, recipe, args.jobs or _num_cores())
-    costs = measure_all(console, recipe, quick=args.quick)
-    tables = [report.accuracy_table(runs), *(report.cost_table(setting, models) for setting, models in costs.items())]
+    runs = train_all(console, system, args.sizes, args.seeds, recipe, args.jobs or _num_cores())
+    costs = measure_all(console, system, recipe, quick=args.quick)
+    tables = [report.accuracy_table(system, runs), *(report.cost_table(system, setting, models) for setting, models in costs.items())]
     for table in tables:
         table.print(console)
-    report.write_csv(folder / "table.csv", runs, costs)
+    report.write_csv(folder / "table.csv", system, runs, costs)
     (folder / "table.md").write_text("\n".join(t.markdown() for t in tables), encoding="utf-8")
-    report.plot_curves(folder / "curves.png", runs)
-    report.plot_attention(folder / "attention.png", runs, recipe)
+    report.plot_curves(folder / "curves.png", system, runs)
+    report.plot_attention(folder / "attention.png", system, runs, recipe)
     console.print(f"Tables, curves and attention maps are in {folder}{os.sep}", soft_wrap=True)
 
 
-def train_all(console, sizes: Sequence[int], seeds: int, recipe: Recipe, jobs: int) -> list[Run]:
+def train_all(console, system: System, sizes: Sequence[int], seeds: int, recipe: Recipe, jobs: int) -> list[Run]:
     """Every run of the demo. Models this small gain nothing from threads, so runs go side by side with one thread each."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-    from lifeops.demo.report import TRAINED
-
     # the weights of one pair are kept, for the attention maps
-    todo = [(m, size, seed, recipe, size == sizes[-1] and seed == 0) for size in sizes for seed in range(seeds) for m in TRAINED]
-    text = f"Training {len(todo)} models: {', '.join(TRAINED)} x {seeds} seeds x {', '.join(map(str, sizes))} images"
+    todo = [(m, size, seed, recipe, size == sizes[-1] and seed == 0) for size in sizes for seed in range(seeds) for m in system.trained]
+    text = f"Training {len(todo)} models: {', '.join(system.trained)} x {seeds} seeds x {', '.join(map(str, sizes))} images"
     console.print(text, highlight=False, soft_wrap=True)
     columns = ("training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -108,16 +106,16 @@ def _results(todo: list[tuple], jobs: int):
             yield future.result()
 
 
-def measure_all(console, recipe: Recipe, quick: bool) -> dict[str, dict]:
+def measure_all(console, system: System, recipe: Recipe, quick: bool) -> dict[str, dict]:
     """Setting to model to :class:`lifeops.demo.measure.Cost`: the demo's model and, unless ``quick``, DeiT-Tiny at 224."""
     costs = {}
     with console.status("measuring time and memory of a training step"):
-        models = {name: build(name, recipe) for name in ATTENTION}
+        models = {name: build(name, recipe) for name in system.labels}
         batch = data.load()[0].take(slice(recipe.batch_size))
         setting = f"a training step of the demo's model, batch {recipe.batch_size}, 1 thread"
         costs[setting] = _measure(models, batch, recipe, rounds=30)
         if not quick:
-            models = {name: VisionTransformer(dist_token=True, attn=attn) for name, attn in ATTENTION.items()}
+            models = {name: VisionTransformer(dist_token=True, **MODELS[name]) for name in system.labels}
             batch = Images(torch.randn(2, 3, 224, 224), torch.arange(2))
             costs["a training step of DeiT-Tiny, 224 x 224, batch 2, 1 thread"] = _measure(models, batch, recipe, rounds=5)
     return costs
