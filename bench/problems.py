@@ -51,7 +51,7 @@ def _dwconv(modes, quick):
         yield Problem("token_dwconv", mode, B, H, W, C, K, dtype)
 
 
-def _module(system, modes, widths=(192, 384, 768)):
+def _module(system, modes, widths):
     for mode, dtype, C in product(modes, DTYPES, widths):
         yield Problem(system, mode, 16, 14, 14, C, 0, dtype, P=1)
 
@@ -69,10 +69,8 @@ def problems(system: str, modes: list[str] | None = None, *, quick: bool = False
     if system not in SYSTEMS:
         raise ValueError(f"bench: system must be one of {', '.join(SYSTEMS)}, got {system!r}")
     modes = modes or modes_of(system)
-    if system == "token_dwconv":
-        found = _dwconv(modes, quick)
-    else:
-        found = _module(system, modes, *[(192, 384)] * (system == "localvit_ffn"))
+    widths = (192, 384) if system == "localvit_ffn" else (192, 384, 768)
+    found = _dwconv(modes, quick) if system == "token_dwconv" else _module(system, modes, widths)
     return [p for p in found if p.dtype in dtypes]
 
 
