@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lifeops.kernels import _tile, token_dwconv, token_dwconv_grad
+from lifeops.kernels import _tile, token_dwconv, token_dwconv_act, token_dwconv_grad
 
 # (instructions per element, registers) on every architecture, just above what is reached; the project's targets are 18,
 # 42 and 72 for the forward. 128 threads: 128 registers leave four programs on an SM, 168 three, 255 two.
@@ -43,6 +43,8 @@ BUDGET = {
     "forward-3-w32": (18.0, 96),
     "forward-5-w32": (45.0, 128),
     "forward-7-w32": (84.0, 168),
+    **{f"forward-{K}-{steps}": (300.0, 255) for K in (3, 5, 7) for steps in ("pro", "train", "eval", "bwd")},
+    **{f"dw-{K}-pro": (300.0, 255) for K in (3, 5, 7)},
 }
 ARCHS = (80, 90, 100)
 BATCH, GRID, CHANNELS = 256, 14, 384
@@ -149,24 +151,39 @@ def sequence(H: int, W: int, C: int = CHANNELS, dtype=torch.bfloat16, B: int = B
     return torch.empty((B, 1 + H * W, C), dtype=dtype, device="meta")
 
 
-def forward_arguments(K: int, H: int = GRID, W: int = GRID, B: int = BATCH) -> dict:
+def forward_arguments(K: int, H: int = GRID, W: int = GRID, B: int = BATCH, steps: str = "") -> dict:
     x = sequence(H, W, B=B)
     weight = torch.empty((CHANNELS, 1, K, K), dtype=x.dtype, device="meta")
-    return token_dwconv.forward_launch(x, weight, None, None, x, H, W, 1, 1, True, False)[1]
+    return token_dwconv.forward_launch(x, weight, None, None, x, H, W, 1, 1, True, steps == "bwd", _around(steps, x, H, W, K))[1]
 
 
-def grad_arguments(K: int, H: int = GRID, W: int = GRID, B: int = BATCH) -> dict:
+def _around(steps: str, x: torch.Tensor, H: int, W: int, K: int) -> dict:
+    """LocalViT's uses of prologue and epilogue: "pro" before the convolution, "train" with statistics behind it, "eval" with the
+    second activation and pool, "bwd" the input gradient through the prologue.
+    """
+    if not steps:
+        return token_dwconv.PLAIN
+    value = torch.empty((CHANNELS,), device="meta")
+    prologue = {"scale_ptr": value, "shift_ptr": value, "ACT": "hardswish"}
+    sums = {"sums_ptr": token_dwconv_act._job_sums(x, H, W, K), "SUMS": True}
+    epilogue = {"out_scale_ptr": value, "out_shift_ptr": value, "OUT_ACT": "hardswish"}
+    chosen = {"pro": {}, "train": sums, "eval": sums | epilogue, "bwd": sums | {"pre_ptr": x, "pre_prefix": 1, "DERIVATIVE": True}}
+    return token_dwconv.PLAIN | prologue | chosen[steps]
+
+
+def grad_arguments(K: int, H: int = GRID, W: int = GRID, B: int = BATCH, act: str = "") -> dict:
     x = sequence(H, W, B=B)
-    return token_dwconv_grad.grad_launch(x, x, K, H, W, 1, 1, True)[1]
+    value = torch.empty((CHANNELS,), device="meta") if act else None
+    return token_dwconv_grad.grad_launch(x, x, K, H, W, 1, 1, True, value, value, act)[1]
 
 
-def _forward(name: str, arch: int, K: int, W: int = GRID) -> Cost:
-    arguments = forward_arguments(K, W=W)
+def _forward(name: str, arch: int, K: int, W: int = GRID, steps: str = "") -> Cost:
+    arguments = forward_arguments(K, W=W, steps=steps)
     return cost(name, arch, token_dwconv.token_dwconv_fwd_kernel, arguments, K - 1 if K >= 7 else 1, token_dwconv.ROWS)
 
 
-def _grad(name: str, arch: int, K: int) -> Cost:
-    arguments = grad_arguments(K)
+def _grad(name: str, arch: int, K: int, act: str = "") -> Cost:
+    arguments = grad_arguments(K, act=act)
     trips = arguments["iterations"]
     each = cost(name, arch, token_dwconv_grad.token_dwconv_bwd_dw_kernel, arguments, trips, arguments["ROWS"])
     return Cost(**{**asdict(each), "per_element": each.per_element / trips})
@@ -176,6 +193,8 @@ KERNELS = {
     **{f"forward-{K}": (_forward, K) for K in (3, 5, 7)},
     **{f"dw-{K}": (_grad, K) for K in (3, 5, 7)},
     **{f"forward-{K}-w32": (_forward, K, 32) for K in (3, 5, 7)},
+    **{f"forward-{K}-{steps}": (_forward, K, GRID, steps) for K in (3, 5, 7) for steps in ("pro", "train", "eval", "bwd")},
+    **{f"dw-{K}-pro": (_grad, K, "hardswish") for K in (3, 5, 7)},
 }
 
 

@@ -31,6 +31,15 @@ def load_block(p, m, MASKED: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def per_channel(p, o_c, m_c, otherwise: tl.constexpr, ACC: tl.constexpr):
+    """(1, BLOCK_C) values of the channels, or a constant where there are none."""
+    if p is None:
+        return tl.full(o_c.shape, otherwise, ACC)
+    else:
+        return load_block(p + o_c, m_c, True, ACC)
+
+
+@triton.jit
 def store_block(p, b, m, MASKED: tl.constexpr):
     if MASKED:
         tl.store(p, b.to(p.dtype.element_ty), mask=m)
@@ -117,11 +126,12 @@ def unsupported(problem, kernel, max_kernel: int) -> list[str]:
     reasons, device = [], problem.device
     if device.type != "cuda" and not (device.type == "cpu" and interpreted(kernel)):
         reasons.append(f"Triton needs a CUDA device (or TRITON_INTERPRET=1 set before it is imported), got {device.type}")
-    dtypes = {problem.dtype, problem.weight_dtype} - {None}
+    K = getattr(problem, "K", 0)
+    dtypes = {problem.dtype, getattr(problem, "weight_dtype", None)} - {None}
     for dtype in sorted(dtypes - TL_DTYPE.keys(), key=str):
         reasons.append(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
-    if problem.K and (problem.K % 2 == 0 or problem.K > max_kernel):
-        reasons.append(f"K must be odd and at most {max_kernel}, got {problem.K}")
+    if K and (K % 2 == 0 or K > max_kernel):
+        reasons.append(f"K must be odd and at most {max_kernel}, got {K}")
     if device.type == "cuda" and torch.bfloat16 in dtypes and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:

@@ -21,7 +21,8 @@ import triton.language as tl
 
 from lifeops import registry
 from lifeops.kernels import _tile
-from lifeops.kernels._tile import divide, inside, load_block, row_offset, store_block, strides
+from lifeops.kernels._activations import activate, derivative
+from lifeops.kernels._tile import divide, inside, load_block, per_channel, row_offset, store_block, strides
 
 MAX_KERNEL = 15
 ROWS = 2  # output rows per job: more would save loads, but 14 rows are seven pairs and not whole fours
@@ -49,16 +50,48 @@ def _row_mask(o_r, H, m_c, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _store_output(y, residual, b_y, m, r: tl.constexpr, q: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr):
-    """Output row ``r``, column ``q`` of every job."""
-    if residual is not None:
-        b_y += load_block(residual[0] + r * residual[1] + q * residual[2], m, MASKED, ACC)
-    store_block(y[0] + r * y[1] + q * y[2], b_y, m, MASKED)
+def _load_input(p_x, m, around, MASKED: tl.constexpr, ZERO: tl.constexpr, ACC: tl.constexpr, ACT: tl.constexpr, DERIVATIVE: tl.constexpr):
+    """One block of x through the prologue. ZERO: what lies outside the grid is 0 after it, too."""
+    b_x = load_block(p_x, m, MASKED, ACC)
+    if ACT != "" and not DERIVATIVE:
+        b_x = activate(around[0] * b_x + around[1], ACT)
+        if ZERO:
+            b_x = tl.where(m, b_x, 0.0)
+    return b_x
 
 
 @triton.jit
-def _window(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
-            SEGMENT: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _store_output(y, residual, around, sums, b_y, m, r: tl.constexpr, q: tl.constexpr, MASKED: tl.constexpr,
+                  ACC: tl.constexpr, ACT: tl.constexpr, OUT_ACT: tl.constexpr, DERIVATIVE: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
+    """Output row ``r``, column ``q`` of every job through the epilogue; returns the sums with it.
+
+    Sums of a job: forward (k, sum of y - k, sum of (y - k)²) with k its first output, input gradient (0, sum of dv, sum of dv x).
+    """
+    if DERIVATIVE:
+        b_x = load_block(around[4] + r * around[5] + q * around[6], m, MASKED, ACC)
+        b_y = b_y * derivative(around[0] * b_x + around[1], ACT)
+        b_counted = tl.where(m & around[7 + r], b_y, 0.0)
+        sums = (sums[0], sums[1] + b_counted, sums[2] + b_counted * b_x)
+        b_y = around[0] * b_y
+    else:
+        if OUT_ACT != "":
+            b_y = activate(around[2] * b_y + around[3], OUT_ACT)
+        if SUMS:
+            b_stored = b_y.to(y[0].dtype.element_ty).to(ACC)
+            if r == 0 and q == 0:
+                sums = (b_stored, sums[1], sums[2])
+            b_d = tl.where(m & around[7 + r], b_stored - sums[0], 0.0)
+            sums = (sums[0], sums[1] + b_d, sums[2] + b_d * b_d)
+    if residual is not None:
+        b_y += load_block(residual[0] + r * residual[1] + q * residual[2], m, MASKED, ACC)
+    store_block(y[0] + r * y[1] + q * y[2], b_y, m, MASKED)
+    return sums
+
+
+@triton.jit
+def _window(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
+            SEGMENT: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+            ACT: tl.constexpr, OUT_ACT: tl.constexpr, DERIVATIVE: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """K <= 5. While input column ``col`` is added, slot s of the ring is output column col + s - K // 2."""
     HP: tl.constexpr = K // 2
     taps = _load_taps(p_w, 0, m_c, K * K, K, FLIP, TAIL, ACC)
@@ -66,14 +99,17 @@ def _window(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, F
     for j in tl.static_range(K + ROWS - 1):
         m_rows = m_rows + (_row_mask(o_r + (j - HP), H, m_c, TAIL),)
     acc = (b_bias,) * (K * ROWS)
+    sums = (b_bias, b_bias * 0, b_bias * 0)
     for col in tl.static_range(-HP, SEGMENT + HP):
         if (not WHOLE) or (col >= 0 and col < SEGMENT):
             for j in tl.static_range(K + ROWS - 1):
                 p_x = x[0] + j * x[1] + col * x[2]
                 if WHOLE:
-                    b_x = load_block(p_x, m_rows[j], TAIL or j < HP or j >= HP + ROWS, ACC)
+                    b_x = _load_input(
+                        p_x, m_rows[j], around, TAIL or j < HP or j >= HP + ROWS, j < HP or j >= HP + ROWS, ACC, ACT, DERIVATIVE
+                    )
                 else:
-                    b_x = load_block(p_x, m_rows[j] & inside(o_q + col, W), True, ACC)
+                    b_x = _load_input(p_x, m_rows[j] & inside(o_q + col, W), around, True, True, ACC, ACT, DERIVATIVE)
                 new = ()
                 for s in tl.static_range(K):
                     for r in tl.static_range(ROWS):
@@ -85,21 +121,26 @@ def _window(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, F
         if col >= HP:
             for r in tl.static_range(ROWS):
                 if WHOLE:
-                    _store_output(y, residual, acc[r], m_rows[HP + r], r, col - HP, TAIL, ACC)
+                    sums = _store_output(
+                        y, residual, around, sums, acc[r], m_rows[HP + r], r, col - HP, TAIL, ACC, ACT, OUT_ACT, DERIVATIVE, SUMS
+                    )
                 else:
-                    _store_output(y, residual, acc[r], m_rows[HP + r] & inside(o_q + (col - HP), W), r, col - HP, True, ACC)
+                    m = m_rows[HP + r] & inside(o_q + (col - HP), W)
+                    sums = _store_output(y, residual, around, sums, acc[r], m, r, col - HP, True, ACC, ACT, OUT_ACT, DERIVATIVE, SUMS)
         acc = acc[ROWS:] + (b_bias,) * ROWS
+    return sums
 
 
 @triton.jit
-def _load_row(x, m, o_q, W, b_none, HP: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr):
+def _load_row(x, m, around, o_q, W, b_none, HP: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
+              ACC: tl.constexpr, ACT: tl.constexpr, DERIVATIVE: tl.constexpr):  # fmt: skip
     """One input row and its halo. The halo of a WHOLE row is never read: ``b_none`` stands for it."""
     row = ()
     for col in tl.static_range(-HP, SEGMENT + HP):
         if not WHOLE:
-            row = row + (load_block(x[0] + col * x[2], m & inside(o_q + col, W), True, ACC),)
+            row = row + (_load_input(x[0] + col * x[2], m & inside(o_q + col, W), around, True, True, ACC, ACT, DERIVATIVE),)
         elif col >= 0 and col < SEGMENT:
-            row = row + (load_block(x[0] + col * x[2], m, True, ACC),)
+            row = row + (_load_input(x[0] + col * x[2], m, around, True, True, ACC, ACT, DERIVATIVE),)
         else:
             row = row + (b_none,)
     return row
@@ -120,31 +161,40 @@ def _add_row(acc, row, taps, K: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.c
 
 
 @triton.jit
-def _rolling(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
-             SEGMENT: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _rolling(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr,
+             SEGMENT: tl.constexpr, WHOLE: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+             ACT: tl.constexpr, OUT_ACT: tl.constexpr, DERIVATIVE: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """K >= 7. Input row j meets row j of the taps for the upper output row and row j - 1 for the lower one."""
     HP: tl.constexpr = K // 2
     taps = _load_taps(p_w, 0, m_c, K, K, FLIP, TAIL, ACC)
-    row = _load_row(x, _row_mask(o_r - HP, H, m_c, TAIL), o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC)
+    row = _load_row(x, _row_mask(o_r - HP, H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE)
     upper = _add_row((b_bias,) * SEGMENT, row, taps, K, SEGMENT, WHOLE)
     lower = (b_bias,) * SEGMENT
     p_x = x[0]
     for j in tl.range(1, K):
         p_x += x[1]
-        row = _load_row((p_x, x[1], x[2]), _row_mask(o_r + (j - HP), H, m_c, TAIL), o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC)
+        row = _load_row(
+            (p_x, x[1], x[2]), _row_mask(o_r + (j - HP), H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE
+        )
         lower = _add_row(lower, row, taps, K, SEGMENT, WHOLE)
         taps = _load_taps(p_w, j * K, m_c, K, K, FLIP, TAIL, ACC)
         upper = _add_row(upper, row, taps, K, SEGMENT, WHOLE)
     p_x += x[1]
-    row = _load_row((p_x, x[1], x[2]), _row_mask(o_r + (K - HP), H, m_c, TAIL), o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC)
+    row = _load_row(
+        (p_x, x[1], x[2]), _row_mask(o_r + (K - HP), H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE
+    )
     acc = upper + _add_row(lower, row, taps, K, SEGMENT, WHOLE)
+    sums = (b_bias, b_bias * 0, b_bias * 0)
     for r in tl.static_range(ROWS):
         m = _row_mask(o_r + r, H, m_c, TAIL)
         for q in tl.static_range(SEGMENT):
             if WHOLE:
-                _store_output(y, residual, acc[r * SEGMENT + q], m, r, q, TAIL, ACC)
+                sums = _store_output(y, residual, around, sums, acc[r * SEGMENT + q], m, r, q, TAIL, ACC, ACT, OUT_ACT, DERIVATIVE, SUMS)
             else:
-                _store_output(y, residual, acc[r * SEGMENT + q], m & inside(o_q + q, W), r, q, True, ACC)
+                sums = _store_output(
+                    y, residual, around, sums, acc[r * SEGMENT + q], m & inside(o_q + q, W), r, q, True, ACC, ACT, OUT_ACT, DERIVATIVE, SUMS
+                )
+    return sums
 
 
 @triton.jit
@@ -161,12 +211,13 @@ def _prefix_rows(p_x, p_r, p_y, m_x, m_y, rows, x_col, r_col, y_col, ACC: tl.con
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "x_prefix", "y_prefix", "copied", "pairs", "conv_tiles",
-                               "stride_xb", "stride_xn", "stride_rb", "stride_rn"])  # fmt: skip
+                               "stride_xb", "stride_xn", "stride_rb", "stride_rn", "pre_prefix", "stride_pb", "stride_pn"])  # fmt: skip
 def token_dwconv_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
-    B, H, W, x_prefix, y_prefix, copied, pairs, conv_tiles, stride_xb, stride_xn, stride_rb, stride_rn,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, scale_ptr, shift_ptr, out_scale_ptr, out_shift_ptr, pre_ptr, sums_ptr,
+    B, H, W, x_prefix, y_prefix, copied, pairs, conv_tiles, stride_xb, stride_xn, stride_rb, stride_rn, pre_prefix, stride_pb, stride_pn,
     C: tl.constexpr, K: tl.constexpr, FLIP: tl.constexpr, ROWS: tl.constexpr, SEGMENT: tl.constexpr, WHOLE: tl.constexpr,
-    X_STRIDE_N: tl.constexpr, R_STRIDE_N: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    X_STRIDE_N: tl.constexpr, R_STRIDE_N: tl.constexpr, P_STRIDE_N: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+    ACT: tl.constexpr, OUT_ACT: tl.constexpr, DERIVATIVE: tl.constexpr, SUMS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y of one tile; tiles from ``conv_tiles`` on write the prefix rows of BLOCK_R images,
@@ -175,6 +226,8 @@ def token_dwconv_fwd_kernel(
     WHOLE: a segment is a whole row (W = SEGMENT) and H >= 2. Columns outside are then known at compile time, and an odd
     last row is computed twice with its neighbour (the same values, written twice) instead of masking every load.
     ``pairs`` is the number of row pairs, ceil(H / 2).
+    ACT, OUT_ACT: activations of prologue and epilogue, "" where there is none; DERIVATIVE: the prologue's derivative at ``pre_ptr``
+    multiplies the result instead. ``sums_ptr`` (B, pairs, segments, 3, C) takes the sums of every job, see _store_output.
     Strides come in units of ALIGN elements.
     """
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -198,12 +251,15 @@ def token_dwconv_fwd_kernel(
         _prefix_rows(p_x, p_r, p_y, m_x, m_y, y_prefix, x_col, r_col, C, ACC)
     else:
         o_q = tl.zeros([BLOCK_R], dtype=tl.int32)
+        i_cut = 0
         if not WHOLE:
-            i_tile, i_segment = divide(i_tile, (W + SEGMENT - 1) // SEGMENT)
-            o_q += i_segment * SEGMENT
+            i_tile, i_cut = divide(i_tile, (W + SEGMENT - 1) // SEGMENT)
+            o_q += i_cut * SEGMENT
         # The last tile repeats its last job rather than mask what is left over.
-        o_b, o_r = divide(tl.minimum(i_tile * BLOCK_R + tl.arange(0, BLOCK_R), B * pairs - 1), pairs)
+        o_job = i_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        o_b, o_r = divide(tl.minimum(o_job, B * pairs - 1), pairs)
         o_r = o_r * ROWS
+        o_pair = o_r
         if WHOLE:
             o_r = tl.minimum(o_r, H - ROWS)
         o_n = o_r * W + o_q
@@ -217,11 +273,35 @@ def token_dwconv_fwd_kernel(
         b_bias = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
         if bias_ptr is not None:
             b_bias += load_block(bias_ptr + o_c, m_c, TAIL, ACC)
+        p_pre, pre_row, pre_col = x_ptr, 0, 0
+        if DERIVATIVE:
+            pre_image, pre_col = strides(stride_pb, stride_pn, P_STRIDE_N, ALIGN)
+            p_pre = pre_ptr + (row_offset(o_b, pre_prefix + o_n, pre_image, pre_col)[:, None] + o_c)
+            pre_row = W.to(tl.int64) * pre_col
+        # an overlapping last pair counts its lower row alone, a repeated last job nothing
+        counted = ((o_job < B * pairs)[:, None],)
+        for _ in tl.static_range(1, ROWS):
+            counted = counted + (counted[0],)
+        if WHOLE:
+            counted = ((o_r >= o_pair)[:, None] & counted[0],) + counted[1:]
+        around = (
+            per_channel(scale_ptr, o_c, m_c, 1.0, ACC), per_channel(shift_ptr, o_c, m_c, 0.0, ACC),
+            per_channel(out_scale_ptr, o_c, m_c, 1.0, ACC), per_channel(out_shift_ptr, o_c, m_c, 0.0, ACC),
+            p_pre, pre_row, pre_col,
+        ) + counted  # fmt: skip
         p_w = weight_ptr + o_c * (K * K)
         if K <= 5:
-            _window(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K, FLIP, ROWS, SEGMENT, WHOLE, TAIL, ACC)
+            sums = _window(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K, FLIP, ROWS, SEGMENT, WHOLE, TAIL, ACC,
+                           ACT, OUT_ACT, DERIVATIVE, SUMS)  # fmt: skip
         else:
-            _rolling(x, p_w, y, residual, b_bias, o_r, o_q, H, W, m_c, K, FLIP, ROWS, SEGMENT, WHOLE, TAIL, ACC)
+            sums = _rolling(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K, FLIP, ROWS, SEGMENT, WHOLE, TAIL, ACC,
+                            ACT, OUT_ACT, DERIVATIVE, SUMS)  # fmt: skip
+        if SUMS:
+            o_sum = o_job.to(tl.int64) * tl.cdiv(W, SEGMENT) + i_cut
+            p_sum = sums_ptr + (o_sum * (3 * C))[:, None] + o_c
+            m = (o_job < B * pairs)[:, None] & m_c
+            for k in tl.static_range(3):
+                tl.store(p_sum + k * C, sums[k], mask=m)
 
 
 @dataclass(frozen=True)
@@ -252,7 +332,14 @@ def forward_config(H: int, W: int, C: int, K: int, dtype: torch.dtype) -> Config
     return Config(*segments(H, W, K), _tile.WARPS * 32 * channels // block_c, block_c)
 
 
-def forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_prefix, flip):
+PLAIN = dict(
+    scale_ptr=None, shift_ptr=None, out_scale_ptr=None, out_shift_ptr=None, pre_ptr=None, sums_ptr=None, pre_prefix=0,
+    ACT="", OUT_ACT="", DERIVATIVE=False, SUMS=False,
+)  # fmt: skip
+"""The kernel's arguments where nothing happens around the convolution."""
+
+
+def forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_prefix, flip, around=PLAIN):
     """(number of programs, arguments) of ``token_dwconv_fwd_kernel``."""
     B, _, C = x.shape
     K = weight.shape[-1]
@@ -262,31 +349,32 @@ def forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_
     conv_tiles = -(-B * pairs // config.BLOCK_R) * cuts
     prefix_tiles = -(-B // config.BLOCK_R) if y_prefix else 0
     stride_rb, stride_rn = (0, 0) if residual is None else residual.stride()[:2]
-    align = _tile.alignment(C, x.stride(0), x.stride(1), stride_rb, stride_rn)
+    stride_pb, stride_pn = (0, 0) if around["pre_ptr"] is None else around["pre_ptr"].stride()[:2]
+    align = _tile.alignment(C, x.stride(0), x.stride(1), stride_rb, stride_rn, stride_pb, stride_pn)
     arguments = dict(
         x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=bias, residual_ptr=residual, y_ptr=y,
         B=B, H=H, W=W, x_prefix=x_prefix, y_prefix=y_prefix, copied=B if copy_prefix else 0, pairs=pairs,
         conv_tiles=conv_tiles, stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
-        stride_rb=stride_rb // align, stride_rn=stride_rn // align,
+        stride_rb=stride_rb // align, stride_rn=stride_rn // align, stride_pb=stride_pb // align, stride_pn=stride_pn // align,
         C=C, K=K, FLIP=flip, ROWS=ROWS, X_STRIDE_N=_tile.common_stride(x.stride(1), C), R_STRIDE_N=_tile.common_stride(stride_rn, C),
-        ALIGN=align, ACC=_tile.accumulator(x.dtype), **asdict(config),
+        P_STRIDE_N=_tile.common_stride(stride_pn, C), ALIGN=align, ACC=_tile.accumulator(x.dtype), **asdict(config), **around,
     )  # fmt: skip
     return (conv_tiles + prefix_tiles) * blocks_c, arguments
 
 
-def _forward(x, weight, bias, residual, H, W, x_prefix, y_prefix, copy_prefix, flip):
+def forward(x, weight, bias, residual, H, W, x_prefix, y_prefix, copy_prefix, flip, around=PLAIN):
     y = torch.empty((x.shape[0], y_prefix + H * W, x.shape[2]), dtype=x.dtype, device=x.device)
-    programs, arguments = forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_prefix, flip)
+    programs, arguments = forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_prefix, flip, around)
     _tile.launch(token_dwconv_fwd_kernel, programs, y, arguments)
     return y
 
 
 def token_dwconv(x, weight, bias, residual, H, W, P, prefix, backend):
-    return _forward(x, weight, bias, residual, H, W, P, 0 if prefix == "drop" else P, prefix == "keep", flip=False)
+    return forward(x, weight, bias, residual, H, W, P, 0 if prefix == "drop" else P, prefix == "keep", flip=False)
 
 
 def token_dwconv_bwd_dx(dy, weight, H, W, P, prefix, backend):
-    return _forward(dy, weight, None, None, H, W, 0 if prefix == "drop" else P, P, prefix == "keep", flip=True)
+    return forward(dy, weight, None, None, H, W, 0 if prefix == "drop" else P, P, prefix == "keep", flip=True)
 
 
 def supports(problem) -> list[str]:

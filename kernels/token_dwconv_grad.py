@@ -18,7 +18,8 @@ import triton.language as tl
 
 from lifeops import registry
 from lifeops.kernels import _tile
-from lifeops.kernels._tile import divide, inside, load_block, row_offset, strides
+from lifeops.kernels._activations import activate
+from lifeops.kernels._tile import divide, inside, load_block, per_channel, row_offset, strides
 from lifeops.kernels.token_dwconv import MAX_KERNEL, segments
 
 PROGRAMS = 768  # of the first stage, about: over one wave of 132 SMs x 4; at K 3 and C 384 the partial sums are 4 MB
@@ -26,8 +27,8 @@ SUM_ROWS = tl.constexpr(16)  # partial sums added side by side in the second sta
 
 
 @triton.jit
-def _add_job(acc, dy, x, m_dy, m_x, o_q, W, b_zero, K: tl.constexpr, TAP_ROWS: tl.constexpr, ROWS: tl.constexpr,
-             SEGMENT: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+def _add_job(acc, dy, x, m_dy, m_x, prologue, o_q, W, b_zero, K: tl.constexpr, TAP_ROWS: tl.constexpr, ROWS: tl.constexpr,
+             SEGMENT: tl.constexpr, WHOLE: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr, ACT: tl.constexpr):  # fmt: skip
     """Add one job to the sums ``acc``: TAP_ROWS * K taps, then the bias.
 
     While column ``col`` of x is added, slot k of the ring is column col + k - K // 2 of dy.
@@ -51,10 +52,12 @@ def _add_job(acc, dy, x, m_dy, m_x, o_q, W, b_zero, K: tl.constexpr, TAP_ROWS: t
         if (not WHOLE) or (col >= 0 and col < SEGMENT):
             for j in tl.static_range(TAP_ROWS + ROWS - 1):
                 p_x = x[0] + j * x[1] + col * x[2]
-                if WHOLE:
-                    b_x = load_block(p_x, m_x[j], True, ACC)
-                else:
-                    b_x = load_block(p_x, m_x[j] & inside(o_q + col, W), True, ACC)
+                m = m_x[j]
+                if not WHOLE:
+                    m = m & inside(o_q + col, W)
+                b_x = load_block(p_x, m, True, ACC)
+                if ACT != "":
+                    b_x = tl.where(m, activate(prologue[0] * b_x + prologue[1], ACT), 0.0)
                 new = ()
                 for i in tl.static_range(TAP_ROWS):
                     for s in tl.static_range(K):
@@ -69,13 +72,13 @@ def _add_job(acc, dy, x, m_dy, m_x, o_q, W, b_zero, K: tl.constexpr, TAP_ROWS: t
 @triton.jit(do_not_specialize=["B", "H", "W", "x_prefix", "dy_prefix", "iterations",
                                "stride_dyb", "stride_dyn", "stride_xb", "stride_xn"])  # fmt: skip
 def token_dwconv_bwd_dw_kernel(
-    dy_ptr, x_ptr, partial_ptr,
+    dy_ptr, x_ptr, scale_ptr, shift_ptr, partial_ptr,
     B, H, W, x_prefix, dy_prefix, iterations, stride_dyb, stride_dyn, stride_xb, stride_xn,
     C: tl.constexpr, K: tl.constexpr, TAP_ROWS: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
     SEGMENT: tl.constexpr, WHOLE: tl.constexpr, DY_STRIDE_N: tl.constexpr, X_STRIDE_N: tl.constexpr,
-    ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, ACC: tl.constexpr, ACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (parts, K² + BIAS, C) over ``iterations`` tiles of BLOCK_R jobs each."""
+    """Partial sums (parts, K² + BIAS, C) over ``iterations`` tiles of BLOCK_R jobs each. ACT: prologue of x, "" for none."""
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     GROUPS: tl.constexpr = K // TAP_ROWS
     SUMS: tl.constexpr = TAP_ROWS * K + BIAS
@@ -90,6 +93,7 @@ def token_dwconv_bwd_dw_kernel(
     jobs = B * strips
     b_zero = tl.zeros([BLOCK_R, BLOCK_C], dtype=ACC)
     acc = (b_zero,) * SUMS
+    prologue = (per_channel(scale_ptr, o_c, m_c, 1.0, ACC), per_channel(shift_ptr, o_c, m_c, 0.0, ACC))
     for i in range(iterations):
         i_tile = i_part * iterations + i
         o_q = tl.zeros([BLOCK_R], dtype=tl.int32)
@@ -112,7 +116,7 @@ def token_dwconv_bwd_dw_kernel(
         o_x = row_offset(o_b, x_prefix + (o_r + i_tap - HP) * W + o_q, stride_xb, x_col)
         dy = (dy_ptr + (o_dy[:, None] + o_c), W.to(tl.int64) * dy_col, dy_col)
         x = (x_ptr + (o_x[:, None] + o_c), W.to(tl.int64) * x_col, x_col)
-        acc = _add_job(acc, dy, x, m_dy, m_x, o_q, W, b_zero, K, TAP_ROWS, ROWS, SEGMENT, WHOLE, BIAS, ACC)
+        acc = _add_job(acc, dy, x, m_dy, m_x, prologue, o_q, W, b_zero, K, TAP_ROWS, ROWS, SEGMENT, WHOLE, BIAS, ACC, ACT)
     o_c = tl.reshape(o_c, [BLOCK_C])
     p_sum = partial_ptr + (i_part * (K * K + BIAS) + i_tap * K) * C + o_c
     for t in tl.static_range(TAP_ROWS * K):
@@ -194,7 +198,7 @@ def split(tiles: int, programs_each: int) -> tuple[int, int]:
     return -(-tiles // iterations), iterations
 
 
-def grad_launch(dy, x, K, H, W, dy_prefix, x_prefix, with_bias):
+def grad_launch(dy, x, K, H, W, dy_prefix, x_prefix, with_bias, scale=None, shift=None, act=""):
     """(number of programs, arguments) of ``token_dwconv_bwd_dw_kernel``, its partial sums among them."""
     B, _, C = x.shape
     config = grad_config(H, W, C, K, x.dtype)
@@ -204,12 +208,12 @@ def grad_launch(dy, x, K, H, W, dy_prefix, x_prefix, with_bias):
     partial = _partial_sums(parts, K * K + with_bias, x)
     align = _tile.alignment(C, *dy.stride()[:2], *x.stride()[:2])
     arguments = dict(
-        dy_ptr=dy, x_ptr=x, partial_ptr=partial,
+        dy_ptr=dy, x_ptr=x, scale_ptr=scale, shift_ptr=shift, partial_ptr=partial,
         B=B, H=H, W=W, x_prefix=x_prefix, dy_prefix=dy_prefix, iterations=iterations,
         stride_dyb=dy.stride(0) // align, stride_dyn=dy.stride(1) // align,
         stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
         C=C, K=K, BIAS=int(with_bias), DY_STRIDE_N=_tile.common_stride(dy.stride(1), C), X_STRIDE_N=_tile.common_stride(x.stride(1), C),
-        ALIGN=align, ACC=_tile.accumulator(x.dtype), **asdict(config),
+        ALIGN=align, ACC=_tile.accumulator(x.dtype), ACT=act, **asdict(config),
     )  # fmt: skip
     return parts * programs_each, arguments
 
@@ -229,14 +233,18 @@ def _finish(partial, dw, db):
     _tile.launch(token_dwconv_sum_kernel, -(-C // block_c) * sums, partial, arguments)
 
 
-def token_dwconv_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend):
+def grad_weight(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, *prologue):
     C, with_bias = x.shape[2], bias_dtype is not None
     dw = torch.empty((C, 1, K, K), dtype=weight_dtype, device=x.device)
     db = torch.empty((C,), dtype=bias_dtype, device=x.device) if with_bias else None
-    programs, arguments = grad_launch(dy, x, K, H, W, 0 if prefix == "drop" else P, P, with_bias)
+    programs, arguments = grad_launch(dy, x, K, H, W, 0 if prefix == "drop" else P, P, with_bias, *prologue)
     _tile.launch(token_dwconv_bwd_dw_kernel, programs, x, arguments)
     _finish(arguments["partial_ptr"], dw, db)
     return dw, x.new_empty((0,)) if db is None else db
+
+
+def token_dwconv_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend):
+    return grad_weight(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype)
 
 
 def token_dwconv_bwd_db(dy, H, W, P, prefix, bias_dtype, backend):

@@ -1,6 +1,7 @@
 """LocalViT: the authors' numbers, batch norm's behaviour, what is saved, folding, bad input."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lifeops.nn.eager_localvit import EagerLocalityFeedForward
 from lifeops.nn.localvit import ACTS
 from test_life import GOLDEN, saved_bytes
 
+BACKENDS = ["triton"] if os.environ.get("LIFEOPS_TEST_BACKEND") == "triton" else ["reference", "cpu"]  # triton: test_triton_ops.py
 NAMES = [f"localvit_ffn_{act}_{mode}" for act in ("relu6", "hs", "hs_se", "hs_eca", "hs_ecah") for mode in ("eval", "train")]
 
 
@@ -32,7 +34,7 @@ def _tokens(t, P):
 
 
 @pytest.mark.parametrize("P", [0, 1, 2])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_golden(name, backend, P):
     """Outputs, gradients and running statistics of the authors' module to 1e-10; prefix tokens pass untouched."""

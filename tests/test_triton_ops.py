@@ -13,12 +13,22 @@ import pytest
 
 pytest.importorskip("triton")
 
-SELECTION = "test_oracle and float32 and (plain or zero_residual or drop_residual or transposed_dy or scalar_dy or cls)"
+SELECTION = "test_oracle and float32 and (plain or zero_residual or drop_residual or transposed_dy or scalar_dy or cls or eval or border or linear)"
+
+
+def _interpreted(file: str, selection: str) -> int:
+    """How many of the tests chosen pass with every kernel interpreted; all must."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "LIFEOPS_TEST_BACKEND": "triton"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", file, "-k", selection]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return int(done.stdout.split(" passed")[0].split()[-1])
 
 
 def test_registry_cases_in_the_interpreter():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "LIFEOPS_TEST_BACKEND": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "test_ops.py", "-k", SELECTION]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert int(done.stdout.split(" passed")[0].split()[-1]) >= 20
+    assert _interpreted("test_ops.py", SELECTION) >= 20
+
+
+def test_localvit_in_the_interpreter():
+    """The authors' numbers through Triton's kernels: a training step and an evaluation."""
+    assert _interpreted("test_localvit.py", "test_golden and hs_se and triton-1") == 2

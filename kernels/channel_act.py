@@ -1,0 +1,171 @@
+"""The channel passes in Triton: one reading of the sequences each; sums go through partial sums that are added in a fixed order."""
+
+import torch
+import triton
+import triton.language as tl
+
+from lifeops import registry
+from lifeops.kernels import _tile
+from lifeops.kernels._activations import activate, derivative
+from lifeops.kernels._tile import load_block, per_channel, row_offset, store_block
+from lifeops.ops.channel_act import accumulate_dtype
+
+ROWS = 4  # tokens of a tile; a tile is 4 x 64 to 4 x 256 values, 8 per thread at most
+SUM_TOKENS = 64  # tokens of one partial sum: fixed, so that results do not depend on the GPU
+
+
+@triton.jit(do_not_specialize=["tiles", "patches", "lead", "x_first", "dy_first", "stride_xb", "stride_xn", "stride_db", "stride_dn",
+                               "stride_rb", "stride_rn"])  # fmt: skip
+def channel_map_kernel(
+    x_ptr, dy_ptr, scale_ptr, shift_ptr, gate_ptr, pool_ptr, a_ptr, b_ptr, residual_ptr, y_ptr,
+    tiles, patches, lead, x_first, dy_first, stride_xb, stride_xn, stride_db, stride_dn, stride_rb, stride_rn,
+    C: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y of ROWS tokens: f(v) gate + residual, or with dy its gradient. The first ``lead`` rows of y are the residual's."""
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    o_c = ((tl.program_id(0) % BLOCKS_C) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    m_c = o_c < C
+    i_tile = tl.program_id(0) // BLOCKS_C
+    i_b = (i_tile // tiles).to(tl.int64)
+    o_n = (i_tile % tiles) * ROWS + tl.arange(0, ROWS)
+    m_y = (o_n < lead + patches)[:, None] & m_c
+    m_x = (o_n >= lead)[:, None] & m_y
+    b_scale = per_channel(scale_ptr, o_c, m_c, 1.0, ACC)
+    b_x = load_block(x_ptr + row_offset(i_b, x_first + o_n - lead, stride_xb, stride_xn)[:, None] + o_c, m_x, True, ACC)
+    b_v = b_scale * b_x + per_channel(shift_ptr, o_c, m_c, 0.0, ACC)
+    if dy_ptr is None:
+        b_y = activate(b_v, ACT)
+        if gate_ptr is not None:
+            b_y = b_y * load_block(gate_ptr + i_b * C + o_c, m_c, True, ACC)
+        if residual_ptr is not None:
+            b_y = tl.where(m_x, b_y, 0.0)
+            b_y += load_block(residual_ptr + row_offset(i_b, o_n, stride_rb, stride_rn)[:, None] + o_c, m_y, True, ACC)
+    else:
+        b_y = load_block(dy_ptr + row_offset(i_b, dy_first + o_n, stride_db, stride_dn)[:, None] + o_c, m_x, True, ACC)
+        if gate_ptr is not None:
+            b_y = b_y * load_block(gate_ptr + i_b * C + o_c, m_c, True, ACC)
+        if pool_ptr is not None:
+            b_y = b_y + load_block(pool_ptr + i_b * C + o_c, m_c, True, ACC)
+        b_y = b_scale * (b_y * derivative(b_v, ACT)) + per_channel(a_ptr, o_c, m_c, 0.0, ACC)
+        if b_ptr is not None:
+            b_y += load_block(b_ptr + o_c, m_c, True, ACC) * b_x
+    store_block(y_ptr + row_offset(i_b, o_n, (lead + patches).to(tl.int64) * C, C)[:, None] + o_c, b_y, m_y, True)
+
+
+@triton.jit(do_not_specialize=["parts", "patches", "x_first", "dy_first", "stride_xb", "stride_xn", "stride_db", "stride_dn"])
+def channel_sums_kernel(
+    x_ptr, dy_ptr, scale_ptr, shift_ptr, partial_ptr, parts, patches, x_first, dy_first, stride_xb, stride_xn, stride_db, stride_dn,
+    C: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Partial sums (B, parts, SUMS, C) over TOKENS tokens: SUMS 1 the pool, 5 the backward sums, 2 with ACT "stats" the sums of
+    x - k and (x - k)², k being the part's first token.
+    """
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    o_c = ((tl.program_id(0) % BLOCKS_C) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    m_c = o_c < C
+    i_part = tl.program_id(0) // BLOCKS_C
+    i_b = (i_part // parts).to(tl.int64)
+    first = (i_part % parts) * TOKENS
+    b_scale, b_shift = per_channel(scale_ptr, o_c, m_c, 1.0, ACC), per_channel(shift_ptr, o_c, m_c, 0.0, ACC)
+    b_zero = tl.zeros([ROWS, BLOCK_C], dtype=ACC)
+    acc = (b_zero,) * SUMS
+    if ACT == "stats":
+        b_first = load_block(x_ptr + row_offset(i_b, x_first + first, stride_xb, stride_xn) + o_c, m_c, True, ACC)
+    for i in range(0, TOKENS, ROWS):
+        o_n = first + i + tl.arange(0, ROWS)
+        m = (o_n < patches)[:, None] & m_c
+        b_x = load_block(x_ptr + row_offset(i_b, x_first + o_n, stride_xb, stride_xn)[:, None] + o_c, m, True, ACC)
+        if ACT == "stats":
+            b_d = tl.where(m, b_x - b_first, 0.0)
+            acc = (acc[0] + b_d, acc[1] + b_d * b_d)
+        else:
+            b_v = b_scale * b_x + b_shift
+            b_f = tl.where(m, activate(b_v, ACT), 0.0)
+            if SUMS == 1:
+                acc = (acc[0] + b_f,)
+            else:
+                b_dy = load_block(dy_ptr + row_offset(i_b, dy_first + o_n, stride_db, stride_dn)[:, None] + o_c, m, True, ACC)
+                b_df = tl.where(m, derivative(b_v, ACT), 0.0)
+                acc = (acc[0] + b_dy * b_f, acc[1] + b_dy * b_df, acc[2] + b_dy * b_df * b_x, acc[3] + b_df, acc[4] + b_df * b_x)
+    o_c = tl.reshape(o_c, [BLOCK_C])
+    for k in tl.static_range(SUMS):
+        tl.store(partial_ptr + (i_part.to(tl.int64) * SUMS + k) * C + o_c, tl.sum(acc[k], 0), mask=o_c < C)
+
+
+def _place(t, patches):
+    """Strides and the row of the first patch."""
+    return (0, 0, 0) if t is None else (*t.stride()[:2], t.shape[1] - patches)
+
+
+def _contiguous(t):
+    return None if t is None else t.contiguous()
+
+
+def _map(x, dy, scale, shift, gate, pool_grad, a, b, residual, act, patches):
+    (B, _, C), lead = x.shape, 0 if residual is None else residual.shape[1] - patches
+    y = x.new_empty((B, lead + patches, C))
+    values = map(_contiguous, (scale, shift, gate, pool_grad, a, b))
+    (xb, xn, x_first), (db, dn, dy_first), (rb, rn, _) = (_place(t, patches) for t in (x, dy, residual))
+    block_c, tiles = _tile.block_of_channels(C, 256), -(-(lead + patches) // ROWS)
+    names = "scale_ptr", "shift_ptr", "gate_ptr", "pool_ptr", "a_ptr", "b_ptr"
+    arguments = dict(
+        x_ptr=x, dy_ptr=dy, **dict(zip(names, values, strict=True)), residual_ptr=residual, y_ptr=y,
+        tiles=tiles, patches=patches, lead=lead, x_first=x_first, dy_first=dy_first, stride_xb=xb, stride_xn=xn, stride_db=db, stride_dn=dn,
+        stride_rb=rb, stride_rn=rn, C=C, ACT=act, ACC=_tile.accumulator(x.dtype), ROWS=ROWS, BLOCK_C=block_c,
+    )  # fmt: skip
+    _tile.launch(channel_map_kernel, B * tiles * -(-C // block_c), y, arguments)
+    return y
+
+
+def _sums(x, dy, scale, shift, act, patches, sums):
+    """Partial sums (B, parts, sums, C)."""
+    (B, _, C), parts = x.shape, -(-patches // SUM_TOKENS)
+    partial = torch.empty((B, parts, sums, C), dtype=accumulate_dtype(x.dtype), device=x.device)
+    (xb, xn, x_first), (db, dn, dy_first) = (_place(t, patches) for t in (x, dy))
+    block_c = _tile.block_of_channels(C, 128)
+    arguments = dict(
+        x_ptr=x, dy_ptr=dy, scale_ptr=_contiguous(scale), shift_ptr=_contiguous(shift), partial_ptr=partial, parts=parts, patches=patches,
+        x_first=x_first, dy_first=dy_first, stride_xb=xb, stride_xn=xn, stride_db=db, stride_dn=dn, C=C, SUMS=sums, ACT=act,
+        ACC=_tile.accumulator(x.dtype), ROWS=ROWS, TOKENS=SUM_TOKENS, BLOCK_C=block_c,
+    )  # fmt: skip
+    _tile.launch(channel_sums_kernel, B * parts * -(-C // block_c), x, arguments)
+    return partial
+
+
+def channel_stats(x, patches, backend):
+    """Each part's mean and m2 from its shifted sums, merged in float64: numbers of the size of C."""
+    partial = _sums(x, None, None, None, "stats", patches, 2).double()
+    starts = torch.arange(0, patches, SUM_TOKENS, device=x.device)
+    n = (patches - starts).clamp_max(SUM_TOKENS).double()[None, :, None]
+    first = x[:, x.shape[1] - patches :][:, ::SUM_TOKENS].double()
+    shift = partial[:, :, 0] / n
+    means = first + shift
+    mean = (means * n).sum((0, 1)) / (x.shape[0] * patches)
+    m2 = (partial[:, :, 1] - partial[:, :, 0] * shift + n * (means - mean).square()).sum((0, 1))
+    dtype = accumulate_dtype(x.dtype)
+    return mean.to(dtype), m2.to(dtype)
+
+
+def channel_act(x, scale, shift, gate, residual, act, patches, backend):
+    return _map(x, None, scale, shift, gate, None, None, None, residual, act, patches)
+
+
+def channel_act_pool(x, scale, shift, act, patches, backend):
+    return _sums(x, None, scale, shift, act, patches, 1)[:, :, 0].sum(1)
+
+
+def channel_act_sums(dy, x, scale, shift, act, patches, backend):
+    return _sums(x, dy, scale, shift, act, patches, 5).sum(1).movedim(1, 0).contiguous()
+
+
+def channel_act_grad(dy, x, scale, shift, gate, pool_grad, a, b, act, patches, backend):
+    return _map(x, dy, scale, shift, gate, pool_grad, a, b, None, act, patches)
+
+
+def supports(problem) -> list[str]:
+    return _tile.unsupported(problem, channel_map_kernel, 0)
+
+
+for _fn in (channel_stats, channel_act, channel_act_pool, channel_act_sums, channel_act_grad):
+    registry.register(_fn.__name__, "triton", _fn, supports=supports, priority=10)

@@ -1,0 +1,83 @@
+"""token_dwconv with prologue and epilogue in Triton: the same kernels, and their sums merged."""
+
+import torch
+
+from lifeops import registry
+from lifeops.kernels import _tile
+from lifeops.kernels.token_dwconv import MAX_KERNEL, PLAIN, ROWS, forward, segments, token_dwconv_fwd_kernel
+from lifeops.kernels.token_dwconv_grad import grad_weight
+from lifeops.ops.channel_act import accumulate_dtype
+
+
+def _contiguous(t):
+    return None if t is None else t.contiguous()
+
+
+def _step(scale, shift, act) -> str:
+    """The kernel's name of an affine step and an activation: "" where nothing happens."""
+    return "" if scale is None and shift is None and act == "none" else act
+
+
+def _job_sums(x, H, W, K):
+    """(B, pairs, segments, 3, C)."""
+    segment, _ = segments(H, W, K)
+    return torch.empty((x.shape[0], -(-H // ROWS), -(-W // segment), 3, x.shape[2]), dtype=accumulate_dtype(x.dtype), device=x.device)
+
+
+def _job_sizes(H, W, K, device):
+    """Outputs of every job, (pairs, segments, 1)."""
+    segment, _ = segments(H, W, K)
+    rows = (H - torch.arange(0, H, ROWS, device=device)).clamp_max(ROWS)
+    columns = (W - torch.arange(0, W, segment, device=device)).clamp_max(segment)
+    return (rows[:, None] * columns)[..., None].double()
+
+
+def merge(sums, n):
+    """Mean and m2 over all jobs from (k, sum of y - k, sum of (y - k)²) of n values each, in float64."""
+    k, first, second = sums.double().unbind(-2)
+    shift = first / n
+    means, total = k + shift, n.sum() * len(sums)
+    mean = (means * n).sum((0, 1, 2)) / total
+    m2 = (second - first * shift + n * (means - mean).square()).sum((0, 1, 2))
+    return mean.to(sums.dtype), m2.to(sums.dtype)
+
+
+def token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend):
+    K = weight.shape[-1]
+    sums = _job_sums(x, H, W, K) if pool or stats else None
+    around = PLAIN | dict(
+        scale_ptr=_contiguous(scale), shift_ptr=_contiguous(shift), ACT=_step(scale, shift, act),
+        out_scale_ptr=_contiguous(out_scale), out_shift_ptr=_contiguous(out_shift), OUT_ACT=_step(out_scale, out_shift, out_act),
+        sums_ptr=sums, SUMS=sums is not None,
+    )  # fmt: skip
+    y = forward(x, weight, bias, residual, H, W, P, 0 if prefix == "drop" else P, prefix == "keep", False, around)
+    nothing = [x.new_empty((0,), dtype=accumulate_dtype(x.dtype)) for _ in range(3)]
+    if sums is None:
+        return y, *nothing
+    n = _job_sizes(H, W, K, x.device)
+    total = (sums[..., 0, :] * n.to(sums.dtype) + sums[..., 1, :]).sum((1, 2)) if pool else nothing[0]
+    return y, total, *(merge(sums, n) if stats else nothing[1:])
+
+
+def token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, H, W, P, prefix, backend):
+    sums = _job_sums(x, H, W, weight.shape[-1])
+    around = PLAIN | dict(
+        scale_ptr=_contiguous(scale), shift_ptr=_contiguous(shift), ACT=act, DERIVATIVE=True, pre_ptr=x, pre_prefix=P,
+        sums_ptr=sums, SUMS=True,
+    )  # fmt: skip
+    dx = forward(dy, weight, None, None, H, W, 0 if prefix == "drop" else P, P, prefix == "keep", True, around)
+    _, dshift, dscale = sums.double().sum((0, 1, 2)).to(sums.dtype)
+    return dx, dscale.clone(), dshift.clone()
+
+
+def token_dwconv_act_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weight_dtype, bias_dtype, backend):
+    prologue = _contiguous(scale), _contiguous(shift), _step(scale, shift, act)
+    return grad_weight(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, *prologue)
+
+
+def supports(problem) -> list[str]:
+    return _tile.unsupported(problem, token_dwconv_fwd_kernel, MAX_KERNEL)
+
+
+for _fn in (token_dwconv_act, token_dwconv_act_bwd_dx, token_dwconv_act_bwd_dw):
+    registry.register(_fn.__name__, "triton", _fn, supports=supports, priority=10)
