@@ -29,8 +29,9 @@ def op_table() -> str:
 def _implements(op: str, backend: str) -> bool:
     from lifeops import native
 
-    if backend in ("cpu", "cuda"):
-        return op in native._IMPLEMENTATIONS or backend in registry.ops[op].impls
+    if backend in ("cpu", "cuda") and op in native._IMPLEMENTATIONS:
+        operator, _ = native._IMPLEMENTATIONS[op]
+        return any(f'm.impl("{operator}"' in path.read_text() for path in (README.parent / "csrc" / backend).glob("*.c*"))
     registry.load(backend)
     return backend in registry.ops[op].impls
 

@@ -113,3 +113,11 @@ def test_bad_input():
         run("gelu")
     with pytest.raises(ValueError, match=r"scale must have shape \(6,\), dtype torch.float64 on cpu, got \(5,\)"):
         run(ChannelAct(s[:5], t))
+
+
+def test_explain():
+    x, w, *_ = _problem()
+    steps = {"prologue": ChannelAct(act="gelu"), "epilogue": ChannelAct(act="relu6")}
+    report = lifeops.explain("token_dwconv", x, w, grid=GRID, num_prefix_tokens=2, **steps)
+    assert [r.op for r in report[:3]] == ["token_dwconv_act", "token_dwconv_act_bwd_dx", "token_dwconv_act_bwd_dw"]
+    assert {r.op for r in report[3:]} == {"channel_act", "channel_act_sums", "channel_act_grad"}

@@ -139,3 +139,14 @@ def convolve(args, prologue, epilogue, pool, stats):
     sums = _summed(y, pool, stats)
     y = _assembled(y, x, residual, P, prefix)
     return Convolved(y, *sums) if pool or stats else y
+
+
+def explain_ops(x, weight, prologue, epilogue):
+    """The operators of a call with a prologue or an epilogue, and the problem each of them sees."""
+    before, after = _values("prologue", x, prologue), _values("epilogue", x, epilogue)
+    problem = spec.Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2], before.act, after.act)
+    ops = [(spec.fwd_op, problem), *((op, problem._replace(out_act="none")) for op in (spec.bwd_dx_op, spec.bwd_dw_op))]
+    if after != ChannelAct():
+        rows = channel_act.Problem(x.device, x.dtype, x.shape[2], after.act)
+        ops += [(op, rows) for op in (channel_act.act_op, channel_act.sums_op, channel_act.grad_op)]
+    return ops

@@ -247,11 +247,18 @@ def token_dwconv(
     return convolve(args, prologue, epilogue, bool(pool), bool(stats))
 
 
-def explain(x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None):
-    """Which backend each of the four ops of this call takes, and why not the others."""
+def explain(
+    x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None, prologue=None, epilogue=None,
+    pool=False, stats=False,
+):  # fmt: skip
+    """Which backend each op of this call takes, and why not the others."""
     args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
     spec.check(*args)
     x, request = args[0], args[-1]
+    if prologue is not None or epilogue is not None or pool or stats:
+        from lifeops.ops.token_dwconv_act_function import explain_ops
+
+        return [registry.explain_op(op, request, p, ()) for op, p in explain_ops(x, weight, prologue, epilogue)]
     named = {"x": x} if residual is None else {"x": x, "residual": residual}
     copies = tuple(name for name, t in named.items() if not torchlib.channels_contiguous(t))
     problem = spec.Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2])
