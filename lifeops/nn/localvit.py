@@ -162,8 +162,8 @@ class LocalityFeedForward(nn.Module):
         expand, local, project, norms = self.conv[0], self.conv[3], self.conv[-2], self._norms()
         cfg = self._config(x, grid, norms, config.requested_backend(None))
         values = [_norm_values(n, wide) for n in norms]
-        if any(v.on_batch for v in values):
-            _check_batch(x.shape[0] * cfg.patches, x, cfg)
+        if any(chain.on_batch(v) for v in values):
+            _check_batch(x.shape[0] * chain.patches(cfg), x, cfg)
         gates = tuple(p.to(wide) for p in self.conv[6].gate_params()) if self.attention else ()
 
         def weights(conv, cast):
@@ -171,14 +171,14 @@ class LocalityFeedForward(nn.Module):
             return (w.to(dtype), None if conv.bias is None else conv.bias.to(dtype)) if cast else (w, conv.bias)
 
         parts = (*weights(expand, True), values[0]), (*weights(local, False), values[1]), (*weights(project, True), values[2])
-        if not torch.is_grad_enabled() and not any(v.on_batch for v in values):
+        if not torch.is_grad_enabled() and not any(chain.on_batch(v) for v in values):
             return chain.infer(x, *parts[0], *parts[1], gates, *parts[2], cfg)
         (w1, b1, n1), (dw, bd, n2), (w2, b2, n3) = parts
         gates = (*gates, None, None, None, None)[:4]
         y, *batch = chain.LocalityFFN.apply(cfg, x, w1, b1, *n1, dw, bd, *n2, *gates, w2, b2, *n3)
         for norm, mean, var in zip(norms, batch[0::2], batch[1::2], strict=True):
             if mean is not None:
-                _update_running(norm, mean, var, x.shape[0] * cfg.patches)
+                _update_running(norm, mean, var, x.shape[0] * chain.patches(cfg))
         return y
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:

@@ -38,9 +38,9 @@ class Config(NamedTuple):
     groups: tuple[Any, Any, Any]
     backend: str
 
-    @property
-    def patches(self) -> int:
-        return self.H * self.W
+
+def patches(cfg: Config) -> int:  # functions, not properties: torch 2.10's Dynamo traces none on named tuples
+    return cfg.H * cfg.W
 
 
 class Norm(NamedTuple):
@@ -51,9 +51,9 @@ class Norm(NamedTuple):
     mean: torch.Tensor | None
     var: torch.Tensor | None
 
-    @property
-    def on_batch(self) -> bool:
-        return self.gamma is not None and self.mean is None
+
+def on_batch(norm: Norm) -> bool:
+    return norm.gamma is not None and norm.mean is None
 
 
 class Affine(NamedTuple):
@@ -81,7 +81,7 @@ def _affine(norm: Norm, stats, n: int, eps: float, group):
     """(Affine, batch mean, batch variance, n): ``stats()`` gives this process's mean and m2."""
     if norm.gamma is None:
         return Affine(), None, None, n
-    if norm.on_batch:
+    if on_batch(norm):
         mean, m2 = stats()
         if group is not None:
             mean, m2, n = _merge(mean, m2, n, group)
@@ -93,10 +93,10 @@ def _affine(norm: Norm, stats, n: int, eps: float, group):
     return Affine(scale, norm.beta - mean * scale, mean, rstd), mean, var, n
 
 
-def _norm_backward(affine: Affine, dscale, dshift, on_batch, n, group):
+def _norm_backward(affine: Affine, dscale, dshift, batch, n, group):
     """(dgamma, dbeta, a, b) of one norm."""
     dgamma = affine.rstd * (dscale - affine.mean * dshift)
-    if not on_batch:
+    if not batch:
         return dgamma, dshift, None, None
     total, total_shift = dgamma, dshift
     if group is not None:
@@ -110,8 +110,8 @@ def _norm_backward(affine: Affine, dscale, dshift, on_batch, n, group):
 def _add_rows(x, z, affine: Affine, cfg: Config):
     """x with affine(z) added to its patch rows; under autocast x may be wider than z."""
     if x.dtype == z.dtype:
-        return _act(z, affine.scale, affine.shift, None, x, "none", cfg.patches, cfg.backend)
-    added = _act(z, affine.scale, affine.shift, None, None, "none", cfg.patches, cfg.backend)
+        return _act(z, affine.scale, affine.shift, None, x, "none", patches(cfg), cfg.backend)
+    added = _act(z, affine.scale, affine.shift, None, None, "none", patches(cfg), cfg.backend)
     return torch.cat((x[:, : cfg.P], x[:, cfg.P :] + added), 1)
 
 
@@ -130,7 +130,7 @@ def _patches(x, cfg: Config, dtype):
 
 
 def _gated(z2, n2: Affine, s, cfg: Config):
-    return _act(z2, n2.scale, n2.shift, s, None, cfg.act, cfg.patches, cfg.backend)
+    return _act(z2, n2.scale, n2.shift, s, None, cfg.act, patches(cfg), cfg.backend)
 
 
 def infer(x, w1, b1, norm1: Norm, dw, bd, norm2: Norm, gate_params, w2, b2, norm3: Norm, cfg: Config):
@@ -143,8 +143,8 @@ def infer(x, w1, b1, norm1: Norm, dw, bd, norm2: Norm, gate_params, w2, b2, norm
         z1, dw, bd, n1.scale, n1.shift, cfg.act, n2.scale, n2.shift, cfg.act, None, *geo, bool(cfg.gate), False, cfg.backend
     )
     if cfg.gate:
-        s = gate(cfg.gate, pool / max(1, cfg.patches), gate_params)
-        u = _act(u, None, None, s, None, "none", cfg.patches, cfg.backend)
+        s = gate(cfg.gate, pool / max(1, patches(cfg)), gate_params)
+        u = _act(u, None, None, s, None, "none", patches(cfg), cfg.backend)
     return _add_rows(x, pointwise(u, w2), n3, cfg)
 
 
@@ -154,26 +154,26 @@ class LocalityFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cfg: Config, x, w1, b1, g1, be1, m1, v1, dw, bd, g2, be2, m2, v2, q0, q1, q2, q3, w2, b2, g3, be3, m3, v3):
         norms = Norm(g1, be1, m1, v1), Norm(g2, be2, m2, v2), Norm(g3, be3, m3, v3)
-        n = x.shape[0] * cfg.patches
+        n = x.shape[0] * patches(cfg)
         t = _patches(x, cfg, w1.dtype)
         z1 = pointwise(t, w1, b1)
-        n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, cfg.patches, cfg.backend), n, cfg.eps[0], cfg.groups[0])
+        n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, patches(cfg), cfg.backend), n, cfg.eps[0], cfg.groups[0])
         geo = cfg.H, cfg.W, 0, "keep"
         prologue, no_epilogue = (n1.scale, n1.shift, cfg.act), (None, None, "none")
-        z2, _, *found = _dwconv(z1, dw, bd, *prologue, *no_epilogue, None, *geo, False, norms[1].on_batch, cfg.backend)
+        z2, _, *found = _dwconv(z1, dw, bd, *prologue, *no_epilogue, None, *geo, False, on_batch(norms[1]), cfg.backend)
         n2, *batch2, count2 = _affine(norms[1], lambda: found, n, cfg.eps[1], cfg.groups[1])
         m = s = None
         gate_params = tuple(q for q in (q0, q1, q2, q3) if q is not None)
         if cfg.gate:
-            m = _pool(z2, n2.scale, n2.shift, cfg.act, cfg.patches, cfg.backend) / max(1, cfg.patches)
+            m = _pool(z2, n2.scale, n2.shift, cfg.act, patches(cfg), cfg.backend) / max(1, patches(cfg))
             s = gate(cfg.gate, m, gate_params)
         z3 = pointwise(_gated(z2, n2, s, cfg), w2, b2)
-        n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, cfg.patches, cfg.backend), n, cfg.eps[2], cfg.groups[2])
+        n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, patches(cfg), cfg.backend), n, cfg.eps[2], cfg.groups[2])
         y = _add_rows(x, z3, n3, cfg)
-        ctx.cfg, ctx.counts, ctx.on_batch = cfg, (count1, count2, count3), tuple(norm.on_batch for norm in norms)
+        ctx.cfg, ctx.counts, ctx.on_batch = cfg, (count1, count2, count3), tuple(on_batch(norm) for norm in norms)
         ctx.bias_dtype = None if bd is None else bd.dtype
         ctx.save_for_backward(t, z1, z2, z3, m, w1, dw, w2, *n1, *n2, *n3, q0, q1, q2, q3)
-        batch = [value if norm.on_batch else None for norm, pair in zip(norms, (batch1, batch2, batch3), strict=True) for value in pair]
+        batch = [value if on_batch(norm) else None for norm, pair in zip(norms, (batch1, batch2, batch3), strict=True) for value in pair]
         ctx.mark_non_differentiable(*(value for value in batch if value is not None))
         return y, *batch
 
@@ -185,7 +185,7 @@ class LocalityFFN(torch.autograd.Function):
         gate_params = tuple(q for q in rest[12:] if q is not None)
         cfg = ctx.cfg
         sums1, sums2, sums3 = zip(ctx.on_batch, ctx.counts, cfg.groups, strict=True)
-        place = cfg.patches, cfg.backend
+        place = patches(cfg), cfg.backend
         g = dy.to(z3.dtype)
         dg1 = dbe1 = dg2 = dbe2 = dg3 = dbe3 = a = b = None
         # N3 and the second product
@@ -193,7 +193,7 @@ class LocalityFFN(torch.autograd.Function):
             _, dshift, dscale, _, _ = _sums(g, z3, None, None, "none", *place).sum(1)
             dg3, dbe3, a, b = _norm_backward(n3, dscale, dshift, *sums3)
         dz3 = _grad(g, z3, n3.scale, None, None, None, a, b, "none", *place)
-        db2 = rows.patch_rows(dz3, cfg.patches).sum((0, 1)) if ctx.needs_input_grad[19] else None
+        db2 = rows.patch_rows(dz3, patches(cfg)).sum((0, 1)) if ctx.needs_input_grad[19] else None
         s = gate(cfg.gate, m, gate_params) if cfg.gate else None
         dw2 = pointwise_bwd_dw(dz3, _gated(z2, n2, s, cfg))
         da = pointwise_bwd_dx(dz3, w2)
@@ -203,7 +203,7 @@ class LocalityFFN(torch.autograd.Function):
             df, dv, dvx, f1, f1x = _sums(da, z2, n2.scale, n2.shift, cfg.act, *place)
             if cfg.gate:
                 dm, dgate = gate_backward(cfg.gate, df, m, gate_params)
-                pool_grad = dm / max(1, cfg.patches)
+                pool_grad = dm / max(1, patches(cfg))
                 dv, dvx = s * dv + pool_grad * f1, s * dvx + pool_grad * f1x
             if n2.scale is not None:
                 dg2, dbe2, a, b = _norm_backward(n2, dvx.sum(0), dv.sum(0), *sums2)
@@ -218,7 +218,7 @@ class LocalityFFN(torch.autograd.Function):
             dg1, dbe1, a, b = _norm_backward(n1, dscale, dshift, *sums1)
             if a is not None:
                 dz1 = _grad(dz1, z1, None, None, None, None, a, b, "none", *place)
-        db1 = rows.patch_rows(dz1, cfg.patches).sum((0, 1)) if ctx.needs_input_grad[3] else None
+        db1 = rows.patch_rows(dz1, patches(cfg)).sum((0, 1)) if ctx.needs_input_grad[3] else None
         dw1 = pointwise_bwd_dw(dz1, t)
         dx = _add_rows(dy, pointwise_bwd_dx(dz1, w1), Affine(), cfg) if ctx.needs_input_grad[1] else None
         dq = (*dgate, None, None, None, None)[:4]
