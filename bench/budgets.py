@@ -43,8 +43,22 @@ BUDGET = {
     "forward-3-w32": (18.0, 96),
     "forward-5-w32": (45.0, 128),
     "forward-7-w32": (84.0, 168),
-    **{f"forward-{K}-{steps}": (300.0, 255) for K in (3, 5, 7) for steps in ("pro", "train", "eval", "bwd")},
-    **{f"dw-{K}-pro": (300.0, 255) for K in (3, 5, 7)},
+    # LocalViT's steps around the convolution (see _around); a row of x passes the prologue (K + 1) / 2 times
+    "forward-3-pro": (23.0, 112),
+    "forward-3-train": (29.0, 144),
+    "forward-3-eval": (32.0, 144),
+    "forward-3-bwd": (28.0, 136),
+    "forward-5-pro": (47.0, 128),
+    "forward-5-train": (53.0, 168),
+    "forward-5-eval": (56.0, 168),
+    "forward-5-bwd": (49.0, 128),
+    "forward-7-pro": (78.0, 136),
+    "forward-7-train": (85.0, 144),
+    "forward-7-eval": (89.0, 152),
+    "forward-7-bwd": (76.0, 144),
+    "dw-3-pro": (27.0, 136),
+    "dw-5-pro": (50.0, 208),
+    "dw-7-pro": (100.0, 240),
 }
 ARCHS = (80, 90, 100)
 BATCH, GRID, CHANNELS = 256, 14, 384

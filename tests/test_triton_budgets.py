@@ -23,11 +23,13 @@ def python(*arguments: str) -> str:
 
 def test_compiled_for_hopper():
     """The exit status says whether spills, instructions or registers exceed the budget; `make budgets` compiles the rest."""
-    costs = json.loads(python("-m", "bench.budgets", "--arch", "90", "--json", "--only", "forward-3,forward-5,forward-7,dw-3"))
-    assert len(costs) == 4
-    for cost in costs:
+    names = "forward-3,forward-5,forward-7,dw-3,forward-3-pro,forward-3-train,forward-3-eval,forward-3-bwd,dw-3-pro"
+    costs = {c["name"]: c for c in json.loads(python("-m", "bench.budgets", "--arch", "90", "--json", "--only", names))}
+    assert len(costs) == 9
+    for cost in costs.values():
         assert cost["spilled"] == 0
         assert cost["shared"] <= 4096
+    assert costs["forward-3-pro"]["per_element"] - costs["forward-3"]["per_element"] <= 9  # affine and h-swish, every row twice
 
 
 GRIDS = """
