@@ -9,6 +9,16 @@ namespace LIFEOPS_ISA {
 // Accumulators held in registers: 16 of 32 with AVX-512, 12 of 16 elsewhere; the rest holds the weights and the operands.
 constexpr int kTile = LIFEOPS_VEC_BYTES == 64 ? 16 : 12;
 
+// What happens around the convolution, for one vector of channels of a tile.
+template <class T> struct TileExtras {
+  const TokenDWConvExtras& steps;
+  const T* pre;                   // x of the derivative
+  int64_t pre_row, c;             // from row to row; channel of this vector
+  typename AccOf<T>::type* sums;  // of the task, at this vector
+  int64_t sums_stride;
+  bool first;                     // nothing has been summed yet
+};
+
 // Where one vector of channels of a tile goes.
 template <class T> struct TileTarget {
   T* y;
@@ -16,13 +26,7 @@ template <class T> struct TileTarget {
   int64_t y_stride, r_stride;  // from token to token
   int64_t y_row, r_row;        // from row to row
   int64_t n;                   // channels left from this vector on
-  // With extras, else null:
-  const TokenDWConvExtras* extras;
-  const T* pre;               // x of the derivative
-  int64_t pre_row, c;         // from row to row; channel of this vector
-  typename AccOf<T>::type* sums;  // of the task, at this vector
-  int64_t sums_stride;
-  bool first;                 // nothing has been summed yet
+  const TileExtras<T>* extras;  // or null
 };
 
 // What T keeps of a value.
@@ -36,28 +40,28 @@ template <class T> inline __attribute__((always_inline)) auto rounded(vec_t<type
 // The tile's sums through the epilogue, to y; out of line, so that the plain convolution keeps its registers.
 template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
-  const TokenDWConvExtras& extras = *out.extras;
+  const TileExtras<T>& extras = *out.extras;
   const vec_t<A> one = splat(A(1)), zero = {};
-  const ChannelAffine* e = extras.epilogue;
-  const vec_t<A> scale = e ? load_n(static_cast<const A*>(e->scale) + out.c, out.n) : one;
-  const vec_t<A> shift = e ? load_n(static_cast<const A*>(e->shift) + out.c, out.n) : zero;
+  const ChannelAffine* e = extras.steps.epilogue;
+  const vec_t<A> scale = e ? load_n(static_cast<const A*>(e->scale) + extras.c, out.n) : one;
+  const vec_t<A> shift = e ? load_n(static_cast<const A*>(e->shift) + extras.c, out.n) : zero;
   vec_t<A> first = zero, sum = zero, square = zero;
-  if (extras.sums && !out.first)
-    first = load_n(out.sums, out.n), sum = load_n(out.sums + out.sums_stride, out.n), square = load_n(out.sums + 2 * out.sums_stride, out.n);
+  if (extras.steps.sums && !extras.first)
+    first = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n), square = load_n(extras.sums + 2 * extras.sums_stride, out.n);
   with_act(e ? e->act : Act::none, [&](auto act) {
     for (int r = 0; r < rows; ++r)
       for (int t = 0; t < width; ++t) {
         vec_t<A> value = activate<decltype(act)::value, A>(scale * acc[r * width + t] + shift);
-        if (extras.sums) {
+        if (extras.steps.sums) {
           const vec_t<A> kept = rounded<T>(value);
-          if (out.first && r == 0 && t == 0) first = kept;
+          if (extras.first && r == 0 && t == 0) first = kept;
           sum += kept - first, square += (kept - first) * (kept - first);
         }
         if (out.residual) value = rounded<T>(value) + load_n(out.residual + r * out.r_row + t * out.r_stride, out.n);
         store_n(out.y + r * out.y_row + t * out.y_stride, value, out.n);
       }
   });
-  if (extras.sums) store_n(out.sums, first, out.n), store_n(out.sums + out.sums_stride, sum, out.n), store_n(out.sums + 2 * out.sums_stride, square, out.n);
+  if (extras.steps.sums) store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n), store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
 }
 
 constexpr int64_t kPreAhead = 6;  // vectors of a token asked for ahead: nothing else has brought these tokens near
@@ -65,15 +69,15 @@ constexpr int64_t kPreAhead = 6;  // vectors of a token asked for ahead: nothing
 // The tile's sums times the prologue's derivative, to dx; sums of x dv and dv.
 template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
-  const TokenDWConvExtras& extras = *out.extras;
-  const ChannelAffine& d = *extras.derivative;
-  const vec_t<A> scale = load_n(static_cast<const A*>(d.scale) + out.c, out.n), shift = load_n(static_cast<const A*>(d.shift) + out.c, out.n);
+  const TileExtras<T>& extras = *out.extras;
+  const ChannelAffine& d = *extras.steps.derivative;
+  const vec_t<A> scale = load_n(static_cast<const A*>(d.scale) + extras.c, out.n), shift = load_n(static_cast<const A*>(d.shift) + extras.c, out.n);
   vec_t<A> sum_x = {}, sum = {};
-  if (!out.first) sum_x = load_n(out.sums, out.n), sum = load_n(out.sums + out.sums_stride, out.n);
+  if (!extras.first) sum_x = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n);
   with_act(d.act, [&](auto act) {
     for (int r = 0; r < rows; ++r)
       for (int t = 0; t < width; ++t) {
-        const T* token = out.pre + r * out.pre_row + t * extras.pre_stride_n;
+        const T* token = extras.pre + r * extras.pre_row + t * extras.steps.pre_stride_n;
         __builtin_prefetch(token + kPreAhead * Vec<A>::kLanes);
         const vec_t<A> x = load_n(token, out.n);
         const vec_t<A> dv = acc[r * width + t] * derivative<decltype(act)::value, A>(scale * x + shift);
@@ -81,7 +85,7 @@ __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int
         store_n(out.y + r * out.y_row + t * out.y_stride, scale * dv, out.n);
       }
   });
-  store_n(out.sums, sum_x, out.n), store_n(out.sums + out.sums_stride, sum, out.n);
+  store_n(extras.sums, sum_x, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n);
 }
 
 // acc[t] += sum over one filter row of tap * x[t + j]; `add_two` does it for two output rows, which share every load of x.
@@ -134,11 +138,11 @@ void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec
     else if (k == K) add_one<kWidth, A>(acc[kRows - 1], rows[k], w - K * kBlock, K);
     else add_two<kWidth, A>(acc[0], acc[kRows - 1], rows[k], w, w - K * kBlock, K);
   }
-  if (out.extras && (out.extras->epilogue || out.extras->sums || out.extras->derivative)) {
+  if (__builtin_expect(out.extras != nullptr, 0)) {
     vec_t<A> copy[kRows * kWidth];  // acc itself stays in registers on the other path
 #pragma GCC unroll 16
     for (int k = 0; k < kRows * kWidth; ++k) copy[k] = acc[k / kWidth][k % kWidth];
-    if (out.extras->derivative) store_through_derivative<T>(copy, kRows, kWidth, out);
+    if (out.extras->steps.derivative) store_through_derivative<T>(copy, kRows, kWidth, out);
     else store_through_epilogue<T>(copy, kRows, kWidth, out);
     for (int k = 0; k < kRows * kWidth; ++k) ahead->template fetch<true>();
     return;
@@ -232,6 +236,19 @@ template <class T> struct Forward {
     }
   };
 
+  // Nothing but a prologue, if anything.
+  static bool stored_plainly(const ForwardTask& task) {
+    const TokenDWConvExtras* e = task.extras;
+    return !e || !(e->epilogue || e->sums || e->derivative);
+  }
+  static TileExtras<T> tile_extras(const TokenDWConvParams& p, const ForwardTask& task, int64_t r, int64_t t0, int64_t c, bool first) {
+    const TokenDWConvExtras& e = *task.extras;
+    const T* pre = static_cast<const T*>(e.pre);
+    if (pre) pre += task.b * e.pre_stride_b + (r * p.W + task.q0 + t0) * e.pre_stride_n + task.c0 + c;
+    A* sums = task.sums ? static_cast<A*>(task.sums) + task.c0 + c : nullptr;
+    return {e, pre, p.W * e.pre_stride_n, task.c0 + c, sums, p.C, first};
+  }
+
   static void output_rows(const TokenDWConvParams& p, const ForwardTask& task, const Tiling& tiling, int64_t r, int height,
                           const A* const* rows, int k0, int k1, int64_t cols, const A* w, const A* b, int64_t n) {
     const ConvTile<T>* tiles = height == 1 ? MakeTiles<T, 1, kTile>::type::table : MakeTiles<T, 2, kTile / 2>::type::table;
@@ -241,10 +258,6 @@ template <class T> struct Forward {
                       (min64(r + p.K / 2 + height, p.H - 1) * p.W + task.q0 + p.x_prefix) * p.x_stride_n;
     Ahead ahead(x_next, p.x_stride_n, static_cast<const T*>(r + height < task.r1 ? y + height * p.W * p.y_stride_n : y), p.y_stride_n, n, L);
     const T* res = p.residual ? static_cast<const T*>(p.residual) + task.b * p.r_stride_b + token * p.r_stride_n + task.c0 : nullptr;
-    const T* pre = task.extras && task.extras->pre ? static_cast<const T*>(task.extras->pre) + task.b * task.extras->pre_stride_b +
-                                                         (r * p.W + task.q0) * task.extras->pre_stride_n + task.c0
-                                                   : nullptr;
-    const int64_t pre_stride = task.extras ? task.extras->pre_stride_n : 0;
     for (int tile = 0; tile < tiling.count; ++tile) {  // outermost: 32 columns of three tensors are more pages than the first TLB holds
       const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
       for (int64_t c = 0, v = 0; c < n; c += L, ++v) {
@@ -252,10 +265,14 @@ template <class T> struct Forward {
         const A* taps = w + c / kBlock * kBlock * p.K * p.K + c % kBlock;
         const A* tile_rows[kMaxKernel + 1];
         for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * cols + t0) * L;
-        const TileTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr, p.y_stride_n,
-                                p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c, task.extras,
-                                pre ? pre + t0 * pre_stride + c : nullptr, p.W * pre_stride, task.c0 + c,
-                                task.sums ? static_cast<A*>(task.sums) + task.c0 + c : nullptr, p.C, r == task.r0 && tile == 0};
+        TileTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr, p.y_stride_n,
+                          p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c, nullptr};
+        if (stored_plainly(task)) {
+          tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, out, &ahead);
+          continue;
+        }
+        const TileExtras<T> extras = tile_extras(p, task, r, t0, c, r == task.r0 && tile == 0);
+        out.extras = &extras;
         tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, out, &ahead);
       }
     }
