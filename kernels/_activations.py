@@ -22,6 +22,15 @@ def activate(v, ACT: tl.constexpr):
 
 
 @triton.jit
+def through(x, scale, shift, ACT: tl.constexpr):
+    """A prologue: f(scale x + shift), or with gelu_first scale gelu(x) + shift."""
+    if ACT == "gelu_first":
+        return scale * activate(x, "gelu") + shift
+    else:
+        return activate(scale * x + shift, ACT)
+
+
+@triton.jit
 def derivative(v, ACT: tl.constexpr):
     """f'(v), with torch's choices at the kinks."""
     d = tl.full(v.shape, 1.0, v.dtype)

@@ -80,6 +80,19 @@ template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> deriv
   return one;
 }
 
+// f(x) and f'(x) of GELU, which share the exponential.
+template <class A> inline __attribute__((always_inline)) void gelu_both(vec_t<A> x, vec_t<A>* value, vec_t<A>* slope) {
+  vec_t<A> cdf, bell;
+  normal(x, &cdf, &bell);
+  *value = x * cdf, *slope = cdf + x * bell * A(0.39894228040143267794);
+}
+
+// A prologue.
+template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> through(vec_t<A> scale, vec_t<A> shift, vec_t<A> x) {
+  if constexpr (act == Act::gelu_first) return scale * activate<Act::gelu, A>(x) + shift;
+  return activate<act, A>(scale * x + shift);
+}
+
 // Calls body with the activation as a compile-time constant.
 template <Act act> struct ActConstant { static constexpr Act value = act; };
 template <class Body> inline __attribute__((always_inline)) auto with_act(Act act, Body body) {
@@ -89,6 +102,9 @@ template <class Body> inline __attribute__((always_inline)) auto with_act(Act ac
     case Act::gelu: return body(ActConstant<Act::gelu>{});
     default: return body(ActConstant<Act::none>{});
   }
+}
+template <class Body> inline __attribute__((always_inline)) auto with_prologue(Act act, Body body) {
+  return act == Act::gelu_first ? body(ActConstant<Act::gelu_first>{}) : with_act(act, body);
 }
 
 }  // namespace LIFEOPS_ISA

@@ -157,7 +157,7 @@ class LocalityFFN(torch.autograd.Function):
         n = x.shape[0] * patches(cfg)
         t = _patches(x, cfg, w1.dtype)
         z1 = pointwise(t, w1, b1)
-        n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, patches(cfg), cfg.backend), n, cfg.eps[0], cfg.groups[0])
+        n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, "none", patches(cfg), cfg.backend), n, cfg.eps[0], cfg.groups[0])
         geo = cfg.H, cfg.W, 0, "keep"
         prologue, no_epilogue = (n1.scale, n1.shift, cfg.act), (None, None, "none")
         z2, _, *found = _dwconv(z1, dw, bd, *prologue, *no_epilogue, None, *geo, False, on_batch(norms[1]), cfg.backend)
@@ -168,7 +168,7 @@ class LocalityFFN(torch.autograd.Function):
             m = _pool(z2, n2.scale, n2.shift, cfg.act, patches(cfg), cfg.backend) / max(1, patches(cfg))
             s = gate(cfg.gate, m, gate_params)
         z3 = pointwise(_gated(z2, n2, s, cfg), w2, b2)
-        n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, patches(cfg), cfg.backend), n, cfg.eps[2], cfg.groups[2])
+        n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, "none", patches(cfg), cfg.backend), n, cfg.eps[2], cfg.groups[2])
         y = _add_rows(x, z3, n3, cfg)
         ctx.cfg, ctx.counts, ctx.on_batch = cfg, (count1, count2, count3), tuple(on_batch(norm) for norm in norms)
         ctx.bias_dtype = None if bd is None else bd.dtype
@@ -213,7 +213,7 @@ class LocalityFFN(torch.autograd.Function):
         geo = cfg.H, cfg.W, 0, "keep"
         prologue = n1.scale, n1.shift, cfg.act
         ddw, dbd = _dwconv_bwd_dw(dz2, z1, dw.shape[-1], *prologue, *geo, dw.dtype, ctx.bias_dtype, cfg.backend)
-        dz1, dscale, dshift = _dwconv_bwd_dx(dz2, z1, dw, *prologue, *geo, cfg.backend)
+        dz1, dscale, dshift = _dwconv_bwd_dx(dz2, z1, dw, *prologue, None, None, *geo, cfg.backend)
         if n1.scale is not None:
             dg1, dbe1, a, b = _norm_backward(n1, dscale, dshift, *sums1)
             if a is not None:
