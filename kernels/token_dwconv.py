@@ -236,7 +236,8 @@ def token_dwconv_fwd_kernel(
     last row is computed twice with its neighbour (the same values, written twice) instead of masking every load.
     ``pairs`` is the number of row pairs, ceil(H / 2).
     ACT, OUT_ACT: activations of prologue and epilogue, "" where there is none; DERIVATIVE: the prologue's derivative at ``pre_ptr``
-    multiplies the result instead, and with OUT_ACT "none" b x + a is added, b being out_scale and a out_shift. ``sums_ptr`` (B, pairs, segments, 3, C) takes the sums of every job, see _store_output.
+    multiplies the result instead, and with OUT_ACT "none" b x + a is added, b being out_scale and a out_shift. ``sums_ptr``
+    (B, pairs, segments, 3, C) takes the sums of every job, see _store_output.
     Strides come in units of ALIGN elements.
     """
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
