@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from lifeops import config, torchlib
 from lifeops.ops import channel_act as rows
+from lifeops.ops import token_dwconv as token_dwconv_ops
 from lifeops.ops import token_dwconv_act as dwconv
 from lifeops.ops.activations import GELU_FIRST
 from lifeops.ops.batch_norm import Affine, merge, norm_backward
@@ -33,6 +34,7 @@ from lifeops.ops.token_dwconv_function import _like_parameter, token_dwconv
 
 _stats = torchlib.overload(rows.stats_op)
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.overload, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
+_plain_bwd_dw = torchlib.overload(token_dwconv_ops.bwd_dw_op)
 
 
 class Config(NamedTuple):
@@ -80,18 +82,10 @@ def border_bias(weights, shifts, biases, grid):
     return total.flatten(2)[0].T
 
 
-def _inside(t, d, dim):
-    """The part of ``t`` whose neighbour ``d`` places on along ``dim`` exists."""
-    n = t.shape[dim]
-    return t.narrow(dim, max(0, -d), max(0, n - abs(d))) if abs(d) < n else t.narrow(dim, 0, 0)
-
-
 def _window_sums(dy, cfg: Config, K):
-    """S (C, 1, K, K): for every tap the sum of dy over the positions whose neighbour there exists."""
-    total = dy[:, cfg.P :].sum(0, dtype=rows.accumulate_dtype(dy.dtype)).view(cfg.H, cfg.W, -1)
-    offsets = range(-(K // 2), K // 2 + 1)
-    lines = [_inside(total, i, 0).sum(0) for i in offsets]
-    return torch.stack([torch.stack([_inside(line, j, 0).sum(0) for j in offsets], -1) for line in lines], -2)[:, None]
+    """S (C, 1, K, K): for every tap the sum of dy over the positions whose neighbour there exists: the gradient where x is 1."""
+    total = dy[:, cfg.P :].sum(0, keepdim=True, dtype=rows.accumulate_dtype(dy.dtype))
+    return _plain_bwd_dw(total, torch.ones_like(total), K, cfg.H, cfg.W, 0, "keep", total.dtype, None, cfg.backend)[0]
 
 
 def _forward(x, block_output, weights, biases, affines, cfg: Config):
