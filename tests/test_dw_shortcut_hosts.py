@@ -339,6 +339,18 @@ def test_convert_and_revert(name, every):
     assert model(x).shape == before.shape
 
 
+def test_our_own_host():
+    """A list of blocks that are given the grid."""
+    torch.manual_seed(0)
+    model = lifeops.models.VisionTransformer((32, 48), 8, num_classes=5, embed_dim=24, depth=4, num_heads=3, dist_token=True).eval()
+    x = torch.randn(2, 3, 32, 48)
+    before = model(x)
+    lifeops.convert(model, "dw_shortcut", every=2)
+    assert [g.shortcut.num_prefix_tokens for g in _groups(model)] == [2, 2]
+    assert not torch.equal(model(x), before)
+    assert torch.equal(lifeops.revert(model)(x), before)
+
+
 def test_revert_restores_the_outputs():
     for name in ("registers", "cait", "swin"):
         model = _host(name)
