@@ -48,6 +48,15 @@ BUDGET = {
     "forward-3-train": (29.0, 144),
     "forward-3-eval": (32.0, 144),
     "forward-3-bwd": (28.0, 136),
+    "forward-3-gelu": (999.0, 255),
+    "forward-3-gelubwd": (999.0, 255),
+    "dw-3-gelu": (999.0, 255),
+    "forward-5-gelu": (999.0, 255),
+    "forward-5-gelubwd": (999.0, 255),
+    "dw-5-gelu": (999.0, 255),
+    "forward-7-gelu": (999.0, 255),
+    "forward-7-gelubwd": (999.0, 255),
+    "dw-7-gelu": (999.0, 255),
     "forward-5-pro": (47.0, 128),
     "forward-5-train": (53.0, 168),
     "forward-5-eval": (56.0, 168),
@@ -168,12 +177,12 @@ def sequence(H: int, W: int, C: int = CHANNELS, dtype=torch.bfloat16, B: int = B
 def forward_arguments(K: int, H: int = GRID, W: int = GRID, B: int = BATCH, steps: str = "") -> dict:
     x = sequence(H, W, B=B)
     weight = torch.empty((CHANNELS, 1, K, K), dtype=x.dtype, device="meta")
-    return token_dwconv.forward_launch(x, weight, None, None, x, H, W, 1, 1, True, steps == "bwd", _around(steps, x, H, W, K))[1]
+    return token_dwconv.forward_launch(x, weight, None, None, x, H, W, 1, 1, True, "bwd" in steps, _around(steps, x, H, W, K))[1]
 
 
 def _around(steps: str, x: torch.Tensor, H: int, W: int, K: int) -> dict:
     """LocalViT's uses of prologue and epilogue: "pro" before the convolution, "train" with statistics behind it, "eval" with the
-    second activation and pool, "bwd" the input gradient through the prologue.
+    second activation and pool, "bwd" the input gradient through the prologue; the DW shortcut's are "gelu" and "gelubwd".
     """
     if not steps:
         return token_dwconv.PLAIN
@@ -181,7 +190,9 @@ def _around(steps: str, x: torch.Tensor, H: int, W: int, K: int) -> dict:
     prologue = {"scale_ptr": value, "shift_ptr": value, "ACT": "hardswish"}
     sums = {"sums_ptr": token_dwconv_act._job_sums(x, H, W, K), "SUMS": True}
     epilogue = {"out_scale_ptr": value, "out_shift_ptr": value, "OUT_ACT": "hardswish"}
-    chosen = {"pro": {}, "train": sums, "eval": sums | epilogue, "bwd": sums | {"pre_ptr": x, "pre_prefix": 1, "DERIVATIVE": True}}
+    backward = sums | {"pre_ptr": x, "pre_prefix": 1, "DERIVATIVE": True}
+    gelu, norm = {"ACT": "gelu_first"}, {"out_scale_ptr": value, "out_shift_ptr": value, "OUT_ACT": "none"}
+    chosen = {"pro": {}, "train": sums, "eval": sums | epilogue, "bwd": backward, "gelu": gelu, "gelubwd": backward | gelu | norm}
     return token_dwconv.PLAIN | prologue | chosen[steps]
 
 
@@ -208,7 +219,9 @@ KERNELS = {
     **{f"dw-{K}": (_grad, K) for K in (3, 5, 7)},
     **{f"forward-{K}-w32": (_forward, K, 32) for K in (3, 5, 7)},
     **{f"forward-{K}-{steps}": (_forward, K, GRID, steps) for K in (3, 5, 7) for steps in ("pro", "train", "eval", "bwd")},
+    **{f"forward-{K}-{steps}": (_forward, K, GRID, steps) for K in (3, 5, 7) for steps in ("gelu", "gelubwd")},
     **{f"dw-{K}-pro": (_grad, K, "hardswish") for K in (3, 5, 7)},
+    **{f"dw-{K}-gelu": (_grad, K, "gelu") for K in (3, 5, 7)},
 }
 
 

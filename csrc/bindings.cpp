@@ -14,8 +14,8 @@ STABLE_TORCH_LIBRARY(lifeops_native, m) {
       "Tensor? out_shift, int out_act, Tensor? residual, Tensor(a!) y, Tensor(b!)? pool, Tensor(c!)? stats, int H, int W, int x_prefix, "
       "int y_prefix, int prefix_mode, int isa) -> ()");
   m.def(
-      "token_dwconv_act_grad_input(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int act, Tensor(a!) dx, "
-      "Tensor(b!) sums, int H, int W, int dy_prefix, int x_prefix, int prefix_mode, int isa) -> ()");
+      "token_dwconv_act_grad_input(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int act, Tensor? a, "
+      "Tensor? b, Tensor(a!) dx, Tensor(b!) sums, int H, int W, int dy_prefix, int x_prefix, int prefix_mode, int isa) -> ()");
   m.def(
       "token_dwconv_act_grad_weight(Tensor dy, Tensor x, Tensor? scale, Tensor? shift, int act, Tensor(a!) dw, Tensor(b!)? db, int K, "
       "int H, int W, int dy_prefix, int x_prefix, int isa) -> ()");

@@ -58,8 +58,8 @@ def channel_sums_kernel(
     C: tl.constexpr, SUMS: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums (B, parts, SUMS, C) over TOKENS tokens: SUMS 1 the pool, 5 the backward sums, 2 with ACT "stats" the sums of
-    x - k and (x - k)², k being the part's first token.
+    """Partial sums (B, parts, SUMS, C) over TOKENS tokens: SUMS 1 the pool, 5 the backward sums, 3 the statistics: k = f of the
+    part's first token, the sums of f - k and (f - k)².
     """
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     o_c = ((tl.program_id(0) % BLOCKS_C) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
@@ -70,15 +70,15 @@ def channel_sums_kernel(
     b_scale, b_shift = per_channel(scale_ptr, o_c, m_c, 1.0, ACC), per_channel(shift_ptr, o_c, m_c, 0.0, ACC)
     b_zero = tl.zeros([ROWS, BLOCK_C], dtype=ACC)
     acc = (b_zero,) * SUMS
-    if ACT == "stats":
-        b_first = load_block(x_ptr + row_offset(i_b, x_first + first, stride_xb, stride_xn) + o_c, m_c, True, ACC)
+    if SUMS == 3:
+        b_first = activate(load_block(x_ptr + row_offset(i_b, x_first + first, stride_xb, stride_xn) + o_c, m_c, True, ACC), ACT)
     for i in range(0, TOKENS, ROWS):
         o_n = first + i + tl.arange(0, ROWS)
         m = (o_n < patches)[:, None] & m_c
         b_x = load_block(x_ptr + row_offset(i_b, x_first + o_n, stride_xb, stride_xn)[:, None] + o_c, m, True, ACC)
-        if ACT == "stats":
-            b_d = tl.where(m, b_x - b_first, 0.0)
-            acc = (acc[0] + b_d, acc[1] + b_d * b_d)
+        if SUMS == 3:
+            b_d = tl.where(m, activate(b_x, ACT) - b_first, 0.0)
+            acc = (acc[0], acc[1] + b_d, acc[2] + b_d * b_d)
         else:
             b_v = b_scale * b_x + b_shift
             b_f = tl.where(m, activate(b_v, ACT), 0.0)
@@ -90,7 +90,10 @@ def channel_sums_kernel(
                 acc = (acc[0] + b_dy * b_f, acc[1] + b_dy * b_df, acc[2] + b_dy * b_df * b_x, acc[3] + b_df, acc[4] + b_df * b_x)
     o_c = tl.reshape(o_c, [BLOCK_C])
     for k in tl.static_range(SUMS):
-        tl.store(partial_ptr + (i_part.to(tl.int64) * SUMS + k) * C + o_c, tl.sum(acc[k], 0), mask=o_c < C)
+        b_sum = tl.sum(acc[k], 0)
+        if SUMS == 3 and k == 0:
+            b_sum = tl.reshape(b_first, [BLOCK_C])
+        tl.store(partial_ptr + (i_part.to(tl.int64) * SUMS + k) * C + o_c, b_sum, mask=o_c < C)
 
 
 def _place(t, patches):
@@ -133,16 +136,15 @@ def _sums(x, dy, scale, shift, act, patches, sums):
     return partial
 
 
-def channel_stats(x, patches, backend):
+def channel_stats(x, act, patches, backend):
     """Each part's mean and m2 from its shifted sums, merged in float64: numbers of the size of C."""
-    partial = _sums(x, None, None, None, "stats", patches, 2).double()
+    partial = _sums(x, None, None, None, act, patches, 3).double()
     starts = torch.arange(0, patches, SUM_TOKENS, device=x.device)
     n = (patches - starts).clamp_max(SUM_TOKENS).double()[None, :, None]
-    first = x[:, x.shape[1] - patches :][:, ::SUM_TOKENS].double()
-    shift = partial[:, :, 0] / n
-    means = first + shift
+    shift = partial[:, :, 1] / n
+    means = partial[:, :, 0] + shift
     mean = (means * n).sum((0, 1)) / (x.shape[0] * patches)
-    m2 = (partial[:, :, 1] - partial[:, :, 0] * shift + n * (means - mean).square()).sum((0, 1))
+    m2 = (partial[:, :, 2] - partial[:, :, 1] * shift + n * (means - mean).square()).sum((0, 1))
     dtype = accumulate_dtype(x.dtype)
     return mean.to(dtype), m2.to(dtype)
 

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from lifeops import registry
 from lifeops.kernels import _tile
-from lifeops.kernels._activations import activate, derivative
+from lifeops.kernels._activations import activate, derivative, through
 from lifeops.kernels._tile import divide, inside, load_block, per_channel, row_offset, store_block, strides
 
 MAX_KERNEL = 15
@@ -54,7 +54,7 @@ def _load_input(p_x, m, around, MASKED: tl.constexpr, ZERO: tl.constexpr, ACC: t
     """One block of x through the prologue. ZERO: what lies outside the grid is 0 after it, too."""
     b_x = load_block(p_x, m, MASKED, ACC)
     if ACT != "" and not DERIVATIVE:
-        b_x = activate(around[0] * b_x + around[1], ACT)
+        b_x = through(b_x, around[0], around[1], ACT)
         if ZERO:
             b_x = tl.where(m, b_x, 0.0)
     return b_x
@@ -65,14 +65,23 @@ def _store_output(y, residual, around, sums, b_y, m, r: tl.constexpr, q: tl.cons
                   ACC: tl.constexpr, ACT: tl.constexpr, OUT_ACT: tl.constexpr, DERIVATIVE: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Output row ``r``, column ``q`` of every job through the epilogue; returns the sums with it.
 
-    Sums of a job: forward (k, sum of y - k, sum of (y - k)²) with k its first output, input gradient (0, sum of dv, sum of dv x).
+    Sums of a job: forward (k, sum of y - k, sum of (y - k)²) with k its first output, input gradient (0, sum of dv, sum of dv x),
+    with gelu_first (0, sum of du, sum of du gelu(x)). The input gradient has a and b where the forward has the epilogue's values.
     """
     if DERIVATIVE:
         b_x = load_block(around[4] + r * around[5] + q * around[6], m, MASKED, ACC)
-        b_y = b_y * derivative(around[0] * b_x + around[1], ACT)
+        b_factor, b_slope = b_x, b_x
+        if ACT == "gelu_first":
+            b_factor, b_slope = activate(b_x, "gelu"), derivative(b_x, "gelu")
+        else:
+            b_y = b_y * derivative(around[0] * b_x + around[1], ACT)
         b_counted = tl.where(m & around[7 + r], b_y, 0.0)
-        sums = (sums[0], sums[1] + b_counted, sums[2] + b_counted * b_x)
+        sums = (sums[0], sums[1] + b_counted, sums[2] + b_counted * b_factor)
         b_y = around[0] * b_y
+        if OUT_ACT != "":
+            b_y += around[2] * b_factor + around[3]
+        if ACT == "gelu_first":
+            b_y = b_y * b_slope
     else:
         if OUT_ACT != "":
             b_y = activate(around[2] * b_y + around[3], OUT_ACT)
@@ -227,7 +236,8 @@ def token_dwconv_fwd_kernel(
     last row is computed twice with its neighbour (the same values, written twice) instead of masking every load.
     ``pairs`` is the number of row pairs, ceil(H / 2).
     ACT, OUT_ACT: activations of prologue and epilogue, "" where there is none; DERIVATIVE: the prologue's derivative at ``pre_ptr``
-    multiplies the result instead. ``sums_ptr`` (B, pairs, segments, 3, C) takes the sums of every job, see _store_output.
+    multiplies the result instead, and with OUT_ACT "none" b x + a is added, b being out_scale and a out_shift. ``sums_ptr``
+    (B, pairs, segments, 3, C) takes the sums of every job, see _store_output.
     Strides come in units of ALIGN elements.
     """
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C

@@ -13,6 +13,11 @@ def _contiguous(t):
     return None if t is None else t.contiguous()
 
 
+def _filled(t, like):
+    """``t``, or zeros where only its partner is there: an absent factor is 1 to the kernel."""
+    return torch.zeros_like(like) if t is None and like is not None else _contiguous(t)
+
+
 def _step(scale, shift, act) -> str:
     """The kernel's name of an affine step and an activation: "" where nothing happens."""
     return "" if scale is None and shift is None and act == "none" else act
@@ -59,11 +64,11 @@ def token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, o
     return y, total, *(merge(sums, n) if stats else nothing[1:])
 
 
-def token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, H, W, P, prefix, backend):
+def token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
     sums = _job_sums(x, H, W, weight.shape[-1])
     around = PLAIN | dict(
         scale_ptr=_contiguous(scale), shift_ptr=_contiguous(shift), ACT=act, DERIVATIVE=True, pre_ptr=x, pre_prefix=P,
-        sums_ptr=sums, SUMS=True,
+        out_scale_ptr=_filled(b, a), out_shift_ptr=_contiguous(a), OUT_ACT=_step(a, b, "none"), sums_ptr=sums, SUMS=True,
     )  # fmt: skip
     dx = forward(dy, weight, None, None, H, W, 0 if prefix == "drop" else P, P, prefix == "keep", True, around)
     _, dshift, dscale = sums.double().sum((0, 1, 2)).to(sums.dtype)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from lifeops import registry
 from lifeops.kernels import _tile
-from lifeops.kernels._activations import activate
+from lifeops.kernels._activations import through
 from lifeops.kernels._tile import divide, inside, load_block, per_channel, row_offset, strides
 from lifeops.kernels.token_dwconv import MAX_KERNEL, segments
 
@@ -57,7 +57,7 @@ def _add_job(acc, dy, x, m_dy, m_x, prologue, o_q, W, b_zero, K: tl.constexpr, T
                     m = m & inside(o_q + col, W)
                 b_x = load_block(p_x, m, True, ACC)
                 if ACT != "":
-                    b_x = tl.where(m, activate(prologue[0] * b_x + prologue[1], ACT), 0.0)
+                    b_x = tl.where(m, through(b_x, prologue[0], prologue[1], ACT), 0.0)
                 new = ()
                 for i in tl.static_range(TAP_ROWS):
                     for s in tl.static_range(K):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lifeops import config, registry
-from lifeops.ops.activations import ACTS
+from lifeops.ops.activations import ACTS, PROLOGUES
 from lifeops.ops.channel_act import accumulate_dtype
 from lifeops.ops.token_dwconv import DTYPES
 
@@ -26,7 +26,8 @@ SCHEMAS = {
     " Tensor? out_scale, Tensor? out_shift, int out_act, Tensor? residual, Tensor(a!) y, Tensor(b!)? pool, Tensor(c!)? stats, int H, int W,"
     " int x_prefix, int y_prefix, int prefix_mode, int isa) -> ()",
     "token_dwconv_act_grad_input": "lifeops_native::token_dwconv_act_grad_input(Tensor dy, Tensor x, Tensor weight, Tensor? scale,"
-    " Tensor? shift, int act, Tensor(a!) dx, Tensor(b!) sums, int H, int W, int dy_prefix, int x_prefix, int prefix_mode, int isa) -> ()",
+    " Tensor? shift, int act, Tensor? a, Tensor? b, Tensor(a!) dx, Tensor(b!) sums, int H, int W, int dy_prefix, int x_prefix,"
+    " int prefix_mode, int isa) -> ()",
     "token_dwconv_act_grad_weight": "lifeops_native::token_dwconv_act_grad_weight(Tensor dy, Tensor x, Tensor? scale, Tensor? shift,"
     " int act, Tensor(a!) dw, Tensor(b!)? db, int K, int H, int W, int dy_prefix, int x_prefix, int isa) -> ()",
     "channel_act": "lifeops_native::channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate,"
@@ -117,7 +118,7 @@ def _token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, 
     rows = _rows(P, prefix)
     y = x.new_empty((x.shape[0], rows + H * W, x.shape[2]))
     sums, found = (_sums(x, x.shape[0]) if pool else None), (_sums(x, 2) if stats else None)
-    prologue = _contiguous(scale), _contiguous(shift), ACTS.index(act)
+    prologue = _contiguous(scale), _contiguous(shift), PROLOGUES.index(act)
     epilogue = _contiguous(out_scale), _contiguous(out_shift), ACTS.index(out_act)
     inputs = x, weight.contiguous(), _contiguous(bias), *prologue, *epilogue, residual
     torch.ops.lifeops_native.token_dwconv_act(*inputs, y, sums, found, H, W, P, rows, int(prefix != "keep"), _isa())
@@ -125,9 +126,9 @@ def _token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, 
     return y, sums if pool else empty[0], *((found[0], found[1].clone()) if stats else empty[1:])
 
 
-def _token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, H, W, P, prefix, backend):
+def _token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
     dx, sums = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2])), _sums(x, 2)
-    prologue = _contiguous(scale), _contiguous(shift), ACTS.index(act)
+    prologue = _contiguous(scale), _contiguous(shift), PROLOGUES.index(act), _contiguous(a), _contiguous(b)
     place = H, W, _rows(P, prefix), P, int(prefix != "keep"), _isa()
     torch.ops.lifeops_native.token_dwconv_act_grad_input(dy, x, weight.contiguous(), *prologue, dx, sums, *place)
     return dx, sums[0], sums[1].clone()
@@ -136,7 +137,7 @@ def _token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, H, W, P, prefix, 
 def _token_dwconv_act_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weight_dtype, bias_dtype, backend):
     dw = x.new_empty((x.shape[2], 1, K, K), dtype=weight_dtype)
     db = None if bias_dtype is None else x.new_empty((x.shape[2],), dtype=bias_dtype)
-    prologue = _contiguous(scale), _contiguous(shift), ACTS.index(act)
+    prologue = _contiguous(scale), _contiguous(shift), PROLOGUES.index(act)
     torch.ops.lifeops_native.token_dwconv_act_grad_weight(dy, x, *prologue, dw, db, K, H, W, _rows(P, prefix), P, _isa())
     return dw, x.new_empty((0,)) if db is None else db
 
@@ -156,8 +157,8 @@ def _sums(x, *shape):
     return x.new_empty((*shape, x.shape[2]), dtype=accumulate_dtype(x.dtype))
 
 
-def _channel_stats(x, patches, backend):
-    mean, m2 = _channel_pass(0, x, patches, sums=_sums(x, 2))
+def _channel_stats(x, act, patches, backend):
+    mean, m2 = _channel_pass(0, x, patches, sums=_sums(x, 2), act=act)
     return mean, m2.clone()  # an operator's outputs must not share memory
 
 

@@ -165,7 +165,7 @@ def test_batch_norm_options(options, frozen):
 def test_large_mean_keeps_the_variance():
     """Statistics are shifted sums: a mean of 1e4 beside a deviation of 1 does not cancel in float32."""
     x = torch.randn(4, 50, 24) + 1e4
-    mean, m2 = torch.ops.lifeops.channel_stats(x, 50, "")
+    mean, m2 = torch.ops.lifeops.channel_stats(x, "none", 50, "")
     expected = x.double().var((0, 1), unbiased=False)
     torch.testing.assert_close(m2.double() / 200, expected, rtol=1e-3, atol=0)
     torch.testing.assert_close(mean.double(), x.double().mean((0, 1)), rtol=1e-6, atol=0)

@@ -107,7 +107,7 @@ def test_autocast():
 def test_bad_input():
     x, w, b, s, t, _, _ = _problem()
     run = lambda prologue: lifeops.token_dwconv(x, w, b, grid=GRID, num_prefix_tokens=2, prologue=prologue)  # noqa: E731
-    with pytest.raises(ValueError, match=r"prologue.act must be one of 'none', 'relu6', 'hardswish', 'gelu', got 'silu'"):
+    with pytest.raises(ValueError, match=r"prologue.act must be one of 'none', 'relu6', 'hardswish', 'gelu', 'gelu_first', got 'silu'"):
         run(ChannelAct(s, t, "silu"))
     with pytest.raises(TypeError, match=r"prologue must be a lifeops.ChannelAct\(scale, shift, act\), got str"):
         run("gelu")

@@ -10,50 +10,69 @@ template <class A> inline __attribute__((always_inline)) vec_t<A> splat(A value)
 template <class V> inline __attribute__((always_inline)) V vmin(V a, V b) { return a < b ? a : b; }
 template <class V> inline __attribute__((always_inline)) V vmax(V a, V b) { return a > b ? a : b; }
 
-// exp(x) for x <= 0; 0 below -87. x = n ln 2 + r: 2^n is built from its bits, exp(r) is Taylor's sum, |r| <= 0.35: error 2e-8.
-inline __attribute__((always_inline)) vec_t<float> exp_negative(vec_t<float> x) {
-  const vec_t<float> bounded = vmax(x, splat(-87.0f));
-  const vec_t<float> shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part ends in the low bits
-  const vec_t<float> n = shifted - 12582912.0f;
-  const vec_t<float> r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  vec_t<float> e = splat(1.0f / 5040);
-  e = e * r + 1.0f / 720;
-  e = e * r + 1.0f / 120;
-  e = e * r + 1.0f / 24;
-  e = e * r + 1.0f / 6;
-  e = e * r + 0.5f;
-  e = e * r + 1.0f;
-  e = e * r + 1.0f;
+// 2^q for -126 <= q <= 0: the integer part becomes the exponent's bits, the rest goes through a minimax polynomial, error 8e-8.
+inline __attribute__((always_inline)) vec_t<float> exp2_negative(vec_t<float> q) {
+  const vec_t<float> shifted = q + 12582912.0f;  // 1.5 * 2^23: the integer part ends in the low bits
+  const vec_t<float> r = q - (shifted - 12582912.0f);
+  vec_t<float> e = splat(0.00132764714f);
+  e = e * r + 0.00967554157f;
+  e = e * r + 0.0555071328f;
+  e = e * r + 0.240221197f;
+  e = e * r + 0.693146967f;
+  e = e * r + 1.00000007f;
   vu32 bits;
   __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127) << 23;  // the exponent of 2^n
+  bits = (bits + 127) << 23;
   vec_t<float> power;
   __builtin_memcpy(&power, &bits, sizeof(power));
-  return x < splat(-87.0f) ? vec_t<float>{} : e * power;
+  return e * power;
 }
 
-// Normal distribution: `cdf` = (1 + erf(v / sqrt 2)) / 2, `bell` = exp(-v² / 2).
-// erfc(z) = exp(-z²) P(t), t = 1 / (1 + 0.47047 z), z >= 0: the form of Abramowitz and Stegun 7.1.26 with seven coefficients fitted
-// to erfcx, error of erf 5e-9 before rounding.
-inline __attribute__((always_inline)) void normal(vec_t<float> v, vec_t<float>* cdf, vec_t<float>* bell) {
-  const vec_t<float> z = (v < vec_t<float>{} ? -v : v) * 0.70710678f;
-  const vec_t<float> t = 1.0f / (1.0f + 0.47047f * z);
-  vec_t<float> p = splat(0.0851910535f);
-  p = p * t - 0.403479091f;
-  p = p * t + 0.571344272f;
-  p = p * t - 0.0880144341f;
-  p = p * t + 0.314043623f;
-  p = p * t + 0.255237854f;
-  p = p * t + 0.265676727f;
-  *bell = exp_negative(v * v * -0.5f);
-  const vec_t<float> tail = 0.5f * p * t * *bell;
-  *cdf = v < vec_t<float>{} ? tail : 1.0f - tail;
-}
-inline void normal(vec_t<double> v, vec_t<double>* cdf, vec_t<double>* bell) {
-  for (int l = 0; l < Vec<double>::kLanes; ++l) {
-    (*cdf)[l] = 0.5 * __builtin_erfc(-v[l] * 0.70710678118654752440);
-    (*bell)[l] = __builtin_exp(-0.5 * v[l] * v[l]);
+// GELU is v Φ(v) = max(v, 0) - a Φ(-a) with a = |v|, and log2 Φ(-a) is so nearly a parabola that a polynomial Q of degree 8, fitted to
+// the least error of a Φ(-a), leaves 9e-9: 2^Q(a) needs no division and its derivative 2^Q(a) Q'(a) ln 2 no second exponential (error
+// of GELU' 2e-7). `slope`, if wanted, is Q'(a) ln 2.
+inline __attribute__((always_inline)) vec_t<float> lower_tail(vec_t<float> a, vec_t<float>* slope) {
+  vec_t<float> q = a * -1.88478896e-06f + 2.7811071e-05f;
+  q = q * a - 0.00013004143f;
+  q = q * a - 0.000276501078f;
+  q = q * a + 0.00725329714f;
+  q = q * a - 0.0526358001f;
+  q = q * a - 0.459157318f;
+  q = q * a - 1.15111244f;
+  q = q * a - 0.999999821f;
+  if (slope) {
+    vec_t<float> s = a * -1.04514893e-05f + 0.000134940157f;
+    s = s * a - 0.00054082711f;
+    s = s * a - 0.000958279707f;
+    s = s * a + 0.0201104097f;
+    s = s * a - 0.109453067f;
+    s = s * a - 0.636527181f;
+    *slope = s * a - 0.797890365f;
   }
+  return exp2_negative(q);
+}
+inline vec_t<double> lower_tail(vec_t<double> a, vec_t<double>* slope) {
+  vec_t<double> tail;
+  for (int l = 0; l < Vec<double>::kLanes; ++l) {
+    tail[l] = 0.5 * __builtin_erfc(a[l] * 0.70710678118654752440);
+    if (slope) (*slope)[l] = -0.39894228040143267794 * __builtin_exp(-0.5 * a[l] * a[l]) / tail[l];
+  }
+  return tail;
+}
+
+// |v|, at most where the tail is all but 0: infinities stay out of the products, NaN goes through.
+template <class A> inline __attribute__((always_inline)) vec_t<A> bounded_abs(vec_t<A> v) {
+  const vec_t<A> a = v < vec_t<A>{} ? -v : v, bound = splat(A(sizeof(A) == 8 ? 37 : 10.25));
+  return bound < a ? bound : a;
+}
+
+// GELU and its derivative.
+template <class A> inline __attribute__((always_inline)) void gelu_both(vec_t<A> v, vec_t<A>* value, vec_t<A>* slope) {
+  const vec_t<A> a = bounded_abs<A>(v);
+  vec_t<A> log_slope;
+  const vec_t<A> tail = lower_tail(a, &log_slope), product = a * tail, change = tail + product * log_slope;
+  *value = vmax(v, vec_t<A>{}) - product;
+  *slope = v < vec_t<A>{} ? change : A(1) - change;
 }
 
 template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> activate(vec_t<A> v) {
@@ -61,9 +80,8 @@ template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> activ
   if constexpr (act == Act::relu6) return vmin(vmax(v, zero), splat(A(6)));
   if constexpr (act == Act::hardswish) return v * vmin(vmax(v + A(3), zero), splat(A(6))) * A(1.0 / 6);
   if constexpr (act == Act::gelu) {
-    vec_t<A> cdf, bell;
-    normal(v, &cdf, &bell);
-    return v * cdf;
+    const vec_t<A> a = bounded_abs<A>(v);
+    return vmax(v, zero) - a * lower_tail(a, static_cast<vec_t<A>*>(nullptr));
   }
   return v;
 }
@@ -73,11 +91,17 @@ template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> deriv
   if constexpr (act == Act::relu6) return v > zero ? (v < splat(A(6)) ? one : zero) : zero;
   if constexpr (act == Act::hardswish) return v > splat(A(-3)) ? (v < splat(A(3)) ? v * A(1.0 / 3) + A(0.5) : one) : zero;
   if constexpr (act == Act::gelu) {
-    vec_t<A> cdf, bell;
-    normal(v, &cdf, &bell);
-    return cdf + v * bell * A(0.39894228040143267794);
+    vec_t<A> value, slope;
+    gelu_both<A>(v, &value, &slope);
+    return slope;
   }
   return one;
+}
+
+// A prologue.
+template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> through(vec_t<A> scale, vec_t<A> shift, vec_t<A> x) {
+  if constexpr (act == Act::gelu_first) return scale * activate<Act::gelu, A>(x) + shift;
+  return activate<act, A>(scale * x + shift);
 }
 
 // Calls body with the activation as a compile-time constant.
@@ -89,6 +113,9 @@ template <class Body> inline __attribute__((always_inline)) auto with_act(Act ac
     case Act::gelu: return body(ActConstant<Act::gelu>{});
     default: return body(ActConstant<Act::none>{});
   }
+}
+template <class Body> inline __attribute__((always_inline)) auto with_prologue(Act act, Body body) {
+  return act == Act::gelu_first ? body(ActConstant<Act::gelu_first>{}) : with_act(act, body);
 }
 
 }  // namespace LIFEOPS_ISA

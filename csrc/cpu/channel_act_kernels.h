@@ -28,10 +28,10 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
     const T* x = rows(p.x, task, token) + c;
     A* partial = static_cast<A*>(task.partial) + c;
     if constexpr (pass == ChannelPass::stats) {
-      const V first = token == task.n0 ? load_n(x, n) : load_n(partial, n);
+      const V first = token == task.n0 ? activate<act, A>(load_n(x, n)) : load_n(partial, n);
       V sum = token == task.n0 ? V{} : load_n(partial + p.C, n), square = token == task.n0 ? V{} : load_n(partial + 2 * p.C, n);
       for (int64_t t = 0; t < count; ++t) {
-        const V value = load_n(x + t * p.x.stride_n, n) - first;
+        const V value = activate<act, A>(load_n(x + t * p.x.stride_n, n)) - first;
         sum += value, square += value * value;
       }
       store_n(partial, first, n), store_n(partial + p.C, sum, n), store_n(partial + 2 * p.C, square, n);
@@ -88,7 +88,7 @@ template <class T, ChannelPass pass> void channel_pass_of(const ChannelActParams
 
 template <class T> void channel_act_of(const ChannelActParams& p, const ChannelTask& task) {
   switch (p.pass) {
-    case ChannelPass::stats: return ChannelBody<T, ChannelPass::stats, Act::none>::run(p, task);
+    case ChannelPass::stats: return channel_pass_of<T, ChannelPass::stats>(p, task);
     case ChannelPass::act: return channel_pass_of<T, ChannelPass::act>(p, task);
     case ChannelPass::pool: return channel_pass_of<T, ChannelPass::pool>(p, task);
     case ChannelPass::sums: return channel_pass_of<T, ChannelPass::sums>(p, task);

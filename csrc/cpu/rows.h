@@ -38,9 +38,9 @@ template <class T, class A = typename AccOf<T>::type>
 void load_row_through(const ChannelAffine& prologue, int64_t c0, const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n,
                       A* out, int64_t vector_stride) {
   const A *scale = static_cast<const A*>(prologue.scale) + c0, *shift = static_cast<const A*>(prologue.shift) + c0;
-  with_act(prologue.act, [&](auto act) {
+  with_prologue(prologue.act, [&](auto act) {
     load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [&](vec_t<A> value, int64_t c) {
-      return activate<decltype(act)::value, A>(load_n(scale + c, n - c) * value + load_n(shift + c, n - c));
+      return through<decltype(act)::value, A>(load_n(scale + c, n - c), load_n(shift + c, n - c), value);
     });
   });
 }

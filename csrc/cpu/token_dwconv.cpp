@@ -188,24 +188,27 @@ void token_dwconv_grad_weight(const Tensor& dy, const std::optional<Tensor>& x, 
 
 DType accumulate_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
+// C values, or `filled` with a constant where there are none.
+template <class A>
+const void* channel_values(const std::optional<Tensor>& t, const char* name, A otherwise, int64_t C, DType dtype, std::vector<A>& filled) {
+  if (!t) return filled.assign(size_t(C), otherwise), filled.data();
+  check_size(*t, name, C);
+  STD_TORCH_CHECK(dtype_of(*t) == accumulate_dtype(dtype), "lifeops_native: ", name, " must have the accumulation type");
+  return t->const_data_ptr();
+}
+
 // f(scale * value + shift) with what is absent filled in.
 template <class A> class AffineValues {
  public:
   AffineValues(const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t act, int64_t C, DType dtype) {
-    STD_TORCH_CHECK(act >= 0 && act <= 3, "lifeops_native: unknown activation ", act);
-    affine_ = {values(scale, "scale", A(1), C, dtype, ones_), values(shift, "shift", A(0), C, dtype, zeros_), Act(act)};
+    STD_TORCH_CHECK(act >= 0 && act <= 4, "lifeops_native: unknown activation ", act);
+    affine_ = {channel_values(scale, "scale", A(1), C, dtype, ones_), channel_values(shift, "shift", A(0), C, dtype, zeros_), Act(act)};
     plain_ = !scale && !shift && affine_.act == Act::none;
   }
   const ChannelAffine* get() const { return &affine_; }
   const ChannelAffine* unless_plain() const { return plain_ ? nullptr : &affine_; }
 
  private:
-  static const void* values(const std::optional<Tensor>& t, const char* name, A otherwise, int64_t C, DType dtype, std::vector<A>& filled) {
-    if (!t) return filled.assign(size_t(C), otherwise), filled.data();
-    check_size(*t, name, C);
-    STD_TORCH_CHECK(dtype_of(*t) == accumulate_dtype(dtype), "lifeops_native: ", name, " must have the accumulation type");
-    return t->const_data_ptr();
-  }
   std::vector<A> ones_, zeros_;
   ChannelAffine affine_;
   bool plain_;
@@ -223,7 +226,7 @@ void forward_act(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, c
                  A* pool, A* stats) {
   const ForwardPlan plan(p, kernel);
   std::vector<A> sums(pool || stats ? size_t(p.B * plan.parts() * kTaskSums * p.C) : 0);
-  const TokenDWConvExtras extras{prologue.unless_plain(), epilogue.unless_plain(), nullptr, nullptr, 0, 0, !sums.empty()};
+  const TokenDWConvExtras extras{prologue.unless_plain(), epilogue.unless_plain(), nullptr, nullptr, nullptr, nullptr, 0, 0, !sums.empty()};
   run_forward<A>(p, kernel, &extras, sums.empty() ? nullptr : sums.data());
   const auto positions = [&](int64_t i) { return plan.positions(p, i); };
   if (stats) merge_stats(sums.data(), p.B * plan.parts(), p.C, positions, stats);
@@ -251,7 +254,7 @@ void token_dwconv_act(const Tensor& x, const Tensor& weight, const std::optional
 
 // dx, and sums (2, C): of x dv and of dv.
 void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
-                                 const std::optional<Tensor>& shift, int64_t act, const Tensor& dx, const Tensor& sums, int64_t H, int64_t W,
+                                 const std::optional<Tensor>& shift, int64_t act, const std::optional<Tensor>& a, const std::optional<Tensor>& b, const Tensor& dx, const Tensor& sums, int64_t H, int64_t W,
                                  int64_t dy_prefix, int64_t x_prefix, int64_t prefix_mode, int64_t isa) {
   const TokenDWConvParams p = forward_params(dy, weight, {}, {}, dx, H, W, dy_prefix, x_prefix, prefix_mode, true);
   check_sequence(x, "x", p.B, x_prefix + H * W, p.C, p.dtype);
@@ -261,8 +264,10 @@ void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor
     const TokenDWConvKernels& kernel = kernels(isa);
     const int64_t parts = ForwardPlan(p, kernel).parts() * p.B, size = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
     const AffineValues<A> affine(scale, shift, act, p.C, p.dtype);
+    std::vector<A> zeros;
     const char* pre = static_cast<const char*>(x.const_data_ptr()) + x_prefix * x.stride(1) * size;
-    const TokenDWConvExtras extras{nullptr, nullptr, affine.get(), pre, x.stride(0), x.stride(1), true};
+    const TokenDWConvExtras extras{nullptr, nullptr, affine.get(), channel_values(a, "a", A(0), p.C, p.dtype, zeros),
+                                   channel_values(b, "b", A(0), p.C, p.dtype, zeros), pre, x.stride(0), x.stride(1), true};
     std::vector<A> partial(size_t(parts * kTaskSums * p.C));
     run_forward<A>(p, kernel, &extras, partial.data());
     A* out = sums_out<A>(sums, "sums", 2 * p.C, p.dtype);

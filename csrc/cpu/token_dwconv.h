@@ -21,22 +21,24 @@ static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// f(scale[c] * value + shift[c]); the values are in the accumulation type and never null.
+// f(scale[c] * value + shift[c]), with gelu_first scale[c] * gelu(value) + shift[c]; the values are in the accumulation type and never null.
 struct ChannelAffine {
   const void *scale, *shift;
   Act act;
 };
 
-// What happens around the convolution. Forward: `prologue` on x, `epilogue` on the sums. Input gradient: `pre` says where x was
-// when it went through the prologue of the forward pass: the result is scale * f'(scale x + shift) * sum.
+// What happens around the convolution. Forward: `prologue` on x, `epilogue` on the sums. Input gradient: `derivative` is the prologue
+// of the forward pass and `pre` says where its x is; the result is scale f'(scale x + shift) sum + a + b x, with gelu_first
+// gelu'(x) (scale sum + a + b gelu(x)).
 struct TokenDWConvExtras {
   const ChannelAffine *prologue, *epilogue, *derivative;  // any may be null
+  const void *a, *b;                                      // beside a derivative, never null
   const void* pre;                                        // x, at its first patch
   int64_t pre_stride_b, pre_stride_n;
   bool sums;
 };
 // Values per channel that a task with sums writes: forward (first value k, sum of y - k, sum of (y - k)²), input gradient
-// (sum of x dv, sum of dv, unused).
+// (sum of x dv, sum of dv, unused), with gelu_first (sum of gelu(x) du, sum of du, unused).
 constexpr int64_t kTaskSums = 3;
 
 // Output rows [r0, r1), columns [q0, q1) and channels [c0, c1) of image b.

@@ -66,23 +66,29 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
 
 constexpr int64_t kPreAhead = 6;  // vectors of a token asked for ahead: nothing else has brought these tokens near
 
-// The tile's sums times the prologue's derivative, to dx; sums of x dv and dv.
+// The tile's sums through the prologue's derivative, to dx; sums of x dv and dv.
 template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
   const TileExtras<T>& extras = *out.extras;
   const ChannelAffine& d = *extras.steps.derivative;
   const vec_t<A> scale = load_n(static_cast<const A*>(d.scale) + extras.c, out.n), shift = load_n(static_cast<const A*>(d.shift) + extras.c, out.n);
+  const vec_t<A> a = load_n(static_cast<const A*>(extras.steps.a) + extras.c, out.n), b = load_n(static_cast<const A*>(extras.steps.b) + extras.c, out.n);
   vec_t<A> sum_x = {}, sum = {};
   if (!extras.first) sum_x = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n);
-  with_act(d.act, [&](auto act) {
+  with_prologue(d.act, [&](auto constant) {
+    constexpr Act act = decltype(constant)::value;
     for (int r = 0; r < rows; ++r)
       for (int t = 0; t < width; ++t) {
         const T* token = extras.pre + r * extras.pre_row + t * extras.steps.pre_stride_n;
         __builtin_prefetch(token + kPreAhead * Vec<A>::kLanes);
         const vec_t<A> x = load_n(token, out.n);
-        const vec_t<A> dv = acc[r * width + t] * derivative<decltype(act)::value, A>(scale * x + shift);
-        sum_x += x * dv, sum += dv;
-        store_n(out.y + r * out.y_row + t * out.y_stride, scale * dv, out.n);
+        vec_t<A> dv = acc[r * width + t], factor = x, slope;
+        if constexpr (act == Act::gelu_first) gelu_both<A>(x, &factor, &slope);
+        else dv *= derivative<act, A>(scale * x + shift);
+        sum_x += dv * factor, sum += dv;
+        vec_t<A> dx = scale * dv + (b * factor + a);
+        if constexpr (act == Act::gelu_first) dx *= slope;
+        store_n(out.y + r * out.y_row + t * out.y_stride, dx, out.n);
       }
   });
   store_n(extras.sums, sum_x, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n);

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 
 ACTS = ("none", "relu6", "hardswish", "gelu")
+GELU_FIRST = "gelu_first"  # of a prologue: scale * gelu(x) + shift, where the others are f(scale * x + shift)
+PROLOGUES = (*ACTS, GELU_FIRST)
 EXACT = ("none", "relu6")  # integers stay integers, derivatives too
 
 
-def check(op: str, name: str, act: str) -> None:
-    if act not in ACTS:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, ACTS))}, got {act!r}")
+def check(op: str, name: str, act: str, known: tuple[str, ...] = ACTS) -> None:
+    if act not in known:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {act!r}")
 
 
 def value(v: torch.Tensor, act: str) -> torch.Tensor:
@@ -30,3 +32,16 @@ def derivative(v: torch.Tensor, act: str) -> torch.Tensor:
     if act == "hardswish":
         return torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0)).to(v.dtype)
     return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
+
+
+def affine(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+    """scale * x + shift; either may be None."""
+    x = x if scale is None else x * scale
+    return x if shift is None else x + shift
+
+
+def prologue(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None, act: str) -> torch.Tensor:
+    """f(scale * x + shift), or with "gelu_first" scale * gelu(x) + shift."""
+    if act == GELU_FIRST:
+        return affine(value(x, "gelu"), scale, shift)
+    return value(affine(x, scale, shift), act)

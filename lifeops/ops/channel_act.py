@@ -2,7 +2,7 @@
 
 Over the last ``patches`` rows of every sequence (B, rows + patches, C), with v = scale[c] * x + shift[c]:
 
-    channel_stats      mean[c], m2[c] = sum (x - mean)²                            over B and the patches
+    channel_stats      mean[c], m2[c] = sum (f(x) - mean)²                         over B and the patches
     channel_act        y = f(v) * gate[b, c], behind the residual's leading rows and added to it, if there is one
     channel_act_pool   pool[b, c] = sum f(v)
     channel_act_sums   sums of dy f(v), dy f'(v), dy f'(v) x, f'(v), f'(v) x       each (B, C)
@@ -62,7 +62,8 @@ def check_values(op, x, **values):
             raise ValueError(f"{op}: {name} must have shape {shape}, dtype {dtype} on {x.device}, got {got}")
 
 
-def _check_stats(x, patches, backend):
+def _check_stats(x, act, patches, backend):
+    activations.check("channel_stats", "act", act)
     check_sequence("channel_stats", "x", x, patches)
 
 
@@ -102,12 +103,6 @@ def patch_rows(t, patches):
     return t[:, t.shape[1] - patches :].to(accumulate_dtype(t.dtype))
 
 
-def affine(x, scale, shift):
-    """scale * x + shift; either may be None."""
-    x = x if scale is None else x * scale
-    return x if shift is None else x + shift
-
-
 def _per_image(t):
     return t[:, None, :]
 
@@ -120,12 +115,12 @@ def stats_of(x):
     return mean, (x - mean).square().sum((0, 1))
 
 
-def reference_stats(x, patches, backend):
-    return stats_of(patch_rows(x, patches))
+def reference_stats(x, act, patches, backend):
+    return stats_of(activations.value(patch_rows(x, patches), act))
 
 
 def reference_act(x, scale, shift, gate, residual, act, patches, backend):
-    y = activations.value(affine(patch_rows(x, patches), scale, shift), act)
+    y = activations.value(activations.affine(patch_rows(x, patches), scale, shift), act)
     if gate is not None:
         y = y * _per_image(gate)
     if residual is None:
@@ -134,12 +129,12 @@ def reference_act(x, scale, shift, gate, residual, act, patches, backend):
 
 
 def reference_pool(x, scale, shift, act, patches, backend):
-    return activations.value(affine(patch_rows(x, patches), scale, shift), act).sum(1)
+    return activations.value(activations.affine(patch_rows(x, patches), scale, shift), act).sum(1)
 
 
 def reference_sums(dy, x, scale, shift, act, patches, backend):
     x, dy = patch_rows(x, patches), patch_rows(dy, patches)
-    v = affine(x, scale, shift)
+    v = activations.affine(x, scale, shift)
     f, df = activations.value(v, act), activations.derivative(v, act)
     return torch.stack([t.sum(1) for t in (dy * f, dy * df, dy * df * x, df, df * x)])
 
@@ -149,8 +144,8 @@ def reference_grad(dy, x, scale, shift, gate, pool_grad, a, b, act, patches, bac
     x, dy = patch_rows(x, patches), patch_rows(dy, patches)
     dx = dy if gate is None else dy * _per_image(gate)
     dx = dx if pool_grad is None else dx + _per_image(pool_grad)
-    dx = dx * activations.derivative(affine(x, scale, shift), act)
-    dx = affine(dx, scale, a)
+    dx = dx * activations.derivative(activations.affine(x, scale, shift), act)
+    dx = activations.affine(dx, scale, a)
     return (dx if b is None else dx + b * x).to(dtype, copy=True)
 
 
@@ -161,7 +156,7 @@ def _channels(x):
     return x.new_empty((x.shape[2],), dtype=accumulate_dtype(x.dtype))
 
 
-def _fake_stats(x, patches, backend):
+def _fake_stats(x, act, patches, backend):
     return _channels(x), _channels(x)
 
 
@@ -233,7 +228,7 @@ def _extra(s: Sample, draw: Maker, *shape):
 
 
 def _make_stats(s, draw, backend):
-    return _x(s, draw, s.lead), s.patches, backend
+    return _x(s, draw, s.lead), s.act, s.patches, backend
 
 
 def _make_act(s, draw, backend):
@@ -262,7 +257,7 @@ def _op(name, schema, reference, check, fake, make, reduces=None):
     at = 1 if schema.startswith("Tensor dy") else 0
 
     def problem(*args):
-        return Problem(args[at].device, args[at].dtype, args[at].shape[2], args[-3] if isinstance(args[-3], str) else "none")
+        return Problem(args[at].device, args[at].dtype, args[at].shape[2], args[-3])
 
     return Op(
         name, f"{name}({schema}, SymInt patches, str backend) -> {'(Tensor, Tensor)' if name == 'channel_stats' else 'Tensor'}",
@@ -273,7 +268,9 @@ def _op(name, schema, reference, check, fake, make, reduces=None):
 
 
 _AFFINE = "Tensor? scale, Tensor? shift"
-stats_op = _op("channel_stats", "Tensor x", reference_stats, _check_stats, _fake_stats, _make_stats, reduces=lambda s: s.B * s.patches)
+stats_op = _op(
+    "channel_stats", "Tensor x, str act", reference_stats, _check_stats, _fake_stats, _make_stats, reduces=lambda s: s.B * s.patches
+)
 act_op = _op(
     "channel_act", f"Tensor x, {_AFFINE}, Tensor? gate, Tensor? residual, str act", reference_act, _check_act, _fake_act, _make_act
 )

@@ -1,50 +1,157 @@
-"""The arithmetic of the DW shortcut (arXiv 2407.19394) over the patch tokens of a sequence (B, P + H*W, C).
+"""The DW shortcut (arXiv 2407.19394) over the patch tokens of a sequence (B, P + H*W, C), with constants and with batch statistics.
 
     y = block_output + [0 for the prefix | sum_k DW_k(scale_k * g + shift_k) + bias_k]        g = GELU(x), patch rows
 
-with zero padding after the affine: constants here (evaluation), batch norm on the statistics of g there (training).
+with zero padding after the affine. Parallel kernels see the same g, so all of them cost as much as the largest: with w_k centred in
+the largest window, the sum is DW(g) with the filter sum_k scale_k w_k, and what the shifts give depends on the position alone,
+
+    sum_k shift_k sum_{t inside the grid} w_k[t] + bias_k        (C, H, W), constant but for the border.
+
+Backward, with G_t = sum dy[p] g[p + t] over the p for which p + t is inside (the filter's gradient for the prologue GELU) and
+S_t = sum dy[p] over the same p, both for the largest window:
+
+    dw_k = scale_k G + shift_k S      dscale_k = sum_t w_k[t] G_t      dshift_k = sum_t w_k[t] S_t      dbias_k = S_centre
+    dx = GELU'(x) (DWᵀ(dy; sum_k scale_k w_k) + a + b g)               a, b: batch_norm.py, summed over k
+
+so that dy and x are read twice, and no tensor but dx is written.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
-from lifeops.ops.channel_act import accumulate_dtype, affine, stats_of
-from lifeops.ops.token_dwconv_function import token_dwconv
+from lifeops import config, torchlib
+from lifeops.ops import channel_act as rows
+from lifeops.ops import token_dwconv_act as dwconv
+from lifeops.ops.activations import GELU_FIRST
+from lifeops.ops.batch_norm import Affine, merge, norm_backward
+from lifeops.ops.token_dwconv_act_function import ChannelAct
+from lifeops.ops.token_dwconv_function import _like_parameter, token_dwconv
+
+_stats = torchlib.overload(rows.stats_op)
+_fwd, _bwd_dx, _bwd_dw = map(torchlib.overload, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum over the processes of a group; so is its gradient."""
+class Config(NamedTuple):
+    """What is not a tensor. ``eps``: one for each kernel. ``group``: the processes whose statistics are shared, or None."""
 
-    @staticmethod
-    def forward(ctx, t, group):
-        ctx.group = group
-        total = t.clone()
-        torch.distributed.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, g):
-        return _SumOverProcesses.apply(g, ctx.group), None
-
-
-def _statistics(g, group):
-    """mean, m2 and the number of values behind them, of (B, n, C) over B and n and, with a group, its processes."""
-    if group is None:
-        return *stats_of(g), g.shape[0] * g.shape[1]
-    sums = torch.cat((g.sum((0, 1)), g.new_tensor([g.shape[0] * g.shape[1]])))
-    *total, n = _SumOverProcesses.apply(sums, group).split((g.shape[2], 1))
-    mean = total[0] / n
-    return mean, _SumOverProcesses.apply((g - mean).square().sum((0, 1)), group), n
+    eps: tuple[float, ...]
+    H: int
+    W: int
+    P: int
+    group: object
+    backend: str
 
 
 def dw_shortcut_eval(x, block_output, weight, bias, scale, shift, grid, num_prefix_tokens, backend):
     """block_output + [0 | DW(scale * GELU(x_patch) + shift) + bias], with x's dtype; (C,) values, None is 1 and 0. Differentiable."""
-    wide = accumulate_dtype(x.dtype)
-    u = affine(F.gelu(x.to(wide)), scale, shift)
-    place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens, "prefix": "zero", "backend": backend}
-    return token_dwconv(u, weight, bias, residual=block_output.to(wide), **place).to(x.dtype)
+    place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens, "prefix": "zero", "backend": backend or None}
+    return token_dwconv(x, weight, bias, residual=block_output, prologue=ChannelAct(scale, shift, GELU_FIRST), **place)
+
+
+def centred(weight, K):
+    """(C, 1, k, k) in the middle of a window of K x K."""
+    return F.pad(weight, [(K - weight.shape[-1]) // 2] * 4)
+
+
+def _centre(sums, k):
+    """The k x k in the middle of (C, 1, K, K)."""
+    h = (sums.shape[-1] - k) // 2
+    return sums[:, :, h : h + k, h : h + k]
+
+
+def merged_filter(weights, scales):
+    """sum_k scale_k w_k in the largest window, in the dtype of the scales."""
+    K = max(w.shape[-1] for w in weights)
+    return sum(centred(w.to(s.dtype) * s[:, None, None, None], K) for w, s in zip(weights, scales, strict=True))
+
+
+def border_bias(weights, shifts, biases, grid):
+    """What the shifts and biases give at every position, (H*W, C): taps outside the grid see zero, not the shift."""
+    H, W = grid
+    total = 0
+    for weight, shift, bias in zip(weights, shifts, biases, strict=True):
+        ones = shift[None, :, None, None].expand(1, -1, H, W)
+        total = total + F.conv2d(ones, weight.to(shift.dtype), None if bias is None else bias.to(shift.dtype),
+                                 padding=weight.shape[-1] // 2, groups=len(shift))  # fmt: skip
+    return total.flatten(2)[0].T
+
+
+def _inside(t, d, dim):
+    """The part of ``t`` whose neighbour ``d`` places on along ``dim`` exists."""
+    n = t.shape[dim]
+    return t.narrow(dim, max(0, -d), max(0, n - abs(d))) if abs(d) < n else t.narrow(dim, 0, 0)
+
+
+def _window_sums(dy, cfg: Config, K):
+    """S (C, 1, K, K): for every tap the sum of dy over the positions whose neighbour there exists."""
+    total = dy[:, cfg.P :].sum(0, dtype=rows.accumulate_dtype(dy.dtype)).view(cfg.H, cfg.W, -1)
+    offsets = range(-(K // 2), K // 2 + 1)
+    lines = [_inside(total, i, 0).sum(0) for i in offsets]
+    return torch.stack([torch.stack([_inside(line, j, 0).sum(0) for j in offsets], -1) for line in lines], -2)[:, None]
+
+
+def _forward(x, block_output, weights, biases, affines, cfg: Config):
+    place, plain = (cfg.H, cfg.W, cfg.P, "zero"), (None, None, "none")
+    if len(weights) == 1:
+        prologue = affines[0].scale, affines[0].shift, GELU_FIRST
+        return _fwd(x, weights[0], biases[0], *prologue, *plain, block_output, *place, False, False, cfg.backend)[0]
+    weight = merged_filter(weights, [a.scale for a in affines])
+    y = _fwd(x, weight, None, None, None, "gelu", *plain, block_output, *place, False, False, cfg.backend)[0]
+    y[:, cfg.P :] += border_bias(weights, [a.shift for a in affines], biases, (cfg.H, cfg.W)).to(y.dtype)
+    return y
+
+
+class DWShortcut(torch.autograd.Function):
+    """(y, mean, m2) of a training step; ``parameters`` are weight, bias, gamma, beta of each kernel. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx, cfg: Config, x, block_output, *parameters):
+        weights, biases, gammas, betas = (parameters[i::4] for i in range(4))
+        mean, m2 = _stats(x, "gelu", cfg.H * cfg.W, cfg.backend)
+        n = x.shape[0] * cfg.H * cfg.W
+        if cfg.group is not None:
+            mean, m2, n = merge(mean, m2, n, cfg.group)
+        affines = []
+        for gamma, beta, eps in zip(gammas, betas, cfg.eps, strict=True):
+            rstd = (m2 / n + eps).rsqrt()
+            scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
+            shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
+            affines.append(Affine(scale, shift, mean, rstd))
+        ctx.cfg, ctx.n, ctx.dtypes = cfg, n, [None if p is None else p.dtype for p in parameters]
+        ctx.save_for_backward(x, mean, m2, *weights, *(value for a in affines for value in (a.scale, a.shift, a.rstd)))
+        ctx.mark_non_differentiable(mean, m2)
+        return _forward(x, block_output, weights, biases, affines, cfg), mean, m2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        x, mean, _, *rest = ctx.saved_tensors
+        cfg, count = ctx.cfg, len(ctx.cfg.eps)
+        weights = rest[:count]
+        affines = [Affine(scale, shift, mean, rstd) for scale, shift, rstd in zip(*(rest[count + i :: 3] for i in range(3)), strict=True)]
+        wide, K, place = mean.dtype, max(w.shape[-1] for w in weights), (cfg.H, cfg.W, cfg.P, "zero")
+        sums_g, _ = _bwd_dw(dy, x, K, None, None, "gelu", *place, wide, None, cfg.backend)
+        sums_1 = _window_sums(dy, cfg, K)
+        grads, a, b = [], 0, 0
+        for j, (weight, affine) in enumerate(zip(weights, affines, strict=True)):
+            g, one = (_centre(t, weight.shape[-1]) for t in (sums_g, sums_1))
+            dscale, dshift = ((weight.to(wide) * t).sum((1, 2, 3)) for t in (g, one))
+            dgamma, dbeta, a_j, b_j = norm_backward(affine, dscale, dshift, True, ctx.n, cfg.group)
+            a, b = a + a_j, b + b_j
+            dw = affine.scale[:, None, None, None] * g + affine.shift[:, None, None, None] * one
+            dw = _like_parameter(dw.to(weight.dtype).contiguous(), weight.stride())
+            some = dw, _centre(sums_1, 1).flatten(), dgamma, dbeta
+            dtypes = ctx.dtypes[4 * j : 4 * j + 4]
+            grads += [None if dtype is None else grad.to(dtype) for grad, dtype in zip(some, dtypes, strict=True)]
+        dx = None
+        if ctx.needs_input_grad[1]:
+            weight = merged_filter(weights, [affine.scale for affine in affines])
+            dx = _bwd_dx(dy, x, weight, None, None, GELU_FIRST, a, b, *place, cfg.backend)[0]
+        return tuple(g if need else None for g, need in zip((None, dx, dy, *grads), ctx.needs_input_grad, strict=True))
 
 
 def dw_shortcut_train(x, block_output, weights, biases, gammas, betas, eps, grid, num_prefix_tokens, reduce, backend):
@@ -59,14 +166,8 @@ def dw_shortcut_train(x, block_output, weights, biases, gammas, betas, eps, grid
 
     Returns:
         (y, mean, m2): y like x; mean and sum of squared deviations of g, (C,) float32 (float64 for float64), without gradient.
-        Differentiable in x, block_output, weights, biases, gammas and betas.
+        Differentiable, once, in x, block_output, weights, biases, gammas and betas.
     """
-    g = F.gelu(x[:, num_prefix_tokens:].to(accumulate_dtype(x.dtype)))
-    mean, m2, n = _statistics(g, reduce)
-    y = block_output
-    for weight, bias, gamma, beta, e in zip(weights, biases, gammas, betas, eps, strict=True):
-        rstd = (m2 / n + e).rsqrt()
-        scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
-        shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
-        y = dw_shortcut_eval(x, y, weight, bias, scale, shift, grid, num_prefix_tokens, backend)
-    return y, mean.detach(), m2.detach()
+    cfg = Config(tuple(eps), *grid, num_prefix_tokens, reduce, config.requested_backend(backend))
+    parameters = [p for kernel in zip(weights, biases, gammas, betas, strict=True) for p in kernel]
+    return DWShortcut.apply(cfg, x, block_output, *parameters)

@@ -5,9 +5,7 @@
     z3 = (s * u2) W2ᵀ (+ b2)                       y = x + [0 for the prefix | N3(z3)]
 
 Kept for backward: t, z1, z2, z3 and per-channel values; u1, u2 and every normalised tensor are computed again where they are read.
-Backward of a norm with batch statistics, from dscale = sum dv z and dshift = sum dv over its n values per channel:
-    dgamma = rstd (dscale - mean dshift)      dbeta = dshift      dz = scale dv + a + b z
-    b = -scale rstd dgamma / n                a = -scale dshift / n - b mean
+Backward of a norm with batch statistics: batch_norm.py.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import torch
 from lifeops import torchlib
 from lifeops.ops import channel_act as rows
 from lifeops.ops import token_dwconv_act as dwconv
+from lifeops.ops.batch_norm import Affine, merge, norm_backward
 from lifeops.ops.channel_gate import gate, gate_backward
 from lifeops.pointwise import pointwise, pointwise_bwd_dw, pointwise_bwd_dx
 
@@ -56,27 +55,6 @@ def on_batch(norm: Norm) -> bool:
     return norm.gamma is not None and norm.mean is None
 
 
-class Affine(NamedTuple):
-    """A norm as scale * z + shift, and what its backward needs."""
-
-    scale: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-    mean: torch.Tensor | None = None
-    rstd: torch.Tensor | None = None
-
-
-def _merge(mean, m2, n, group):
-    """Statistics of all processes of ``group`` from each one's (Chan's formula)."""
-    world = torch.distributed.get_world_size(group)
-    mine = torch.cat((mean, m2, mean.new_tensor([n])))
-    every = [torch.empty_like(mine) for _ in range(world)]
-    torch.distributed.all_gather(every, mine, group=group)
-    means, m2s, counts = torch.stack(every).split((len(mean), len(m2), 1), 1)
-    total = counts.sum()
-    mean = (means * counts).sum(0) / total
-    return mean, m2s.sum(0) + (counts * (means - mean).square()).sum(0), int(total)
-
-
 def _affine(norm: Norm, stats, n: int, eps: float, group):
     """(Affine, batch mean, batch variance, n): ``stats()`` gives this process's mean and m2."""
     if norm.gamma is None:
@@ -84,27 +62,13 @@ def _affine(norm: Norm, stats, n: int, eps: float, group):
     if on_batch(norm):
         mean, m2 = stats()
         if group is not None:
-            mean, m2, n = _merge(mean, m2, n, group)
+            mean, m2, n = merge(mean, m2, n, group)
         var = m2 / max(1, n)
     else:
         mean, var = norm.mean, norm.var
     rstd = (var + eps).rsqrt()
     scale = norm.gamma * rstd
     return Affine(scale, norm.beta - mean * scale, mean, rstd), mean, var, n
-
-
-def _norm_backward(affine: Affine, dscale, dshift, batch, n, group):
-    """(dgamma, dbeta, a, b) of one norm."""
-    dgamma = affine.rstd * (dscale - affine.mean * dshift)
-    if not batch:
-        return dgamma, dshift, None, None
-    total, total_shift = dgamma, dshift
-    if group is not None:
-        both = torch.stack((dgamma, dshift))
-        torch.distributed.all_reduce(both, group=group)
-        total, total_shift = both
-    b = -affine.scale * affine.rstd * total / n
-    return dgamma, dshift, -affine.scale * total_shift / n - b * affine.mean, b
 
 
 def _add_rows(x, z, affine: Affine, cfg: Config):
@@ -157,7 +121,7 @@ class LocalityFFN(torch.autograd.Function):
         n = x.shape[0] * patches(cfg)
         t = _patches(x, cfg, w1.dtype)
         z1 = pointwise(t, w1, b1)
-        n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, patches(cfg), cfg.backend), n, cfg.eps[0], cfg.groups[0])
+        n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, "none", patches(cfg), cfg.backend), n, cfg.eps[0], cfg.groups[0])
         geo = cfg.H, cfg.W, 0, "keep"
         prologue, no_epilogue = (n1.scale, n1.shift, cfg.act), (None, None, "none")
         z2, _, *found = _dwconv(z1, dw, bd, *prologue, *no_epilogue, None, *geo, False, on_batch(norms[1]), cfg.backend)
@@ -168,7 +132,7 @@ class LocalityFFN(torch.autograd.Function):
             m = _pool(z2, n2.scale, n2.shift, cfg.act, patches(cfg), cfg.backend) / max(1, patches(cfg))
             s = gate(cfg.gate, m, gate_params)
         z3 = pointwise(_gated(z2, n2, s, cfg), w2, b2)
-        n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, patches(cfg), cfg.backend), n, cfg.eps[2], cfg.groups[2])
+        n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, "none", patches(cfg), cfg.backend), n, cfg.eps[2], cfg.groups[2])
         y = _add_rows(x, z3, n3, cfg)
         ctx.cfg, ctx.counts, ctx.on_batch = cfg, (count1, count2, count3), tuple(on_batch(norm) for norm in norms)
         ctx.bias_dtype = None if bd is None else bd.dtype
@@ -191,7 +155,7 @@ class LocalityFFN(torch.autograd.Function):
         # N3 and the second product
         if n3.scale is not None:
             _, dshift, dscale, _, _ = _sums(g, z3, None, None, "none", *place).sum(1)
-            dg3, dbe3, a, b = _norm_backward(n3, dscale, dshift, *sums3)
+            dg3, dbe3, a, b = norm_backward(n3, dscale, dshift, *sums3)
         dz3 = _grad(g, z3, n3.scale, None, None, None, a, b, "none", *place)
         db2 = rows.patch_rows(dz3, patches(cfg)).sum((0, 1)) if ctx.needs_input_grad[19] else None
         s = gate(cfg.gate, m, gate_params) if cfg.gate else None
@@ -206,16 +170,16 @@ class LocalityFFN(torch.autograd.Function):
                 pool_grad = dm / max(1, patches(cfg))
                 dv, dvx = s * dv + pool_grad * f1, s * dvx + pool_grad * f1x
             if n2.scale is not None:
-                dg2, dbe2, a, b = _norm_backward(n2, dvx.sum(0), dv.sum(0), *sums2)
+                dg2, dbe2, a, b = norm_backward(n2, dvx.sum(0), dv.sum(0), *sums2)
         dz2 = _grad(da, z2, n2.scale, n2.shift, s, pool_grad, a, b, cfg.act, *place)
         del da
         # the depth-wise convolution and N1
         geo = cfg.H, cfg.W, 0, "keep"
         prologue = n1.scale, n1.shift, cfg.act
         ddw, dbd = _dwconv_bwd_dw(dz2, z1, dw.shape[-1], *prologue, *geo, dw.dtype, ctx.bias_dtype, cfg.backend)
-        dz1, dscale, dshift = _dwconv_bwd_dx(dz2, z1, dw, *prologue, *geo, cfg.backend)
+        dz1, dscale, dshift = _dwconv_bwd_dx(dz2, z1, dw, *prologue, None, None, *geo, cfg.backend)
         if n1.scale is not None:
-            dg1, dbe1, a, b = _norm_backward(n1, dscale, dshift, *sums1)
+            dg1, dbe1, a, b = norm_backward(n1, dscale, dshift, *sums1)
             if a is not None:
                 dz1 = _grad(dz1, z1, None, None, None, None, a, b, "none", *place)
         db1 = rows.patch_rows(dz1, patches(cfg)).sum((0, 1)) if ctx.needs_input_grad[3] else None

@@ -1,14 +1,16 @@
 """token_dwconv with a prologue on its input and an epilogue on its output, and the gradients of the prologue.
 
-    u = f(scale[c] * x + shift[c])                        prologue, on patch rows, before the zero padding: the padding stays 0
+    u = f(scale[c] * x + shift[c])                        prologue, on patch rows, before the zero padding: the padding stays 0;
+                                                          "gelu_first": u = scale[c] * gelu(x) + shift[c]
     z = DW_K(u) + bias[c]                                 as in token_dwconv
     y = g(out_scale[c] * z + out_shift[c])                epilogue; pool[b, c] = sum of y over the patches;
                                                           mean[c], m2[c] = sum (y - mean)² over B and the patches, of y as stored
     result = y + residual, behind the prefix rows, which bypass prologue, convolution and epilogue
 
-With dv = f'(scale x + shift) * DWᵀ(dy):   dx = scale * dv,   dscale = sum x dv,   dshift = sum dv,   dW = corr(dy, u).
-scale, shift, out_scale, out_shift, pool, mean and m2 are float32 (float64 for float64 tokens). Where pool or the statistics were
-not asked for they come out empty.
+With du = DWᵀ(dy), dv = f'(scale x + shift) du:  dx = scale dv + a + b x,  dscale = sum x dv,  dshift = sum dv,  dW = corr(dy, u);
+"gelu_first":   dx = gelu'(x) (scale du + a + b gelu(x)),   dscale = sum gelu(x) du,   dshift = sum du.
+a[c] and b[c] are what a batch norm inside the prologue adds; absent they are 0. scale, shift, out_scale, out_shift, a, b, pool, mean
+and m2 are float32 (float64 for float64 tokens). Where pool or the statistics were not asked for they come out empty.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from lifeops import torchlib
 from lifeops.ops import activations
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops import token_dwconv_samples as cases
-from lifeops.ops.channel_act import accumulate_dtype, affine, check_values, stats_of
+from lifeops.ops.activations import GELU_FIRST, PROLOGUES, affine
+from lifeops.ops.channel_act import accumulate_dtype, check_values, stats_of
 from lifeops.registry import Op
 
 NAME = "token_dwconv_act"
@@ -44,28 +47,28 @@ class Problem(NamedTuple):
 
 def check(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend):
     dwconv.check(x, weight, bias, residual, H, W, P, prefix, backend)
-    activations.check(NAME, "act", act)
+    activations.check(NAME, "act", act, PROLOGUES)
     activations.check(NAME, "out_act", out_act)
     check_values(NAME, x, scale=scale, shift=shift, out_scale=out_scale, out_shift=out_shift)
 
 
-def check_bwd_dx(dy, x, weight, scale, shift, act, H, W, P, prefix, backend):
+def check_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
     dwconv.check_bwd_dx(dy, weight, H, W, P, prefix, backend)
-    _check_prologue(f"{NAME}_bwd_dx", dy, x, scale, shift, act, H, W, P)
+    _check_prologue(f"{NAME}_bwd_dx", dy, x, act, H, W, P, scale=scale, shift=shift, a=a, b=b)
 
 
 def check_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weight_dtype, bias_dtype, backend):
     dwconv.check_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend)
-    _check_prologue(f"{NAME}_bwd_dw", dy, x, scale, shift, act, H, W, P)
+    _check_prologue(f"{NAME}_bwd_dw", dy, x, act, H, W, P, scale=scale, shift=shift)
 
 
-def _check_prologue(op, dy, x, scale, shift, act, H, W, P):
-    activations.check(op, "act", act)
+def _check_prologue(op, dy, x, act, H, W, P, **values):
+    activations.check(op, "act", act, PROLOGUES)
     dwconv._check_sequence(op, "x", x, H, W, P)
     if (x.shape[0], x.shape[2], x.dtype, x.device) != (dy.shape[0], dy.shape[2], dy.dtype, dy.device):
         got = f"{tuple(x.shape)} {x.dtype} and {tuple(dy.shape)} {dy.dtype}"
         raise ValueError(f"{op}: x and dy must agree in B, C, dtype and device, got {got}")
-    check_values(op, x, scale=scale, shift=shift)
+    check_values(op, x, **values)
 
 
 # ------------------------------------------------------------------------------------------------ references
@@ -74,7 +77,7 @@ def _check_prologue(op, dy, x, scale, shift, act, H, W, P):
 def _prologue(x, scale, shift, act, P):
     """x in the accumulation dtype, the prologue applied to its patch rows."""
     x = x.to(accumulate_dtype(x.dtype))
-    return torch.cat((x[:, :P], activations.value(affine(x[:, P:], scale, shift), act)), 1)
+    return torch.cat((x[:, :P], activations.prologue(x[:, P:], scale, shift, act)), 1)
 
 
 def reference(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend):
@@ -88,13 +91,19 @@ def reference(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act,
     return y if residual is None else y + residual, sums, mean, m2
 
 
-def reference_bwd_dx(dy, x, weight, scale, shift, act, H, W, P, prefix, backend):
+def reference_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
     dtype = accumulate_dtype(x.dtype)
     du = dwconv.reference_bwd_dx(dy.to(dtype), weight, H, W, P, prefix, backend)
-    patches = x[:, P:].to(dtype)
-    dv = du[:, P:] * activations.derivative(affine(patches, scale, shift), act)
-    dx = torch.cat((du[:, :P], affine(dv, scale, None)), 1).to(x.dtype)
-    return dx, (dv * patches).sum((0, 1)), dv.sum((0, 1))
+    patches, dv = x[:, P:].to(dtype), du[:, P:]
+    if act == GELU_FIRST:
+        factor, slope = activations.value(patches, "gelu"), activations.derivative(patches, "gelu")
+    else:
+        factor, slope = patches, None
+        dv = dv * activations.derivative(affine(patches, scale, shift), act)
+    dx = affine(dv, scale, a)
+    dx = dx if b is None else dx + b * factor
+    dx = dx if slope is None else dx * slope
+    return torch.cat((du[:, :P], dx), 1).to(x.dtype), (dv * factor).sum((0, 1)), dv.sum((0, 1))
 
 
 def reference_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weight_dtype, bias_dtype, backend):
@@ -112,7 +121,7 @@ def fake(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, resi
     return dwconv.fake(x, weight, bias, residual, H, W, P, prefix, backend), sums, mean, m2
 
 
-def fake_bwd_dx(dy, x, weight, scale, shift, act, H, W, P, prefix, backend):
+def fake_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
     dscale, dshift = (x.new_empty((x.shape[2],), dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     return dwconv.fake_bwd_dx(dy, weight, H, W, P, prefix, backend), dscale, dshift
 
@@ -157,7 +166,9 @@ def samples():
         make("eval", "h-swish twice, pool: LocalViT's folded forward", affine=False, out_act="hardswish", pool=True, prefix="drop"),
         make("relu6", "integer inputs stay integers", **everything, residual=True),
         make("border", "f(0 + shift) is not 0: the padding must come after the prologue", act="none", H=2, W=3, K=5),
-        make("gelu", "the DW shortcut: GELU before, residual after", act="gelu", affine=False, prefix="zero", residual=True),
+        make("gelu", "GELU before, residual after", act="gelu", affine=False, prefix="zero", residual=True),
+        make("gelu_first", "the DW shortcut: batch norm of GELU before, residual after", act=GELU_FIRST, prefix="zero", residual=True),
+        make("gelu_border", "GELU, then a shift: the padding must come after both", act=GELU_FIRST, H=2, W=9, K=7, C=17, P=2),
         make("registers", "five prefix rows bypass everything", **everything, P=5),
         make("drop", "patches only come out", **everything, P=2, prefix="drop"),
         make("zero", "zero prefix and statistics", act="relu6", stats=True, pool=True, prefix="zero", P=2),
@@ -190,7 +201,8 @@ def make_fwd(s: Sample, draw, backend):
 
 def make_bwd_dx(s: Sample, draw, backend):
     dy, weight, *geo, _ = cases.make_bwd_dx(s.base, draw, backend)
-    return dy, cases._x(s.base, draw, scale=1), weight, *_values(s, draw, s.affine), s.act, *geo, backend
+    inner = _values(s, draw, s.affine and s.act in (GELU_FIRST, "hardswish", "relu6"))
+    return dy, cases._x(s.base, draw, scale=1), weight, *_values(s, draw, s.affine), s.act, *inner, *geo, backend
 
 
 def make_bwd_dw(s: Sample, draw, backend):
@@ -224,16 +236,17 @@ fwd_op = Op(
 )
 bwd_dx_op = Op(
     f"{NAME}_bwd_dx",
-    f"{NAME}_bwd_dx(Tensor dy, Tensor x, Tensor weight, {_PROLOGUE}, {dwconv.GEOMETRY}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"{NAME}_bwd_dx(Tensor dy, Tensor x, Tensor weight, {_PROLOGUE}, Tensor? a, Tensor? b, {dwconv.GEOMETRY}, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     reference_bwd_dx,
     check_bwd_dx,
     fake_bwd_dx,
     problem=lambda dy, x, weight, *a: Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2], a[2], "none"),
-    flops=lambda dy, x, weight, scale, shift, act, H, W, *rest: dwconv.flops_bwd_dx(dy, weight, H, W),
+    flops=lambda dy, x, weight, scale, shift, act, a, b, H, W, *rest: dwconv.flops_bwd_dx(dy, weight, H, W),
     samples=samples,
     make=make_bwd_dx,
     reduces=lambda s: s.B * s.H * s.W,
-    is_empty=lambda *args: dwconv._empty(args[1], *args[6:8]),
+    is_empty=lambda *args: dwconv._empty(args[1], *args[8:10]),
     exact=_exact,
 )
 bwd_dw_op = Op(

@@ -21,7 +21,9 @@ _act, _sums, _grad = map(torchlib.overload, (channel_act.act_op, channel_act.sum
 
 
 class ChannelAct(NamedTuple):
-    """f(scale[c] * x + shift[c]): ``scale`` and ``shift`` (C,) or None, ``act`` "none", "relu6", "hardswish" or "gelu" (exact)."""
+    """f(scale[c] * x + shift[c]): ``scale`` and ``shift`` (C,) or None, ``act`` "none", "relu6", "hardswish" or "gelu" (exact);
+    of a prologue also "gelu_first", which is scale[c] * gelu(x) + shift[c].
+    """
 
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
@@ -55,7 +57,7 @@ class TokenDWConvAct(torch.autograd.Function):
         x, weight, scale, shift = ctx.saved_tensors
         need, prologue, dx, dw, db, dscale, dshift = ctx.needs_input_grad, (scale, shift, ctx.act), *[None] * 5
         if need[0] or need[3] or need[4]:
-            dx, dscale, dshift = _bwd_dx(dy, x, weight, *prologue, *ctx.geometry, ctx.backend)
+            dx, dscale, dshift = _bwd_dx(dy, x, weight, *prologue, None, None, *ctx.geometry, ctx.backend)
         if need[1]:
             dw, db = _bwd_dw(dy, x, ctx.K, *prologue, *ctx.geometry, ctx.weight_dtype, ctx.bias_dtype, ctx.backend)
             dw = _like_parameter(dw, ctx.weight_stride)
@@ -93,7 +95,7 @@ def _values(name, x, steps):
     if not isinstance(steps, tuple) or len(steps) != 3:
         raise TypeError(f"token_dwconv: {name} must be a lifeops.ChannelAct(scale, shift, act), got {type(steps).__name__}")
     scale, shift, act = steps
-    activations.check("token_dwconv", f"{name}.act", act)
+    activations.check("token_dwconv", f"{name}.act", act, activations.PROLOGUES if name == "prologue" else activations.ACTS)
     dtype = channel_act.accumulate_dtype(x.dtype)
     return ChannelAct(*(None if t is None else t.to(dtype) for t in (scale, shift)), act)
 
@@ -101,9 +103,9 @@ def _values(name, x, steps):
 def _transformed(args, before: ChannelAct, after: ChannelAct):
     """The patch rows that come out, by torch's own operators around token_dwconv: what torch.func transforms see."""
     x, weight, bias, _, H, W, P, _, backend = args
-    u = activations.value(channel_act.affine(x[:, P:], before.scale, before.shift), before.act).to(x.dtype)
+    u = activations.prologue(x[:, P:], *before).to(x.dtype)
     z = token_dwconv(u, weight, bias, grid=(H, W), backend=backend or None)
-    return activations.value(channel_act.affine(z, after.scale, after.shift), after.act).to(x.dtype)
+    return activations.prologue(z, *after).to(x.dtype)
 
 
 def _assembled(y, x, residual, P, prefix):
