@@ -174,6 +174,8 @@ def test_fuse_merges_exactly(kernel_size, P, backend):
             _close(torch.autograd.grad(y.square().sum(), x, retain_graph=True), expected, 1e-9)
             y.sum().backward()
     assert all(p.grad is not None for p in fused.parameters())
+    none = torch.randn(2, P, 5, dtype=torch.float64)
+    assert torch.equal(fused(none, none, (0, 3)), none)
     again = lifeops.fuse_(copy.deepcopy(fused))
     assert torch.equal(again(x, out, (8, 8)), fused(x, out, (8, 8)))
 

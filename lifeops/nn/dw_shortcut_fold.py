@@ -11,11 +11,11 @@ place is right inside and wrong by O(1) at the border.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lifeops.nn.batch_norm import constants
 from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.dw_shortcut import border_bias, centred
 
 
 class ChannelAffine(nn.Module):
@@ -39,16 +39,10 @@ class BorderBias(nn.Module):
 
     def forward(self, grid: tuple[int, int]) -> torch.Tensor:
         """(H*W, C) in the accumulation dtype."""
-        weight = self.weight[:, 0].to(accumulate_dtype(self.weight.dtype))
-        rows, columns = (_taps_inside(n, weight) for n in grid)
-        return torch.einsum("hi,cij,wj->hwc", rows, weight, columns).flatten(0, 1)
-
-
-def _taps_inside(length, weight):
-    """(length, K): 1 where tap i of the filter at position r lies inside, 0 <= r + i - K//2 < length."""
-    K = weight.shape[-1]
-    at = torch.arange(length, device=weight.device)[:, None] + torch.arange(K, device=weight.device) - K // 2
-    return ((at >= 0) & (at < length)).to(weight.dtype)
+        weight = self.weight.to(accumulate_dtype(self.weight.dtype))
+        if grid[0] * grid[1] == 0:
+            return weight.new_zeros(0, len(weight))
+        return border_bias([weight], [weight.new_ones(len(weight))], [None], grid)
 
 
 @torch.no_grad()
@@ -62,7 +56,7 @@ def merged(convs, norms):
     weight, border = (torch.zeros((len(like), 1, K, K), dtype=torch.float64, device=like.device) for _ in range(2))
     bias = weight.new_zeros(len(like))
     for conv, (scale, shift) in zip(convs, affine, strict=True):
-        w = F.pad(conv.weight.double(), [(K - conv.kernel_size[0]) // 2] * 4)
+        w = centred(conv.weight.double(), K)
         weight += w * scale[:, None, None, None]
         border += w * shift[:, None, None, None]
         bias += 0 if conv.bias is None else conv.bias.double()
