@@ -6,7 +6,7 @@ from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
 from lifeops.integrations import convert, load_official, revert
-from lifeops.nn.localvit import fuse_
+from lifeops.nn.batch_norm import fuse_
 from lifeops.ops.life_qkv_function import life_qkv
 from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import token_dwconv

@@ -131,7 +131,7 @@ def test_training_mode_dropout_and_freezing_are_kept():
 
 
 def test_what_cannot_be_converted_is_named():
-    with pytest.raises(ValueError, match="system must be one of 'life', 'localvit', got 'conv'"):
+    with pytest.raises(ValueError, match="system must be one of 'life', 'localvit', 'dw_shortcut', got 'conv'"):
         lifeops.convert(_model("cls"), "conv")
     with pytest.raises(ValueError, match=r"Linear is not a known ViT; looked for a timm VisionTransformer"):
         lifeops.convert(torch.nn.Linear(2, 2))

@@ -55,31 +55,45 @@ def test_two_processes_end_with_equal_weights(image_folder, tmp_path):
     assert torch.equal(saved["model"]["head.weight"], first["head.weight"])
 
 
-# two processes, half a batch each: SyncBatchNorm in the feed-forward against the whole batch in one process
+# two processes, half a batch each: SyncBatchNorm against the whole batch in one process, DistributedDataParallel against each's own
 SYNC = """
-import copy, torch, torch.distributed as dist
+import copy, warnings, torch, torch.distributed as dist
 from torch import nn
-from lifeops.nn import LocalityFeedForward
+from lifeops.nn import DWShortcut, LocalityFeedForward
+warnings.filterwarnings("error", message="Grad strides do not match")
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-torch.manual_seed(0)
-alone = LocalityFeedForward(8, 2.0, "hs+se", 4).double()
-together = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(alone))
-x, g = torch.randn(2, 3, 13, 8).double(), torch.randn(2, 3, 13, 8).double()
-whole = x.flatten(0, 1).requires_grad_()
-expected = alone(whole, (3, 4))
-expected.backward(g.flatten(0, 1))
-mine = x[rank].requires_grad_()
-y = together(mine, (3, 4))
-y.backward(g[rank])
 def close(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-close(y, expected.unflatten(0, (2, 3))[rank])
-close(mine.grad, whole.grad.unflatten(0, (2, 3))[rank])
-for a, b in zip(together.parameters(), alone.parameters(), strict=True):
-    dist.all_reduce(a.grad)
-    close(a.grad, b.grad)
-for a, b in zip(together.state_dict().values(), alone.state_dict().values(), strict=True):
-    close(a, b)
+def close_all(a, b):
+    for s, t in zip(a, b, strict=True): close(s, t)
+def mean(t):
+    dist.all_reduce(t)
+    return t / 2
+modules = {
+    LocalityFeedForward(8, 2.0, "hs+se", 4): lambda m, x: m(x, (3, 4)),
+    DWShortcut(8, (3, 5)): lambda m, x: m(x, x.tanh(), (3, 4)),
+}
+for module, run in modules.items():
+    torch.manual_seed(0)
+    alone = module.double()
+    for p in alone.parameters(): nn.init.normal_(p)
+    together = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(alone))
+    parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(alone))
+    single = copy.deepcopy(alone)
+    x, g = torch.randn(2, 3, 13, 8).double(), torch.randn(2, 3, 13, 8).double()
+    whole = x.flatten(0, 1).requires_grad_()
+    expected = run(alone, whole)
+    expected.backward(g.flatten(0, 1))
+    mine = x[rank].requires_grad_()
+    y = run(together, mine)
+    y.backward(g[rank])
+    close(y, expected.unflatten(0, (2, 3))[rank])
+    close(mine.grad, whole.grad.unflatten(0, (2, 3))[rank])
+    close_all([2 * mean(p.grad) for p in together.parameters()], [p.grad for p in alone.parameters()])
+    close_all(together.state_dict().values(), alone.state_dict().values())
+    run(parallel, x[rank]).backward(g[rank])
+    run(single, x[rank]).backward(g[rank])
+    close_all([p.grad for p in parallel.parameters()], [mean(p.grad) for p in single.parameters()])
 dist.destroy_process_group()
 """
 

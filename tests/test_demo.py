@@ -44,16 +44,23 @@ def test_demo_writes_its_files_and_says_where(demo_output):
     assert "profiler_start" not in result.stderr
 
 
-def test_every_system_runs(tmp_path):
-    """The other systems than the one above, as short as can be."""
+def test_every_system_is_tried():
     from lifeops.demo.train import SYSTEMS
 
-    assert set(SYSTEMS) == {"life", "localvit"}
+    assert set(SYSTEMS) == {"life", *OTHERS}
+
+
+OTHERS = {"localvit": "LocalViT", "dw_shortcut": "DW shortcut"}
+
+
+@pytest.mark.parametrize("system", OTHERS)
+def test_other_systems_run(system, tmp_path):
+    """The other systems than the one above, as short as can be."""
     options = ["--quick", "--sizes", "50", "--epochs", "2", "--seeds", "1", "--jobs", "1"]
-    assert cli.main(["demo", "--system", "localvit", *options, "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "localvit" / "table.md").read_text(encoding="utf-8")
-    assert all(label in text for label in ("| 50 |", "| LocalViT (authors) |", "| LocalViT (lifeops) |"))
-    assert (tmp_path / "localvit" / "attention.png").exists()
+    assert cli.main(["demo", "--system", system, *options, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / system / "table.md").read_text(encoding="utf-8")
+    assert all(label in text for label in ("| 50 |", f"| {OTHERS[system]} (authors) |", f"| {OTHERS[system]} (lifeops) |"))
+    assert (tmp_path / system / "attention.png").exists()
 
 
 def test_demo_table_has_every_row(demo_output):
@@ -91,18 +98,19 @@ def test_command_line_errors(capsys, monkeypatch):
     assert "pip install lifeops[demo]" in capsys.readouterr().err
 
 
-def test_eager_and_lifeops_train_alike():
+@pytest.mark.parametrize(("eager", "system"), [("eager", "life"), ("eager_dw_shortcut", "dw_shortcut")])
+def test_eager_and_lifeops_train_alike(eager, system):
     pytest.importorskip("sklearn")
     images, _ = data.draw(data.load()[0], 50, seed=0)
     recipe, losses = Recipe(steps=5), {}
-    weights = build("eager", recipe).state_dict()
-    for name in ("eager", "life"):
+    weights = build(eager, recipe).state_dict()
+    for name in (eager, system):
         model, run = build(name, recipe), Run(name, 50, 0)
         model.load_state_dict(weights)
         fit(model, images, recipe, 0, run)
         losses[name] = torch.tensor(run.losses)
-    torch.testing.assert_close(losses["eager"], losses["life"], rtol=0, atol=1e-4)
-    assert losses["life"][0] != losses["life"][-1]
+    torch.testing.assert_close(losses[eager], losses[system], rtol=0, atol=1e-4)
+    assert losses[system][0] != losses[system][-1]
 
 
 def test_same_images_in_the_same_order():
@@ -117,7 +125,7 @@ def test_same_images_in_the_same_order():
     assert first.y.bincount().min() >= 9
 
 
-@pytest.mark.parametrize("name", ["plain", "eager", "life"])
+@pytest.mark.parametrize("name", ["plain", "eager", "life", "dw_shortcut"])
 def test_attention_of_the_class_token(name):
     model = build(name, Recipe())
     x = torch.randn(2, 1, 8, 8)

@@ -33,3 +33,8 @@ def test_registry_cases_in_the_interpreter():
 def test_localvit_in_the_interpreter():
     """The authors' numbers through Triton's kernels: a training step and an evaluation."""
     assert _interpreted("test_localvit.py", "test_golden and hs_se and triton-1") == 2
+
+
+def test_dw_shortcut_in_the_interpreter():
+    """A training step and an evaluation."""
+    assert _interpreted("test_dw_shortcut.py", "test_the_authors_computation and 3-1 and triton") == 2

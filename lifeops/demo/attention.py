@@ -11,7 +11,8 @@ from lifeops.models.deit import Attention, VisionTransformer
 @torch.no_grad()
 def cls_attention(model: VisionTransformer, x: Tensor) -> Tensor:
     """Images (B, 1, H, W) to the class token's attention over the patches (B, H/p, W/p), mean over heads."""
-    attn, seen = model.blocks[-1].attn, []
+    block, seen = model.blocks[-1], []
+    attn = getattr(block, "blocks", [block])[-1].attn  # a shortcut's block lies inside
     handle = attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         model.eval()(x)

@@ -7,7 +7,7 @@ from torch import nn
 from lifeops.integrations import timm
 
 RECORD = "_lifeops_conversion"
-SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit}
+SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit, "dw_shortcut": timm.convert_dw_shortcut}
 
 
 class Conversion:
@@ -29,9 +29,14 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     ``system="localvit"`` replaces each block by a :class:`lifeops.nn.LocalViTBlock`: the same ``norm1`` and ``attn``, and
     :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``.
 
+    ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
+    blocks, or around the blocks of every Swin stage. ``blocks`` then holds groups of the same blocks, so that state-dict names
+    change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again.
+
     Options: "life": ``qkv_norm``, ``aux_key``, ``recompute`` as in :class:`lifeops.nn.LifeQKV`; "localvit": ``act`` ("hs+se"),
     ``reduction`` (C, as the authors' tiny and small models), ``expand_ratio`` (the MLP's) as in
-    :class:`lifeops.nn.LocalityFeedForward`; both: ``num_prefix_tokens`` overrides the model's own.
+    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut, and ``kernel_sizes`` (3), an odd
+    int or several; all: ``num_prefix_tokens`` overrides the model's own.
 
     Raises:
         ValueError: unknown system, a model converted before, or one that is not a ViT as looked for (the message lists it).

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
 from torch import nn
+
+from lifeops.integrations import official_dw_shortcut as shortcut
 
 _LIFE_KEY = "blocks.0.attn.qkv.scale1.weight"
 _LOCALVIT_KEY = "blocks.0.conv.conv.0.weight"
@@ -19,38 +22,58 @@ def load_official(checkpoint, *, num_heads: int | None = None, act: str | None =
     Args:
         checkpoint: a path (``.safetensors``, or a torch file, read with ``weights_only=True``) or a loaded dict; with or
             without the outer "model" key.
-        num_heads: attention heads where the checkpoint's family does not fix them; default C // 64 for LIFE's DeiT models, C // 48
-            for LocalViT's.
+        num_heads: attention heads where the tensors do not tell; default C // 64 for LIFE's DeiT models and the DW shortcut's ViT,
+            C // 48 for LocalViT's.
         act: LocalViT's activation where the tensors do not tell; default "relu6" without channel attention (the authors'
             mlp6_act1), "hs+se" with squeeze and excitation, "hs+eca" with ECA.
 
-    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``; returned with ``aux_key="scale1"``, as they were trained) and
-    LocalViT DeiT (``blocks.0.conv.conv.0.weight``).
+    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``; returned with ``aux_key="scale1"``, as they were trained),
+    LocalViT DeiT (``blocks.0.conv.conv.0.weight``), and the DW shortcut's ViT (``transformer.convs.0.weight``), CaiT
+    (``patch_transformer.convs.0.weight``) and Swin (``layers.0.convs.0.weight``).
 
     Raises:
         ValueError: keys of no known family, or sizes that do not fit together. RuntimeError: unexpected or missing keys.
     """
     state = _state_dict(checkpoint)
-    if _LIFE_KEY in state:
-        model = _life_deit(state, num_heads)
-    elif _LOCALVIT_KEY in state:
-        model = _localvit_deit(state, num_heads, act)
-    else:
-        known = f"LIFE DeiT ({_LIFE_KEY!r}), LocalViT DeiT ({_LOCALVIT_KEY!r})"
-        raise ValueError(f"load_official: no known checkpoint; looked for {known}, got keys such as {sorted(state)[:5]}")
-    model.load_state_dict(state, strict=True)
-    return model.eval()
+    for key, _, build in _families(num_heads, act):
+        if key in state:
+            model = build(state).to(state[key].dtype)
+            model.load_state_dict(state, strict=True)
+            return model.eval()
+    known = ", ".join(f"{name} ({key!r})" for key, name, _ in _families(num_heads, act))
+    raise ValueError(f"load_official: no known checkpoint; looked for {known}, got keys such as {sorted(state)[:5]}")
+
+
+def _families(num_heads, act):
+    """The key that tells a family, its name, and what builds its model from a state dict."""
+    return (
+        (_LIFE_KEY, "LIFE DeiT", lambda state: _life_deit(state, num_heads)),
+        (_LOCALVIT_KEY, "LocalViT DeiT", lambda state: _localvit_deit(state, num_heads, act)),
+        (shortcut.VIT_KEY, "DW shortcut ViT", lambda state: shortcut.vit(state, num_heads)),
+        (shortcut.CAIT_KEY, "DW shortcut CaiT", lambda state: shortcut.cait(state, num_heads)),
+        (shortcut.SWIN_KEY, "DW shortcut Swin", lambda state: shortcut.swin(state, num_heads)),
+    )
+
+
+class _Settings:
+    """Stands in for yacs' CfgNode, which checkpoints of Swin-style training scripts hold beside the model: an inert dict."""
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
+def _load(path: str):
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    with torch.serialization.safe_globals([(_Settings, "yacs.config.CfgNode")]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _state_dict(checkpoint) -> Mapping[str, torch.Tensor]:
     if isinstance(checkpoint, (str, os.PathLike)):
-        path = os.fspath(checkpoint)
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            checkpoint = load_file(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = _load(os.fspath(checkpoint))
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"load_official: the checkpoint must be a path or a dict, got {type(checkpoint).__name__}")
     state = checkpoint.get("model", checkpoint)
@@ -66,7 +89,6 @@ class _Host:
     def __init__(self, family: str, state: Mapping[str, torch.Tensor], num_heads: int | None, head_dim: int):
         self.family, self.state = family, state
         patch = self.need("patch_embed.proj.weight")
-        self.dtype = patch.dtype
         dim, in_chans, *patch_size = patch.shape
         dist = "dist_token" in state
         patches = self.need("pos_embed").shape[1] - 1 - dist
@@ -99,7 +121,7 @@ def _life_deit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> nn.M
         return LifeAttention(dim, num_heads, num_prefix_tokens, qkv_norm=qkv_norm, aux_key="scale1")
 
     mlp_ratio = host.need("blocks.0.mlp.fc1.weight").shape[0] / host.sizes["embed_dim"]
-    return VisionTransformer(**host.sizes, mlp_ratio=mlp_ratio, attn=attention).to(host.dtype)
+    return VisionTransformer(**host.sizes, mlp_ratio=mlp_ratio, attn=attention)
 
 
 def _localvit_deit(state: Mapping[str, torch.Tensor], num_heads: int | None, act: str | None) -> nn.Module:
@@ -112,4 +134,4 @@ def _localvit_deit(state: Mapping[str, torch.Tensor], num_heads: int | None, act
         eca = squeeze is None and "blocks.0.conv.conv.6.conv.weight" in state
         act = "hs+eca" if eca else "relu6" if squeeze is None else "hs+se"
     reduction = 1 if squeeze is None else hidden // squeeze.shape[0]
-    return localvit(mlp_ratio=hidden / dim, act=act, reduction=reduction, **host.sizes).to(host.dtype)
+    return localvit(mlp_ratio=hidden / dim, act=act, reduction=reduction, **host.sizes)

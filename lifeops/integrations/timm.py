@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lifeops.nn.dw_shortcut import ShortcutModule, wrap
 from lifeops.nn.life import GridHolder, LifeAttention
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 
@@ -72,14 +73,15 @@ def _prefix_tokens(model: nn.Module, num_prefix_tokens: int | None) -> int:
     return prefix
 
 
-def _replace(model: nn.Module, record, replacements: list[tuple[str, nn.Module]], with_grid) -> None:
-    """Put the new modules in place, give the part of each that ``with_grid`` names the grid; ``record`` keeps what revert needs."""
+def _replace(model: nn.Module, record, replacements: list[tuple[str, nn.Module]], with_grid: list[nn.Module]) -> None:
+    """Put the new modules in place and let those of ``with_grid`` know the grid; ``record`` keeps what revert needs."""
     holder = GridHolder()
     for path, new in replacements:
         parent, _, name = path.rpartition(".")
         record.replaced.append((path, model.get_submodule(path)))
         setattr(model.get_submodule(parent), name, new)
-        with_grid(new).grid_holder = holder
+    for module in with_grid:
+        module.grid_holder = holder
     record.hook_id = model.patch_embed.register_forward_hook(GridHook(holder)).id
 
 
@@ -90,7 +92,8 @@ def convert_life(model: nn.Module, record, *, num_prefix_tokens: int | None = No
     found = [(f"blocks.{i}.attn", getattr(block, "attn", None)) for i, block in enumerate(model.blocks)]
     for path, attn in found:
         _check_attention(path, attn)
-    _replace(model, record, [(path, _replacement(attn, prefix, options)) for path, attn in found], lambda new: new)
+    news = [(path, _replacement(attn, prefix, options)) for path, attn in found]
+    _replace(model, record, news, [new for _, new in news])
 
 
 def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reduction: int | None, expand_ratio: float | None) -> LocalViTBlock:
@@ -119,4 +122,31 @@ def convert_localvit(
     prefix = _prefix_tokens(model, num_prefix_tokens)
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
     news = [(path, _localvit_block(path, block, prefix, act, reduction, expand_ratio)) for path, block in blocks]
-    _replace(model, record, news, lambda new: new.conv)
+    _replace(model, record, news, [new.conv for _, new in news])
+
+
+def _stages(model: nn.Module, num_prefix_tokens: int | None) -> tuple[list[str], int]:
+    """Where the blocks are that shortcuts go around, and P: a ViT's, CaiT's patch blocks (no prefix there), each Swin stage's."""
+    if any(isinstance(m, ShortcutModule) for m in model.modules()):
+        raise ValueError(f"convert: {type(model).__name__} has DW shortcuts of its own")
+    stages = list(getattr(model, "layers", ()))
+    if stages and hasattr(model, "patch_embed") and all(hasattr(stage, "blocks") for stage in stages):
+        return [f"layers.{i}.blocks" for i in range(len(stages))], num_prefix_tokens or 0
+    if hasattr(model, "blocks_token_only"):
+        num_prefix_tokens = num_prefix_tokens or 0
+    return ["blocks"], _prefix_tokens(model, num_prefix_tokens)
+
+
+def convert_dw_shortcut(
+    model: nn.Module, record, *, num_prefix_tokens: int | None = None, every: int = 1, kernel_sizes: int | tuple[int, ...] = 3, **options
+) -> None:
+    """Put a shortcut around every ``every`` blocks, which stay what they are."""
+    _options(options, ("every", "kernel_sizes"))
+    paths, prefix = _stages(model, num_prefix_tokens)
+    news = []
+    for path in paths:
+        blocks = model.get_submodule(path)
+        wrapped = wrap(blocks, every, kernel_size=kernel_sizes, num_prefix_tokens=prefix)
+        news.append((path, nn.Sequential(*wrapped) if isinstance(blocks, nn.Sequential) else wrapped))
+        news[-1][1].training = blocks.training
+    _replace(model, record, news, [group.shortcut for _, new in news for group in new])

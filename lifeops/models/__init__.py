@@ -1,6 +1,9 @@
 """Hosts: small, readable models whose state dicts are timm's or the authors'."""
 
 from lifeops.models.deit import VisionTransformer
+from lifeops.models.dw_shortcut import dw_shortcut
 from lifeops.models.localvit import localvit
+from lifeops.models.swin import SwinTransformer
+from lifeops.models.vit_cait import CaiT, ViT
 
-__all__ = ["VisionTransformer", "localvit"]
+__all__ = ["CaiT", "SwinTransformer", "ViT", "VisionTransformer", "dw_shortcut", "localvit"]

@@ -15,11 +15,25 @@ AttentionFactory = Callable[[int, int, int], nn.Module]
 BlockFactory = Callable[[int, int, int, nn.Module], nn.Module]
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+def to_pair(model: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    """``value`` as (H, W), checked."""
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise ValueError(f"VisionTransformer: {name} must be a positive int or two of them (H, W), got {value!r}")
+        raise ValueError(f"{model}: {name} must be a positive int or two of them (H, W), got {value!r}")
     return pair
+
+
+def grid_of(model: str, img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Patches per side."""
+    if any(n % p for n, p in zip(img_size, patch_size, strict=True)):
+        raise ValueError(f"{model}: img_size must be a multiple of patch_size {patch_size}, got {img_size}")
+    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
+
+
+def check_images(model: str, x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
+    expected = (in_chans, *img_size)
+    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+        raise ValueError(f"{model}: x must be images (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
 
 
 class PatchEmbed(nn.Module):
@@ -27,17 +41,13 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, img_size: tuple[int, int], patch_size: tuple[int, int], in_chans: int, embed_dim: int):
         super().__init__()
-        if any(n % p for n, p in zip(img_size, patch_size, strict=True)):
-            raise ValueError(f"VisionTransformer: img_size must be a multiple of patch_size {patch_size}, got {img_size}")
+        self.grid_size = grid_of("VisionTransformer", img_size, patch_size)
         self.img_size, self.patch_size = img_size, patch_size
-        self.grid_size = (img_size[0] // patch_size[0], img_size[1] // patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        expected = (self.proj.in_channels, *self.img_size)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(f"VisionTransformer: x must be images (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+        check_images("VisionTransformer", x, self.proj.in_channels, self.img_size)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -141,7 +151,8 @@ class VisionTransformer(nn.Module):
         _check_sizes(embed_dim, num_heads, class_token, dist_token, num_reg_tokens, drop_path_rate)
         self.num_classes, self.embed_dim = num_classes, embed_dim
         self.num_prefix_tokens = P = int(class_token) + int(dist_token) + num_reg_tokens
-        self.patch_embed = PatchEmbed(_pair("img_size", img_size), _pair("patch_size", patch_size), in_chans, embed_dim)
+        sizes = ("img_size", img_size), ("patch_size", patch_size)
+        self.patch_embed = PatchEmbed(*(to_pair("VisionTransformer", *size) for size in sizes), in_chans, embed_dim)
         self.cls_token = _token(1, embed_dim) if class_token else None
         self.dist_token = _token(1, embed_dim) if dist_token else None
         self.reg_token = _token(num_reg_tokens, embed_dim) if num_reg_tokens else None

@@ -1,6 +1,7 @@
 """Modules: thin, state-dict compatible with the official checkpoints."""
 
+from lifeops.nn.dw_shortcut import DWShortcut, wrap
 from lifeops.nn.life import LifeAttention, LifeQKV
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 
-__all__ = ["LifeAttention", "LifeQKV", "LocalViTBlock", "LocalityFeedForward"]
+__all__ = ["DWShortcut", "LifeAttention", "LifeQKV", "LocalViTBlock", "LocalityFeedForward", "wrap"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config, geometry, torchlib
+from lifeops.nn.batch_norm import check_constant, constants, on_batch, sync_group, total_count, update_running
 from lifeops.nn.life import GridHolder
 from lifeops.ops import locality_ffn as chain
 from lifeops.ops.channel_act import accumulate_dtype
@@ -152,7 +153,7 @@ class LocalityFeedForward(nn.Module):
         )
 
     def _config(self, x, grid, norms, backend) -> chain.Config:
-        groups = tuple(_sync_group(n) for n in norms)
+        groups = tuple(sync_group(n) for n in norms)
         eps = tuple(getattr(n, "eps", 0.0) for n in norms)
         return chain.Config(self.act, self.attention, *grid, self.num_prefix_tokens, eps, groups, backend)
 
@@ -178,7 +179,7 @@ class LocalityFeedForward(nn.Module):
         y, *batch = chain.LocalityFFN.apply(cfg, x, w1, b1, *n1, dw, bd, *n2, *gates, w2, b2, *n3)
         for norm, mean, var in zip(norms, batch[0::2], batch[1::2], strict=True):
             if mean is not None:
-                _update_running(norm, mean, var, x.shape[0] * chain.patches(cfg))
+                update_running(norm, mean, var, total_count(x.shape[0] * chain.patches(cfg), sync_group(norm), mean))
         return y
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
@@ -192,6 +193,14 @@ class LocalityFeedForward(nn.Module):
         geometry.check_tokens("LocalityFeedForward", "x", x.shape[1], g.height, g.width, g.prefix)
         grid = g.height, g.width
         return self._run(x, grid) if self._fast(x) else self._plain(x, grid)
+
+    def fold_batch_norms_(self, check: bool) -> None:
+        """Put folded convolutions and ``nn.Identity`` in place of convolutions and norms, or only ``check`` that it can be done."""
+        for i, norm in enumerate(self.conv):
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                check_constant(f"conv.{i}", norm)
+                if not check:
+                    self.conv[i - 1], self.conv[i] = _folded(self.conv[i - 1], norm), nn.Identity()
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, hidden_dim={self.hidden_dim}, num_prefix_tokens={self.num_prefix_tokens}"
@@ -217,26 +226,14 @@ class LocalViTBlock(nn.Module):
         return self.conv(x, grid)
 
 
-def _on_batch(norm) -> bool:
-    return norm.training or norm.running_mean is None
-
-
 def _norm_values(norm, dtype) -> chain.Norm:
     """gamma, beta and, unless the batch is to be used, the running statistics, in the accumulation dtype."""
     if isinstance(norm, nn.Identity):
         return chain.Norm(None, None, None, None)
     gamma, beta = norm.weight.to(dtype), norm.bias.to(dtype)
-    if _on_batch(norm):
+    if on_batch(norm):
         return chain.Norm(gamma, beta, None, None)
     return chain.Norm(gamma, beta, norm.running_mean.to(dtype), norm.running_var.to(dtype))
-
-
-def _sync_group(norm):
-    """The process group a SyncBatchNorm shares its batch statistics in, or None."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not torch.distributed.is_initialized():
-        return None
-    group = norm.process_group or torch.distributed.group.WORLD
-    return group if torch.distributed.get_world_size(group) > 1 else None
 
 
 def _check_batch(count, x, cfg):
@@ -246,48 +243,8 @@ def _check_batch(count, x, cfg):
 
 
 @torch.no_grad()
-def _update_running(norm, mean, var, count):
-    """What nn.BatchNorm2d does after a training step; the running variance is the unbiased one."""
-    if not norm.training or not norm.track_running_stats or norm.running_mean is None:
-        return
-    norm.num_batches_tracked.add_(1)
-    momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
-    group = _sync_group(norm)
-    if group is not None:
-        total = mean.new_tensor([count])
-        torch.distributed.all_reduce(total, group=group)
-        count = int(total)
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), momentum)
-
-
-def fuse_(module: nn.Module) -> nn.Module:
-    """Fold the batch norms of every :class:`LocalityFeedForward` in ``module`` into its convolutions, in place, for inference.
-
-    W' = W * gamma / sqrt(var + eps) per output channel, bias beta - mean * gamma / sqrt(var + eps), folded in float64: the same
-    outputs to rounding. The batch norms become ``nn.Identity`` and the convolutions get biases, so the state dict changes.
-
-    Raises ValueError in training mode, and where batch norms keep no running statistics.
-    """
-    found = [m for m in module.modules() if isinstance(m, LocalityFeedForward)]
-    if not found:
-        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward")
-    for m in found:
-        for i, norm in enumerate(m.conv):
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and _on_batch(norm):
-                raise ValueError(f"fuse_: conv.{i} takes its statistics from the batch: call .eval() first, with track_running_stats=True")
-    for m in found:
-        for i in range(1, len(m.conv)):
-            if isinstance(m.conv[i], nn.modules.batchnorm._BatchNorm):
-                m.conv[i - 1], m.conv[i] = _folded(m.conv[i - 1], m.conv[i]), nn.Identity()
-    return module
-
-
-@torch.no_grad()
 def _folded(conv, norm):
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale + (0 if norm.bias is None else norm.bias.double())
+    scale, shift = constants(norm, torch.float64)
     new = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups,
         device=conv.weight.device, dtype=conv.weight.dtype,

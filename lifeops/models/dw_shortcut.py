@@ -1,0 +1,34 @@
+"""The DW shortcut's models (arXiv 2407.19394) by the authors' sizes; state-dict keys are theirs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lifeops.models.swin import SwinTransformer
+from lifeops.models.vit_cait import CaiT, ViT
+
+VARIANTS = {  # parameters with 10 classes, without and with shortcuts
+    "vit_tiny": (ViT, {"embed_dim": 192, "num_heads": 3}),  # 5,519,434  5,547,082
+    "vit_small": (ViT, {"embed_dim": 384, "num_heads": 6}),  # 21,655,690  21,710,986
+    "cait_xxs12": (CaiT, {"embed_dim": 192, "num_heads": 4, "depth": 12}),  # 6,413,642  6,441,290
+    "cait_xxs24": (CaiT, {"embed_dim": 192, "num_heads": 4, "depth": 24}),  # 11,750,090  11,805,386
+    "swin_tiny": (SwinTransformer, {"drop_path_rate": 0.2}),  # 27,527,044  27,580,036
+}
+
+
+def dw_shortcut(variant: str = "vit_tiny", *, every: int | None = 1, kernel_sizes: int | tuple[int, ...] = 3, **host) -> nn.Module:
+    """A Transformer with depth-wise convolution shortcuts around its blocks.
+
+    Args:
+        variant: one of the authors' models, "vit_tiny", "vit_small", "cait_xxs12", "cait_xxs24", "swin_tiny".
+        every: one shortcut around so many consecutive blocks: 1 the main method, 2 to 4 variant 1, None the plain model.
+        kernel_sizes: an odd int, or several for parallel kernels (variant 2); shortcut i has the convolutions i * n to i * n + n - 1.
+        host: everything else :class:`lifeops.models.vit_cait.ViT`, ``CaiT`` or :class:`lifeops.models.swin.SwinTransformer` takes
+            (img_size, num_classes, …), instead of the variant's own.
+
+    Raises ValueError for an unknown variant or sizes that do not fit.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"dw_shortcut: variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    build, sizes = VARIANTS[variant]
+    return build(**{**sizes, **host}, every=every, kernel_sizes=kernel_sizes)

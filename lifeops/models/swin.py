@@ -1,0 +1,190 @@
+"""The Swin host of the DW shortcut (arXiv 2407.19394) in its authors' key layout, which is Microsoft's with convs and batchnorms.
+
+A stage is windowed-attention blocks on (B, H*W, C) tokens, each (or every few) with a shortcut on the full-resolution map, then
+patch merging. Source: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", arXiv 2103.14030.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lifeops.models.deit import DropPath, Mlp, PatchEmbed, to_pair
+from lifeops.nn.dw_shortcut import ShortcutModule, check_every, dw_shortcut
+
+
+def windows(x: Tensor, size: int) -> Tensor:
+    """Maps (B, H, W, C) to windows (B * nW, size * size, C), row-major."""
+    B, H, W, C = x.shape
+    return x.view(B, H // size, size, W // size, size, C).transpose(2, 3).reshape(-1, size * size, C)
+
+
+def from_windows(x: Tensor, size: int, H: int, W: int) -> Tensor:
+    """The inverse of :func:`windows`."""
+    return x.view(-1, H // size, W // size, size, size, x.shape[-1]).transpose(2, 3).reshape(-1, H, W, x.shape[-1])
+
+
+def _relative_position_index(size: int) -> Tensor:
+    """(n, n) for n = size * size tokens: the row of the bias table for each pair, by its offset in rows and columns."""
+    at = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).flatten(1)
+    rows, columns = at[:, :, None] - at[:, None, :] + size - 1
+    return rows * (2 * size - 1) + columns
+
+
+def _shift_mask(H: int, W: int, size: int, shift: int) -> Tensor:
+    """(nW, n, n): -100 between tokens that a cyclic shift brought into one window from different places."""
+
+    def bands(length):
+        return torch.cat([torch.full((n,), i) for i, n in enumerate((length - size, size - shift, shift))])
+
+    regions = windows((3 * bands(H)[:, None] + bands(W))[None, :, :, None], size)[:, :, 0]
+    return (regions[:, None] != regions[:, :, None]) * -100.0
+
+
+class WindowAttention(nn.Module):
+    """Attention inside windows with a bias per head and relative position."""
+
+    def __init__(self, dim: int, size: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * size - 1) ** 2, num_heads))
+        self.register_buffer("relative_position_index", _relative_position_index(size))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B * nW, n, C), mask (nW, n, n) or None."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (h, n, n)
+        if mask is not None:  # (B, nW, h, n, n)
+            q, k, v = (t.unflatten(0, (-1, mask.shape[0])) for t in (q, k, v))
+            bias = bias + mask[:, None].to(bias.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.flatten(0, -4).transpose(1, 2).flatten(2))
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm block with attention in windows, shifted by ``shift`` where the map is larger than one."""
+
+    def __init__(self, dim, resolution, num_heads, size, shift, mlp_ratio, qkv_bias, drop_path):
+        super().__init__()
+        if min(resolution) <= size:
+            size, shift = min(resolution), 0
+        if any(n % size for n in resolution):
+            raise ValueError(f"SwinTransformer: every stage's grid must be a multiple of its window {size}, got {resolution}")
+        self.resolution, self.size, self.shift = resolution, size, shift
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, size, num_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+        self.register_buffer("attn_mask", _shift_mask(*resolution, size, shift) if shift else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (H, W), s = self.resolution, self.shift
+        t = self.norm1(x).unflatten(1, (H, W))
+        t = torch.roll(t, (-s, -s), (1, 2)) if s else t
+        t = from_windows(self.attn(windows(t, self.size), self.attn_mask), self.size, H, W)
+        t = torch.roll(t, (s, s), (1, 2)) if s else t
+        x = x + self.drop_path(t.flatten(1, 2))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchMerging(nn.Module):
+    """Tokens of an (H, W) map to those of an (H/2, W/2) map of twice the width."""
+
+    def __init__(self, dim: int, resolution: tuple[int, int]):
+        super().__init__()
+        if any(n % 2 for n in resolution):
+            raise ValueError(f"SwinTransformer: the grid of a stage before the last must be even, got {resolution}")
+        self.resolution = resolution
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, (H, W) = x.shape[0], self.resolution
+        x = x.view(B, H // 2, 2, W // 2, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(B, H * W // 4, -1)  # column offset before row offset
+        return self.reduction(self.norm(x))
+
+
+class SwinStage(ShortcutModule):
+    """Blocks, a shortcut around every ``every`` of them (None: none), patch merging."""
+
+    def __init__(
+        self, blocks, dim: int, resolution: tuple[int, int], merge: bool, every: int | None, kernel_sizes, grad_checkpointing: bool
+    ):
+        blocks = list(blocks)
+        if every is not None:
+            check_every("SwinTransformer", every, len(blocks))
+        super().__init__(dim, 0 if every is None else len(blocks) // every, kernel_sizes)
+        self.resolution, self.every, self.grad_checkpointing = resolution, every, grad_checkpointing
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = PatchMerging(dim, resolution) if merge else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x
+        for i, block in enumerate(self.blocks, 1):
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
+            if self.every and i % self.every == 0:
+                x = start = dw_shortcut(start, x, *self.kernels(i // self.every - 1), self.resolution, 0)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class SwinPatchEmbed(PatchEmbed):
+    def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int):
+        super().__init__(img_size, patch_size, in_chans, embed_dim)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class SwinTransformer(nn.Module):
+    """Images (B, in_chans, H, W) to logits (B, num_classes).
+
+    Args:
+        depths, num_heads: blocks and heads of each stage. window_size: one number; stages no larger than it have one window.
+        every, kernel_sizes: a shortcut around every so many blocks of a stage (None: no shortcuts), its kernel sizes.
+        grad_checkpointing: blocks are run again in backward; the shortcuts, which keep next to nothing, are not.
+
+    Raises ValueError where sizes do not fit each other.
+    """
+
+    def __init__(
+        self, img_size=224, patch_size=4, in_chans=3, num_classes=1000, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
+        window_size=7, mlp_ratio=4.0, qkv_bias=True, drop_path_rate=0.0, every=1, kernel_sizes=3, grad_checkpointing=False,
+    ):  # fmt: skip
+        super().__init__()
+        name = type(self).__name__
+        if len(depths) != len(num_heads):
+            raise ValueError(f"{name}: depths and num_heads must have one number per stage, got {depths} and {num_heads}")
+        sizes = to_pair(name, "img_size", img_size), to_pair(name, "patch_size", patch_size)
+        self.patch_embed = SwinPatchEmbed(*sizes, in_chans, embed_dim)
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+
+        def stage(s, depth, heads):
+            dim, resolution = embed_dim * 2**s, tuple(n // 2**s for n in self.patch_embed.grid_size)
+            if dim % heads:
+                raise ValueError(f"{name}: the width {dim} of stage {s} must be a multiple of its {heads} heads")
+            shifts = [window_size // 2 * (i % 2) for i in range(depth)]
+            blocks = [SwinBlock(dim, resolution, heads, window_size, shift, mlp_ratio, qkv_bias, next(rates)) for shift in shifts]
+            return SwinStage(blocks, dim, resolution, s + 1 < len(depths), every, kernel_sizes, grad_checkpointing)
+
+        self.layers = nn.ModuleList(stage(s, *sizes) for s, sizes in enumerate(zip(depths, num_heads, strict=True)))
+        width = embed_dim * 2 ** (len(depths) - 1)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x)
+        for stage in self.layers:
+            x = stage(x)
+        return self.head(self.norm(x).mean(1))

@@ -1,0 +1,85 @@
+"""What nn.BatchNorm2d and nn.SyncBatchNorm keep and share, for modules that compute the statistics themselves; and ``fuse_``."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_FOLD = "fold_batch_norms_"
+
+
+def on_batch(norm: nn.Module) -> bool:
+    """The norm takes its statistics from the batch: in training mode, or without running ones."""
+    return norm.training or norm.running_mean is None
+
+
+def sync_group(norm: nn.Module):
+    """The process group a SyncBatchNorm shares its batch statistics in, or None."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training or not torch.distributed.is_initialized():
+        return None
+    group = norm.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def total_count(count: int, group, like: torch.Tensor) -> int:
+    """The sum of ``count`` over the processes of ``group`` (None: this one alone); ``like`` gives device and dtype."""
+    if group is None:
+        return count
+    total = like.new_tensor([count])
+    torch.distributed.all_reduce(total, group=group)
+    return int(total)
+
+
+def _recomputing() -> bool:
+    """Inside a backward pass: activation checkpointing runs the forward pass, whose statistics were kept before, again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+@torch.no_grad()
+def update_running(norm: nn.Module, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
+    """What nn.BatchNorm2d does after a training step on ``count`` values per channel; the running variance is the unbiased one.
+
+    Unlike nn.BatchNorm2d's, the statistics of a step count once where activation checkpointing runs the forward pass twice.
+    """
+    if not norm.training or not norm.track_running_stats or norm.running_mean is None or _recomputing():
+        return
+    norm.num_batches_tracked.add_(1)
+    momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+
+
+def constants(norm: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, shift) of a norm with running statistics, computed in ``dtype``: scale * x + shift."""
+    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
+
+
+def check_constant(name: str, norm: nn.Module) -> None:
+    """Raise unless the batch norm ``name`` can be folded."""
+    if on_batch(norm):
+        raise ValueError(f"fuse_: {name} takes its statistics from the batch: call .eval() first, with track_running_stats=True")
+
+
+def fuse_(module: nn.Module) -> nn.Module:
+    """Fold the batch norms of lifeops' modules in ``module`` into their convolutions, in place, for inference; returns ``module``.
+
+    The same outputs to rounding: everything is folded in float64. The state dict changes.
+
+    * :class:`lifeops.nn.LocalityFeedForward`: W' = W * gamma / sqrt(var + eps) per output channel, bias
+      beta - mean * gamma / sqrt(var + eps). Batch norms become ``nn.Identity``.
+    * :class:`lifeops.nn.DWShortcut` and the models of :func:`lifeops.models.dw_shortcut`: one convolution per shortcut, of the
+      largest kernel size. Its batch norm comes before the zero padding, so that no constant bias can stand for it: it becomes
+      a ``ChannelAffine`` (one kernel) or a ``BorderBias`` (several) of ``lifeops.nn.dw_shortcut_fold``.
+
+    Raises ValueError in training mode, and where batch norms keep no running statistics.
+    """
+    found = [m for m in module.modules() if hasattr(m, _FOLD)]
+    if not found:
+        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward or DWShortcut")
+    for check in (True, False):  # nothing is changed unless everything can be
+        for m in found:
+            getattr(m, _FOLD)(check)
+    return module

@@ -1,0 +1,256 @@
+"""The depth-wise convolution shortcut around Transformer blocks (arXiv 2407.19394); state-dict keys are the authors'."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lifeops import config, geometry
+from lifeops.nn.batch_norm import check_constant, constants, on_batch, sync_group, total_count, update_running
+from lifeops.nn.dw_shortcut_fold import BorderBias, ChannelAffine, merged
+from lifeops.nn.life import GridHolder
+from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.dw_shortcut import dw_shortcut_eval, dw_shortcut_train
+from lifeops.ops.token_dwconv_function import token_dwconv
+
+NAME = "dw_shortcut"
+BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
+
+
+# ------------------------------------------------------------------------------------------------ the functional core
+
+
+def _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens):
+    g = geometry.to_grid(NAME, grid, num_prefix_tokens)
+    if x.dim() != 3:
+        raise ValueError(f"{NAME}: x must have shape (B, N, C), got {tuple(x.shape)}")
+    geometry.check_tokens(NAME, "x", x.shape[1], g.height, g.width, g.prefix)
+    if block_output.shape != x.shape or block_output.device != x.device:
+        got = f"{tuple(block_output.shape)} on {block_output.device}"
+        raise ValueError(f"{NAME}: block_output must be like x, {tuple(x.shape)} on {x.device}, got {got}")
+    if not convs or len(convs) != len(batchnorms):
+        raise ValueError(f"{NAME}: convs and batchnorms must be equally many and not none, got {len(convs)} and {len(batchnorms)}")
+    return g.height, g.width
+
+
+def _is_constant(norm) -> bool:
+    return isinstance(norm, (ChannelAffine, BorderBias)) or (type(norm) in BATCH_NORMS and not on_batch(norm))
+
+
+def _fused_on_batch(x, norm) -> bool:
+    """A batch norm whose statistics the fused training step computes; empty batches and torch.func are left to the norm itself."""
+    known = type(norm) in BATCH_NORMS and on_batch(norm)
+    return known and x.numel() > 0 and not torch._C._are_functorch_transforms_active()
+
+
+def _train(x, y, pairs, group, grid, P, backend):
+    """The kernels whose norms take the batch's statistics, shared in one process group; updates the running statistics."""
+    n = x.shape[0] * grid[0] * grid[1]
+    if n < 2 and group is None:
+        got = f"{tuple(x.shape)} with a {grid[0]}x{grid[1]} grid"
+        raise ValueError(f"{NAME}: expected more than 1 value per channel when training, got {got}")
+    convs, norms = zip(*pairs, strict=True)
+    columns = [c.weight for c in convs], [c.bias for c in convs], [m.weight for m in norms], [m.bias for m in norms], [m.eps for m in norms]
+    y, mean, m2 = dw_shortcut_train(x, y, *columns, grid, P, group, backend)
+    n = total_count(n, group, mean)
+    for norm in norms:
+        update_running(norm, mean, m2 / n, n)
+    return y
+
+
+def _constant(x, y, conv, norm, grid, P, backend):
+    """One kernel whose norm is constant."""
+    if isinstance(norm, BorderBias):
+        y = dw_shortcut_eval(x, y, conv.weight, conv.bias, None, None, grid, P, backend)
+        y[:, P:] += norm(grid).to(y.dtype)
+        return y
+    wide = accumulate_dtype(x.dtype)
+    values = (norm.scale, norm.shift) if isinstance(norm, ChannelAffine) else constants(norm, wide)
+    return dw_shortcut_eval(x, y, conv.weight, conv.bias, *(t.to(wide) for t in values), grid, P, backend)
+
+
+def _plain(x, y, conv, norm, grid, P, backend):
+    """One kernel with the norm called as the module it is."""
+    t = F.gelu(x[:, P:]).transpose(1, 2).unsqueeze(3)
+    t = norm(t).squeeze(3).transpose(1, 2).to(y.dtype)
+    return torch.cat((y[:, :P], token_dwconv(t, conv.weight, conv.bias, grid=grid, residual=y[:, P:], backend=backend)), 1)
+
+
+def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None):
+    """block_output + [0 for the prefix tokens | sum_k conv_k(batchnorm_k(GELU(x_patch)))].
+
+    The convolutions zero-pad what the batch norms give. Training: the statistics of GELU(x_patch), the same for all kernels, are
+    computed once, and every norm's running statistics follow as :class:`torch.nn.BatchNorm2d`'s would. Norms in evaluation mode
+    (also single ones) are constants. Norms of other types than BatchNorm2d and SyncBatchNorm are called on (B, C, H*W, 1) maps.
+
+    Args:
+        x: (B, P + H*W, C), the input of the block(s). block_output: what came out, same shape; x is read in its dtype.
+        convs: depth-wise nn.Conv2d, odd kernels, same padding. batchnorms: one for each.
+        grid, num_prefix_tokens: (H, W), P. backend: as in :func:`lifeops.token_dwconv`.
+
+    Returns the sum with block_output's dtype, under autocast too: reading and writing is all this costs, a cast would cost more.
+
+    Raises ValueError for shapes that do not fit and for a training batch of one value per channel.
+    """
+    grid = _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens)
+    backend = config.requested_backend(backend)
+    y, P = block_output, num_prefix_tokens
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+        x, trained = x.to(y.dtype), {}
+        for conv, norm in zip(convs, batchnorms, strict=True):
+            if _fused_on_batch(x, norm):
+                trained.setdefault(sync_group(norm), []).append((conv, norm))
+            elif _is_constant(norm):
+                y = _constant(x, y, conv, norm, grid, P, backend)
+            else:
+                y = _plain(x, y, conv, norm, grid, P, backend)
+        for group, pairs in trained.items():
+            y = _train(x, y, pairs, group, grid, P, backend)
+    return y
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+def kernel_sizes(kernel_size) -> tuple[int, ...]:
+    """``kernel_size`` as a tuple, checked."""
+    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    if not sizes or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in sizes):
+        raise ValueError(f"DWShortcut: kernel_size must be an odd positive int or several of them, got {kernel_size!r}")
+    return sizes
+
+
+class ShortcutModule(nn.Module):
+    """Holds ``convs`` and ``batchnorms`` of ``count`` shortcuts, those of one shortcut's parallel kernels side by side."""
+
+    def __init__(self, dim: int, count: int, kernel_size: int | tuple[int, ...], **dd):
+        super().__init__()
+        sizes = kernel_sizes(kernel_size) * count
+        self.count = count
+        self.convs = nn.ModuleList(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim, **dd) for k in sizes)
+        self.batchnorms = nn.ModuleList(nn.BatchNorm2d(dim, **dd) for _ in sizes)
+
+    def kernels(self, i: int) -> tuple[list[nn.Module], list[nn.Module]]:
+        """The convolutions and the batch norms of shortcut ``i``."""
+        n = len(self.convs) // self.count
+        return [self.convs[j] for j in range(i * n, (i + 1) * n)], [self.batchnorms[j] for j in range(i * n, (i + 1) * n)]
+
+    def fold_batch_norms_(self, check: bool) -> None:
+        """Merge each shortcut's kernels and norms into one of each, or only ``check`` that it can be done."""
+        new = []
+        for i in range(self.count):
+            convs, norms = self.kernels(i)
+            if isinstance(norms[0], (ChannelAffine, BorderBias)):
+                new.append((convs[0], norms[0]))
+                continue
+            for j, norm in enumerate(norms, i * len(norms)):
+                if type(norm) not in BATCH_NORMS:
+                    raise ValueError(f"fuse_: batchnorms.{j} must be a BatchNorm2d or SyncBatchNorm, got {type(norm).__name__}")
+                check_constant(f"batchnorms.{j}", norm)
+            new.append(None if check else merged(convs, norms))
+        if new and not check:
+            self.convs, self.batchnorms = (nn.ModuleList(column) for column in zip(*new, strict=True))
+
+
+class DWShortcut(ShortcutModule):
+    """block_output + [0 for the prefix tokens | sum over the kernels of DW_K(BN_K(GELU(x_patch))) + b_K].
+
+    x is what went into a Transformer block, or into several, and block_output what came out of the last. (K² + 3) C parameters per
+    kernel. See :func:`dw_shortcut` for batch statistics, dtypes and errors.
+
+    Args:
+        dim: C. kernel_size: K, odd, or several: parallel convolutions with a batch norm each.
+        num_prefix_tokens: P >= 0; their rows of block_output pass untouched.
+        grid: (H, W) for every call, or None: then ``forward`` must be given it.
+    """
+
+    needs_grid = True
+
+    def __init__(self, dim, kernel_size=3, num_prefix_tokens=1, *, grid=None, device=None, dtype=None):
+        super().__init__(dim, 1, kernel_size, device=device, dtype=dtype)
+        self.dim, self.num_prefix_tokens = dim, num_prefix_tokens
+        self.grid_holder = GridHolder(None if grid is None else tuple(grid))
+
+    def forward(self, x: torch.Tensor, block_output: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """x, block_output (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
+        grid = self.grid_holder.grid if grid is None else grid
+        if grid is None:
+            raise ValueError("DWShortcut: the grid is unknown: give it to forward(x, block_output, grid=(H, W)) or to the constructor")
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"DWShortcut: x must have shape (B, N, {self.dim}), got {tuple(x.shape)}")
+        return dw_shortcut(x, block_output, *self.kernels(0), grid, self.num_prefix_tokens)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_prefix_tokens={self.num_prefix_tokens}"
+
+
+class ShortcutBlocks(nn.Module):
+    """``blocks``, one after another, and ``shortcut`` around them.
+
+    Takes tokens (B, N, C) or, without prefix tokens, maps (B, H, W, C). Other arguments of ``forward`` go to every block, a grid as
+    the second positional one.
+    """
+
+    def __init__(self, blocks, shortcut: DWShortcut):
+        super().__init__()
+        self.blocks, self.shortcut = nn.ModuleList(blocks), shortcut
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, **options) -> torch.Tensor:
+        y, arguments = x, () if grid is None else (grid,)
+        for block in self.blocks:
+            y = block(y, *arguments, **options)
+        if x.dim() == 4:
+            return self.shortcut(x.flatten(1, 2), y.flatten(1, 2), tuple(x.shape[1:3])).unflatten(1, x.shape[1:3])
+        return self.shortcut(x, y, grid)
+
+    def set_input_size(self, *args, **options) -> None:
+        """What timm's Swin stages call on their blocks."""
+        for block in self.blocks:
+            block.set_input_size(*args, **options)
+
+
+def check_every(op: str, every: int, depth: int) -> None:
+    if not isinstance(every, int) or every < 1 or depth % every:
+        raise ValueError(f"{op}: every must be a positive int that divides the {depth} blocks, got {every!r}")
+
+
+def _width(block: nn.Module) -> int:
+    """C of a block: of ``norm1``, or else of the first normalisation with a shape."""
+    norms = [getattr(block, "norm1", None), *block.modules()]
+    found = [m.normalized_shape for m in norms if hasattr(m, "normalized_shape")]
+    if not found:
+        raise ValueError(f"wrap: cannot tell the width of {type(block).__name__}, which has no LayerNorm; pass dim=…")
+    return found[0][-1]
+
+
+def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=None) -> nn.ModuleList:
+    """One :class:`DWShortcut` around every ``every`` consecutive ``blocks``: a list of len(blocks) / every :class:`ShortcutBlocks`.
+
+    The blocks are the same objects as before; the shortcuts take device, dtype and mode from them.
+
+    Args:
+        blocks: modules (B, N, C) -> (B, N, C) or (B, H, W, C) -> (B, H, W, C).
+        every: 1 is the paper's main method; 2, 3, 4 its variant 1.
+        kernel_size: an odd int, or several for variant 2.
+        num_prefix_tokens: P. dim: C, by default the width of the block's first normalisation.
+        grid: (H, W) for every call, or None: then ``forward`` must be given it, unless the blocks take maps.
+
+    Raises ValueError where ``every`` does not divide the number of blocks or the width cannot be told.
+    """
+    blocks = list(blocks)
+    check_every("wrap", every, len(blocks))
+    groups = [blocks[i : i + every] for i in range(0, len(blocks), every)]
+
+    def shortcut(block):
+        like = next(block.parameters(), torch.empty(0))
+        place = {"grid": grid, "device": like.device, "dtype": like.dtype}
+        return DWShortcut(_width(block) if dim is None else dim, kernel_size, num_prefix_tokens, **place).train(block.training)
+
+    wrapped = nn.ModuleList(ShortcutBlocks(group, shortcut(group[0])) for group in groups)
+    for group in wrapped:
+        group.training = group.blocks.training = group.blocks[0].training
+    return wrapped
