@@ -56,11 +56,11 @@ def _module(system, modes, widths):
         yield Problem(system, mode, 16, 14, 14, C, 0, dtype, P=1)
 
 
-SYSTEMS = ("token_dwconv", "life_qkv", "life_attention", "localvit_ffn")
+SYSTEMS = ("token_dwconv", "life_qkv", "life_attention", "localvit_ffn", "dw_shortcut", "dw_shortcut_block")
 
 
 def modes_of(system: str) -> tuple[str, ...]:
-    """fwd is inference (localvit_ffn: batch norms folded), dw the weight gradient alone, fwdbwd a training step."""
+    """fwd is inference (batch norms folded or constant), dw the weight gradient alone, fwdbwd a training step."""
     return ("fwd", "dw", "fwdbwd") if system == "token_dwconv" else ("fwd", "fwdbwd")
 
 
@@ -69,7 +69,7 @@ def problems(system: str, modes: list[str] | None = None, *, quick: bool = False
     if system not in SYSTEMS:
         raise ValueError(f"bench: system must be one of {', '.join(SYSTEMS)}, got {system!r}")
     modes = modes or modes_of(system)
-    widths = (192, 384) if system == "localvit_ffn" else (192, 384, 768)
+    widths = (192, 384, 768) if system.startswith("life") else (192, 384)
     found = _dwconv(modes, quick) if system == "token_dwconv" else _module(system, modes, widths)
     return [p for p in found if p.dtype in dtypes]
 
@@ -93,4 +93,6 @@ def targets(p: Problem, allocator: str) -> list[Target]:
     if p.system == "localvit_ffn" and p.dtype == "float32" and allocator == "warm":
         i = (192, 384).index(p.C)
         return [Target("eager", ((1.4, 1.2) if p.mode == "fwd" else (1.5, 1.3))[i]), Target("compiled", 1.0)]
+    if allocator == "warm":
+        return {"dw_shortcut": [Target("eager", 2.5)], "dw_shortcut_block": [Target("block", 1 / 1.05)]}.get(p.system, [])
     return []

@@ -3,8 +3,8 @@
 Baselines are written as people write them. ``eager``: slice the patches, view them as a map, conv2d, view back, cat the prefix
 (LIFE: the authors' module). ``onednn``: the bare convolution on a ready channels-last map, a floor without any token handling.
 ``plain``: the ordinary C -> 3C projection by the better of F.linear and a channels-last 1x1 convolution, the price of no
-locality. ``compiled``: torch.compile of ``eager``. ``mlp``: LayerNorm and the plain MLP that LocalViT's feed-forward replaces.
-``clone``: a copy of the same bytes.
+locality. ``compiled``: torch.compile of ``eager``. ``block``: the Transformer block without the shortcut around it. ``mlp``:
+LayerNorm and the plain MLP that LocalViT's feed-forward replaces. ``clone``: a copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch.nn.functional as F
 import lifeops
 from bench.problems import Problem
 from lifeops import registry, testing, torchlib
-from lifeops.nn import LifeAttention, LifeQKV, LocalityFeedForward
+from lifeops.models.deit import Attention, Block
+from lifeops.nn import DWShortcut, LifeAttention, LifeQKV, LocalityFeedForward
+from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
 
@@ -28,8 +30,7 @@ Variants = dict[str, Callable[[], object]]
 def build(p: Problem) -> tuple[Variants, Callable[[], None]]:
     """The variants of a problem, and a check that raises AssertionError if lifeops' result is wrong on the timed tensors."""
     torch.manual_seed(0)
-    builders = {"token_dwconv": _token_dwconv, "life_qkv": _life_qkv, "life_attention": _life_attention, "localvit_ffn": _localvit_ffn}
-    return builders[p.system](p)
+    return BUILDERS[p.system](p)
 
 
 def _eager_dwconv(x, w, p: Problem):
@@ -180,13 +181,61 @@ def _localvit_ffn(p: Problem):
         "mlp": (lambda: x + mlp(x.view_as(x)), (x, *mlp.parameters()), dy),
     }
 
-    def check():
-        with torch.no_grad():
-            e, a = reference(x.double(), grid), ours(x, grid).double()
-        limit = (1e-5 if dtype == torch.float32 else 4e-2) * e.abs().max()
-        assert (a - e).abs().max() <= limit, f"localvit_ffn is off by {(a - e).abs().max():.2e}, allowed {limit:.2e}"
+    return _modes(p, runs), lambda: _compare(p, ours, reference, x)
 
-    return _modes(p, runs), check
+
+def _compare(p: Problem, ours, reference, *inputs) -> None:
+    """``ours`` against ``reference``, a float64 module, on the tensors that are timed."""
+    with torch.no_grad():
+        e, a = reference(*(x.double() for x in inputs), (p.H, p.W)), ours(*inputs, (p.H, p.W)).double()
+    limit = (1e-5 if p.dtype == "float32" else 4e-2) * e.abs().max()
+    assert (a - e).abs().max() <= limit, f"{p.system} is off by {(a - e).abs().max():.2e}, allowed {limit:.2e}"
+
+
+def _shortcuts(p: Problem):
+    """The authors' module, ours with the same weights and running statistics, and a float64 copy of the former."""
+    eager = EagerDWShortcut(p.C, p.K or 3, p.P)
+    for norm in eager.batchnorms:
+        torch.nn.init.uniform_(norm.running_mean), torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    eager = eager.to(getattr(torch, p.dtype)).train(p.mode == "fwdbwd")
+    ours = DWShortcut(p.C, p.K or 3, p.P).to(getattr(torch, p.dtype)).train(p.mode == "fwdbwd")
+    ours.load_state_dict(eager.state_dict())
+    return eager, ours, copy.deepcopy(eager).double()
+
+
+def _dw_shortcut(p: Problem):
+    """What the shortcut itself costs: x and a block's output in, their sum out."""
+    x, y, dy = (torch.randn(p.B, p.P + p.H * p.W, p.C).to(getattr(torch, p.dtype)) for _ in range(3))
+    eager, ours, reference = _shortcuts(p)
+    grid = p.H, p.W
+    if p.mode == "fwdbwd":
+        x.requires_grad_(), y.requires_grad_()
+    compiled = torch.compile(copy.deepcopy(eager))
+    runs = {
+        "lifeops": (lambda: ours(x.view_as(x), y.view_as(y), grid), (x, y, *ours.parameters()), dy),
+        "eager": (lambda: eager(x.view_as(x), y.view_as(y), grid), (x, y, *eager.parameters()), dy),
+        "compiled": (lambda: compiled(x, y, grid), (x, y, *compiled.parameters()), dy),
+        "clone": (lambda: x.clone(), (x,), dy),
+    }
+    return _modes(p, runs), lambda: _compare(p, ours, reference, x, y)
+
+
+def _dw_shortcut_block(p: Problem):
+    """A ViT block with the shortcut, with the authors', and alone."""
+    dtype, grid = getattr(torch, p.dtype), (p.H, p.W)
+    x, dy = (torch.randn(p.B, p.P + p.H * p.W, p.C).to(dtype) for _ in range(2))
+    block = Block(p.C, Attention(p.C, p.C // 64, qkv_bias=True), 4.0, 1e-6, torch.nn.Identity()).to(dtype).train(p.mode == "fwdbwd")
+    eager, ours, reference = _shortcuts(p)
+    if p.mode == "fwdbwd":
+        x.requires_grad_()
+    leaves = x, *block.parameters()
+    runs = {
+        "lifeops": (lambda: ours(x.view_as(x), block(x.view_as(x), grid), grid), (*leaves, *ours.parameters()), dy),
+        "eager": (lambda: eager(x.view_as(x), block(x.view_as(x), grid), grid), (*leaves, *eager.parameters()), dy),
+        "block": (lambda: block(x.view_as(x), grid), leaves, dy),
+    }
+    wide = copy.deepcopy(block).double()
+    return _modes(p, runs), lambda: _compare(p, lambda x, g: ours(x, block(x, g), g), lambda x, g: reference(x, wide(x, g), g), x)
 
 
 def _modes(p: Problem, runs) -> Variants:
@@ -197,6 +246,12 @@ def _modes(p: Problem, runs) -> Variants:
         return lambda: torch.autograd.grad(fn(), leaves, grad)
 
     return {name: step(*run) for name, run in runs.items()}
+
+
+BUILDERS = {
+    "token_dwconv": _token_dwconv, "life_qkv": _life_qkv, "life_attention": _life_attention, "localvit_ffn": _localvit_ffn,
+    "dw_shortcut": _dw_shortcut, "dw_shortcut_block": _dw_shortcut_block,
+}  # fmt: skip
 
 
 def better_plain(times: dict[str, float]) -> dict[str, float]:

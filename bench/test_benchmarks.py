@@ -24,6 +24,10 @@ VARIANTS = {
     ("life_attention", "fwdbwd"): ("lifeops", "eager"),
     ("localvit_ffn", "fwd"): ("lifeops", "eager", "mlp"),
     ("localvit_ffn", "fwdbwd"): ("lifeops", "eager", "mlp"),
+    ("dw_shortcut", "fwd"): ("lifeops", "eager"),
+    ("dw_shortcut", "fwdbwd"): ("lifeops", "eager"),
+    ("dw_shortcut_block", "fwd"): ("lifeops", "eager", "block"),
+    ("dw_shortcut_block", "fwdbwd"): ("lifeops", "eager", "block"),
 }
 CASES = [(p, v) for p in QUICK for v in VARIANTS[p.system, p.mode]]
 
