@@ -142,22 +142,27 @@ def measure(p: Problem, c: timing.Clock, rows: Rows) -> None:
 
 
 def models(tiny: bool, device: str) -> Iterator[tuple[Problem, dict[str, Callable]]]:
-    """Training steps and inference of timm's ViT, plain and with each system, in bfloat16."""
-    from timm.models.vision_transformer import VisionTransformer
+    """Training steps and inference of the library's ViT-T models in bfloat16, each beside its plain host."""
+    from lifeops.models import deit, dw_shortcut, localvit
+    from lifeops.nn import LifeAttention
 
-    sizes = [(192, 3, 12, 256)] if not tiny else [(24, 3, 2, 2)]
-    for (dim, heads, depth, B), mode in product(sizes, ("fwd", "fwdbwd")):
-        side = 14 if not tiny else 4
+    side, depth, B = (4, 2, 2) if tiny else (14, 12, 256)
+    host = {"img_size": 16 * side, "patch_size": 16, "num_classes": 100, "depth": depth}
+    makers = {
+        "plain": lambda: deit.VisionTransformer(**host),
+        "life": lambda: deit.VisionTransformer(attn=LifeAttention, **host),
+        "localvit": lambda: localvit(**host),
+        "dw_plain": lambda: dw_shortcut("vit_tiny", every=None, **host),
+        "dw_shortcut": lambda: dw_shortcut("vit_tiny", **host),
+    }
+    for mode in ("fwd", "fwdbwd"):
         runs = {}
-        for system in ("plain", "life", "localvit", "dw_shortcut"):
+        for system, make in makers.items():
             with torch.device(device):
-                model = VisionTransformer(img_size=16 * side, patch_size=16, num_classes=100, embed_dim=dim, depth=depth, num_heads=heads)
-                if system != "plain":
-                    lifeops.convert(model, system)
-                model = model.to(device, torch.bfloat16).train(mode == "fwdbwd")
+                model = make().to(torch.bfloat16).train(mode == "fwdbwd")
                 images = torch.randn(B, 3, 16 * side, 16 * side, dtype=torch.bfloat16)
             runs[system] = _step(model, images, mode)
-        yield Problem("model", mode, B, side, side, dim, 0, "bfloat16"), runs
+        yield Problem("model", mode, B, side, side, 192, 0, "bfloat16"), runs
 
 
 def _step(model, images, mode: str) -> Callable:
