@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import lifeops
 from bench.problems import Problem
-from lifeops import registry, testing, torchlib
+from lifeops import config, registry, testing, torchlib
 from lifeops.models.deit import Attention, Block
 from lifeops.nn import DWShortcut, LifeAttention, LifeQKV, LocalityFeedForward
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
@@ -63,7 +63,7 @@ def _token_dwconv(p: Problem):
     if p.mode == "dw":
         conv = ([1, 1], [p.K // 2] * 2, [1, 1], False, [0, 0], p.C, [False, True, False])
         variants = {
-            "lifeops": lambda: torch.ops.lifeops.token_dwconv_bwd_dw(*dw_args),
+            "lifeops": lambda: torch.ops.lifeops.token_dwconv_bwd_dw(*_asked(dw_args)),
             "onednn": lambda: torch.ops.aten.convolution_backward(d_map, map_, w, None, *conv),
             **clone,
         }
@@ -86,9 +86,14 @@ def _no_grad(variants: Variants) -> Variants:
     return {name: torch.no_grad()(fn) for name, fn in variants.items()}
 
 
+def _asked(args: tuple) -> tuple:
+    """An operator's arguments, the last of them the backend that an enclosing ``lifeops.use_backend`` asks for."""
+    return (*args[:-1], config.requested_backend(None))
+
+
 def _check(name: str, args: tuple, terms: int = 1) -> None:
     """The correctness policy on at most two samples of the batch (a float64 oracle of all of them takes longer than the timing)."""
-    op = registry.ops[name]
+    op, args = registry.ops[name], _asked(args)
     args = tuple(a[:2] if isinstance(a, torch.Tensor) and a.dim() == 3 else a for a in args)
     with torch.no_grad():
         testing.check(op, args, torchlib.overload(op)(*args), terms=terms)

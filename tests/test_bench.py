@@ -36,9 +36,9 @@ def _measured(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_plans():
+def _fresh_choices():
     yield
-    registry.plans.clear()
+    registry.forget_choices()
 
 
 @needs_cpu
@@ -52,11 +52,11 @@ def test_every_variant_gets_a_row(tmp_path):
 
 
 def _planted(monkeypatch, change):
-    """Backend "cpu" of token_dwconv with ``change`` around it; plans of calls keep the function, so they are forgotten."""
+    """Backend "cpu" of token_dwconv with ``change`` around it; what was chosen before is forgotten."""
     op = registry.ops["token_dwconv"]
     impl = op.impls["cpu"]
     monkeypatch.setitem(op.impls, "cpu", dataclasses.replace(impl, fn=change(impl.fn)))
-    registry.plans.clear()
+    registry.forget_choices()
 
 
 @needs_cpu
@@ -78,7 +78,7 @@ def test_a_slow_kernel_shows(tmp_path, monkeypatch):
 
     _planted(monkeypatch, slow)
     rows = _measured(tmp_path)
-    assert float(rows["lifeops_cpu", "eager"]["median_ms"]) > 2 * float(rows["clone", "eager"]["median_ms"])
+    assert float(rows["lifeops_cpu", "eager"]["median_ms"]) > 20 > float(rows["clone", "eager"]["median_ms"])
 
 
 def test_stops_when_time_is_over(tmp_path):
