@@ -24,19 +24,19 @@ stage() {  # name, seconds, command...
 }
 
 : >"$OUT/stages.txt"
-stage machine 30 bash -c 'nvidia-smi; nvcc --version; lscpu | head -20; '"$PYTHON"' -c "import torch, triton; print(torch.__version__, triton.__version__)"'
+stage machine 15 bash -c 'nvidia-smi; nvcc --version; lscpu | head -20; '"$PYTHON"' -c "import torch, triton; print(torch.__version__, triton.__version__)"'
 if [ "$DEVICE" = cuda ]; then
   ARCH=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
   "$PYTHON" -m venv --system-site-packages build/gpu-venv && PYTHON="$PWD/build/gpu-venv/bin/python"
-  stage build 180 env LIFEOPS_BUILD=auto TORCH_CUDA_ARCH_LIST="$ARCH" MAX_JOBS="$(nproc)" \
+  stage build 150 env LIFEOPS_BUILD=auto TORCH_CUDA_ARCH_LIST="$ARCH" MAX_JOBS="$(nproc)" \
     "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index -v -e .
 fi
-stage info 30 "$PYTHON" -m lifeops info
-stage ops 150 "$PYTHON" -m bench.gpu ops --device "$DEVICE" $TINY --out "$OUT" --seconds 135
-stage tests 150 "$PYTHON" -m pytest -q --maxfail=40 -p no:cacheprovider -n "$(nproc)" tests/test_gpu.py
-stage models 40 "$PYTHON" -m bench.gpu models --device "$DEVICE" $TINY --out "$OUT"
+stage info 15 "$PYTHON" -m lifeops info
+stage ops 125 "$PYTHON" -m bench.gpu ops --device "$DEVICE" $TINY --out "$OUT" --seconds 110
+stage tests 125 "$PYTHON" -m pytest -q --maxfail=40 -p no:cacheprovider -n "$(nproc)" tests/test_gpu.py
+stage models 35 "$PYTHON" -m bench.gpu models --device "$DEVICE" $TINY --out "$OUT"
 if [ "$DEVICE" = cuda ] && command -v compute-sanitizer >/dev/null; then
-  stage memcheck 40 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m bench.sanitized
-  stage racecheck 40 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.sanitized
+  stage memcheck 35 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m bench.sanitized
+  stage racecheck 35 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.sanitized
 fi
 cat "$OUT/stages.txt"
