@@ -54,6 +54,10 @@ def test_every_system_runs(tmp_path):
     text = (tmp_path / "localvit" / "table.md").read_text(encoding="utf-8")
     assert all(label in text for label in ("| 50 |", "| LocalViT (authors) |", "| LocalViT (lifeops) |"))
     assert (tmp_path / "localvit" / "attention.png").exists()
+    assert cli.main(["demo", "--system", "impulse", *options, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "impulse" / "table.md").read_text(encoding="utf-8")
+    assert all(label in text for label in ("| 50 |", "| images | default | mimetic | impulse | impulse - default |"))
+    assert {p.name for p in (tmp_path / "impulse").iterdir()} == {"table.csv", "table.md", "curves.png", "heads.png"}
 
 
 def test_demo_table_has_every_row(demo_output):

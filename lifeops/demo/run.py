@@ -29,9 +29,10 @@ def make_parser() -> argparse.ArgumentParser:
         prog="lifeops demo",
         description="Train a small DeiT from scratch on scikit-learn's digits, plain and with local structure (same seeds, data"
         " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
-        " curves.png and attention.png.",
+        " curves.png and attention.png (impulse: heads.png).",
     )
-    parser.add_argument("--system", choices=SYSTEMS, default="life", help="what to compare with the plain model (default: life)")
+    choices = [*SYSTEMS, "impulse"]
+    parser.add_argument("--system", choices=choices, default="life", help="what to compare with the plain model (default: life)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder to write to (default: runs)")
     parser.add_argument("--seeds", type=int, default=3, help="runs per model and training-set size (default: 3)")
     parser.add_argument("--sizes", type=int, nargs="+", help=f"training-set sizes (default: {' '.join(map(str, SIZES))})")
@@ -64,6 +65,10 @@ def run(args: argparse.Namespace) -> None:
 
     console = Console()
     recipe = replace(Recipe(), steps=Recipe().steps // 2 if args.quick else Recipe().steps, epochs=args.epochs)
+    if args.system == "impulse":  # initialisations of the plain model: nothing to measure beside accuracy
+        from lifeops.demo import impulse
+
+        return impulse.run(args, console, recipe, train_all, args.jobs or _num_cores())
     system = SYSTEMS[args.system]
     folder = args.out / system.name
     folder.mkdir(parents=True, exist_ok=True)

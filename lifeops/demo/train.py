@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lifeops.demo import data
 from lifeops.demo.data import Images
+from lifeops.init import structured_
 from lifeops.models.deit import Attention, VisionTransformer
 from lifeops.nn import LifeAttention, LocalityFeedForward, LocalViTBlock
 from lifeops.nn.eager_life import EagerLifeAttention
@@ -62,12 +63,16 @@ class System(NamedTuple):
 
 SYSTEMS = {s.name: s for s in (System("life", "LIFE", "eager"), System("localvit", "LocalViT", "eager_localvit"))}
 
+METHODS = ("default", "mimetic", "impulse")
+"""The plain model from another initialisation of its attention (lifeops.demo.impulse)."""
+
 MODELS = {
     "plain": {},
     "eager": {"attn": EagerLifeAttention},
     "life": {"attn": LifeAttention},
     "eager_localvit": {"block": _localvit_block(EagerLocalityFeedForward)},
     "localvit": {"block": _localvit_block(LocalityFeedForward)},
+    **{method: {} for method in METHODS},
 }
 """What makes each model, as options of the host."""
 
@@ -105,9 +110,9 @@ class Run:
 
 
 def build(model: str, recipe: Recipe, seed: int = 0) -> VisionTransformer:
-    """An untrained model of the demo, one of ``MODELS``: "plain", a system with lifeops, or a system as its authors run it."""
+    """An untrained model of the demo, one of ``MODELS``: "plain", a system with lifeops or as its authors run it, an initialisation."""
     torch.manual_seed(seed)
-    return VisionTransformer(
+    vit = VisionTransformer(
         data.IMG_SIZE,
         recipe.patch_size,
         in_chans=1,
@@ -118,6 +123,9 @@ def build(model: str, recipe: Recipe, seed: int = 0) -> VisionTransformer:
         dist_token=True,
         **MODELS[model],
     )
+    if model in METHODS:
+        structured_(vit, model, generator=torch.Generator().manual_seed(seed))
+    return vit
 
 
 def training_loss(model: VisionTransformer, images: Images) -> Tensor:
