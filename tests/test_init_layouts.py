@@ -175,6 +175,9 @@ def test_more_refusals():
         structured_([VitPytorch(24, 3)], position_embedding=torch.randn(20, 12), grid=GRID)
     with pytest.raises(ValueError, match="impulses need the same width, heads and head width in all blocks"):
         structured_([VitPytorch(24, 3), VitPytorch(12, 3)], position_embedding=torch.randn(20, 24), grid=GRID)
+    rotary = nn.ModuleDict({"attn": VitPytorch(24, 3), "rope_embeddings": nn.Identity()})
+    with pytest.raises(ValueError, match=r"rotates queries and keys \(rope_embeddings\)"):
+        structured_(rotary, position_embedding=torch.randn(20, 24), grid=GRID)
     talking = VitPytorch(24, 3)
     talking.mix_heads_pre_attn = nn.Parameter(torch.eye(3))
     with pytest.raises(ValueError, match="has mix_heads_pre_attn: its heads are not plain attention"):

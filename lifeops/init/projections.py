@@ -25,6 +25,8 @@ LOOKED_FOR = (
     "modules with qkv and proj (timm, lifeops), to_qkv and to_out, q_proj, k_proj, v_proj and o_proj or out_proj (transformers),"
     " attention.query, key, value and output.dense, or torch.nn.MultiheadAttention"
 )
+_BETWEEN = ("gate", "rope", "proj_l", "bias_k", "relative_position_bias_table")
+"""What other parts between the projections and the softmax are called."""
 
 
 @dataclass
@@ -77,6 +79,9 @@ def find(model, with_heads: bool = True) -> list[Projections]:
         raise ValueError(f"{OP}: no attention found in {type(model).__name__}; looked for {LOOKED_FOR}")
     for p in found:
         _check(p, with_heads)
+    rotary = [name for name, m in model.named_modules() if name.rpartition(".")[2].startswith("rope")]
+    if with_heads and rotary:
+        raise ValueError(f"{OP}: the model rotates queries and keys ({rotary[0]}), so its attention is not that of its projections alone")
     return found
 
 
@@ -183,7 +188,7 @@ def _check(p: Projections, with_heads: bool) -> None:
         raise ValueError(f"{OP}: {name}: q, k, v and the transposed projection must have one shape, got {shapes} (grouped keys?)")
     if with_heads:
         between = [n for n in ("q_norm", "k_norm", "norm") if not isinstance(getattr(p.module, n, nn.Identity()), nn.Identity)]
-        between += [n for n in ("gate", "rope", "proj_l", "bias_k") if getattr(p.module, n, None) is not None]
+        between += [n for n in _BETWEEN if getattr(p.module, n, None) is not None]
         if between:
             raise ValueError(f"{OP}: {name} has {', '.join(between)}, so its attention is not softmax(q kᵀ / √d) of its projections alone")
         if p.q.shape[0] > p.dim:
