@@ -56,7 +56,7 @@ def test_every_system_runs(tmp_path):
     assert (tmp_path / "localvit" / "attention.png").exists()
     assert cli.main(["demo", "--system", "impulse", *options, "--out", str(tmp_path)]) == 0
     text = (tmp_path / "impulse" / "table.md").read_text(encoding="utf-8")
-    assert all(label in text for label in ("| 50 |", "| images | default | mimetic | impulse | impulse - default |"))
+    assert all(label in text for label in ("| 50 |", "| images | default | position x18 | mimetic | impulse |"))
     assert {p.name for p in (tmp_path / "impulse").iterdir()} == {"table.csv", "table.md", "curves.png", "heads.png"}
 
 

@@ -19,7 +19,7 @@ from lifeops.demo.attention import cls_attention
 from lifeops.demo.measure import Cost
 from lifeops.demo.train import Recipe, Run, System, build
 
-_COLORS = "tab:gray", "tab:orange", "tab:blue"
+_COLORS = "tab:gray", "tab:orange", "tab:green", "tab:blue"
 
 
 @dataclass(frozen=True)

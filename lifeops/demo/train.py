@@ -63,8 +63,13 @@ class System(NamedTuple):
 
 SYSTEMS = {s.name: s for s in (System("life", "LIFE", "eager"), System("localvit", "LocalViT", "eager_localvit"))}
 
-METHODS = ("default", "mimetic", "impulse")
-"""The plain model from another initialisation of its attention (lifeops.demo.impulse)."""
+INITIALISATIONS = {
+    "default": {"method": "default"},
+    "position x18": {"method": "default", "position_scale": 18},
+    "mimetic": {"method": "mimetic"},
+    "impulse": {"method": "impulse"},
+}
+"""The plain model from another initialisation of its attention (lifeops.demo.impulse), as options of ``structured_``."""
 
 MODELS = {
     "plain": {},
@@ -72,7 +77,7 @@ MODELS = {
     "life": {"attn": LifeAttention},
     "eager_localvit": {"block": _localvit_block(EagerLocalityFeedForward)},
     "localvit": {"block": _localvit_block(LocalityFeedForward)},
-    **{method: {} for method in METHODS},
+    **{name: {} for name in INITIALISATIONS},
 }
 """What makes each model, as options of the host."""
 
@@ -123,8 +128,8 @@ def build(model: str, recipe: Recipe, seed: int = 0) -> VisionTransformer:
         dist_token=True,
         **MODELS[model],
     )
-    if model in METHODS:
-        structured_(vit, model, generator=torch.Generator().manual_seed(seed))
+    if model in INITIALISATIONS:
+        structured_(vit, **INITIALISATIONS[model], generator=torch.Generator().manual_seed(seed))
     return vit
 
 
