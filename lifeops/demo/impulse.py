@@ -104,11 +104,11 @@ def plot_heads(path: Path, recipe: Recipe, radius: int = 2) -> None:
     for line, (method, heads) in zip(axes, maps.items(), strict=False):
         line[0].set_ylabel(method)
         for axis, attention in zip(line, heads, strict=True):
-            drawn = axis.imshow(displacement_map(attention, grid, radius), vmin=0, vmax=1, extent=(-2.5, 2.5, 2.5, -2.5))
+            drawn = axis.imshow(displacement_map(attention, grid, radius).numpy(), vmin=0, vmax=1, extent=(-2.5, 2.5, 2.5, -2.5))
             axis.set(xticks=range(-radius, radius + 1), yticks=range(-radius, radius + 1))
             axis.tick_params(labelsize=6)
     for i, (axis, attention) in enumerate(zip(axes[-1], maps["impulse"], strict=True)):
-        axis.imshow(attention, vmin=0, vmax=1)
+        axis.imshow(attention.numpy(), vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[], xlabel="key patch")
         axes[0][i].set_title(f"head {i}", fontsize=9)
         axes[-2][i].set_title(f"impulse at {head_offsets(NUM_HEADS)[i]}", fontsize=8)
