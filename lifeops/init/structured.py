@@ -138,7 +138,7 @@ def _warn_if_scaled(embedding: Positions, scale: float) -> None:
         warnings.warn(
             f"{OP}: the position embedding has std {std:.2g} before it is multiplied by {scale:g} (0.02 is usual): initialised before?"
             f" position_scale={0.36 / std:.2g} leads to the authors' 0.36",
-            stacklevel=4,
+            stacklevel=5,  # past the decorator, to the caller
         )
 
 
