@@ -1,7 +1,7 @@
 """lifeops: fused ops that give Vision Transformers local structure."""
 
 import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
-from lifeops import autograd, models, nn
+from lifeops import autograd, init, models, nn
 from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
@@ -20,6 +20,7 @@ __all__ = [
     "convert",
     "explain",
     "fuse_",
+    "init",
     "life_qkv",
     "load_official",
     "models",

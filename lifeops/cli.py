@@ -9,7 +9,7 @@ from collections.abc import Sequence
 # command -> (module whose ``main(argv)`` runs it, imported only then; what it does)
 COMMANDS = {
     "info": ("lifeops.info", "versions, backends and why one is missing, environment variables"),
-    "demo": ("lifeops.demo.run", "train plain against LIFE, LocalViT or the DW shortcut on small real images"),
+    "demo": ("lifeops.demo.run", "train plain against LIFE, LocalViT, the DW shortcut or initialisations on small real images"),
 }
 
 

@@ -63,6 +63,14 @@ def test_other_systems_run(system, tmp_path):
     assert (tmp_path / system / "attention.png").exists()
 
 
+def test_initialisations_run(tmp_path):
+    options = ["--quick", "--sizes", "50", "--epochs", "2", "--seeds", "1", "--jobs", "1"]
+    assert cli.main(["demo", "--system", "impulse", *options, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "impulse" / "table.md").read_text(encoding="utf-8")
+    assert all(label in text for label in ("| 50 |", "| images | default | position x18 | mimetic | impulse |"))
+    assert {p.name for p in (tmp_path / "impulse").iterdir()} == {"table.csv", "table.md", "curves.png", "heads.png"}
+
+
 def test_demo_table_has_every_row(demo_output):
     _, folder = demo_output
     with (folder / "table.csv").open(newline="") as file:

@@ -20,12 +20,8 @@ inline __attribute__((always_inline)) vec_t<float> exp2_negative(vec_t<float> q)
   e = e * r + 0.240221197f;
   e = e * r + 0.693146967f;
   e = e * r + 1.00000007f;
-  vu32 bits;
-  __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127) << 23;
-  vec_t<float> power;
-  __builtin_memcpy(&power, &bits, sizeof(power));
-  return e * power;
+  const vu32 bits = load_bits<vu32>(&e) + (load_bits<vu32>(&shifted) << 23);  // e is between 0.7 and 1.42
+  return load_bits<vec_t<float>>(&bits);
 }
 
 // GELU is v Φ(v) = max(v, 0) - a Φ(-a) with a = |v|, and log2 Φ(-a) is so nearly a parabola that a polynomial Q of degree 8, fitted to
@@ -60,9 +56,15 @@ inline vec_t<double> lower_tail(vec_t<double> a, vec_t<double>* slope) {
   return tail;
 }
 
+inline __attribute__((always_inline)) vec_t<float> absolute(vec_t<float> v) {
+  const vu32 bits = load_bits<vu32>(&v) & 0x7fffffffu;
+  return load_bits<vec_t<float>>(&bits);
+}
+inline __attribute__((always_inline)) vec_t<double> absolute(vec_t<double> v) { return v < vec_t<double>{} ? -v : v; }
+
 // |v|, at most where the tail is all but 0: infinities stay out of the products, NaN goes through.
 template <class A> inline __attribute__((always_inline)) vec_t<A> bounded_abs(vec_t<A> v) {
-  const vec_t<A> a = v < vec_t<A>{} ? -v : v, bound = splat(A(sizeof(A) == 8 ? 37 : 10.25));
+  const vec_t<A> a = absolute(v), bound = splat(A(sizeof(A) == 8 ? 37 : 10.25));
   return bound < a ? bound : a;
 }
 
@@ -70,8 +72,8 @@ template <class A> inline __attribute__((always_inline)) vec_t<A> bounded_abs(ve
 template <class A> inline __attribute__((always_inline)) void gelu_both(vec_t<A> v, vec_t<A>* value, vec_t<A>* slope) {
   const vec_t<A> a = bounded_abs<A>(v);
   vec_t<A> log_slope;
-  const vec_t<A> tail = lower_tail(a, &log_slope), product = a * tail, change = tail + product * log_slope;
-  *value = vmax(v, vec_t<A>{}) - product;
+  const vec_t<A> tail = lower_tail(a, &log_slope), change = tail * (a * log_slope + A(1));
+  *value = vmax(v, vec_t<A>{}) - a * tail;
   *slope = v < vec_t<A>{} ? change : A(1) - change;
 }
 

@@ -19,7 +19,7 @@ from lifeops.demo.attention import cls_attention
 from lifeops.demo.measure import Cost
 from lifeops.demo.train import Recipe, Run, System, build
 
-_COLORS = "tab:gray", "tab:orange"
+_COLORS = "tab:gray", "tab:orange", "tab:green", "tab:blue"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def plot_curves(path: Path, system: System, runs: Sequence[Run]) -> None:
     figure = Figure(figsize=(3.2 * len(sizes), 3), layout="constrained")  # no pyplot: nothing global, no display needed
     axes = figure.subplots(1, len(sizes), sharey=True, squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
-        for model, color in zip(system.trained, _COLORS, strict=True):
+        for model, color in zip(system.trained, _COLORS, strict=False):
             chosen = [r for r in runs if r.model == model and r.size == size]
             values = 100 * np.array([r.accuracies for r in chosen])
             axis.plot(chosen[0].at, values.mean(0), color=color, label=system.label if model == system.name else model, marker=".")

@@ -21,6 +21,7 @@ from lifeops.demo.train import MODELS, SYSTEMS, Recipe, Run, System, build, make
 from lifeops.models.deit import VisionTransformer
 
 SIZES, QUICK_SIZES = (50, 100, 300, 1000), (50, 300)
+IMPULSE_SIZES = (50, 300)  # four models for each instead of two
 _NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 
@@ -29,12 +30,13 @@ def make_parser() -> argparse.ArgumentParser:
         prog="lifeops demo",
         description="Train a small DeiT from scratch on scikit-learn's digits, plain and with local structure (same seeds, data"
         " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
-        " curves.png and attention.png.",
+        " curves.png and attention.png (impulse: heads.png).",
     )
-    parser.add_argument("--system", choices=SYSTEMS, default="life", help="what to compare with the plain model (default: life)")
+    choices = [*SYSTEMS, "impulse"]
+    parser.add_argument("--system", choices=choices, default="life", help="what to compare with the plain model (default: life)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder to write to (default: runs)")
     parser.add_argument("--seeds", type=int, default=3, help="runs per model and training-set size (default: 3)")
-    parser.add_argument("--sizes", type=int, nargs="+", help=f"training-set sizes (default: {' '.join(map(str, SIZES))})")
+    parser.add_argument("--sizes", type=int, nargs="+", help=f"training-set sizes (default: {' '.join(map(str, SIZES))}; impulse: 50 300)")
     parser.add_argument("--epochs", type=int, help=f"passes over the training set (default: {Recipe().steps} steps at every size)")
     parser.add_argument("--jobs", type=int, help="training runs at a time, one thread each (default: one per CPU core)")
     parser.add_argument("--quick", action="store_true", help="two sizes, half the steps, costs of the demo's own model only")
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if any(n is not None and n < 1 for n in (args.seeds, args.epochs, args.jobs)):
         parser.error("--seeds, --epochs and --jobs must be at least 1")
-    args.sizes = sorted(set(args.sizes or (QUICK_SIZES if args.quick else SIZES)))
+    args.sizes = sorted(set(args.sizes or (QUICK_SIZES if args.quick else IMPULSE_SIZES if args.system == "impulse" else SIZES)))
     if not data.MIN_SIZE <= args.sizes[0] <= args.sizes[-1] <= data.MAX_SIZE:
         parser.error(f"--sizes must be between {data.MIN_SIZE} and {data.MAX_SIZE}, got {args.sizes}")
     run(args)
@@ -64,6 +66,10 @@ def run(args: argparse.Namespace) -> None:
 
     console = Console()
     recipe = replace(Recipe(), steps=Recipe().steps // 2 if args.quick else Recipe().steps, epochs=args.epochs)
+    if args.system == "impulse":  # initialisations of the plain model: nothing to measure beside accuracy
+        from lifeops.demo import impulse
+
+        return impulse.run(args, console, recipe, train_all, args.jobs or _num_cores())
     system = SYSTEMS[args.system]
     folder = args.out / system.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lifeops.demo import data
 from lifeops.demo.data import Images
+from lifeops.init import structured_
 from lifeops.models.deit import Attention, Block, VisionTransformer
 from lifeops.nn import DWShortcut, LifeAttention, LocalityFeedForward, LocalViTBlock
 from lifeops.nn.dw_shortcut import ShortcutBlocks
@@ -81,6 +82,14 @@ SYSTEMS = {
     )
 }
 
+INITIALISATIONS = {
+    "default": {"method": "default"},
+    "position x18": {"method": "default", "position_scale": 18},
+    "mimetic": {"method": "mimetic"},
+    "impulse": {"method": "impulse"},
+}
+"""The plain model from another initialisation of its attention (lifeops.demo.impulse), as options of ``structured_``."""
+
 MODELS = {
     "plain": {},
     "eager": {"attn": EagerLifeAttention},
@@ -89,6 +98,7 @@ MODELS = {
     "localvit": {"block": _localvit_block(LocalityFeedForward)},
     "eager_dw_shortcut": {"block": _shortcut_block(EagerDWShortcut)},
     "dw_shortcut": {"block": _shortcut_block(DWShortcut)},
+    **{name: {} for name in INITIALISATIONS},
 }
 """What makes each model, as options of the host."""
 
@@ -126,9 +136,9 @@ class Run:
 
 
 def build(model: str, recipe: Recipe, seed: int = 0) -> VisionTransformer:
-    """An untrained model of the demo, one of ``MODELS``: "plain", a system with lifeops, or a system as its authors run it."""
+    """An untrained model of the demo, one of ``MODELS``: "plain", a system with lifeops or as its authors run it, an initialisation."""
     torch.manual_seed(seed)
-    return VisionTransformer(
+    vit = VisionTransformer(
         data.IMG_SIZE,
         recipe.patch_size,
         in_chans=1,
@@ -139,6 +149,9 @@ def build(model: str, recipe: Recipe, seed: int = 0) -> VisionTransformer:
         dist_token=True,
         **MODELS[model],
     )
+    if model in INITIALISATIONS:
+        structured_(vit, **INITIALISATIONS[model], generator=torch.Generator().manual_seed(seed))
+    return vit
 
 
 def training_loss(model: VisionTransformer, images: Images) -> Tensor:

@@ -1,0 +1,134 @@
+"""Fixed-form initialisations of depth-wise kernels: impulse, box, Gaussian and uniform, all of the same energy.
+
+``norm`` is the L2 norm of a filter, by default √(1/3) ≈ 0.577 at every K: what U(-1/K, 1/K) has on average, and what the authors give
+their impulses. Source: arXiv 2401.12511 (random impulses as spatial filters train as well as learned ones) and its code; the authors'
+ConvMixer in timm takes ``norm=K**-0.5``. ``norm=1`` makes an impulse a pure shift.
+
+Filters are drawn at random, one for every channel, or ``num_filters`` of them that channels share: assigned at random
+(``assign="random"``) or in runs of neighbouring channels (``"groups"``). Sharing is a start: training does not keep it.
+``frozen=True`` turns the weight's gradient off; ``lifeops.token_dwconv`` then computes dX alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lifeops.init.closed_form import check_generator
+
+DEFAULT_NORM = 3**-0.5
+
+
+def impulse_conv_(
+    weight, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: str = "random", frozen: bool = False,
+    generator: torch.Generator | None = None,
+):  # fmt: skip
+    """One tap per filter, anywhere in the K x K window with equal chance. ``weight``: (C, 1, K, K), or a module (see ``random_conv_``)."""
+
+    def draw(count: int, K: int) -> Tensor:
+        taps = torch.randint(K * K, (count, 1), generator=generator)
+        return torch.zeros(count, K * K).scatter_(1, taps, norm)
+
+    return _fill("impulse_conv_", weight, draw, num_filters, assign, frozen, generator)
+
+
+def box_(
+    weight, taps: int, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: str = "random", frozen: bool = False,
+    generator: torch.Generator | None = None,
+):  # fmt: skip
+    """``taps`` different random taps of equal value norm / √taps, 1 <= taps <= K². Otherwise as :func:`impulse_conv_`."""
+
+    def draw(count: int, K: int) -> Tensor:
+        if not isinstance(taps, int) or not 1 <= taps <= K * K:
+            raise ValueError(f"box_: taps must be an int between 1 and K*K = {K * K}, got {taps!r}")
+        order = torch.rand(count, K * K, generator=generator).argsort(1)
+        return torch.zeros(count, K * K).scatter_(1, order[:, :taps], norm * taps**-0.5)
+
+    return _fill("box_", weight, draw, num_filters, assign, frozen, generator)
+
+
+def gaussian_(
+    weight, variance: float, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: str = "random",
+    frozen: bool = False, generator: torch.Generator | None = None,
+):  # fmt: skip
+    """exp(-r² / 2 variance) around a random tap. ``norm`` is the root mean square over the filters: those at the border have less.
+
+    Otherwise as :func:`impulse_conv_`.
+    """
+    if not variance > 0:
+        raise ValueError(f"gaussian_: variance must be positive, got {variance!r}")
+
+    def draw(count: int, K: int) -> Tensor:
+        centres = torch.randint(K, (2, count, 1), generator=generator)
+        y, x = (torch.exp(-0.5 / variance * (torch.arange(K) - c).square()) for c in centres)
+        filters = (y[:, :, None] * x[:, None, :]).flatten(1)
+        return filters * (norm / filters.square().sum(1).mean().sqrt())
+
+    return _fill("gaussian_", weight, draw, num_filters, assign, frozen, generator)
+
+
+def random_conv_(
+    weight, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: str = "random", frozen: bool = False,
+    generator: torch.Generator | None = None,
+):  # fmt: skip
+    """Uniform in ±norm √3 / K (with the default norm ±1/K, PyTorch's own default for depth-wise convolutions).
+
+    Args:
+        weight: a tensor (C, 1, K, K), or a module: then every depth-wise ``nn.Conv2d`` in it (groups = channels), in order.
+        norm, num_filters, assign, frozen: see the module's text.
+        generator: a CPU generator; drawn on the CPU and copied.
+
+    Returns ``weight``. Raises ValueError, TypeError: not depth-wise, or options out of range.
+    """
+
+    def draw(count: int, K: int) -> Tensor:
+        bound = norm * 3**0.5 / K
+        return torch.empty(count, K * K).uniform_(-bound, bound, generator=generator)
+
+    return _fill("random_conv_", weight, draw, num_filters, assign, frozen, generator)
+
+
+def _fill(op: str, target, draw: Callable[[int, int], Tensor], num_filters, assign: str, frozen: bool, generator):
+    check_generator(op, generator)
+    if assign not in ("random", "groups"):
+        raise ValueError(f"{op}: assign must be 'random' or 'groups', got {assign!r}")
+    weights = _weights(op, target)
+    for weight in weights:
+        C, K = weight.shape[0], weight.shape[-1]
+        if num_filters is not None and not 1 <= num_filters <= C:
+            raise ValueError(f"{op}: num_filters must be between 1 and the {C} channels, got {num_filters}")
+    for weight in weights:
+        C, K = weight.shape[0], weight.shape[-1]
+        filters = draw(num_filters or C, K)[_assignment(C, num_filters, assign, generator)]
+        with torch.no_grad():
+            weight.copy_(filters.view(C, 1, K, K))
+        if frozen:
+            weight.requires_grad_(False)
+    return target
+
+
+def _assignment(C: int, num_filters: int | None, assign: str, generator) -> Tensor:
+    """(C,): the filter of every channel."""
+    if num_filters is None:
+        return torch.arange(C)
+    if assign == "groups":
+        return torch.arange(C) * num_filters // C
+    return torch.randint(num_filters, (C,), generator=generator)
+
+
+def _weights(op: str, target) -> list[Tensor]:
+    if isinstance(target, nn.Module):
+        convs = [m for m in target.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels == m.out_channels]
+        if not convs:
+            raise ValueError(f"{op}: {type(target).__name__} has no depth-wise nn.Conv2d (groups = in_channels = out_channels)")
+        weights = [m.weight for m in convs]
+    elif isinstance(target, Tensor):
+        weights = [target]
+    else:
+        raise TypeError(f"{op}: weight must be a tensor or a module, got {type(target).__name__}")
+    for weight in weights:
+        if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+            raise ValueError(f"{op}: weight must have shape (C, 1, K, K) as in nn.Conv2d(groups=C), got {tuple(weight.shape)}")
+    return weights
