@@ -14,12 +14,8 @@ template <class V> inline __attribute__((always_inline)) V vmax(V a, V b) { retu
 inline __attribute__((always_inline)) vec_t<float> exp2_negative(vec_t<float> q) {
   const vec_t<float> shifted = q + 12582912.0f;  // 1.5 * 2^23: the integer part ends in the low bits
   const vec_t<float> r = q - (shifted - 12582912.0f);
-  vec_t<float> e = splat(0.00132764714f);
-  e = e * r + 0.00967554157f;
-  e = e * r + 0.0555071328f;
-  e = e * r + 0.240221197f;
-  e = e * r + 0.693146967f;
-  e = e * r + 1.00000007f;
+  const vec_t<float> r2 = r * r;
+  const vec_t<float> e = ((r * 0.00132764714f + 0.00967554157f) * r2 + (r * 0.0555071328f + 0.240221197f)) * r2 + (r * 0.693146967f + 1.00000007f);
   const vu32 bits = load_bits<vu32>(&e) + (load_bits<vu32>(&shifted) << 23);  // e is between 0.7 and 1.42
   return load_bits<vec_t<float>>(&bits);
 }
@@ -28,23 +24,13 @@ inline __attribute__((always_inline)) vec_t<float> exp2_negative(vec_t<float> q)
 // the least error of a Φ(-a), leaves 9e-9: 2^Q(a) needs no division and its derivative 2^Q(a) Q'(a) ln 2 no second exponential (error
 // of GELU' 2e-7). `slope`, if wanted, is Q'(a) ln 2.
 inline __attribute__((always_inline)) vec_t<float> lower_tail(vec_t<float> a, vec_t<float>* slope) {
-  vec_t<float> q = a * -1.88478896e-06f + 2.7811071e-05f;
-  q = q * a - 0.00013004143f;
-  q = q * a - 0.000276501078f;
-  q = q * a + 0.00725329714f;
-  q = q * a - 0.0526358001f;
-  q = q * a - 0.459157318f;
-  q = q * a - 1.15111244f;
-  q = q * a - 0.999999821f;
-  if (slope) {
-    vec_t<float> s = a * -1.04514893e-05f + 0.000134940157f;
-    s = s * a - 0.00054082711f;
-    s = s * a - 0.000958279707f;
-    s = s * a + 0.0201104097f;
-    s = s * a - 0.109453067f;
-    s = s * a - 0.636527181f;
-    *slope = s * a - 0.797890365f;
-  }
+  const vec_t<float> a2 = a * a, a4 = a2 * a2;  // by pairs: a chain of eight would leave the units waiting
+  const vec_t<float> low = (a * -0.0526358001f - 0.459157318f) * a2 + (a * -1.15111244f - 0.999999821f);
+  const vec_t<float> high = (a * 2.7811071e-05f - 0.00013004143f) * a2 + (a * -0.000276501078f + 0.00725329714f);
+  const vec_t<float> q = (a4 * -1.88478896e-06f + high) * a4 + low;
+  if (slope)
+    *slope = ((a * -1.04514893e-05f + 0.000134940157f) * a2 + (a * -0.00054082711f - 0.000958279707f)) * a4 +
+             ((a * 0.0201104097f - 0.109453067f) * a2 + (a * -0.636527181f - 0.797890365f));
   return exp2_negative(q);
 }
 inline vec_t<double> lower_tail(vec_t<double> a, vec_t<double>* slope) {

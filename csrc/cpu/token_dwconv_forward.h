@@ -77,19 +77,18 @@ __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int
   if (!extras.first) sum_x = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n);
   with_prologue(d.act, [&](auto constant) {
     constexpr Act act = decltype(constant)::value;
-    for (int r = 0; r < rows; ++r)
-      for (int t = 0; t < width; ++t) {
-        const T* token = extras.pre + r * extras.pre_row + t * extras.steps.pre_stride_n;
-        __builtin_prefetch(token + kPreAhead * Vec<A>::kLanes);
-        const vec_t<A> x = load_n(token, out.n);
-        vec_t<A> dv = acc[r * width + t], factor = x, slope;
-        if constexpr (act == Act::gelu_first) gelu_both<A>(x, &factor, &slope);
-        else dv *= derivative<act, A>(scale * x + shift);
-        sum_x += dv * factor, sum += dv;
-        vec_t<A> dx = scale * dv + (b * factor + a);
-        if constexpr (act == Act::gelu_first) dx *= slope;
-        store_n(out.y + r * out.y_row + t * out.y_stride, dx, out.n);
-      }
+    for (int k = 0, r = 0, t = 0; k < rows * width; ++k, ++t == width ? (t = 0, ++r) : 0) {  // one loop: constants are set once
+      const T* token = extras.pre + r * extras.pre_row + t * extras.steps.pre_stride_n;
+      __builtin_prefetch(token + kPreAhead * Vec<A>::kLanes);
+      const vec_t<A> x = load_n(token, out.n);
+      vec_t<A> dv = acc[k], factor = x, slope;
+      if constexpr (act == Act::gelu_first) gelu_both<A>(x, &factor, &slope);
+      else dv *= derivative<act, A>(scale * x + shift);
+      sum_x += dv * factor, sum += dv;
+      vec_t<A> dx = scale * dv + (b * factor + a);
+      if constexpr (act == Act::gelu_first) dx *= slope;
+      store_n(out.y + r * out.y_row + t * out.y_stride, dx, out.n);
+    }
   });
   store_n(extras.sums, sum_x, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n);
 }
