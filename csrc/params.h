@@ -11,8 +11,8 @@ enum class DType : int32_t { f64 = 0, f32 = 1, f16 = 2, bf16 = 3 };
 // What happens to the prefix rows of the output.
 enum class Prefix : int32_t { copy = 0, zero = 1 };
 
-// Activations, in the order Python lists them.
-enum class Act : int32_t { none = 0, relu6 = 1, hardswish = 2, gelu = 3 };
+// Activations, in the order Python lists them. gelu_first, a prologue only, comes before its affine step: scale * gelu(x) + shift.
+enum class Act : int32_t { none = 0, relu6 = 1, hardswish = 2, gelu = 3, gelu_first = 4 };
 
 // y[b, y_prefix + r*W + q, c] = bias[c] + residual[...] + sum_{i,j} w[c,i,j] * x[b, x_prefix + (r+i-K/2)*W + (q+j-K/2), c]
 // with zero padding. The same kernel is the input gradient when `flip` mirrors the filter.

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_shim"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # order of csrc/params.h
+ACTS = ("none", "relu6", "hardswish", "gelu", "gelu_first")  # order of csrc/params.h
 
 
 class FwdParams(ctypes.Structure):
@@ -36,6 +37,12 @@ class GradWeightParams(ctypes.Structure):
         + [(f"{t}_stride_{d}", ctypes.c_int64) for t in ("x", "dy") for d in "bn"]
         + [(name, ctypes.c_int32) for name in ("K", "x_prefix", "dy_prefix", "dtype", "weight_dtype", "bias_dtype")]
     )
+
+
+class AffineAct(ctypes.Structure):
+    """AffineAct of csrc/cuda/activations.cuh; acts are numbered as Python lists them, gelu_first last."""
+
+    _fields_ = (("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("act", ctypes.c_int32))
 
 
 def cuda_folders() -> list[Path]:
