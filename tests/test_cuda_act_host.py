@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cuda_tools import ACTS, DTYPES, AffineAct, FwdParams
+from cuda_tools import ACTS, DTYPES, AffineAct, FwdParams, GradWeightParams
 from lifeops.ops import activations
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.channel_act import accumulate_dtype, affine
@@ -116,6 +116,17 @@ def grad_input(shim, s, dy, x, weight, prologue, a=None, b=None):
     return dx, sums, vec
 
 
+def grad_weight(shim, s, dy, x, prologue):
+    """-> dw, db, vec."""
+    dw, db = nans(s.C, 1, s.K, s.K, dtype=s.weight_dtype), nans(s.C, dtype=s.weight_dtype) if s.bias else None
+    p = GradWeightParams(
+        *map(pointer, (dy, x, dw, db)), s.B, s.H, s.W, s.C, *x.stride()[:2], *dy.stride()[:2], s.K, s.P, rows(s),
+        *(DTYPES.index(t) for t in (s.dtype, s.weight_dtype, s.weight_dtype)),
+    )  # fmt: skip
+    vec = shim.shim_token_dwconv_act_grad_weight(ctypes.byref(p), prologue.native())
+    return dw, db, vec
+
+
 def through(step, x, P):
     """x in float64, its patch rows through the step."""
     x = x.double()
@@ -178,6 +189,18 @@ def check_grad_input(shim, s, dy, x, weight, prologue, a, b):
     return vec
 
 
+def check_grad_weight(shim, s, dy, x, prologue):
+    dw, db, vec = grad_weight(shim, s, dy, x, prologue)
+    place, n = (s.H, s.W, s.P, s.prefix), s.B * s.H * s.W
+    u = through(prologue, x, s.P)
+    want, want_db = dwconv.reference_bwd_dw(dy.double(), u, s.K, *place, torch.float64, torch.float64, None)
+    assert_close(dw, want, n, s.dtype)
+    if s.bias:
+        assert_close(db, want_db, n, s.dtype)
+    assert torch.equal(dw, grad_weight(shim, s, dy, x, prologue)[0]), "dW is not deterministic"
+    return vec
+
+
 PROBLEMS = [  # every kernel variant and every edge of the planning
     Problem(2, 5, 7, 1, 64, 3, "keep", True, False, 2),  # one tile wide
     Problem(1, 9, 16, 2, 66, 5, "zero", True, True, 2),  # two tiles of 8, a slab with two channels
@@ -223,6 +246,15 @@ def test_grad_input(shim, dtype, case):
     assert vec == (0 if dtype == torch.float64 else case.vec)
 
 
+@CASES
+@TYPES
+def test_grad_weight(shim, dtype, case):
+    s = of_dtype(case, dtype)
+    x, dy, _, _, _ = inputs(s)
+    act = ACTS[(PROBLEMS.index(case) + DTYPES.index(dtype) + 3) % 5]
+    assert check_grad_weight(shim, s, dy, x, step(s, act, 10)) == (0 if dtype == torch.float64 else case.vec)
+
+
 ACT = pytest.mark.parametrize("act", ACTS)
 TYPICAL = Problem(2, 9, 14, 1, 12, 3, "keep", True, False, 2)
 
@@ -238,6 +270,7 @@ def test_every_activation(shim, dtype, act):
         prologue, epilogue = step(s, act, 10, present), step(s, out_act, 20, present)
         check_forward(shim, s, (4 * x, weight, bias, None), prologue, epilogue)
         check_grad_input(shim, s, dy, 4 * x, weight, prologue, None, None)
+        check_grad_weight(shim, s, dy, 4 * x, prologue)
 
 
 def test_nothing_around(shim):
@@ -262,6 +295,9 @@ def test_integers_are_exact(shim, K):
     want, want_sums = reference_grad_input(s, dy, x, weight, prologue, None, None)
     assert torch.equal(dx.double(), want) and torch.equal(sums.double(), want_sums)
     assert_close(stats[0], patches.mean((0, 1)), 80, torch.float32)
+    check = dwconv.reference_bwd_dw(dy.double(), through(prologue, x, s.P), K, s.H, s.W, s.P, s.prefix, *[torch.float64] * 2, None)
+    dw, db, _ = grad_weight(shim, s, dy, x, prologue)
+    assert torch.equal(dw.double(), check[0].to(dw.dtype).double()) and torch.equal(db.double(), check[1].to(db.dtype).double())
 
 
 def test_statistics_with_a_large_mean(shim):
@@ -291,6 +327,7 @@ def test_strided_views(shim, dtype):
     prologue, epilogue = step(s, "hardswish", 10), step(s, "relu6", 20)
     check_forward(shim, s, (strided(x), weight, bias, strided(residual)), prologue, epilogue)
     check_grad_input(shim, s, strided(dy), strided(x), weight, prologue, None, None)
+    check_grad_weight(shim, s, strided(dy), strided(x), prologue)
     same = x[:1].expand(s.B, -1, -1)
     check_forward(shim, s, (same, weight, bias, strided(residual)), prologue, epilogue)
     odd = nans(s.B, x.shape[1], s.C + 1, dtype=dtype)  # an odd stride: one channel per thread

@@ -109,5 +109,25 @@ inline Plan<TokenDWConvActArgs> plan_token_dwconv_act_grad_input(const TokenDWCo
   return plan;
 }
 
+// Chunks of strips, as many for each warp of a block; at most about 512 blocks, from the problem alone.
+inline Plan<TokenDWConvActGradWeightArgs> plan_token_dwconv_act_grad_weight(const TokenDWConvGradWeightParams& p,
+                                                                            const AffineAct& prologue) {
+  Plan<TokenDWConvActGradWeightArgs> plan{};
+  plan.variant = choose_sweep(p.dtype, p.K, p.W, all_even(p), all_small(p));
+  plan.args.prologue = prologue, plan.args.read_plainly = is_identity(prologue);
+  TokenDWConvGradWeightArgs& a = plan.args.conv = grad_weight_args(p);
+  if (plan.variant.vec == 0) {
+    plan.shape = {checked_blocks(chunk_rows(a)), kThreads};
+    return plan;
+  }
+  plan.args.strips = make_strips(p.B, p.H, p.W, p.C, p.K, plan.variant);
+  a.tiling = plan.args.strips.tiling;
+  const int64_t work = a.tiling.tasks, slabs = a.tiling.slabs.divisor, most = std::max<int64_t>(1, 512 / slabs);
+  a.tasks_per_chunk = static_cast<int32_t>(std::max<int64_t>(1, (work + most * kWarps / 2) / (most * kWarps)) * kWarps);
+  a.chunks = static_cast<int32_t>(ceil_div(work, a.tasks_per_chunk));
+  plan.shape = {checked_blocks(slabs * a.chunks), kThreads};
+  return plan;
+}
+
 }  // namespace cuda
 }  // namespace lifeops

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a plan to a kernel, as token_dwconv.cuh does it for the plain convolution. No torch in here.
 #pragma once
+#include "task_sums.cuh"
 #include "token_dwconv_act_any.cuh"
+#include "token_dwconv_act_bwd_dw.cuh"
 
 namespace lifeops {
 namespace cuda {
@@ -32,6 +34,10 @@ template <typename T> struct GradInputActKernels {
   template <int K, int kVec, int kTileW> static auto tile() { return token_dwconv_act_bwd_dx_tile_kernel<T, K, kVec, kTileW>; }
 };
 
+template <typename T> struct GradWeightActKernels {
+  template <int K, int kVec, int kTileW> static auto tile() { return token_dwconv_act_bwd_dw_tile_kernel<T, K, kVec, kTileW>; }
+};
+
 // First stage; plan.args.partial points at tasks * kForwardSums * C accumulators, or is null.
 template <typename T, typename Launch>
 void run_token_dwconv_act(const Plan<TokenDWConvActArgs>& plan, const Launch& launch) {
@@ -48,6 +54,19 @@ void run_token_dwconv_act_grad_input(const Plan<TokenDWConvActArgs>& plan, const
     if (plan.variant.vec) return launch_sweep<GradInputActKernels<T>>(plan, plan.args.conv.p.K, launch);
   }
   launch(token_dwconv_act_bwd_dx_any_kernel<T>, plan.shape, plan.args);
+}
+
+// Both stages; plan.args.conv.partial points at chunks * taps * C accumulators.
+template <typename T, typename Launch>
+void run_token_dwconv_act_grad_weight(const Plan<TokenDWConvActGradWeightArgs>& plan, const Launch& launch) {
+  const TokenDWConvGradWeightArgs& a = plan.args.conv;
+  bool tiled = false;
+  if constexpr (sizeof(T) < 8) {
+    tiled = plan.variant.vec != 0;
+    if (tiled) launch_sweep<GradWeightActKernels<T>>(plan, a.p.K, launch);
+  }
+  if (!tiled) launch(token_dwconv_act_bwd_dw_any_kernel<T>, plan.shape, plan.args);
+  launch(token_dwconv_bwd_dw_reduce_kernel<T>, one_thread_each(a.taps * a.p.C), a);
 }
 
 }  // namespace cuda

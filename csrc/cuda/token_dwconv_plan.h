@@ -150,34 +150,55 @@ inline Plan<TokenDWConvFwdArgs> plan_token_dwconv(const TokenDWConvParams& p, in
   return plan;
 }
 
-// The partial sums are a function of the problem alone, never of the device: at most about 512 blocks, and at least
-// four tiles, or 64 rows, for each warp.
-inline Plan<TokenDWConvGradWeightArgs> plan_token_dwconv_grad_weight(const TokenDWConvGradWeightParams& p) {
+// Everything but what depends on the kernel.
+inline TokenDWConvGradWeightArgs grad_weight_args(const TokenDWConvGradWeightParams& p) {
   const int es = element_size(p.dtype);
-  const bool pairs = p.C % 2 == 0 && is_even(p.dy, p.dy_stride_b, p.dy_stride_n, es) &&
-                     (!p.x || is_even(p.x, p.x_stride_b, p.x_stride_n, es));
-  const bool small = is_small(p.dy_stride_b, p.dy_stride_n, p.W, es) && is_small(p.x_stride_b, p.x_stride_n, p.W, es);
-  Plan<TokenDWConvGradWeightArgs> plan{};
-  if (p.x) plan.variant = choose_variant(p.dtype, p.K, p.W, pairs, small);
-  TokenDWConvGradWeightArgs& a = plan.args;
+  TokenDWConvGradWeightArgs a{};
   a.p = p;
   a.taps = (p.x ? p.K * p.K : 0) + 1;
   a.dy_patches = static_cast<const char*>(p.dy) + p.dy_prefix * p.dy_stride_n * es;
   a.x_patches = p.x ? static_cast<const char*>(p.x) + p.x_prefix * p.x_stride_n * es : nullptr;
-  int64_t work, slabs, least, copies = 1;
-  if (plan.variant.vec) {
-    a.x_image_bytes = p.x_stride_b * es, a.dy_image_bytes = p.dy_stride_b * es;
-    a.x_token_bytes = p.x_stride_n * es, a.x_row_bytes = p.x_stride_n * p.W * es;
-    a.dy_token_bytes = p.dy_stride_n * es, a.dy_row_bytes = p.dy_stride_n * p.W * es;
-    a.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant, kTileH);
-    work = a.tiling.tasks, slabs = a.tiling.slabs.divisor, least = 4 * kWarps;
-  } else {
-    work = p.B * p.H, slabs = ceil_div(p.C, kLanes), least = 64 * kWarps, copies = a.taps;
-  }
-  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(work, least), 512 / slabs));
+  a.x_image_bytes = p.x_stride_b * es, a.dy_image_bytes = p.dy_stride_b * es;
+  a.x_token_bytes = p.x_stride_n * es, a.x_row_bytes = p.x_stride_n * p.W * es;
+  a.dy_token_bytes = p.dy_stride_n * es, a.dy_row_bytes = p.dy_stride_n * p.W * es;
+  return a;
+}
+
+inline bool all_even(const TokenDWConvGradWeightParams& p) {
+  const int es = element_size(p.dtype);
+  return p.C % 2 == 0 && is_even(p.dy, p.dy_stride_b, p.dy_stride_n, es) &&
+         (!p.x || is_even(p.x, p.x_stride_b, p.x_stride_n, es));
+}
+inline bool all_small(const TokenDWConvGradWeightParams& p) {
+  const int es = element_size(p.dtype);
+  return is_small(p.dy_stride_b, p.dy_stride_n, p.W, es) && is_small(p.x_stride_b, p.x_stride_n, p.W, es);
+}
+
+// The kernel for any K sums rows of the grid; -> blocks.
+inline int64_t chunk_rows(TokenDWConvGradWeightArgs& a) {
+  const int64_t work = a.p.B * a.p.H, slabs = ceil_div(a.p.C, kLanes);
+  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(work, 64 * kWarps), 512 / slabs));
   a.tasks_per_chunk = static_cast<int32_t>(ceil_div(work, chunks));
   a.chunks = static_cast<int32_t>(ceil_div(work, a.tasks_per_chunk));
-  plan.shape = {checked_blocks(slabs * copies * a.chunks), kThreads};
+  return slabs * a.taps * a.chunks;
+}
+
+// The partial sums are a function of the problem alone, never of the device: at most about 512 blocks, and at least
+// four tiles, or 64 rows, for each warp.
+inline Plan<TokenDWConvGradWeightArgs> plan_token_dwconv_grad_weight(const TokenDWConvGradWeightParams& p) {
+  Plan<TokenDWConvGradWeightArgs> plan{};
+  if (p.x) plan.variant = choose_variant(p.dtype, p.K, p.W, all_even(p), all_small(p));
+  TokenDWConvGradWeightArgs& a = plan.args = grad_weight_args(p);
+  if (plan.variant.vec == 0) {
+    plan.shape = {checked_blocks(chunk_rows(a)), kThreads};
+    return plan;
+  }
+  a.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant, kTileH);
+  const int64_t work = a.tiling.tasks, slabs = a.tiling.slabs.divisor;
+  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(work, 4 * kWarps), 512 / slabs));
+  a.tasks_per_chunk = static_cast<int32_t>(ceil_div(work, chunks));
+  a.chunks = static_cast<int32_t>(ceil_div(work, a.tasks_per_chunk));
+  plan.shape = {checked_blocks(slabs * a.chunks), kThreads};
   return plan;
 }
 

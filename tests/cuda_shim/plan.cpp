@@ -42,4 +42,8 @@ int shim_plan_bwd_dx_act(const lifeops::TokenDWConvParams* p, const AffineAct* p
   plan.args.partial = partial;
   return copy_plan(plan, args, out);
 }
+
+int shim_plan_bwd_dw_act(const lifeops::TokenDWConvGradWeightParams* p, const AffineAct* prologue, void* args, int* out) {
+  return copy_plan(lifeops::cuda::plan_token_dwconv_act_grad_weight(*p, *prologue), args, out);
+}
 }

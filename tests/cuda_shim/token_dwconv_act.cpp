@@ -2,7 +2,6 @@
 // The CUDA kernels with prologue and epilogue, and the channel passes, on the CPU, behind a C interface for ctypes.
 #include "cuda_shim.h"
 
-#include "../../csrc/cuda/task_sums.cuh"
 #include "../../csrc/cuda/token_dwconv_act.cuh"
 #include "shim_tools.h"
 
@@ -44,6 +43,21 @@ int shim_token_dwconv_act_grad_input(const TokenDWConvParams* p, const AffineAct
     sums.partial = partial.data(), sums.merged = merged.data(), sums.out = out;
     run_token_dwconv_act_grad_input<T>(plan, launcher(plan.variant.vec == 0));
     run_sums<Acc>(sums, launcher(true));
+  });
+  return plan.variant.vec;
+}
+
+int shim_token_dwconv_act_grad_weight(const TokenDWConvGradWeightParams* p, const AffineAct* prologue) {
+  auto plan = plan_token_dwconv_act_grad_weight(*p, *prologue);
+  by_dtype(p->dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const TokenDWConvGradWeightArgs& a = plan.args.conv;
+    std::vector<acc_t<T>> partial(static_cast<size_t>(a.chunks) * a.taps * p->C, acc_t<T>(NAN));
+    plan.args.conv.partial = partial.data();
+    int stage = 0;
+    run_token_dwconv_act_grad_weight<T>(plan, [&](auto kernel, LaunchShape shape, const auto& args) {
+      launcher(stage++ == 1)(kernel, shape, args);  // the second stage has no barrier
+    });
   });
   return plan.variant.vec;
 }
