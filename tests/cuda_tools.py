@@ -45,6 +45,25 @@ class AffineAct(ctypes.Structure):
     _fields_ = (("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("act", ctypes.c_int32))
 
 
+class ChannelRows(ctypes.Structure):
+    """Rows of csrc/cpu/channel_act.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride_b", ctypes.c_int64), ("stride_n", ctypes.c_int64))
+
+
+class ChannelActParams(ctypes.Structure):
+    """ChannelActParams of csrc/cpu/channel_act.h."""
+
+    _fields_ = (
+        [("channel_pass", ctypes.c_int32)]
+        + [(name, ChannelRows) for name in ("x", "dy", "residual", "y")]
+        + [(name, ctypes.c_int64) for name in ("B", "n", "C")]
+        + [(name, ctypes.c_int32) for name in ("dtype", "act")]
+        + [(name, ctypes.c_void_p) for name in ("scale", "shift", "gate", "pool_grad", "a", "b")]
+        + [(name, ctypes.c_int64) for name in ("gate_stride", "pool_grad_stride")]
+    )
+
+
 def cuda_folders() -> list[Path]:
     """Where a CUDA toolkit, or the part of it inside Triton's wheel, may lie."""
     folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]

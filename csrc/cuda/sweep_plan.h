@@ -26,6 +26,11 @@ struct Strips {
   }
 };
 
+// A block takes a slab of channels of kWarps tasks, slabs innermost: neighbours read neighbouring channels.
+inline LaunchShape one_task_per_warp(const Tiling& tiling) {
+  return {checked_blocks(ceil_div(tiling.tasks, kWarps) * tiling.slabs.divisor), kThreads};
+}
+
 constexpr int kForwardSums = 3;  // per task and channel: the first value k as stored, the sums of y - k and (y - k)²
 constexpr int kGradSums = 2;     // what affine_act_grad adds up
 
@@ -83,12 +88,7 @@ inline Plan<TokenDWConvActArgs> plan_sweep(const TokenDWConvParams& p, int block
   a.conv = forward_args(p);
   a.strips = make_strips(p.B, p.H, p.W, p.C, p.K, plan.variant);
   a.conv.tiling = a.strips.tiling;
-  if (plan.variant.vec) {
-    plan.shape = one_wave(a.conv, multiprocessors, blocks_per_sm);
-  } else {
-    const int64_t units = static_cast<int64_t>(a.strips.tiling.tasks) * a.strips.tiling.slabs.divisor;
-    plan.shape = {checked_blocks(ceil_div(units, kWarps)), kThreads};
-  }
+  plan.shape = plan.variant.vec ? one_wave(a.conv, multiprocessors, blocks_per_sm) : one_task_per_warp(a.strips.tiling);
   return plan;
 }
 

@@ -2,34 +2,20 @@
 // Second stages: what the tasks of a sweep summed, added in an order that depends on the problem alone. No atomics, no
 // thread that walks thousands of rows: chunks of tasks first, then the chunks, in double. No torch in here.
 #pragma once
-#include "sweep_plan.h"
+#include "task_sums_plan.h"
 
 namespace lifeops {
 namespace cuda {
 
-struct TaskSumsArgs {
-  Strips strips;
-  int64_t B, C;
-  const void* partial;  // (tasks, sums, C) in the accumulator's type
-  double* merged;       // (chunks, sums, C)
-  void* out;            // in the accumulator's type: (2, C), for a pool (sums, B, C)
-  int32_t sums, tasks_per_chunk, chunks;
-};
-
-inline TaskSumsArgs plan_task_sums(const Strips& strips, int64_t B, int64_t C, int sums) {
-  TaskSumsArgs a{};
-  a.strips = strips, a.B = B, a.C = C, a.sums = sums;
-  int64_t root = 1;
-  while (root * root < strips.tiling.tasks) ++root;
-  a.tasks_per_chunk = static_cast<int32_t>(std::max<int64_t>(root, 16));
-  a.chunks = static_cast<int32_t>(ceil_div(strips.tiling.tasks, a.tasks_per_chunk));
-  return a;
-}
-
-inline LaunchShape one_thread_each(int64_t count) { return {checked_blocks(ceil_div(count, kThreads)), kThreads}; }
-
 __device__ __forceinline__ int64_t global_thread() {
   return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+
+// Where one_task_per_warp has put this warp; the task may lie beyond the last one.
+__device__ __forceinline__ int task_of_warp(const Tiling& tiling, int* slab) {
+  const int group = tiling.slabs.div(blockIdx.x);
+  *slab = blockIdx.x - group * tiling.slabs.divisor;
+  return group * kWarps + static_cast<int>(threadIdx.x / kLanes);
 }
 
 // Mean and m2 of n values joined with those of others (Chan, Golub, LeVeque 1983).

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a plan to a kernel, as token_dwconv.cuh does it for the plain convolution. No torch in here.
 #pragma once
-#include "task_sums.cuh"
 #include "token_dwconv_act_any.cuh"
 #include "token_dwconv_act_bwd_dw.cuh"
 
@@ -38,34 +37,39 @@ template <typename T> struct GradWeightActKernels {
   template <int K, int kVec, int kTileW> static auto tile() { return token_dwconv_act_bwd_dw_tile_kernel<T, K, kVec, kTileW>; }
 };
 
-// First stage; plan.args.partial points at tasks * kForwardSums * C accumulators, or is null.
-template <typename T, typename Launch>
-void run_token_dwconv_act(const Plan<TokenDWConvActArgs>& plan, const Launch& launch) {
+// -> whether there is a tile kernel for the plan, which then has been launched.
+template <typename T, typename Kernels, typename Args, typename Launch>
+bool launch_tile(const Plan<Args>& plan, int K, const Launch& launch) {
   if constexpr (sizeof(T) < 8) {
-    if (plan.variant.vec) return launch_sweep<ForwardActKernels<T>>(plan, plan.args.conv.p.K, launch);
+    if (plan.variant.vec) return launch_sweep<Kernels>(plan, K, launch), true;
   }
-  launch(token_dwconv_act_fwd_any_kernel<T>, plan.shape, plan.args);
+  return false;
 }
 
-// First stage; plan.args.partial points at tasks * kGradSums * C accumulators.
+// plan.args.partial points at tasks * kForwardSums * C accumulators; the second stages run if they have an `out`.
 template <typename T, typename Launch>
-void run_token_dwconv_act_grad_input(const Plan<TokenDWConvActArgs>& plan, const Launch& launch) {
-  if constexpr (sizeof(T) < 8) {
-    if (plan.variant.vec) return launch_sweep<GradInputActKernels<T>>(plan, plan.args.conv.p.K, launch);
-  }
-  launch(token_dwconv_act_bwd_dx_any_kernel<T>, plan.shape, plan.args);
+void run_token_dwconv_act(const Plan<TokenDWConvActArgs>& plan, const TaskSumsArgs& pool, const TaskSumsArgs& stats,
+                          const Launch& launch) {
+  if (!launch_tile<T, ForwardActKernels<T>>(plan, plan.args.conv.p.K, launch))
+    launch(token_dwconv_act_fwd_any_kernel<T>, plan.shape, plan.args);
+  if (pool.out) run_image_sums<acc_t<T>, true>(pool, launch);
+  if (stats.out) run_stats<acc_t<T>>(stats, launch);
+}
+
+// plan.args.partial points at tasks * kGradSums * C accumulators.
+template <typename T, typename Launch>
+void run_token_dwconv_act_grad_input(const Plan<TokenDWConvActArgs>& plan, const TaskSumsArgs& sums, const Launch& launch) {
+  if (!launch_tile<T, GradInputActKernels<T>>(plan, plan.args.conv.p.K, launch))
+    launch(token_dwconv_act_bwd_dx_any_kernel<T>, plan.shape, plan.args);
+  run_sums<acc_t<T>>(sums, launch);
 }
 
 // Both stages; plan.args.conv.partial points at chunks * taps * C accumulators.
 template <typename T, typename Launch>
 void run_token_dwconv_act_grad_weight(const Plan<TokenDWConvActGradWeightArgs>& plan, const Launch& launch) {
   const TokenDWConvGradWeightArgs& a = plan.args.conv;
-  bool tiled = false;
-  if constexpr (sizeof(T) < 8) {
-    tiled = plan.variant.vec != 0;
-    if (tiled) launch_sweep<GradWeightActKernels<T>>(plan, a.p.K, launch);
-  }
-  if (!tiled) launch(token_dwconv_act_bwd_dw_any_kernel<T>, plan.shape, plan.args);
+  if (!launch_tile<T, GradWeightActKernels<T>>(plan, a.p.K, launch))
+    launch(token_dwconv_act_bwd_dw_any_kernel<T>, plan.shape, plan.args);
   launch(token_dwconv_bwd_dw_reduce_kernel<T>, one_thread_each(a.taps * a.p.C), a);
 }
 

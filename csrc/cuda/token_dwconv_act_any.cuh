@@ -2,6 +2,7 @@
 // The same for any K, any grid, any stride and double: a warp takes 32 channels of a strip of whole rows, one output at
 // a time, every tap a load. Not fast, never wrong. No torch in here.
 #pragma once
+#include "task_sums.cuh"
 #include "token_dwconv_act_fwd.cuh"
 
 namespace lifeops {
@@ -9,15 +10,17 @@ namespace cuda {
 
 // What of the problem one thread works on: channel c of rows [r0, r0 + height) of image b.
 struct AnyStrip {
-  int64_t task, b, r0, height, c;
+  int task;
+  int64_t b, r0, height, c;
 };
 
 // -> whether there is anything to do.
 __device__ __forceinline__ bool locate_any(const Strips& strips, int64_t C, AnyStrip* out) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kLanes;
-  const int64_t slabs = strips.tiling.slabs.divisor, per_image = strips.tiling.tiles.divisor;
-  out->task = unit / slabs, out->c = unit % slabs * kLanes + threadIdx.x % kLanes;
-  out->b = out->task / per_image, out->r0 = out->task % per_image * strips.height;
+  int slab;
+  out->task = task_of_warp(strips.tiling, &slab);
+  const int b = strips.tiling.tiles.div(out->task);
+  out->b = b, out->c = slab * kLanes + threadIdx.x % kLanes;
+  out->r0 = static_cast<int64_t>(out->task - b * static_cast<int>(strips.tiling.tiles.divisor)) * strips.height;
   out->height = min(static_cast<int64_t>(strips.height), strips.H - out->r0);
   return out->task < strips.tiling.tasks && out->c < C;
 }
@@ -29,9 +32,11 @@ __device__ __forceinline__ acc_t<T> convolve_any(const TokenDWConvParams& p, con
   const int taps = p.K * p.K;
   const T* x = static_cast<const T*>(p.x) + at.b * p.x_stride_b + at.c;
   acc_t<T> sum = 0;
+#pragma unroll 1
   for (int kh = 0; kh < p.K; ++kh) {
     const int64_t row = r + kh - p.K / 2;
     if (row < 0 || row >= p.H) continue;
+#pragma unroll 1
     for (int kw = 0; kw < p.K; ++kw) {
       const int64_t column = q + kw - p.K / 2;
       if (column < 0 || column >= p.W) continue;
@@ -45,6 +50,7 @@ __device__ __forceinline__ acc_t<T> convolve_any(const TokenDWConvParams& p, con
 
 template <typename T>
 __device__ __forceinline__ void copy_prefix_any(const TokenDWConvParams& p, const AnyStrip& at, bool with_residual) {
+#pragma unroll 1
   for (int64_t n = 0; n < p.y_prefix; ++n) {
     acc_t<T> value = 0;
     if (p.prefix == Prefix::copy) value = to_acc(static_cast<const T*>(p.x)[at.b * p.x_stride_b + n * p.x_stride_n + at.c]);
@@ -56,7 +62,9 @@ __device__ __forceinline__ void copy_prefix_any(const TokenDWConvParams& p, cons
 // body(y, residual, r, q) for the strip's outputs in order; the residual is null where the problem has none.
 template <typename T, typename Body>
 __device__ __forceinline__ void for_outputs(const TokenDWConvParams& p, const AnyStrip& at, Body&& body) {
+#pragma unroll 1
   for (int64_t r = at.r0; r < at.r0 + at.height; ++r)
+#pragma unroll 1
     for (int64_t q = 0; q < p.W; ++q) {
       const int64_t n = p.y_prefix + r * p.W + q;
       const T* residual = p.residual ? static_cast<const T*>(p.residual) + at.b * p.r_stride_b + n * p.r_stride_n + at.c : nullptr;
@@ -65,7 +73,7 @@ __device__ __forceinline__ void for_outputs(const TokenDWConvParams& p, const An
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     token_dwconv_act_fwd_any_kernel(const __grid_constant__ TokenDWConvActArgs args) {
   using Acc = acc_t<T>;
   const TokenDWConvParams& p = args.conv.p;
@@ -95,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     token_dwconv_act_bwd_dx_any_kernel(const __grid_constant__ TokenDWConvActArgs args) {
   using Acc = acc_t<T>;
   const TokenDWConvParams& p = args.conv.p;

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     token_dwconv_act_bwd_dw_any_kernel(const __grid_constant__ TokenDWConvActGradWeightArgs args) {
   correlate_any<T>(args.conv, [&](acc_t<T> x, int c) {
     const Affine<acc_t<T>, 1> prologue(args.prologue, c);

@@ -29,21 +29,21 @@ int shim_plan_bwd_dw(const lifeops::TokenDWConvGradWeightParams* p, void* args, 
   return copy_plan(lifeops::cuda::plan_token_dwconv_grad_weight(*p), args, out);
 }
 
-int shim_plan_fwd_act(const lifeops::TokenDWConvParams* p, const AffineAct* prologue, const AffineAct* epilogue, void* partial,
+int shim_plan_act_fwd(const lifeops::TokenDWConvParams* p, const AffineAct* prologue, const AffineAct* epilogue, void* partial,
                       void* args, int* out) {
   auto plan = lifeops::cuda::plan_token_dwconv_act(*p, *prologue, *epilogue, partial);
   plan.args.partial = partial;
   return copy_plan(plan, args, out);
 }
 
-int shim_plan_bwd_dx_act(const lifeops::TokenDWConvParams* p, const AffineAct* prologue, const void* a, const void* b,
+int shim_plan_act_bwd_dx(const lifeops::TokenDWConvParams* p, const AffineAct* prologue, const void* a, const void* b,
                          void* partial, void* args, int* out) {
   auto plan = lifeops::cuda::plan_token_dwconv_act_grad_input(*p, *prologue, a, b);
   plan.args.partial = partial;
   return copy_plan(plan, args, out);
 }
 
-int shim_plan_bwd_dw_act(const lifeops::TokenDWConvGradWeightParams* p, const AffineAct* prologue, void* args, int* out) {
+int shim_plan_act_bwd_dw(const lifeops::TokenDWConvGradWeightParams* p, const AffineAct* prologue, void* args, int* out) {
   return copy_plan(lifeops::cuda::plan_token_dwconv_act_grad_weight(*p, *prologue), args, out);
 }
 }

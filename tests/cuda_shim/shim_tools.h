@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a dtype at run time to the element type, and from a launch to the shim's.
+// From a dtype at run time to the element type, from a launch to the shim's, and the buffers of sums.
 #pragma once
 #include "cuda_shim.h"
 
-#include "../../csrc/cuda/launch.h"
-#include "../../csrc/dtype.h"
+#include "../../csrc/cuda/task_sums_plan.h"
+
+namespace lifeops {
+namespace cuda {
+template <typename Args> constexpr bool kSecondStage = false;
+template <> constexpr bool kSecondStage<TaskSumsArgs> = true;
+}  // namespace cuda
+}  // namespace lifeops
 
 template <typename F> int by_dtype(lifeops::DType dtype, F&& f) {
   using lifeops::DType;
@@ -19,9 +25,21 @@ template <typename F> int by_dtype(lifeops::DType dtype, F&& f) {
   return 0;
 }
 
-// What a plan is run with; kernels without a barrier may run their threads one after the other.
-inline auto launcher(bool no_barrier) {
-  return [no_barrier](auto kernel, lifeops::cuda::LaunchShape shape, const auto& args) {
-    cuda_shim::launch(kernel, shape.blocks, shape.threads, args, no_barrier);
-  };
-}
+// What a plan is run with. Threads of a kernel without a barrier may run one after the other.
+struct Launcher {
+  bool no_barrier = false;
+
+  template <typename Args> void operator()(void (*kernel)(Args), lifeops::cuda::LaunchShape shape, const Args& args) const {
+    cuda_shim::launch(kernel, shape.blocks, shape.threads, args, no_barrier || lifeops::cuda::kSecondStage<Args>);
+  }
+};
+
+// Room for sums: not a byte more than the kernels may write, and nothing they may read before.
+template <typename Acc> struct Buffers {
+  std::vector<Acc> partial;
+  std::vector<double> merged;
+
+  Buffers(const lifeops::cuda::TaskSumsArgs& a, bool used)
+      : partial(used ? a.strips.tiling.tasks * a.sums * a.C : 0, Acc(NAN)), merged(a.chunks * a.sums * a.C, NAN) {}
+  void give(lifeops::cuda::TaskSumsArgs& a, void* out) { a.partial = partial.data(), a.merged = merged.data(), a.out = out; }
+};

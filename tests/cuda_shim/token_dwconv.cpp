@@ -15,7 +15,7 @@ extern "C" {
 int shim_token_dwconv(const TokenDWConvParams* p, int multiprocessors) {
   const auto plan = plan_token_dwconv(*p, multiprocessors);
   by_dtype(p->dtype, [&](auto zero) {
-    run_token_dwconv<decltype(zero)>(plan, launcher(plan.variant.vec == 0));
+    run_token_dwconv<decltype(zero)>(plan, Launcher{plan.variant.vec == 0});
   });
   return plan.variant.vec;
 }
@@ -30,8 +30,7 @@ int shim_token_dwconv_grad_weight(const TokenDWConvGradWeightParams* p) {
   int stage = 0;
   by_dtype(p->dtype, [&](auto zero) {
     run_token_dwconv_grad_weight<decltype(zero)>(plan, [&](auto kernel, LaunchShape shape, const auto& args) {
-      const bool no_barrier = stage++ == 1;  // the second stage
-      cuda_shim::launch(kernel, shape.blocks, shape.threads, args, no_barrier);
+      Launcher{stage++ == 1}(kernel, shape, args);  // the second stage has no barrier
     });
   });
   return plan.variant.vec;
