@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_shim"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # order of csrc/params.h
+ACTS = ("none", "relu6", "hardswish", "gelu", "gelu_first")  # order of csrc/params.h
 
 
 class FwdParams(ctypes.Structure):
@@ -35,6 +36,31 @@ class GradWeightParams(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("B", "H", "W", "C")]
         + [(f"{t}_stride_{d}", ctypes.c_int64) for t in ("x", "dy") for d in "bn"]
         + [(name, ctypes.c_int32) for name in ("K", "x_prefix", "dy_prefix", "dtype", "weight_dtype", "bias_dtype")]
+    )
+
+
+class AffineAct(ctypes.Structure):
+    """AffineAct of csrc/cuda/activations.cuh; acts are numbered as Python lists them, gelu_first last."""
+
+    _fields_ = (("scale", ctypes.c_void_p), ("shift", ctypes.c_void_p), ("act", ctypes.c_int32))
+
+
+class ChannelRows(ctypes.Structure):
+    """Rows of csrc/cpu/channel_act.h."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("stride_b", ctypes.c_int64), ("stride_n", ctypes.c_int64))
+
+
+class ChannelActParams(ctypes.Structure):
+    """ChannelActParams of csrc/cpu/channel_act.h."""
+
+    _fields_ = (
+        [("channel_pass", ctypes.c_int32)]
+        + [(name, ChannelRows) for name in ("x", "dy", "residual", "y")]
+        + [(name, ctypes.c_int64) for name in ("B", "n", "C")]
+        + [(name, ctypes.c_int32) for name in ("dtype", "act")]
+        + [(name, ctypes.c_void_p) for name in ("scale", "shift", "gate", "pool_grad", "a", "b")]
+        + [(name, ctypes.c_int64) for name in ("gate_stride", "pool_grad_stride")]
     )
 
 

@@ -44,21 +44,36 @@ def test_no_spills(cubins, source, arch):
     assert not bad, bad
 
 
-@pytest.mark.parametrize("kernel", ["fwd", "bwd_dw"])
-@pytest.mark.parametrize("K", [3, 5, 7])
-def test_instruction_budget(cubins, kernel, K, tmp_path):
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory):
     if find_tool("cuobjdump") is None:
         pytest.skip("cuobjdump is not installed: neither a full CUDA toolkit nor Triton")
-    planner = cuda_budgets.Planner(tmp_path)
+    planner = cuda_budgets.Planner(tmp_path_factory.mktemp("planner"))
     if planner.missing:
         pytest.skip(planner.missing)
+    return planner
+
+
+def check_budget(cubin, planner, kernel, K, budget, act=None):
     key = (kernel, "bf16", K, 2, 7)
-    cubin, _ = cubins["token_dwconv_bf16", cuda_budgets.ARCH]
     code = next(c for name, c in cuda_budgets.functions(cubin).items() if cuda_budgets.variant(name) == key)
-    got = cuda_budgets.instructions_per_element(code, planner, key)
-    assert got <= cuda_budgets.BUDGET[kernel, K], f"{got:.2f} instructions per element"
+    got = cuda_budgets.instructions_per_element(code, planner, key, act)
+    assert got <= budget, f"{got:.2f} instructions per element"
     # Fewer than the products alone, border taps left out, would mean that the count is wrong.
     assert got > (K * 14 - K // 2 * (K // 2 + 1)) ** 2 / 14**2
+
+
+@pytest.mark.parametrize("kernel", ["fwd", "bwd_dw"])
+@pytest.mark.parametrize("K", [3, 5, 7])
+def test_instruction_budget(cubins, planner, kernel, K):
+    check_budget(cubins["token_dwconv_bf16", cuda_budgets.ARCH][0], planner, kernel, K, cuda_budgets.BUDGET[kernel, K])
+
+
+@pytest.mark.parametrize("case", cuda_budgets.ACT_BUDGET, ids=lambda c: "-".join(map(str, c)))
+def test_instruction_budget_with_a_prologue(cubins, planner, case):
+    kernel, K, act = case
+    cubin = cubins["token_dwconv_act_bf16", cuda_budgets.ARCH][0]
+    check_budget(cubin, planner, kernel, K, cuda_budgets.ACT_BUDGET[case], act)
 
 
 @pytest.mark.parametrize("source", LAUNCHERS, ids=lambda s: s.stem)

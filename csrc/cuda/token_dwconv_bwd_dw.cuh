@@ -139,10 +139,10 @@ __global__ void __launch_bounds__(kThreads)
   reduce_warps<1, kVec>(a, chunk, K * K, c_first, channels, db, s_sums);
 }
 
-// Any K, any grid, any stride, double, and db alone: one tap per block, one row of the grid per warp and step.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    token_dwconv_bwd_dw_any_kernel(const __grid_constant__ TokenDWConvGradWeightArgs a) {
+// Any K, any grid, any stride, double, and db alone: one tap per block, one row of the grid per warp and step; value(x, c)
+// is what the forward pass made of an input.
+template <typename T, typename Value>
+__device__ __forceinline__ void correlate_any(const TokenDWConvGradWeightArgs& a, Value&& value) {
   using Acc = acc_t<T>;
   __shared__ Acc s_sums[kThreads];
   const TokenDWConvGradWeightParams& p = a.p;
@@ -162,14 +162,20 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t b = row / p.H, r = row - b * p.H;
     if (r + dr < 0 || r + dr >= p.H) continue;
     for (int64_t q = q_begin; q < q_end; ++q) {
-      const Acc value = to_acc(dy[b * p.dy_stride_b + (r * p.W + q) * p.dy_stride_n]);
+      const Acc grad = to_acc(dy[b * p.dy_stride_b + (r * p.W + q) * p.dy_stride_n]);
       if (is_bias)
-        sum[0][0] += value;
+        sum[0][0] += grad;
       else
-        sum[0][0] += value * to_acc(x[b * p.x_stride_b + ((r + dr) * p.W + q + dq) * p.x_stride_n]);
+        sum[0][0] += grad * value(to_acc(x[b * p.x_stride_b + ((r + dr) * p.W + q + dq) * p.x_stride_n]), c_first + lane);
     }
   }
   reduce_warps<1, 1>(a, chunk, t, c_first, channels, sum, s_sums);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    token_dwconv_bwd_dw_any_kernel(const __grid_constant__ TokenDWConvGradWeightArgs a) {
+  correlate_any<T>(a, [](acc_t<T> x, int) { return x; });
 }
 
 // Second stage: the chunks in order, one thread per sum.

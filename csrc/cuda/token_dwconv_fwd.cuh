@@ -18,16 +18,25 @@ struct Tile {
   bool left, right;
 };
 
+// The tile's columns: its rows are the caller's.
+template <int K, int kTileW>
+__device__ __forceinline__ Tile locate_columns(const Tiling& a, int b, int r0, int segment, int W) {
+  constexpr int kHalo = K / 2;
+  const int last = W - kTileW;  // segments lie side by side from the left; the last ones are moved left to fit
+  const int q0 = min(segment * kTileW, segment + 1 < static_cast<int>(a.segments.divisor) ? last - kHalo : last);
+  const int own = segment == 0 ? 0 : min(segment * kTileW, last - kHalo + kTileW);
+  return {b, r0, q0, own - q0, 0, q0 > 0, q0 < last};
+}
+
 template <int K, int kTileW>
 __device__ __forceinline__ Tile locate_tile(const Tiling& a, int task, int H, int W) {
   constexpr int kHalo = K / 2, kRows = kTileH + K - 1;
   const int b = a.tiles.div(task), tile = task - b * a.tiles.divisor;
   const int strip = a.segments.div(tile), segment = tile - strip * a.segments.divisor;
-  const int last = W - kTileW;  // segments lie side by side from the left; the last ones are moved left to fit
-  const int q0 = min(segment * kTileW, segment + 1 < static_cast<int>(a.segments.divisor) ? last - kHalo : last);
-  const int own = segment == 0 ? 0 : min(segment * kTileW, last - kHalo + kTileW);
+  Tile found = locate_columns<K, kTileW>(a, b, strip * kTileH, segment, W);
   const int row0 = strip * kTileH - kHalo, begin = max(0, -row0), end = min(kRows, H - row0);
-  return {b, strip * kTileH, q0, own - q0, (1u << end) - (1u << begin), q0 > 0, q0 < last};
+  found.rows = (1u << end) - (1u << begin);
+  return found;
 }
 
 // The token `dr` rows and `dq` columns off the tile's first one.
@@ -79,15 +88,17 @@ __device__ __forceinline__ void stage_filter(const TokenDWConvParams& p, int c_f
   }
 }
 
-// The prefix rows of an image, which lie right before its patches in x, y and the residual; `tile` is its first tile.
+// The prefix rows of an image, which lie right before its patches in x, y and the residual (its first patch row, or
+// null); `tile` is the image's first tile.
 template <typename T, int kVec>
-__device__ __forceinline__ void copy_prefix(const TokenDWConvFwdArgs& a, const Tile& tile, const T* x, T* y, int c) {
+__device__ __forceinline__ void copy_prefix(const TokenDWConvFwdArgs& a, const Tile& tile, const T* x, T* y,
+                                            const void* residual_patches, int c) {
   const int count = a.p.y_prefix;
   x = locate_token(x, tile, 0, -count, a.x_image_bytes, 0, a.x_token_bytes);
   y = locate_token(y, tile, 0, -count, a.y_image_bytes, 0, a.y_token_bytes);
-  const T* r = a.r_patches ? locate_token(static_cast<const T*>(a.r_patches) + c, tile, 0, -count, a.r_image_bytes, 0,
-                                          a.r_token_bytes)
-                           : nullptr;
+  const T* r = residual_patches ? locate_token(static_cast<const T*>(residual_patches) + c, tile, 0, -count,
+                                               a.r_image_bytes, 0, a.r_token_bytes)
+                                : nullptr;
 #pragma unroll 1
   for (int n = 0; n < count; ++n) {
     acc_t<T> value[kVec] = {}, residual[kVec];
@@ -224,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, LIFEOPS_RESIDENT_BLOCKS(K, T))
   int task = group * a.tasks_per_warp * kWarps + warp;
   for (int n = 0; n < a.tasks_per_warp && task < a.tiling.tasks; ++n, task += kWarps) {
     const Tile tile = locate_tile<K, kTileW>(a.tiling, task, H, W);
-    if (tile.r0 == 0 && tile.q0 == 0) copy_prefix<T, kVec>(a, tile, x_patches, y_patches, c);
+    if (tile.r0 == 0 && tile.q0 == 0) copy_prefix<T, kVec>(a, tile, x_patches, y_patches, a.r_patches, c);
     const T* row =
         locate_token(x_patches, tile, -(K / 2), -(K / 2), a.x_image_bytes, a.x_row_bytes, a.x_token_bytes);
     Acc acc[kTileH][kTileW][kVec] = {};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Defines and instantiates the launches of one element type.
 #pragma once
+#include "stream_launch.cuh"
 #include "token_dwconv.cuh"
 #include "token_dwconv_launch.h"
 
@@ -8,17 +9,13 @@ namespace lifeops {
 namespace cuda {
 
 template <typename T> cudaError_t launch_token_dwconv(const Plan<TokenDWConvFwdArgs>& plan, cudaStream_t stream) {
-  run_token_dwconv<T>(plan, [&](auto* kernel, LaunchShape shape, const TokenDWConvFwdArgs& args) {
-    kernel<<<shape.blocks, shape.threads, 0, stream>>>(args);
-  });
+  run_token_dwconv<T>(plan, StreamLaunch{stream});
   return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t launch_token_dwconv_grad_weight(const Plan<TokenDWConvGradWeightArgs>& plan, cudaStream_t stream) {
-  run_token_dwconv_grad_weight<T>(plan, [&](auto* kernel, LaunchShape shape, const TokenDWConvGradWeightArgs& args) {
-    kernel<<<shape.blocks, shape.threads, 0, stream>>>(args);
-  });
+  run_token_dwconv_grad_weight<T>(plan, StreamLaunch{stream});
   return cudaGetLastError();
 }
 

@@ -84,8 +84,8 @@ inline bool is_small(int64_t stride_b, int64_t stride_n, int64_t W, int element)
   return fits(stride_b) && fits(stride_n * W);
 }
 
-inline Tiling make_tiling(int64_t B, int64_t H, int64_t W, int64_t C, const Variant& v) {
-  const int64_t segments = ceil_div(W, v.tile_w), tiles = ceil_div(H, kTileH) * segments;
+inline Tiling make_tiling(int64_t B, int64_t H, int64_t W, int64_t C, const Variant& v, int64_t tile_h) {
+  const int64_t segments = ceil_div(W, v.tile_w), tiles = ceil_div(H, tile_h) * segments;
   if (B * tiles >= (1ll << 31)) throw std::length_error("token_dwconv: more than 2^31 tiles");
   return {FastDiv(ceil_div(C, kLanes * v.vec)), FastDiv(tiles), FastDiv(segments), static_cast<int32_t>(B * tiles)};
 }
@@ -95,28 +95,15 @@ inline uint32_t checked_blocks(int64_t blocks) {
   return static_cast<uint32_t>(blocks);
 }
 
-// One wave of blocks that stay: a warp loads its filter once (2 to 7 instructions per element if it did one tile only)
-// and then walks over tasks_per_warp tiles. Results do not depend on it.
-inline Plan<TokenDWConvFwdArgs> plan_token_dwconv(const TokenDWConvParams& p, int multiprocessors = 132) {
+// Everything but the tiling; the byte strides are used where is_small holds.
+inline TokenDWConvFwdArgs forward_args(const TokenDWConvParams& p) {
   const int es = element_size(p.dtype);
-  const bool pairs = p.C % 2 == 0 && is_even(p.x, p.x_stride_b, p.x_stride_n, es) &&
-                     is_even(p.y, p.y_stride_b, p.y_stride_n, es) &&
-                     (!p.residual || is_even(p.residual, p.r_stride_b, p.r_stride_n, es));
-  const bool small = is_small(p.x_stride_b, p.x_stride_n, p.W, es) && is_small(p.y_stride_b, p.y_stride_n, p.W, es) &&
-                     (!p.residual || is_small(p.r_stride_b, p.r_stride_n, p.W, es));
-  Plan<TokenDWConvFwdArgs> plan{};
-  plan.variant = choose_variant(p.dtype, p.K, p.W, pairs, small);
-  TokenDWConvFwdArgs& a = plan.args;
+  TokenDWConvFwdArgs a{};
   a.p = p;
   auto patches = [&](const void* t, int64_t first) { return t ? static_cast<const char*>(t) + first * es : nullptr; };
   a.x_patches = patches(p.x, p.x_prefix * p.x_stride_n);
   a.r_patches = patches(p.residual, p.y_prefix * p.r_stride_n);
   a.y_patches = const_cast<char*>(patches(p.y, p.y_prefix * p.y_stride_n));
-  if (plan.variant.vec == 0) {
-    const int64_t outputs = p.B * (p.y_prefix + p.H * p.W) * p.C;
-    plan.shape = {checked_blocks(std::min<int64_t>(ceil_div(outputs, kThreads), 1 << 20)), kThreads};
-    return plan;
-  }
   a.x_image_bytes = p.x_stride_b * es, a.y_image_bytes = p.y_stride_b * es;
   a.x_token_bytes = p.x_stride_n * es, a.x_row_bytes = p.x_stride_n * p.W * es;
   a.y_token_bytes = p.y_stride_n * es, a.y_row_bytes = p.y_stride_n * p.W * es;
@@ -124,43 +111,94 @@ inline Plan<TokenDWConvFwdArgs> plan_token_dwconv(const TokenDWConvParams& p, in
     a.r_image_bytes = p.r_stride_b * es, a.r_token_bytes = p.r_stride_n * es;
     a.r_row_bytes = p.r_stride_n * p.W * es;
   }
-  a.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant);
-  const int64_t resident = static_cast<int64_t>(multiprocessors) * resident_blocks(p.K, es) * kWarps;
+  return a;
+}
+
+// Whether all sequences of the problem start every row on a pair of channels; whether their strides are small.
+inline bool all_even(const TokenDWConvParams& p) {
+  const int es = element_size(p.dtype);
+  return p.C % 2 == 0 && is_even(p.x, p.x_stride_b, p.x_stride_n, es) && is_even(p.y, p.y_stride_b, p.y_stride_n, es) &&
+         (!p.residual || is_even(p.residual, p.r_stride_b, p.r_stride_n, es));
+}
+inline bool all_small(const TokenDWConvParams& p) {
+  const int es = element_size(p.dtype);
+  return is_small(p.x_stride_b, p.x_stride_n, p.W, es) && is_small(p.y_stride_b, p.y_stride_n, p.W, es) &&
+         (!p.residual || is_small(p.r_stride_b, p.r_stride_n, p.W, es));
+}
+
+// One wave of blocks that stay: a warp loads its filter once (2 to 7 instructions per element if it did one tile only)
+// and then walks over tasks_per_warp tiles. Results do not depend on it.
+inline LaunchShape one_wave(TokenDWConvFwdArgs& a, int multiprocessors, int blocks_per_sm) {
+  const int64_t resident = static_cast<int64_t>(multiprocessors) * blocks_per_sm * kWarps;
   const int64_t slabs = a.tiling.slabs.divisor;
   a.tasks_per_warp = static_cast<int32_t>(std::max<int64_t>(1, ceil_div(slabs * a.tiling.tasks, resident)));
   const int64_t groups = ceil_div(a.tiling.tasks, static_cast<int64_t>(a.tasks_per_warp) * kWarps);
-  plan.shape = {checked_blocks(slabs * groups), kThreads};
+  return {checked_blocks(slabs * groups), kThreads};
+}
+
+inline Plan<TokenDWConvFwdArgs> plan_token_dwconv(const TokenDWConvParams& p, int multiprocessors = 132) {
+  Plan<TokenDWConvFwdArgs> plan{};
+  plan.variant = choose_variant(p.dtype, p.K, p.W, all_even(p), all_small(p));
+  plan.args = forward_args(p);
+  if (plan.variant.vec == 0) {
+    const int64_t outputs = p.B * (p.y_prefix + p.H * p.W) * p.C;
+    plan.shape = {checked_blocks(std::min<int64_t>(ceil_div(outputs, kThreads), 1 << 20)), kThreads};
+    return plan;
+  }
+  plan.args.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant, kTileH);
+  plan.shape = one_wave(plan.args, multiprocessors, resident_blocks(p.K, element_size(p.dtype)));
   return plan;
+}
+
+// Everything but what depends on the kernel.
+inline TokenDWConvGradWeightArgs grad_weight_args(const TokenDWConvGradWeightParams& p) {
+  const int es = element_size(p.dtype);
+  TokenDWConvGradWeightArgs a{};
+  a.p = p;
+  a.taps = (p.x ? p.K * p.K : 0) + 1;
+  a.dy_patches = static_cast<const char*>(p.dy) + p.dy_prefix * p.dy_stride_n * es;
+  a.x_patches = p.x ? static_cast<const char*>(p.x) + p.x_prefix * p.x_stride_n * es : nullptr;
+  a.x_image_bytes = p.x_stride_b * es, a.dy_image_bytes = p.dy_stride_b * es;
+  a.x_token_bytes = p.x_stride_n * es, a.x_row_bytes = p.x_stride_n * p.W * es;
+  a.dy_token_bytes = p.dy_stride_n * es, a.dy_row_bytes = p.dy_stride_n * p.W * es;
+  return a;
+}
+
+inline bool all_even(const TokenDWConvGradWeightParams& p) {
+  const int es = element_size(p.dtype);
+  return p.C % 2 == 0 && is_even(p.dy, p.dy_stride_b, p.dy_stride_n, es) &&
+         (!p.x || is_even(p.x, p.x_stride_b, p.x_stride_n, es));
+}
+inline bool all_small(const TokenDWConvGradWeightParams& p) {
+  const int es = element_size(p.dtype);
+  return is_small(p.dy_stride_b, p.dy_stride_n, p.W, es) && is_small(p.x_stride_b, p.x_stride_n, p.W, es);
+}
+
+// The kernel for any K sums rows of the grid; -> blocks.
+inline int64_t chunk_rows(TokenDWConvGradWeightArgs& a) {
+  const int64_t work = a.p.B * a.p.H, slabs = ceil_div(a.p.C, kLanes);
+  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(work, 64 * kWarps), 512 / slabs));
+  a.tasks_per_chunk = static_cast<int32_t>(ceil_div(work, chunks));
+  a.chunks = static_cast<int32_t>(ceil_div(work, a.tasks_per_chunk));
+  return slabs * a.taps * a.chunks;
 }
 
 // The partial sums are a function of the problem alone, never of the device: at most about 512 blocks, and at least
 // four tiles, or 64 rows, for each warp.
 inline Plan<TokenDWConvGradWeightArgs> plan_token_dwconv_grad_weight(const TokenDWConvGradWeightParams& p) {
-  const int es = element_size(p.dtype);
-  const bool pairs = p.C % 2 == 0 && is_even(p.dy, p.dy_stride_b, p.dy_stride_n, es) &&
-                     (!p.x || is_even(p.x, p.x_stride_b, p.x_stride_n, es));
-  const bool small = is_small(p.dy_stride_b, p.dy_stride_n, p.W, es) && is_small(p.x_stride_b, p.x_stride_n, p.W, es);
   Plan<TokenDWConvGradWeightArgs> plan{};
-  if (p.x) plan.variant = choose_variant(p.dtype, p.K, p.W, pairs, small);
-  TokenDWConvGradWeightArgs& a = plan.args;
-  a.p = p;
-  a.taps = (p.x ? p.K * p.K : 0) + 1;
-  a.dy_patches = static_cast<const char*>(p.dy) + p.dy_prefix * p.dy_stride_n * es;
-  a.x_patches = p.x ? static_cast<const char*>(p.x) + p.x_prefix * p.x_stride_n * es : nullptr;
-  int64_t work, slabs, least, copies = 1;
-  if (plan.variant.vec) {
-    a.x_image_bytes = p.x_stride_b * es, a.dy_image_bytes = p.dy_stride_b * es;
-    a.x_token_bytes = p.x_stride_n * es, a.x_row_bytes = p.x_stride_n * p.W * es;
-    a.dy_token_bytes = p.dy_stride_n * es, a.dy_row_bytes = p.dy_stride_n * p.W * es;
-    a.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant);
-    work = a.tiling.tasks, slabs = a.tiling.slabs.divisor, least = 4 * kWarps;
-  } else {
-    work = p.B * p.H, slabs = ceil_div(p.C, kLanes), least = 64 * kWarps, copies = a.taps;
+  if (p.x) plan.variant = choose_variant(p.dtype, p.K, p.W, all_even(p), all_small(p));
+  TokenDWConvGradWeightArgs& a = plan.args = grad_weight_args(p);
+  if (plan.variant.vec == 0) {
+    plan.shape = {checked_blocks(chunk_rows(a)), kThreads};
+    return plan;
   }
-  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(work, least), 512 / slabs));
+  a.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant, kTileH);
+  const int64_t work = a.tiling.tasks, slabs = a.tiling.slabs.divisor;
+  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(work, 4 * kWarps), 512 / slabs));
   a.tasks_per_chunk = static_cast<int32_t>(ceil_div(work, chunks));
   a.chunks = static_cast<int32_t>(ceil_div(work, a.tasks_per_chunk));
-  plan.shape = {checked_blocks(slabs * copies * a.chunks), kThreads};
+  plan.shape = {checked_blocks(slabs * a.chunks), kThreads};
   return plan;
 }
 

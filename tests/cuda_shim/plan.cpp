@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "../../csrc/cuda/token_dwconv_plan.h"
+#include "../../csrc/cuda/sweep_plan.h"
 
 namespace {
 
@@ -17,6 +17,8 @@ template <typename Args> int copy_plan(const lifeops::cuda::Plan<Args>& plan, vo
 
 }  // namespace
 
+using lifeops::cuda::AffineAct;
+
 extern "C" {
 
 int shim_plan_fwd(const lifeops::TokenDWConvParams* p, void* args, int* out) {
@@ -25,5 +27,23 @@ int shim_plan_fwd(const lifeops::TokenDWConvParams* p, void* args, int* out) {
 
 int shim_plan_bwd_dw(const lifeops::TokenDWConvGradWeightParams* p, void* args, int* out) {
   return copy_plan(lifeops::cuda::plan_token_dwconv_grad_weight(*p), args, out);
+}
+
+int shim_plan_act_fwd(const lifeops::TokenDWConvParams* p, const AffineAct* prologue, const AffineAct* epilogue, void* partial,
+                      void* args, int* out) {
+  auto plan = lifeops::cuda::plan_token_dwconv_act(*p, *prologue, *epilogue, partial);
+  plan.args.partial = partial;
+  return copy_plan(plan, args, out);
+}
+
+int shim_plan_act_bwd_dx(const lifeops::TokenDWConvParams* p, const AffineAct* prologue, const void* a, const void* b,
+                         void* partial, void* args, int* out) {
+  auto plan = lifeops::cuda::plan_token_dwconv_act_grad_input(*p, *prologue, a, b);
+  plan.args.partial = partial;
+  return copy_plan(plan, args, out);
+}
+
+int shim_plan_act_bwd_dw(const lifeops::TokenDWConvGradWeightParams* p, const AffineAct* prologue, void* args, int* out) {
+  return copy_plan(lifeops::cuda::plan_token_dwconv_act_grad_weight(*p, *prologue), args, out);
 }
 }

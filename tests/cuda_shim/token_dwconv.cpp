@@ -4,25 +4,10 @@
 #include "cuda_shim.h"
 
 #include "../../csrc/cuda/token_dwconv.cuh"
+#include "shim_tools.h"
 
 using namespace lifeops;
 using namespace lifeops::cuda;
-
-namespace {
-
-template <typename F> int by_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-#ifndef SHIM_ONE_DTYPE  // the sanitizers' program: a fourth of the compile time
-    case DType::f64: f(double{}); break;
-    case DType::f32: f(float{}); break;
-    case DType::f16: f(f16{}); break;
-#endif
-    default: f(bf16{}); break;
-  }
-  return 0;
-}
-
-}  // namespace
 
 extern "C" {
 
@@ -30,10 +15,7 @@ extern "C" {
 int shim_token_dwconv(const TokenDWConvParams* p, int multiprocessors) {
   const auto plan = plan_token_dwconv(*p, multiprocessors);
   by_dtype(p->dtype, [&](auto zero) {
-    run_token_dwconv<decltype(zero)>(plan, [&](auto kernel, LaunchShape shape, const auto& args) {
-      const bool no_barrier = plan.variant.vec == 0;
-      cuda_shim::launch(kernel, shape.blocks, shape.threads, args, no_barrier);
-    });
+    run_token_dwconv<decltype(zero)>(plan, Launcher{plan.variant.vec == 0});
   });
   return plan.variant.vec;
 }
@@ -48,8 +30,7 @@ int shim_token_dwconv_grad_weight(const TokenDWConvGradWeightParams* p) {
   int stage = 0;
   by_dtype(p->dtype, [&](auto zero) {
     run_token_dwconv_grad_weight<decltype(zero)>(plan, [&](auto kernel, LaunchShape shape, const auto& args) {
-      const bool no_barrier = stage++ == 1;  // the second stage
-      cuda_shim::launch(kernel, shape.blocks, shape.threads, args, no_barrier);
+      Launcher{stage++ == 1}(kernel, shape, args);  // the second stage has no barrier
     });
   });
   return plan.variant.vec;
