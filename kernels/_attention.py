@@ -123,19 +123,22 @@ def forward_config(N: int, d: int, dtype: torch.dtype, extras: bool) -> Config:
     if dtype == torch.float32:
         return Config(32, 32, wide, keys if keys <= 32 else 0, warps, 1)
     if keys and (keys <= 64 or not extras):
-        return Config(min(64, keys), 64, wide, keys, warps, 2)
+        return Config(32 if keys == 256 else min(64, keys), 64, wide, keys, warps, 2)
     return Config(64, 32 if extras or wide > 64 else 64, wide, 0, warps, 2)
 
 
 @cache
 def backward_config(N: int, d: int, dtype: torch.dtype, extras: bool) -> Config:
+    """A width that is no power of two needs masks of its own, which count as extras here."""
     wide, block = width(d), min(64, one_block(N) or 64)
     if dtype == torch.float32:
-        return Config(32, 32, wide, 0, 4 if wide <= 32 else wide // 8, 1)
-    return Config(block, min(32, block) if extras else block, wide, 0, 4 if wide <= 64 else 8, 2)
+        return Config(32, 32, wide, 0, 4 if wide == 16 else max(8, wide // 8), 1)
+    narrow = min(32, block)
+    return Config(narrow if extras and wide != 64 else block, narrow if extras or wide != d else block, wide, 0, 4 if wide <= 64 else 8, 2)
 
 
 @cache
 def mask_config(d: int, dtype: torch.dtype) -> Config:
-    """For the gradient of the mask: a small tile, so that its sum stays in registers."""
-    return Config(32, 32, width(d), 0, 4 if dtype != torch.float32 or d <= 32 else width(d) // 8, 1 if dtype == torch.float32 else 2)
+    """For the gradient of the mask: a small tile and nothing prefetched, so that its sum stays in registers."""
+    wide = width(d)
+    return Config(32, 32, wide, 0, max(4, wide // (8 if dtype == torch.float32 else 16)), 1)

@@ -13,7 +13,18 @@ import triton.language as tl
 
 from lifeops.kernels import _tile
 from lifeops.kernels._attention import (
-    LN2, LOG2E, MAX_DROPOUT_TOKENS, MAX_WIDTH, dot, drop, forward_config, head_base, read_keys, rows, scores, store_rows,
+    LN2,
+    LOG2E,
+    MAX_DROPOUT_TOKENS,
+    MAX_WIDTH,
+    dot,
+    drop,
+    forward_config,
+    head_base,
+    read_keys,
+    rows,
+    scores,
+    store_rows,
 )  # fmt: skip
 from lifeops.kernels._tile import divide
 from lifeops.kernels.token_dwconv import MAX_KERNEL

@@ -156,7 +156,7 @@ def local_attention_bwd_mask_kernel(
 
 def backward_arguments(dy, q, k, v, attn, lse, attn_mask, key_mask, seed, scale, dropout_p):
     """(config, arguments all three kernels share, those of the dq kernel alone)."""
-    B, h, N, d = q.shape
+    _, h, N, d = q.shape
     config = backward_config(N, d, q.dtype, attn_mask is not None or seed is not None)
     place = strides(q=q, k=k, v=v, y=dy, a=attn)
     own = {"attn_ptr": attn, **{name: place.pop(name) for name in ("stride_ab", "stride_ah", "stride_an")}}

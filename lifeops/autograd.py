@@ -1,8 +1,8 @@
 """The autograd Functions of the ops.
 
 Each is made of ops whose own gradients are these Functions again, so double backward, ``torch.func.grad`` and ``vmap`` work;
-ChannelActivation, LocalAttention, LocalityFFN and TokenDWConvAct, which are not bilinear, are differentiable once. Only ``save_for_backward``
-holds tensors, and only those a needed gradient reads.
+ChannelActivation, LocalAttention, LocalityFFN and TokenDWConvAct, which are not bilinear, are differentiable once. Only
+``save_for_backward`` holds tensors, and only those a needed gradient reads.
 """
 
 from lifeops.ops.life_qkv_function import LifeQKV

@@ -1,6 +1,7 @@
 """Modules: thin, state-dict compatible with the official checkpoints."""
 
 from lifeops.nn.life import LifeAttention, LifeQKV
+from lifeops.nn.local_attention import LocalAttention
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 
-__all__ = ["LifeAttention", "LifeQKV", "LocalViTBlock", "LocalityFeedForward"]
+__all__ = ["LifeAttention", "LifeQKV", "LocalAttention", "LocalViTBlock", "LocalityFeedForward"]

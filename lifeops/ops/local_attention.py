@@ -196,7 +196,7 @@ def flops_bwd(dy, q, k, v, weight, attn, lse, attn_mask, key_mask, seed, H, W, *
 
 def problem(q, weight, dropout_p):
     """The Problem of a call."""
-    B, h, N, d = q.shape
+    _, h, N, d = q.shape
     dtype, K = (None, 0) if weight is None else (weight.dtype, weight.shape[-1])
     return Problem(q.device, q.dtype, dtype, h * d, K, d, N, dropout_p > 0)
 

@@ -56,7 +56,7 @@ class LocalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        nothing = *[None] * 6,
+        nothing = (*[None] * 6,)
         if dy is None:
             return *[None] * 8, *nothing
         with torch.no_grad():
@@ -93,9 +93,7 @@ def _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, 
     attn = sequence((p if seed is None else p * kept(p, seed, dropout_p)) @ v)
     if weight is None:
         return attn
-    return token_dwconv(
-        sequence(v), weight, bias, grid=(H, W), num_prefix_tokens=P, prefix="zero", residual=attn, backend=backend or None
-    )
+    return token_dwconv(sequence(v), weight, bias, grid=(H, W), num_prefix_tokens=P, prefix="zero", residual=attn, backend=backend or None)
 
 
 def _four(name, attn_mask, q):
