@@ -20,9 +20,9 @@ lifeops in the same run, variants interleaved call by call: the median over fres
 there were several. `warm` keeps glibc from returning freed memory, so that page faults stay out of the loop; `default` is glibc as
 it comes. Baselines: `eager` is the path people write (view as a map, conv2d, view back, cat; for LIFE the authors' module),
 `onednn` the bare convolution on a ready channels-last map, `plain` the ordinary C -> 3C projection by the better of two library
-paths, `compiled` torch.compile of `eager`, `mlp` the LayerNorm and MLP that LocalViT's feed-forward replaces, `clone` a copy of the
-same bytes. `localvit_ffn, fwd` is inference with the batch norms folded. "promise" says whether the library's own target for that
-row was met.
+paths, `compiled` torch.compile of `eager`, `mlp` the LayerNorm and MLP that LocalViT's feed-forward replaces, `sdpa`
+torch's attention without a local term, `clone` a copy of the same bytes. `localvit_ffn, fwd` is inference with the batch norms
+folded. "promise" says whether the library's own target for that row was met.
 
 **No GPU has been measured.** Until one is, the evidence for the GPU kernels is static: `make budgets`.
 """

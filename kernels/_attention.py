@@ -61,11 +61,11 @@ def scores(b_left, b_right, o_i, o_j, N, scale, p_mask, stride_mi, stride_mj, p_
         m = m & (tl.load(p_key + o_j, mask=m, other=0) != 0)
     if p_mask is not None:
         m_inside = (o_i < N) & (o_j < N)
-        b_mask = tl.load(p_mask + o_i.to(tl.int64) * stride_mi + o_j.to(tl.int64) * stride_mj, mask=m_inside, other=0)
+        p_mask += o_i.to(tl.int64) * stride_mi + o_j.to(tl.int64) * stride_mj
         if p_mask.dtype.element_ty == tl.uint8:
-            m = m & (b_mask != 0)
+            m = m & (tl.load(p_mask, mask=m_inside, other=0) != 0)
         else:
-            b_mask = b_mask.to(tl.float32) * LOG2E
+            b_mask = tl.load(p_mask, mask=m_inside, other=float("-inf")).to(tl.float32) * LOG2E
             m = m & (b_mask > float("-inf"))
             b_s += b_mask
     return tl.where(m, b_s, float("-inf"))
