@@ -73,7 +73,8 @@ ARCHS = (80, 90, 100)
 BATCH, GRID, CHANNELS = 256, 14, 384
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.M)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+            torch.int64: "*i64"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def source(kernel, arguments: dict) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name], attributes[(i,)] = _POINTER[value.dtype], [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = integer(value)
+            signature[parameter.name] = "fp32" if isinstance(value, float) else integer(value)
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 

@@ -21,8 +21,8 @@ there were several. `warm` keeps glibc from returning freed memory, so that page
 as it comes. Baselines: `eager` is the path people write (view as a map, conv2d, view back, cat; for LIFE the authors' module),
 `onednn` the bare convolution on a ready channels-last map, `plain` the ordinary C -> 3C projection by the better of two library
 paths, `compiled` torch.compile of `eager`, `block` the Transformer block without the shortcut around it, `mlp` the LayerNorm and
-MLP that LocalViT's feed-forward replaces, `clone` a copy of the same bytes. `fwd` is inference: batch norms folded or constant.
-"promise" says whether the library's own target for that row was met.
+MLP that LocalViT's feed-forward replaces, `sdpa` torch's attention without a local term, `clone` a copy of the same bytes. `fwd`
+is inference: batch norms folded or constant. "promise" says whether the library's own target for that row was met.
 
 **No GPU has been measured.** Until one is, the evidence for the GPU kernels is static: `make budgets`.
 """

@@ -56,7 +56,13 @@ def _module(system, modes, widths):
         yield Problem(system, mode, 16, 14, 14, C, 0, dtype, P=1)
 
 
-SYSTEMS = ("token_dwconv", "life_qkv", "life_attention", "localvit_ffn", "dw_shortcut", "dw_shortcut_block")
+def _attention(modes, quick):
+    widths = (192,) if quick else (192, 384)
+    for mode, dtype, (B, size), C in product(modes, DTYPES, ((16, 14), (4, 32)), widths):
+        yield Problem("local_attention", mode, B, size, size, C, 3, dtype)
+
+
+SYSTEMS = ("token_dwconv", "life_qkv", "local_attention", "life_attention", "localvit_ffn", "dw_shortcut", "dw_shortcut_block")
 
 
 def modes_of(system: str) -> tuple[str, ...]:
@@ -69,6 +75,8 @@ def problems(system: str, modes: list[str] | None = None, *, quick: bool = False
     if system not in SYSTEMS:
         raise ValueError(f"bench: system must be one of {', '.join(SYSTEMS)}, got {system!r}")
     modes = modes or modes_of(system)
+    if system == "local_attention":
+        return [p for p in _attention(modes, quick) if p.dtype in dtypes]
     widths = (192, 384, 768) if system.startswith("life") else (192, 384)
     found = _dwconv(modes, quick) if system == "token_dwconv" else _module(system, modes, widths)
     return [p for p in found if p.dtype in dtypes]
@@ -90,6 +98,10 @@ def targets(p: Problem, allocator: str) -> list[Target]:
         if p.mode == "fwd":
             return [Target("plain", 1 / (1.4, 1.25, 1.15)[i]), Target("eager", (1.55, 1.5, 1.4)[i])]
         return [Target("eager", (1.5, 1.5, 1.3)[i])]
+    if p.system == "local_attention" and p.mode == "fwd" and p.dtype == "float32":
+        return [Target("sdpa", 1 / 1.2)]
+    if p.system == "life_attention" and p.C in (192, 384) and p.dtype == "float32" and allocator == "warm":
+        return [Target("eager", 1.25 if p.mode == "fwd" else 1.2)]
     if p.system == "localvit_ffn" and p.dtype == "float32" and allocator == "warm":
         i = (192, 384).index(p.C)
         return [Target("eager", ((1.4, 1.2) if p.mode == "fwd" else (1.5, 1.3))[i]), Target("compiled", 1.0)]

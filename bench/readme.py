@@ -18,12 +18,17 @@ BACKENDS = {"reference": "PyTorch", "cpu": "CPU C++", "triton": "Triton", "cuda"
 
 def op_table() -> str:
     """One row per op: what each backend implements. Read from the registry and the sources, not from this machine."""
-    dtypes = ", ".join(NAMES.values())
     lines = ["| op | " + " | ".join(f"{name} (`{key}`)" for key, name in BACKENDS.items()) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
     for op in registry.ops.values():
-        cells = [dtypes if _implements(op.name, backend) else "-" for backend in BACKENDS]
+        cells = [_dtypes(op, backend) if _implements(op.name, backend) else "-" for backend in BACKENDS]
         lines.append(f"| `{op.name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _dtypes(op: registry.Op, backend: str) -> str:
+    impl = op.impls.get(backend)  # a backend that is not on this machine
+    known = [str(d).removeprefix("torch.") for d in (registry.FLOATS if impl is None else impl.dtypes)]
+    return ", ".join(name for key, name in NAMES.items() if key in known)
 
 
 def _implements(op: str, backend: str) -> bool:

@@ -4,7 +4,8 @@ Baselines are written as people write them. ``eager``: slice the patches, view t
 (LIFE: the authors' module). ``onednn``: the bare convolution on a ready channels-last map, a floor without any token handling.
 ``plain``: the ordinary C -> 3C projection by the better of F.linear and a channels-last 1x1 convolution, the price of no
 locality. ``compiled``: torch.compile of ``eager``. ``block``: the Transformer block without the shortcut around it. ``mlp``:
-LayerNorm and the plain MLP that LocalViT's feed-forward replaces. ``clone``: a copy of the same bytes.
+LayerNorm and the plain MLP that LocalViT's feed-forward replaces. ``sdpa``: torch's attention alone, without a local term.
+``clone``: a copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -140,6 +141,39 @@ def _life_qkv(p: Problem):
     return _modes(p, runs), check
 
 
+def _local_attention(p: Problem):
+    dtype, h = getattr(torch, p.dtype), p.C // 64
+    qkv = torch.randn(p.B, p.P + p.H * p.W, 3, h, 64).to(dtype)
+    q, k, v = (t.detach() for t in qkv.permute(2, 0, 3, 1, 4))
+    w, b, dy = torch.randn(p.C, 1, p.K, p.K).to(dtype) / p.K, torch.randn(p.C).to(dtype), torch.randn(*qkv.shape[:2], p.C).to(dtype)
+    leaves = q, k, v, w, b
+    if p.mode == "fwdbwd":
+        for t in leaves:
+            t.requires_grad_()
+
+    def sdpa():
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def eager():
+        map_ = v.transpose(1, 2).flatten(2)[:, p.P :].transpose(1, 2).reshape(p.B, p.C, p.H, p.W)
+        local = F.conv2d(map_, w, b, padding=p.K // 2, groups=p.C).flatten(2).transpose(1, 2)
+        return sdpa() + F.pad(local, (0, 0, p.P, 0))
+
+    runs = {
+        "lifeops": (lambda: lifeops.local_attention(q, k, v, w, b, grid=(p.H, p.W), num_prefix_tokens=p.P), leaves, dy),
+        "sdpa": (sdpa, leaves[:3], dy),
+        "eager": (eager, leaves, dy),
+    }
+
+    def check():
+        op = registry.ops["local_attention"]
+        args = *(t[:1].detach() for t in (q, k, v)), w.detach(), b.detach(), *[None] * 3, p.H, p.W, p.P, 0.125, 0.0, ""
+        with torch.no_grad():
+            testing.check(op, args, torchlib.overload(op)(*args), terms=p.P + p.H * p.W)
+
+    return _modes(p, runs), check
+
+
 def _life_attention(p: Problem):
     x, heads, dtype, dy = _life_inputs(p)
     eager = EagerLifeAttention(p.C, heads, p.P).to(dtype)
@@ -254,8 +288,8 @@ def _modes(p: Problem, runs) -> Variants:
 
 
 BUILDERS = {
-    "token_dwconv": _token_dwconv, "life_qkv": _life_qkv, "life_attention": _life_attention, "localvit_ffn": _localvit_ffn,
-    "dw_shortcut": _dw_shortcut, "dw_shortcut_block": _dw_shortcut_block,
+    "token_dwconv": _token_dwconv, "life_qkv": _life_qkv, "local_attention": _local_attention, "life_attention": _life_attention,
+    "localvit_ffn": _localvit_ffn, "dw_shortcut": _dw_shortcut, "dw_shortcut_block": _dw_shortcut_block,
 }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ VARIANTS = {
     ("token_dwconv", "fwdbwd"): ("lifeops", "eager"),
     ("life_qkv", "fwd"): ("lifeops", "eager", "plain_linear", "plain_conv1x1"),
     ("life_qkv", "fwdbwd"): ("lifeops", "eager", "plain_linear", "plain_conv1x1"),
+    ("local_attention", "fwd"): ("lifeops", "sdpa", "eager"),
+    ("local_attention", "fwdbwd"): ("lifeops", "sdpa", "eager"),
     ("life_attention", "fwd"): ("lifeops", "eager"),
     ("life_attention", "fwdbwd"): ("lifeops", "eager"),
     ("localvit_ffn", "fwd"): ("lifeops", "eager", "mlp"),

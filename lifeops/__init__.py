@@ -8,6 +8,7 @@ from lifeops.explain import explain
 from lifeops.integrations import convert, load_official, revert
 from lifeops.nn.batch_norm import fuse_
 from lifeops.ops.life_qkv_function import life_qkv
+from lifeops.ops.local_attention_function import local_attention
 from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import token_dwconv
 
@@ -23,6 +24,7 @@ __all__ = [
     "init",
     "life_qkv",
     "load_official",
+    "local_attention",
     "models",
     "nn",
     "revert",

@@ -1,11 +1,12 @@
 """The autograd Functions of the ops.
 
 Each is made of ops whose own gradients are these Functions again, so double backward, ``torch.func.grad`` and ``vmap`` work;
-ChannelActivation, LocalityFFN and TokenDWConvAct, which are not bilinear, are differentiable once. Only ``save_for_backward``
-holds tensors, and only those a needed gradient reads.
+ChannelActivation, LocalAttention, LocalityFFN and TokenDWConvAct, which are not bilinear, are differentiable once. Only
+``save_for_backward`` holds tensors, and only those a needed gradient reads.
 """
 
 from lifeops.ops.life_qkv_function import LifeQKV
+from lifeops.ops.local_attention_function import LocalAttention
 from lifeops.ops.locality_ffn import LocalityFFN
 from lifeops.ops.project_scales import ProjectScales
 from lifeops.ops.token_dwconv_act_function import ChannelActivation, TokenDWConvAct
@@ -14,6 +15,7 @@ from lifeops.ops.token_dwconv_function import TokenDWConv, TokenDWConvBiasGrad, 
 __all__ = [
     "ChannelActivation",
     "LifeQKV",
+    "LocalAttention",
     "LocalityFFN",
     "ProjectScales",
     "TokenDWConv",

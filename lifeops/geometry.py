@@ -43,11 +43,11 @@ def to_grid(op: str, grid, num_prefix_tokens: int) -> Grid:
     return Grid(height, width, num_prefix_tokens)
 
 
-def check_tokens(op: str, name: str, got, height, width, prefix) -> None:
+def check_tokens(op: str, name: str, got, height, width, prefix, dim: int = 1) -> None:
     """Raise unless a sequence of ``got`` tokens is ``prefix`` prefix tokens and an ``height`` x ``width`` grid."""
     if got != prefix + height * width:
         expected = f"{prefix} + {height}*{width} = {prefix + height * width}"
         raise ValueError(
-            f"{op}: {name}.shape[1] must be P + H*W = {expected}, got {got}"
+            f"{op}: {name}.shape[{dim}] must be P + H*W = {expected}, got {got}"
             " (dropped or packed patch tokens have no grid: turn patch dropout off)"
         )

@@ -41,6 +41,7 @@ class Op:
     reduces: Callable[[Any], int] | None = None  # terms of long sums (dW, db, matrix products): sqrt(terms) tolerance
     is_empty: Callable[..., bool] = lambda *args: False
     exact: Callable[[Any], bool] = lambda sample: True  # integer inputs must give the oracle's bits
+    kept: tuple[int, ...] = ()  # outputs that only backward reads: judged in the first output's dtype
     impls: dict[str, Impl] = field(default_factory=dict, compare=False)
 
     def cost(self, *args) -> Cost:
@@ -49,6 +50,9 @@ class Op:
         out = self.fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
         moved = sum(t.numel() * t.element_size() for t in (*read, *(out if isinstance(out, tuple) else (out,))))
         return Cost(moved, self.flops(*(a.shape if isinstance(a, torch.Tensor) else a for a in args)))
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Impl:
     priority: int
     deterministic: bool = True
     strided: bool = False  # reads any channel stride itself
+    dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
 class _Plans(dict):
@@ -95,13 +100,16 @@ def add(op: Op) -> Op:
 
 
 def register(
-    op: str, backend: str, fn: Callable, *, supports: Callable[[Any], list[str]], priority: int, deterministic: bool = True
-) -> None:
-    """Enter ``fn`` as ``backend``'s implementation of ``op``; ``supports(problem)`` returns every reason why not."""
+    op: str, backend: str, fn: Callable, *, supports: Callable[[Any], list[str]], priority: int, deterministic: bool = True,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:  # fmt: skip
+    """Enter ``fn`` as ``backend``'s implementation of ``op``; ``supports(problem)`` returns every reason why not. ``dtypes`` are
+    those it has kernels for: what the tests run and the README's table lists.
+    """
     config.check_backend(backend)
     if op not in ops:
         raise ValueError(f"no op {op!r} to register a {backend!r} implementation for; known: {', '.join(ops)}")
-    ops[op].impls[backend] = Impl(op, backend, fn, supports, priority, deterministic)
+    ops[op].impls[backend] = Impl(op, backend, fn, supports, priority, deterministic, dtypes=dtypes)
     forget_choices()
 
 

@@ -42,6 +42,11 @@ def _contiguous_channels(args: tuple, sequences: tuple[int, ...]) -> tuple:
     return args
 
 
+def contiguous_channels(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same for tensors of any rank, for implementations that read more than sequences."""
+    return _contiguous_channels(tensors, tuple(range(len(tensors))))
+
+
 def _plan(op: Op, args: tuple) -> tuple[str, Callable, tuple[int, ...]]:
     """Checked once per shapes, dtypes, devices and settings: the backend, its function, and the sequences it reads in place."""
     op.check(*args)

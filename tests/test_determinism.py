@@ -16,6 +16,8 @@ def _sized(op, B, C, K):
         return sample._replace(base=sample.base._replace(B=B, H=9, W=11, P=2, C=C, K=K))
     if hasattr(sample, "patches"):
         return sample._replace(B=B, patches=99, C=C)
+    if hasattr(sample, "mask_batch"):
+        return sample._replace(B=B, H=9, W=11, P=2, h=5, d=C // 5, K=K)
     sample = sample._replace(B=B, H=9, W=11, P=2, C=C)
     return sample._replace(K=K) if hasattr(sample, "K") else sample
 
@@ -26,7 +28,7 @@ def _args(name, dtype, B=6, C=100, K=5):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [n for n in registry.ops if n.startswith(("token_dwconv", "channel"))])
+@pytest.mark.parametrize("name", [n for n in registry.ops if n.startswith(("token_dwconv", "channel", "local_attention"))])
 def test_same_bits_at_any_thread_count_and_every_run(name, dtype, threads):
     op, args = _args(name, dtype)
     results = []
@@ -38,10 +40,11 @@ def test_same_bits_at_any_thread_count_and_every_run(name, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["token_dwconv", "token_dwconv_bwd_dx", "token_dwconv_act"])
+@pytest.mark.parametrize("name", ["token_dwconv", "token_dwconv_bwd_dx", "token_dwconv_act", "local_attention"])
 def test_batch_invariance(name, dtype):
-    op, (x, *rest) = _args(name, dtype)
-    together = testing.tensors(torchlib.overload(op)(x, *rest))[0]
-    for b in range(len(x)):
-        alone = testing.tensors(torchlib.overload(op)(x[b : b + 1], *rest))[0]
+    op, args = _args(name, dtype)
+    together = testing.tensors(torchlib.overload(op)(*args))[0]
+    B, batched = len(args[0]), 3 if name == "local_attention" else 1  # q, k and v
+    for b in range(B):
+        alone = testing.tensors(torchlib.overload(op)(*(a[b : b + 1] for a in args[:batched]), *args[batched:]))[0]
         assert torch.equal(alone[0], together[b])

@@ -95,6 +95,57 @@ def test_life_qkv_message(name):
         _life(**changes)
 
 
+def _attention(**changes):
+    args = {"q": torch.randn(2, 3, 22, 4), "k": torch.randn(2, 3, 22, 4), "v": torch.randn(2, 3, 22, 4), "weight": None, "bias": None}
+    args.update({name: changes.pop(name) for name in list(changes) if name in args})
+    return lifeops.local_attention(*args.values(), **{"grid": (4, 5), "num_prefix_tokens": 2, **changes})
+
+
+ATTENTION = {
+    "not_tensor": ({"q": 1}, TypeError, "local_attention: q, k and v must be tensors, got int, Tensor, Tensor"),
+    "rank": ({"q": torch.randn(2, 22, 12)}, ValueError, "q must have shape (B, h, N, d), got (2, 22, 12)"),
+    "tokens": ({"grid": (4, 4)}, ValueError, "local_attention: q.shape[2] must be P + H*W = 2 + 4*4 = 18, got 22"),
+    "dtype": ({"q": torch.ones(2, 3, 22, 4).int()}, TypeError, "q.dtype must be float64, float32, float16 or bfloat16, got torch.int32"),
+    "other_dtype": ({"k": torch.randn(2, 3, 22, 4).double()}, ValueError, "k must be like q: (2, 3, 22, 4), torch.float32 on cpu, got (2, 3, 22, 4), torch.float64 on cpu"),
+    "other_shape": ({"v": torch.randn(2, 3, 22, 8)}, ValueError, "v must be like q: (2, 3, 22, 4), torch.float32 on cpu, got (2, 3, 22, 8)"),
+    "weight": ({"weight": torch.randn(4, 1, 3, 3)}, ValueError, "weight.shape[0] must be the 12 channels of the sequence, got 4"),
+    "weight_even": ({"weight": torch.randn(12, 1, 2, 2)}, ValueError, "local_attention: the kernel size must be odd, got K = 2"),
+    "bias": ({"weight": torch.randn(12, 1, 3, 3), "bias": torch.randn(4)}, ValueError, "bias must have shape (12,), got (4,)"),
+    "bias_alone": ({"bias": torch.randn(12)}, ValueError, "bias belongs to weight, which is None"),
+    "mask_shape": ({"attn_mask": torch.randn(5, 22, 22)}, ValueError, "attn_mask must have shape (B or 1, h or 1, N, N) = (2 or 1, 3 or 1, 22, 22), got (1, 5, 22, 22)"),
+    "mask_rank": ({"attn_mask": torch.randn(1, 1, 1, 22, 22)}, ValueError, "attn_mask must have at most 4 dimensions, got (1, 1, 1, 22, 22)"),
+    "mask_type": ({"attn_mask": "causal"}, TypeError, "attn_mask must be a tensor or None, got str"),
+    "mask_dtype": ({"attn_mask": torch.ones(22, 22).int()}, TypeError, "attn_mask.dtype must be bool (True: attend) or floating point (added), got torch.int32"),
+    "mask_device": ({"attn_mask": torch.ones(22, 22, device="meta")}, ValueError, "attn_mask must be on q's device cpu, got meta"),
+    "key_mask_dtype": ({"key_mask": torch.ones(2, 22)}, TypeError, "key_mask.dtype must be bool (True: the token exists), got torch.float32"),
+    "key_mask_shape": ({"key_mask": torch.ones(22).bool()}, ValueError, "key_mask must have shape (B, N) = (2, 22) on cpu, got (22,) on cpu"),
+    "dropout": ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
+    "negative_dropout": ({"dropout_p": -0.1}, ValueError, "dropout_p must be in [0, 1), got -0.1"),
+    "backend": ({"backend": "cuda"}, lifeops.NotSupported, "local_attention: backend 'cuda' cannot run this problem"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_local_attention_message(name):
+    changes, error, message = ATTENTION[name]
+    with pytest.raises(error, match=re.escape(message)):
+        _attention(**changes)
+
+
+def test_local_attention_gradient_checks_its_own_arguments():
+    q, y, lse = torch.randn(1, 2, 5, 3), torch.randn(1, 5, 6), torch.randn(1, 2, 5)
+    call = torch.ops.lifeops.local_attention_bwd
+    rest = (None, None, None, 2, 2, 1, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"local_attention_bwd: dy must have shape \(B, N, C\) = \(1, 5, 6\)"):
+        call(y[:, 1:], q, q, q, None, y, lse, *rest, False, "")
+    with pytest.raises(ValueError, match=r"lse must have shape \(B, h, N\) = \(1, 2, 5\)"):
+        call(y, q, q, q, None, y, lse[:, 1:], *rest, False, "")
+    with pytest.raises(ValueError, match="only a floating-point attn_mask has a gradient"):
+        call(y, q, q, q, None, y, lse, *rest, True, "")
+    with pytest.raises(ValueError, match="seed must be given exactly where dropout_p > 0"):
+        torch.ops.lifeops.local_attention(q, q, q, None, None, None, None, None, 2, 2, 1, 1.0, 0.5, "")
+
+
 def test_module_messages():
     with pytest.raises(ValueError, match="dim must be a multiple of num_heads, got dim = 10, num_heads = 3"):
         lifeops.nn.LifeAttention(10, 3)

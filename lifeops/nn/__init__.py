@@ -2,6 +2,7 @@
 
 from lifeops.nn.dw_shortcut import DWShortcut, wrap
 from lifeops.nn.life import LifeAttention, LifeQKV
+from lifeops.nn.local_attention import LocalAttention
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 
-__all__ = ["DWShortcut", "LifeAttention", "LifeQKV", "LocalViTBlock", "LocalityFeedForward", "wrap"]
+__all__ = ["DWShortcut", "LifeAttention", "LifeQKV", "LocalAttention", "LocalViTBlock", "LocalityFeedForward", "wrap"]

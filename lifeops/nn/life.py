@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from lifeops import config
 from lifeops.ops.life_qkv import scale_dims
 from lifeops.ops.life_qkv_function import join_scales, life_qkv
+from lifeops.ops.local_attention_function import local_attention
+from lifeops.ops.local_attention_math import causal_mask
 from lifeops.ops.project_scales import project_scales
 
 
@@ -87,6 +89,18 @@ def _mask_per_scale(mask, num_heads):
     return mask.split(num_heads // 3, -3)
 
 
+def attend(module, q, k, v, attn_mask, is_causal, weight=None, bias=None, *, grid, num_prefix_tokens):
+    """local_attention with a module's ``attn_drop``, (B, N, C). There are no CUDA C++ kernels of it: who asks for them gets the best."""
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError(f"{type(module).__name__}: attn_mask must be None where is_causal is set")
+        attn_mask = causal_mask(q.shape[2], q.device)
+    backend = "" if config.requested_backend(None) == "cuda" else None
+    drop = module.attn_drop.p if module.training else 0.0
+    place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
+    return local_attention(q, k, v, weight, bias, **place, attn_mask=attn_mask, dropout_p=drop, backend=backend)
+
+
 class GridHolder:
     """Where a converted model's patch embedding leaves the grid for its attention modules."""
 
@@ -135,11 +149,9 @@ class LifeAttention(nn.Module):
         """(B, N, n·d) -> (B, n, N, d), a view."""
         return t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def _attend(self, q, k, v, attn_mask, is_causal):
-        drop = self.attn_drop.p if self.training else 0.0
+    def _attend(self, q, k, v, grid, attn_mask, is_causal):
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop, is_causal=is_causal)
-        return out.transpose(1, 2).flatten(2)
+        return attend(self, q, k, v, attn_mask, is_causal, grid=grid, num_prefix_tokens=self.num_prefix_tokens)
 
     def qkv_heads(self, x: torch.Tensor, grid: tuple[int, int] | None = None):
         """q, k, v as (B, h, N, d): what an attention map is computed from."""
@@ -159,8 +171,8 @@ class LifeAttention(nn.Module):
         if self.qkv.aligned and self.qkv.norm is None:
             masks = _mask_per_scale(attn_mask, self.num_heads)
             scales = zip(self.qkv.scales(x, grid), masks, strict=True)
-            parts = [self._attend(*z.chunk(3, -1), mask, is_causal) for z, mask in scales]
+            parts = [self._attend(*z.chunk(3, -1), grid, mask, is_causal) for z, mask in scales]
             y = project_scales(parts, self.proj.weight, self.proj.bias)
         else:
-            y = self.proj(self._attend(*self.qkv(x, grid), attn_mask, is_causal))
+            y = self.proj(self._attend(*self.qkv(x, grid), grid, attn_mask, is_causal))
         return self.proj_drop(y)

@@ -1,0 +1,74 @@
+"""Attention with a local term on its values, as a module with timm's options and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lifeops.nn.life import GridHolder, attend
+
+
+class LocalAttention(nn.Module):
+    """timm's ``Attention`` plus a depth-wise convolution of the values over the patch grid (:func:`lifeops.local_attention`).
+
+    ``proj(norm(softmax(q kᵀ / sqrt(d)) v + [0 for the prefix ; DW_K(v_patch)]) · gate)``. Keys are timm's (``qkv``, ``q_norm``,
+    ``k_norm``, ``norm``, ``gate``, ``proj``) and ``local.weight`` (C, 1, K, K), ``local.bias`` (C,) with C = heads x width.
+
+    Args:
+        dim, num_heads: channels of the tokens, heads; dim % num_heads == 0 unless ``attn_head_dim`` is given.
+        kernel_size: odd K. local_bias: bias of the convolution.
+        num_prefix_tokens: P (cls, dist, registers). grid: (H, W) for every call, or None: then ``forward`` must be given it.
+        attn_head_dim, dim_out, qkv_bias, qk_norm, scale_norm, proj_bias, gated, attn_drop, proj_drop, norm_layer: as timm's;
+            ``norm_layer`` None is LayerNorm.
+    """
+
+    needs_grid = True
+
+    def __init__(
+        self, dim, num_heads=8, kernel_size=3, num_prefix_tokens=1, *, grid=None, attn_head_dim=None, dim_out=None, qkv_bias=False,
+        qk_norm=False, scale_norm=False, proj_bias=True, gated=False, attn_drop=0.0, proj_drop=0.0, norm_layer=None, local_bias=True,
+        device=None, dtype=None,
+    ):  # fmt: skip
+        super().__init__()
+        if num_heads < 1 or (attn_head_dim is None and dim % num_heads):
+            raise ValueError(f"LocalAttention: dim must be a multiple of num_heads, got dim = {dim}, num_heads = {num_heads}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"LocalAttention: kernel_size must be odd, got {kernel_size}")
+        if num_prefix_tokens < 0:
+            raise ValueError(f"LocalAttention: num_prefix_tokens must not be negative, got {num_prefix_tokens}")
+        dd, norm_layer = {"device": device, "dtype": dtype}, nn.LayerNorm if norm_layer is None else norm_layer
+        self.num_heads, self.num_prefix_tokens = num_heads, num_prefix_tokens
+        self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
+        self.attn_dim, self.scale = num_heads * self.head_dim, self.head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
+        self.q_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **dd) if qk_norm else nn.Identity()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.local = nn.Conv2d(
+            self.attn_dim, self.attn_dim, kernel_size, padding=kernel_size // 2, groups=self.attn_dim, bias=local_bias, **dd
+        )
+        self.norm = norm_layer(self.attn_dim, **dd) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **dd) if gated else None
+        self.proj = nn.Linear(self.attn_dim, dim if dim_out is None else dim_out, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.grid_holder = GridHolder(None if grid is None else tuple(grid))
+
+    def forward(
+        self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
+        """x (B, P + H*W, dim) -> (B, P + H*W, dim_out). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention."""
+        grid = self.grid_holder.grid if grid is None else grid
+        if grid is None:
+            raise ValueError("LocalAttention: the grid is unknown: give forward(x, grid=(H, W)) or LocalAttention(…, grid=(H, W))")
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        y = attend(
+            self, self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal, self.local.weight, self.local.bias, grid=grid,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )  # fmt: skip
+        y = self.norm(y)
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_prefix_tokens={self.num_prefix_tokens}"
