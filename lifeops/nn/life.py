@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config
@@ -90,13 +91,18 @@ def _mask_per_scale(mask, num_heads):
 
 
 def attend(module, q, k, v, attn_mask, is_causal, weight=None, bias=None, *, grid, num_prefix_tokens):
-    """local_attention with a module's ``attn_drop``, (B, N, C). There are no CUDA C++ kernels of it: who asks for them gets the best."""
+    """local_attention with a module's ``attn_drop``, (B, N, C). There are no CUDA C++ kernels of it: who asks for them gets the best.
+
+    Without a local term other devices than the CPU take torch's own attention, which measured kernels have yet to beat there.
+    """
     if is_causal:
         if attn_mask is not None:
             raise ValueError(f"{type(module).__name__}: attn_mask must be None where is_causal is set")
         attn_mask = causal_mask(q.shape[2], q.device)
     backend = "" if config.requested_backend(None) == "cuda" else None
     drop = module.attn_drop.p if module.training else 0.0
+    if weight is None and q.device.type != "cpu" and config.requested_backend(None) in ("", "cuda"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop).transpose(1, 2).flatten(2)
     place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
     return local_attention(q, k, v, weight, bias, **place, attn_mask=attn_mask, dropout_p=drop, backend=backend)
 
