@@ -2,12 +2,14 @@
 
 import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
 from lifeops import autograd, models, nn
+from lifeops.attention_maps import Rollout, rollout
 from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
 from lifeops.integrations import convert, load_official, revert
 from lifeops.nn.localvit import fuse_
 from lifeops.ops.life_qkv_function import life_qkv
+from lifeops.ops.rollout_step import rollout_step
 from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import token_dwconv
 
@@ -16,6 +18,7 @@ __all__ = [
     "ChannelAct",
     "FallbackWarning",
     "NotSupported",
+    "Rollout",
     "autograd",
     "convert",
     "explain",
@@ -25,6 +28,8 @@ __all__ = [
     "models",
     "nn",
     "revert",
+    "rollout",
+    "rollout_step",
     "token_dwconv",
     "use_backend",
 ]

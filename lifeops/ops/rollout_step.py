@@ -37,7 +37,6 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     d: int
     head_fusion: str
-    discards: bool
 
 
 def dropped_entries(discard_ratio: float, N: int) -> int:
@@ -184,7 +183,7 @@ op = Op(
     NAME,
     f"{NAME}(Tensor r, Tensor q, Tensor k, float scale, str head_fusion, float residual, float discard_ratio, str backend) -> Tensor",
     reference, check, _fake, flops=_flops, samples=samples, make=_make, reduces=lambda s: s.N * s.d,
-    problem=lambda r, q, k, scale, fusion, residual, ratio, backend: Problem(q.device, q.dtype, q.shape[3], fusion, ratio > 0),
+    problem=lambda r, q, k, scale, fusion, residual, ratio, backend: Problem(q.device, q.dtype, q.shape[3], fusion),
     is_empty=lambda r, q, *rest: r.numel() == 0 or q.numel() == 0, exact=lambda sample: False,
 )  # fmt: skip
 torchlib.install(op)
@@ -201,7 +200,7 @@ def rollout_step(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, disca
         head_fusion: "mean", "max" or "min" over the heads.
         residual: ρ in [0, 1], the share of the skip connection.
         discard_ratio: in [0, 1), the share of each fused row, its smallest entries, that is set to zero.
-        backend: "reference", "cpu", "triton"; None chooses. Triton refuses ``discard_ratio`` > 0.
+        backend: "reference", "cpu", "triton"; None chooses.
 
     Returns:
         (B, R, N), the weights of the layer's input tokens. No gradient: RuntimeError where an input needs one and grad is on.
