@@ -70,7 +70,7 @@ def _one(tokens: _Tokens, index: int, label: str) -> tuple[Tensor, tuple[str, ..
 
 def _mask(tokens: _Tokens, mask: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     """(R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W); divided by its sums."""
-    mask = mask.to(tokens.device, tokens.dtype)
+    given, mask = tuple(mask.shape), mask.to(tokens.device, tokens.dtype)
     if tuple(mask.shape[-2:]) == tokens.grid and mask.dim() in (2, 3, 4):
         mask = torch.nn.functional.pad(mask.reshape(*mask.shape[:-2], -1), (tokens.prefix, 0))
         mask = mask[None] if mask.dim() == 1 else mask
@@ -78,7 +78,7 @@ def _mask(tokens: _Tokens, mask: Tensor) -> tuple[Tensor, tuple[str, ...]]:
         mask = mask.expand(tokens.batch, *mask.shape)
     if mask.dim() != 3 or (mask.shape[0], mask.shape[2]) != (tokens.batch, tokens.count):
         grid = f"(…, {tokens.grid[0]}, {tokens.grid[1]})"
-        raise ValueError(f"rollout: targets must be (B, R, N) or (R, N) with N = {tokens.count}, or {grid}, got {tuple(mask.shape)}")
+        raise ValueError(f"rollout: targets must be (B, R, N) or (R, N) with N = {tokens.count}, or {grid}, got {given}")
     if not bool((mask >= 0).all()):
         raise ValueError("rollout: targets must not be negative or NaN")
     return _normalised(mask), tuple(f"target {i}" for i in range(mask.shape[1]))
