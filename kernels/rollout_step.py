@@ -194,9 +194,9 @@ def blocks_of(d: int, R: int, dtype: torch.dtype) -> dict:
     """Tile sizes: a pure function of the problem. Wider heads are read in pieces of BLOCK_D, which divides d where it can."""
     half = dtype in (torch.float16, torch.bfloat16)
     block_d = max(16, triton.next_power_of_2(d))
-    while block_d > (64 if half else 32) or (block_d > 16 and d % block_d and d % 16 == 0):
+    while block_d > (64 if half else 16 if dtype == torch.float64 else 32) or (block_d > 16 and d % block_d and d % 16 == 0):
         block_d //= 2
-    m, n = (64, 32) if half else (16, 16) if dtype == torch.float64 else (32, 32)
+    m, n = (64, 32) if half else (32, 16) if dtype == torch.float64 else (32, 32)
     return {"D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": 1 if R == 1 else 16}
 
 

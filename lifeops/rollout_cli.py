@@ -116,15 +116,17 @@ def draw(path: Path, picture: np.ndarray, map_: np.ndarray, title: str) -> None:
     from matplotlib.figure import Figure
 
     share, box = map_ * map_.size, (0, picture.shape[1], picture.shape[0], 0)
+    pale = 0.55 + 0.45 * (picture if picture.ndim == 2 else picture.mean(-1))  # so that colours are the map's, not the picture's
     figure = Figure(figsize=(6.4, 3.1), layout="constrained")  # no pyplot: nothing global, no display needed
     left, right = figure.subplots(1, 2)
-    for axis in (left, right):
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=box)
+    for axis, shown in ((left, picture), (right, pale)):
+        axis.imshow(shown, cmap="gray", vmin=0, vmax=1, extent=box)
         axis.set(xticks=[], yticks=[])
-    heat = right.imshow(share, cmap="inferno", alpha=0.65, vmin=0, vmax=max(float(share.max()), 1e-9), extent=box, interpolation="bilinear")
+    top = max(float(share.max()), 1e-9)
+    heat = right.imshow(share, cmap="viridis", alpha=0.7, vmin=0, vmax=top, extent=box, interpolation="bilinear")
     figure.colorbar(heat, ax=right, label="times the even share", shrink=0.9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def _names(path: Path | None) -> list[str]:

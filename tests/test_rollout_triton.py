@@ -21,7 +21,7 @@ def test_samples_in_the_interpreter():
 
 
 def test_compiled_without_spills():
-    rows = json.loads(python("-m", "bench.rollout_budgets", "--json", "--only", "bf16-64-mean,fp32-64-max-r16"))
-    assert len(rows) == 3 * (2 + 3)  # main's exit status has said that they are within their budgets
-    assert {row[2] for row in rows} == {80, 90, 100}
+    """main's exit status says whether shared memory and spills are within the budget; `make budgets` compiles the other variants."""
+    rows = json.loads(python("-m", "bench.rollout_budgets", "--json", "--only", "bf16-64-mean"))
+    assert [row[2] for row in rows] == [80, 80, 90, 90, 100, 100]
     assert all(row[4] == 0 for row in rows)
