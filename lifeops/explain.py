@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from lifeops import registry
-from lifeops.ops import life_qkv_function, token_dwconv_function
+from lifeops.ops import life_qkv_function, rollout_step, token_dwconv_function
 
-_EXPLAINERS = {"token_dwconv": token_dwconv_function.explain, "life_qkv": life_qkv_function.explain}
+_EXPLAINERS = {
+    "token_dwconv": token_dwconv_function.explain,
+    "life_qkv": life_qkv_function.explain,
+    "rollout_step": rollout_step.explain,
+}
 
 
 class Report(list):

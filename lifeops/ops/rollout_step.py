@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from lifeops import config, torchlib
+from lifeops import config, registry, torchlib
 from lifeops.ops.channel_act import accumulate_dtype
 from lifeops.ops.token_dwconv import DTYPES
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
@@ -190,6 +190,12 @@ torchlib.install(op)
 _step = torchlib.overload(op)
 
 
+def _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
+    """The schema's arguments from the user's."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return r, q, k, float(scale), head_fusion, float(residual), float(discard_ratio), config.requested_backend(backend)
+
+
 def rollout_step(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, discard_ratio=0.0, backend=None):
     """One layer of attention roll-out: r Â with Â = (1 - residual) fuse_h(softmax(scale q kᵀ)) + residual I, rows summing to 1.
 
@@ -210,10 +216,15 @@ def rollout_step(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, disca
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (r, q, k)):
         raise RuntimeError(f"{NAME}: is not differentiable; call it under torch.no_grad() or on detached tensors")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    args = r, q, k, float(scale), head_fusion, float(residual), float(discard_ratio), config.requested_backend(backend)
+    args = _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend)
     if torch.is_autocast_enabled(q.device.type):  # else the reference's products would be cast down
         with torch.autocast(q.device.type, enabled=False):
             return _step(*args)
     return _step(*args)
+
+
+def explain(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, discard_ratio=0.0, backend=None):
+    """What :func:`lifeops.explain` reports of a call."""
+    args = _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend)
+    op.check(*args)
+    return [registry.explain_op(op, args[-1], op.problem(*args), () if torchlib.channels_contiguous(r) else ("r",))]
