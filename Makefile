@@ -33,6 +33,7 @@ bench: $(VENV)/test.ready
 budgets: $(VENV)/test.ready
 	$(BIN)/python -m bench.budgets $(ARGS)
 	$(BIN)/python -m bench.attention_budgets
+	$(BIN)/python -m bench.rollout_budgets
 	$(BIN)/python tests/cuda_budgets.py
 
 readme: $(VENV)/test.ready

@@ -22,4 +22,6 @@ STABLE_TORCH_LIBRARY(lifeops_native, m) {
   m.def(
       "channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? pool_grad, Tensor? a, "
       "Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()");
+  m.def(
+      "rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped, Tensor(a!) out, int isa) -> ()");
 }

@@ -2,6 +2,7 @@
 
 import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
 from lifeops import autograd, init, models, nn
+from lifeops.attention_maps import Rollout, rollout
 from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
@@ -9,6 +10,7 @@ from lifeops.integrations import convert, load_official, revert
 from lifeops.nn.batch_norm import fuse_
 from lifeops.ops.life_qkv_function import life_qkv
 from lifeops.ops.local_attention_function import local_attention
+from lifeops.ops.rollout_step import rollout_step
 from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import token_dwconv
 
@@ -17,6 +19,7 @@ __all__ = [
     "ChannelAct",
     "FallbackWarning",
     "NotSupported",
+    "Rollout",
     "autograd",
     "convert",
     "explain",
@@ -28,6 +31,8 @@ __all__ = [
     "models",
     "nn",
     "revert",
+    "rollout",
+    "rollout_step",
     "token_dwconv",
     "use_backend",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 # command -> (module whose ``main(argv)`` runs it, imported only then; what it does)
 COMMANDS = {
     "info": ("lifeops.info", "versions, backends and why one is missing, environment variables"),
+    "rollout": ("lifeops.rollout_cli", "which patches a model's output draws on: pictures and arrays"),
     "demo": ("lifeops.demo.run", "train plain against LIFE, LocalViT, the DW shortcut or initialisations on small real images"),
 }
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="lifeops",
         description="Fused token ops that give Vision Transformers local structure.",
-        epilog="commands:\n" + "".join(f"  {name:<6}{text}\n" for name, (_, text) in COMMANDS.items()) + "\nlifeops COMMAND --help",
+        epilog="commands:\n" + "".join(f"  {name:<9}{text}\n" for name, (_, text) in COMMANDS.items()) + "\nlifeops COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of: {', '.join(COMMANDS)}")

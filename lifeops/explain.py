@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from lifeops import registry
-from lifeops.ops import life_qkv_function, local_attention_function, token_dwconv_function
+from lifeops.ops import life_qkv_function, local_attention_function, rollout_step, token_dwconv_function
 
 _EXPLAINERS = {
     "token_dwconv": token_dwconv_function.explain,
     "life_qkv": life_qkv_function.explain,
     "local_attention": local_attention_function.explain,
+    "rollout_step": rollout_step.explain,
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from lifeops import config, registry
 from lifeops.ops.activations import ACTS, PROLOGUES
 from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.rollout_step import FUSIONS, dropped_entries
 from lifeops.ops.token_dwconv import DTYPES
 
 _HERE = Path(__file__).parent
@@ -32,6 +33,8 @@ SCHEMAS = {
     " int act, Tensor(a!) dw, Tensor(b!)? db, int K, int H, int W, int dy_prefix, int x_prefix, int isa) -> ()",
     "channel_act": "lifeops_native::channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate,"
     " Tensor? pool_grad, Tensor? a, Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()",
+    "rollout_step": "lifeops_native::rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped,"
+    " Tensor(a!) out, int isa) -> ()",
 }
 _ISA = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 MAX_KERNEL = 15
@@ -181,6 +184,13 @@ def _channel_act_grad(dy, x, scale, shift, gate, pool_grad, a, b, act, patches, 
     return _channel_pass(4, x, patches, dy=dy, y=y, act=act, **values)
 
 
+def _rollout_step(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
+    out = torch.empty(r.shape, dtype=r.dtype, device=r.device)
+    dropped = dropped_entries(discard_ratio, r.shape[2])
+    torch.ops.lifeops_native.rollout_step(r, q, k, scale, FUSIONS.index(head_fusion), residual, dropped, out, _isa())
+    return out
+
+
 _IMPLEMENTATIONS = {  # op: (native operator, function)
     "token_dwconv": ("token_dwconv", _token_dwconv),
     "token_dwconv_bwd_dx": ("token_dwconv", _token_dwconv_bwd_dx),
@@ -194,6 +204,7 @@ _IMPLEMENTATIONS = {  # op: (native operator, function)
     "channel_act_pool": ("channel_act", _channel_act_pool),
     "channel_act_sums": ("channel_act", _channel_act_sums),
     "channel_act_grad": ("channel_act", _channel_act_grad),
+    "rollout_step": ("rollout_step", _rollout_step),
 }
 
 

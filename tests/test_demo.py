@@ -37,7 +37,7 @@ def demo_output(tmp_path_factory):
 
 def test_demo_writes_its_files_and_says_where(demo_output):
     result, folder = demo_output
-    assert {p.name for p in folder.iterdir()} == {"table.csv", "table.md", "curves.png", "attention.png"}
+    assert {p.name for p in folder.iterdir()} == {"table.csv", "table.md", "curves.png", "attention.png", "plain.pt", "life.pt"}
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in folder.glob("*.png"))
     assert str(folder) in result.stdout.splitlines()[-1]
     assert len(result.stdout.splitlines()) < 40  # no progress bars outside a terminal

@@ -4,10 +4,12 @@
 #define LIFEOPS_ISA baseline
 #define LIFEOPS_VEC_BYTES 16
 #include "channel_act_kernels.h"
+#include "rollout_step_kernels.h"
 #include "token_dwconv_kernels.h"
 
 namespace lifeops {
 const TokenDWConvKernels token_dwconv_baseline = {baseline::forward, baseline::forward_scratch, baseline::forward_channels, baseline::grad_weight,
                                               baseline::grad_weight_scratch, baseline::grad_weight_channels};
 const ChannelActKernel channel_act_baseline = baseline::channel_act;
+const RolloutKernels rollout_step_baseline = {baseline::rollout_row_size, baseline::rollout_scratch_size, baseline::rollout_pack_keys, baseline::rollout_run};
 }  // namespace lifeops

@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="lifeops demo",
         description="Train a small DeiT from scratch on scikit-learn's digits, plain and with local structure (same seeds, data"
         " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
-        " curves.png and attention.png (impulse: heads.png).",
+        " curves.png, attention.png (impulse: heads.png) and the models' weights, <model>.pt, for `lifeops rollout`.",
     )
     choices = [*SYSTEMS, "impulse"]
     parser.add_argument("--system", choices=choices, default="life", help="what to compare with the plain model (default: life)")
@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
     (folder / "table.md").write_text("\n".join(t.markdown() for t in tables), encoding="utf-8")
     report.plot_curves(folder / "curves.png", system, runs)
     report.plot_attention(folder / "attention.png", system, runs, recipe)
+    for kept in (r for r in runs if r.weights is not None):
+        torch.save({"model": {name: torch.from_numpy(value) for name, value in kept.weights.items()}}, folder / f"{kept.model}.pt")
     console.print(f"Tables, curves and attention maps are in {folder}{os.sep}", soft_wrap=True)
 
 

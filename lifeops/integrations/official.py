@@ -34,7 +34,7 @@ def load_official(checkpoint, *, num_heads: int | None = None, act: str | None =
     Raises:
         ValueError: keys of no known family, or sizes that do not fit together. RuntimeError: unexpected or missing keys.
     """
-    state = _state_dict(checkpoint)
+    state = state_dict_of(checkpoint)
     for key, _, build in _families(num_heads, act):
         if key in state:
             model = build(state).to(state[key].dtype)
@@ -47,7 +47,7 @@ def load_official(checkpoint, *, num_heads: int | None = None, act: str | None =
 def _families(num_heads, act):
     """The key that tells a family, its name, and what builds its model from a state dict."""
     return (
-        (_LIFE_KEY, "LIFE DeiT", lambda state: _life_deit(state, num_heads)),
+        (_LIFE_KEY, "LIFE DeiT", lambda state: _life_deit(state, num_heads, "scale1")),
         (_LOCALVIT_KEY, "LocalViT DeiT", lambda state: _localvit_deit(state, num_heads, act)),
         (shortcut.VIT_KEY, "DW shortcut ViT", lambda state: shortcut.vit(state, num_heads)),
         (shortcut.CAIT_KEY, "DW shortcut CaiT", lambda state: shortcut.cait(state, num_heads)),
@@ -71,7 +71,8 @@ def _load(path: str):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _state_dict(checkpoint) -> Mapping[str, torch.Tensor]:
+def state_dict_of(checkpoint) -> Mapping[str, torch.Tensor]:
+    """The tensors of a checkpoint by name: a path or a loaded dict, with or without the outer "model" key."""
     if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = _load(os.fspath(checkpoint))
     if not isinstance(checkpoint, Mapping):
@@ -110,18 +111,38 @@ class _Host:
         return self.state[name]
 
 
-def _life_deit(state: Mapping[str, torch.Tensor], num_heads: int | None) -> nn.Module:
+def _deit(state: Mapping[str, torch.Tensor], family: str, num_heads: int | None, attn=None) -> nn.Module:
     from lifeops.models.deit import VisionTransformer
+
+    host = _Host(family, state, num_heads, 64)
+    mlp_ratio = host.need("blocks.0.mlp.fc1.weight").shape[0] / host.sizes["embed_dim"]
+    return VisionTransformer(**host.sizes, mlp_ratio=mlp_ratio, attn=attn)
+
+
+def _life_deit(state: Mapping[str, torch.Tensor], num_heads: int | None, aux_key: str = "scale1") -> nn.Module:
     from lifeops.nn.life import LifeAttention
 
-    host = _Host("LIFE DeiT", state, num_heads, 64)
     qkv_norm = "blocks.0.attn.qkv.norm.weight" in state
 
     def attention(dim, num_heads, num_prefix_tokens):
-        return LifeAttention(dim, num_heads, num_prefix_tokens, qkv_norm=qkv_norm, aux_key="scale1")
+        return LifeAttention(dim, num_heads, num_prefix_tokens, qkv_norm=qkv_norm, aux_key=aux_key)
 
-    mlp_ratio = host.need("blocks.0.mlp.fc1.weight").shape[0] / host.sizes["embed_dim"]
-    return VisionTransformer(**host.sizes, mlp_ratio=mlp_ratio, attn=attention)
+    return _deit(state, "LIFE DeiT", num_heads, attention)
+
+
+def lifeops_deit(checkpoint, *, num_heads: int | None = None) -> nn.Module:
+    """A :class:`lifeops.models.VisionTransformer` that this library trained, plain, with LIFE or with LocalViT's feed-forward, at the
+    sizes its tensors tell; in eval mode. ``checkpoint`` and ``num_heads`` as in :func:`load_official`; LIFE with its default key.
+    """
+    state = state_dict_of(checkpoint)
+    if _LOCALVIT_KEY in state:
+        model = _localvit_deit(state, num_heads, None)
+    elif _LIFE_KEY in state:
+        model = _life_deit(state, num_heads, "multiscale")
+    else:
+        model = _deit(state, "DeiT", num_heads)
+    model.to(state["patch_embed.proj.weight"].dtype).load_state_dict(state, strict=True)
+    return model.eval()
 
 
 def _localvit_deit(state: Mapping[str, torch.Tensor], num_heads: int | None, act: str | None) -> nn.Module:

@@ -4,5 +4,6 @@ from lifeops.ops import channel_act as channel_act
 from lifeops.ops import life_qkv as life_qkv
 from lifeops.ops import local_attention as local_attention
 from lifeops.ops import local_attention_cpu as local_attention_cpu
+from lifeops.ops import rollout_step as rollout_step
 from lifeops.ops import token_dwconv as token_dwconv
 from lifeops.ops import token_dwconv_act as token_dwconv_act

@@ -1,0 +1,99 @@
+"""Where a Vision Transformer keeps its patch grid, its prefix tokens, its last tokens and its classifier: timm, lifeops, transformers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lifeops.integrations.timm import GridHook
+from lifeops.nn.life import GridHolder
+
+
+class Parts:
+    """What :func:`lifeops.rollout` asks of a model."""
+
+    def __init__(self, model: nn.Module, host: nn.Module, embed: nn.Module, images: Tensor, num_prefix_tokens: int | None):
+        self.model, self.host, self.embed = model, host, embed
+        self.batch, self.image_size = images.shape[0], tuple(images.shape[-2:])
+        self.holder, self.features = GridHolder(), None
+        self.transformers = hasattr(host, "embeddings")
+        self.num_prefix_tokens = _num_prefix_tokens(host) if num_prefix_tokens is None else num_prefix_tokens
+
+    @property
+    def has_cls(self) -> bool:
+        owner = self.host.embeddings if self.transformers else self.host
+        return self.num_prefix_tokens > 0 and getattr(owner, "cls_token", None) is not None
+
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the patches of the forward pass."""
+        if self.transformers:
+            patch = self.embed.patch_size
+            patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+            return self.image_size[0] // patch[0], self.image_size[1] // patch[1]
+        return tuple(self.holder.grid)
+
+    def norm(self) -> nn.Module:
+        """The module whose output the classifier reads."""
+        for name in ("layernorm", "norm"):
+            if isinstance(getattr(self.host, name, None), nn.Module):
+                return getattr(self.host, name)
+        raise ValueError(f"rollout: {type(self.host).__name__} has no final norm whose tokens could be classified; give token_logits=…")
+
+    def token_logits(self) -> Tensor:
+        """(B, H*W, K): the model's classifiers on its last patch tokens, their mean where there are two (DeiT)."""
+        x = self.features
+        x = x.flatten(1, 2) if x.dim() == 4 else x[:, self.num_prefix_tokens :]
+        fc_norm = getattr(self.host, "fc_norm", None)
+        x = fc_norm(x) if isinstance(fc_norm, nn.Module) else x
+        heads = _classifiers(self.model, self.host)
+        wrong = [h for h in heads if h.in_features != x.shape[-1]]
+        if not heads or wrong:
+            why = "it has no linear classifier"
+            why = f"its classifier reads {wrong[0].in_features} features, a token has {x.shape[-1]}" if wrong else why
+            raise ValueError(f"rollout: {type(self.model).__name__} cannot classify its tokens one by one: {why}; give token_logits=…")
+        return torch.stack([head(x) for head in heads]).mean(0)
+
+
+def _classifiers(model: nn.Module, host: nn.Module) -> list[nn.Linear]:
+    names = ("head", "head_dist", "classifier", "cls_classifier", "distillation_classifier")
+    found = {id(m): m for owner in (model, host) for m in (getattr(owner, name, None) for name in names) if m is not None}
+    inner = [getattr(m, "fc", m) for m in found.values()]  # timm's ClassifierHead
+    return [m for m in inner if isinstance(m, nn.Linear)]
+
+
+def _num_prefix_tokens(host: nn.Module) -> int:
+    if hasattr(host, "embeddings"):
+        names = "cls_token", "distillation_token", "register_tokens"
+        return sum(t.shape[1] for t in (getattr(host.embeddings, name, None) for name in names) if t is not None)
+    return getattr(host, "num_prefix_tokens", 0)
+
+
+def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
+    """Raises ValueError if there is no patch embedding or no image."""
+    images = images.get("pixel_values") if isinstance(images, Mapping) else images
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"rollout: images must be (B, channels, height, width) or a mapping with such pixel_values, got {got}")
+    for host in model.modules():
+        if hasattr(host, "patch_embed"):
+            return Parts(model, host, host.patch_embed, images, num_prefix_tokens)
+        if hasattr(getattr(host, "embeddings", None), "patch_embeddings"):
+            return Parts(model, host, host.embeddings.patch_embeddings, images, num_prefix_tokens)
+    looked_for = "patch_embed (timm, lifeops) or embeddings.patch_embeddings (transformers)"
+    raise ValueError(f"rollout: {type(model).__name__} has no {looked_for}")
+
+
+@contextlib.contextmanager
+def watched(parts: Parts, features: bool) -> Iterator[None]:
+    """Notes the grid of the forward pass and, if asked for, the last tokens."""
+    handles = [] if parts.transformers else [parts.embed.register_forward_hook(GridHook(parts.holder))]
+    if features:
+        handles.append(parts.norm().register_forward_hook(lambda module, args, output: setattr(parts, "features", output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
