@@ -10,7 +10,6 @@ fits consumer parts of sm_80 (99 KB), two programs on an SM of sm_90 (113 KB) an
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -20,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.budgets import ARCHS, dump, source
+from bench.budgets import ARCHS, dump, parse, source
 from lifeops.kernels import local_attention as forward
 from lifeops.kernels import local_attention_grad as backward
 from lifeops.ops.local_attention_math import heads
@@ -102,11 +101,7 @@ def table(costs: list[Cost]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.attention_budgets", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, help="compute capabilities, e.g. 80 90 100")
-    parser.add_argument("--only", default=",".join(NAMES), help="comma-separated kernels")
-    parser.add_argument("--json", action="store_true", help="print rows instead of a table")
-    args = parser.parse_args(argv)
+    args = parse("attention_budgets", __doc__, ARCHS, NAMES, argv)
     costs = [cost(name, arch) for arch in args.arch for name in args.only.split(",")]
     print(json.dumps([asdict(c) for c in costs]) if args.json else table(costs))
     return int(not all(c.within for c in costs))

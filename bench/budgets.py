@@ -238,12 +238,17 @@ def table(costs: list[Cost]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.budgets", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHS, help="compute capabilities, e.g. 80 90 100")
-    parser.add_argument("--only", default=",".join(KERNELS), help="comma-separated kernels")
+def parse(name: str, doc: str, archs, kernels, argv: list[str] | None) -> argparse.Namespace:
+    """The command line that all tables of compiled kernels share."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=doc.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=tuple(archs), help="compute capabilities, e.g. 80 90 100")
+    parser.add_argument("--only", default=",".join(kernels), help="comma-separated kernels")
     parser.add_argument("--json", action="store_true", help="print rows instead of a table")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse("budgets", __doc__, ARCHS, KERNELS, argv)
     costs = measure(args.only.split(","), args.arch)
     print(json.dumps([asdict(c) for c in costs]) if args.json else table(costs))
     return int(not all(c.within for c in costs))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 import lifeops
 from bench import device as timing
 from bench import systems
+from bench.__main__ import commit
 from bench.problems import Problem
 from lifeops import registry
 
@@ -112,9 +112,8 @@ class Rows:
             version = triton.__version__
         except ImportError:
             version = "none"
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        self.facts = {"device": name, "torch": torch.__version__, "triton": version, "commit": commit or "unknown"}
+        self.facts = {"device": name, "torch": torch.__version__, "triton": version, "commit": commit()}
 
     def add(self, p: Problem, variant: str, how: str, time=None, peak=None, note=""):
         row = {**self.facts, **p._asdict(), "variant": variant, "how": how, "note": note}

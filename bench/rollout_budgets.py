@@ -7,7 +7,6 @@ Each kernel is compiled off-line as ``launches`` would launch it on q and k that
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -58,11 +57,7 @@ def within(row) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.rollout_budgets", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="*", default=tuple(SHARED), help="compute capabilities, e.g. 80 90 100")
-    parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases")
-    parser.add_argument("--json", action="store_true", help="print rows instead of a table")
-    args = parser.parse_args(argv)
+    args = budgets.parse("rollout_budgets", __doc__, SHARED, CASES, argv)
     rows = [row for arch, name in itertools.product(args.arch, args.only.split(",")) for row in compiled(name, arch)]
     if args.json:
         print(json.dumps(rows))

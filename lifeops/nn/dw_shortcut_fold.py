@@ -15,7 +15,7 @@ from torch import nn
 
 from lifeops.nn.batch_norm import constants
 from lifeops.ops.channel_act import accumulate_dtype
-from lifeops.ops.dw_shortcut import border_bias, centred
+from lifeops.ops.dw_shortcut import border_bias, merged_filter
 
 
 class ChannelAffine(nn.Module):
@@ -52,14 +52,9 @@ def merged(convs, norms):
     wide = accumulate_dtype(like.dtype)
     if len(convs) == 1:
         return convs[0], ChannelAffine(*(t.to(wide) for t in affine[0])).train(convs[0].training)
-    K = max(conv.kernel_size[0] for conv in convs)
-    weight, border = (torch.zeros((len(like), 1, K, K), dtype=torch.float64, device=like.device) for _ in range(2))
-    bias = weight.new_zeros(len(like))
-    for conv, (scale, shift) in zip(convs, affine, strict=True):
-        w = centred(conv.weight.double(), K)
-        weight += w * scale[:, None, None, None]
-        border += w * shift[:, None, None, None]
-        bias += 0 if conv.bias is None else conv.bias.double()
+    weight, border = (merged_filter([conv.weight for conv in convs], values) for values in zip(*affine, strict=True))
+    bias = sum((conv.bias.double() for conv in convs if conv.bias is not None), weight.new_zeros(len(like)))
+    K = weight.shape[-1]
     new = nn.Conv2d(len(like), len(like), K, padding=K // 2, groups=len(like), device=like.device, dtype=like.dtype)
     new.weight.copy_(weight)
     new.bias.copy_(bias)
