@@ -11,26 +11,36 @@
 namespace lifeops {
 namespace LIFEOPS_ISA {
 
-// Tokens of one grid row, columns [q0, q1) of which those outside [0, W) become zeros, channels `n` of a block; `affine` is applied
-// to what lies inside.
-template <class T, class Convert, class A = typename AccOf<T>::type>
+// Tokens of one grid row, columns [q0, q1) of which those outside [0, W) become zeros, `n` channels; convert(value, c, n) of what lies
+// inside, c the value's first channel and n the channels left from there on.
+template <bool kFull, class T, class Convert, class A = typename AccOf<T>::type>
 inline __attribute__((always_inline)) void load_row_as(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out,
                                                        int64_t vector_stride, Convert convert) {
   constexpr int L = Vec<A>::kLanes;
   const vec_t<A> zero = {};
   for (int64_t q = q0; q < q1; ++q, out += L) {
+    A* to = out;
     if (q < 0 || q >= W) {
-      for (int64_t v = 0; v * L < n; ++v) store(out + v * vector_stride, zero);
+      for (int64_t c = 0; c < n; c += L, to += vector_stride) store(to, zero);
       continue;
     }
     const T* token = row + q * stride_n;
-    for (int64_t v = 0; v * L < n; ++v) store(out + v * vector_stride, convert(load_n(token + v * L, n - v * L), v * L));
+    for (int64_t c = 0; c < n; c += L, to += vector_stride) {
+      const int64_t left = kFull ? int64_t(L) : n - c;
+      store(to, convert(load_n(token + c, left), c, left));
+    }
   }
+}
+template <class T, class Convert, class A = typename AccOf<T>::type>
+inline __attribute__((always_inline)) void load_row_as(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out,
+                                                       int64_t vector_stride, Convert convert) {
+  if (n % Vec<A>::kLanes == 0) load_row_as<true>(row, stride_n, W, q0, q1, n, out, vector_stride, convert);
+  else load_row_as<false>(row, stride_n, W, q0, q1, n, out, vector_stride, convert);
 }
 
 template <class T, class A = typename AccOf<T>::type>
 void load_row(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out, int64_t vector_stride) {
-  load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [](vec_t<A> value, int64_t) { return value; });
+  load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [](vec_t<A> value, int64_t, int64_t) { return value; });
 }
 
 // The same through a prologue, whose values start at this task's first channel.
@@ -39,8 +49,8 @@ void load_row_through(const ChannelAffine& prologue, int64_t c0, const T* row, i
                       A* out, int64_t vector_stride) {
   const A *scale = static_cast<const A*>(prologue.scale) + c0, *shift = static_cast<const A*>(prologue.shift) + c0;
   with_prologue(prologue.act, [&](auto act) {
-    load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [&](vec_t<A> value, int64_t c) {
-      return through<decltype(act)::value, A>(load_n(scale + c, n - c), load_n(shift + c, n - c), value);
+    load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [&](vec_t<A> value, int64_t c, int64_t left) {
+      return through<decltype(act)::value, A>(load_n(scale + c, left), load_n(shift + c, left), value);
     });
   });
 }

@@ -64,33 +64,38 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
   if (extras.steps.sums) store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n), store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
 }
 
-constexpr int64_t kPreAhead = 6;  // vectors of a token asked for ahead: nothing else has brought these tokens near
-
-// The tile's sums through the prologue's derivative, to dx; sums of x dv and dv.
-template <class T, class A = typename AccOf<T>::type>
-__attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
+// The tile's sums through the prologue's derivative, to dx; sums of x dv and dv. kFull: all lanes are channels.
+template <class T, Act act, bool kFull, class A = typename AccOf<T>::type>
+inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
   const TileExtras<T>& extras = *out.extras;
-  const ChannelAffine& d = *extras.steps.derivative;
-  const vec_t<A> scale = load_n(static_cast<const A*>(d.scale) + extras.c, out.n), shift = load_n(static_cast<const A*>(d.shift) + extras.c, out.n);
-  const vec_t<A> a = load_n(static_cast<const A*>(extras.steps.a) + extras.c, out.n), b = load_n(static_cast<const A*>(extras.steps.b) + extras.c, out.n);
+  const TokenDWConvExtras& steps = extras.steps;
+  const int64_t n = kFull ? Vec<A>::kLanes : out.n, pre_stride = steps.pre_stride_n, y_stride = out.y_stride;
+  const auto values = [&](const void* p) { return load_n(static_cast<const A*>(p) + extras.c, n); };
+  const vec_t<A> scale = values(steps.derivative->scale), shift = values(steps.derivative->shift), a = values(steps.a), b = values(steps.b);
   vec_t<A> sum_x = {}, sum = {};
-  if (!extras.first) sum_x = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n);
-  with_prologue(d.act, [&](auto constant) {
-    constexpr Act act = decltype(constant)::value;
-    for (int k = 0, r = 0, t = 0; k < rows * width; ++k, ++t == width ? (t = 0, ++r) : 0) {  // one loop: constants are set once
-      const T* token = extras.pre + r * extras.pre_row + t * extras.steps.pre_stride_n;
-      __builtin_prefetch(token + kPreAhead * Vec<A>::kLanes);
-      const vec_t<A> x = load_n(token, out.n);
-      vec_t<A> dv = acc[k], factor = x, slope;
+  if (!extras.first) sum_x = load_n(extras.sums, n), sum = load_n(extras.sums + extras.sums_stride, n);
+  for (int r = 0; r < rows; ++r) {
+    const T* pre = extras.pre + r * extras.pre_row;
+    T* y = out.y + r * out.y_row;
+    for (const vec_t<A>* end = acc + width; acc != end; ++acc, pre += pre_stride, y += y_stride) {
+      const vec_t<A> x = load_n(pre, n);
+      vec_t<A> dv = *acc, factor = x, slope;
       if constexpr (act == Act::gelu_first) gelu_both<A>(x, &factor, &slope);
       else dv *= derivative<act, A>(scale * x + shift);
       sum_x += dv * factor, sum += dv;
       vec_t<A> dx = scale * dv + (b * factor + a);
       if constexpr (act == Act::gelu_first) dx *= slope;
-      store_n(out.y + r * out.y_row + t * out.y_stride, dx, out.n);
+      store_n(y, dx, n);
     }
+  }
+  store_n(extras.sums, sum_x, n), store_n(extras.sums + extras.sums_stride, sum, n);
+}
+template <class T, class A = typename AccOf<T>::type>
+__attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
+  with_prologue(out.extras->steps.derivative->act, [&](auto act) {
+    if (out.n >= Vec<A>::kLanes) through_derivative<T, decltype(act)::value, true>(acc, rows, width, out);
+    else through_derivative<T, decltype(act)::value, false>(acc, rows, width, out);
   });
-  store_n(extras.sums, sum_x, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n);
 }
 
 // acc[t] += sum over one filter row of tap * x[t + j]; `add_two` does it for two output rows, which share every load of x.
@@ -108,28 +113,58 @@ inline __attribute__((always_inline)) void add_two(vec_t<A>* acc, vec_t<A>* belo
     const vec_t<A> tap = load(w), tap_below = load(w_below);
 #pragma GCC unroll 16
     for (int t = 0; t < kWidth; ++t) {
-      const vec_t<A> value = load(x + t * Vec<A>::kLanes);
+      const vec_t<A> value = in_register(load(x + t * Vec<A>::kLanes));
       acc[t] += tap * value;
       below[t] += tap_below * value;
     }
   }
 }
 
-template <class T, int kWidth, class A = typename AccOf<T>::type>
-inline __attribute__((always_inline)) void store_tile_row(const vec_t<A>* acc, int64_t row, const TileTarget<T>& out, Ahead* ahead) {
+// The same for kTaps taps that all stay in registers: every x is loaded once.
+template <int kWidth, int kTaps, class A>
+inline __attribute__((always_inline)) void add_one_window(vec_t<A>* acc, const A* x, const A* w) {
+  vec_t<A> tap[kTaps];
+#pragma GCC unroll 8
+  for (int j = 0; j < kTaps; ++j) tap[j] = load(w + j * kBlock);
+#pragma GCC unroll 16
+  for (int m = 0; m < kWidth + kTaps - 1; ++m) {
+    const vec_t<A> value = in_register(load(x + m * Vec<A>::kLanes));
+#pragma GCC unroll 8
+    for (int j = 0; j < kTaps; ++j)
+      if (m >= j && m - j < kWidth) acc[m - j] += tap[j] * value;
+  }
+}
+template <int kWidth, int kTaps, class A>
+inline __attribute__((always_inline)) void add_two_window(vec_t<A>* acc, vec_t<A>* below, const A* x, const A* w, const A* w_below) {
+  vec_t<A> tap[kTaps], tap_below[kTaps];
+#pragma GCC unroll 8
+  for (int j = 0; j < kTaps; ++j) tap[j] = load(w + j * kBlock), tap_below[j] = load(w_below + j * kBlock);
+#pragma GCC unroll 16
+  for (int m = 0; m < kWidth + kTaps - 1; ++m) {
+    const vec_t<A> value = in_register(load(x + m * Vec<A>::kLanes));
+#pragma GCC unroll 8
+    for (int j = 0; j < kTaps; ++j)
+      if (m >= j && m - j < kWidth) acc[m - j] += tap[j] * value, below[m - j] += tap_below[j] * value;
+  }
+}
+
+template <class T, int kWidth, bool kFull, class A = typename AccOf<T>::type>
+inline __attribute__((always_inline)) void store_tile_row(const vec_t<A>* acc, T* y, const T* residual, const TileTarget<T>& out, Ahead* ahead) {
   Ahead next = *ahead;
 #pragma GCC unroll 16
-  for (int t = 0; t < kWidth; ++t) {
+  for (int t = 0; t < kWidth; ++t, y += out.y_stride) {
     vec_t<A> value = acc[t];
-    if (out.residual) value += load_n(out.residual + row * out.r_row + t * out.r_stride, out.n);
-    store_n(out.y + row * out.y_row + t * out.y_stride, value, out.n);
+    if (residual) value += kFull ? load(residual + t * out.r_stride) : load_n(residual + t * out.r_stride, out.n);
+    if (kFull) store(y, value);
+    else store_n(y, value, out.n);
     next.fetch<true>();
   }
   *ahead = next;
 }
 
-// kRows (1 or 2) x kWidth neighbouring outputs of one vector of channels, from the input rows [k0, k1) of K + kRows - 1.
-template <class T, int kRows, int kWidth, class A = typename AccOf<T>::type>
+// kRows (1 or 2) x kWidth neighbouring outputs of one vector of channels, from the input rows [k0, k1) of K + kRows - 1. kTaps: K where
+// all taps of a filter row fit the registers, else 0.
+template <class T, int kTaps, int kRows, int kWidth, class A = typename AccOf<T>::type>
 void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec_t<A> bias, const TileTarget<T>& out,
                Ahead* ahead) {
   vec_t<A> acc[kRows][kWidth];
@@ -137,11 +172,19 @@ void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
     for (int t = 0; t < kWidth; ++t) acc[r][t] = bias;
+  if constexpr (kTaps > 0) K = kTaps;
   for (int k = k0; k < k1; ++k) {
-    const A* w = weight + k * K * kBlock;
-    if (kRows == 1 || k == 0) add_one<kWidth, A>(acc[0], rows[k], w, K);
-    else if (k == K) add_one<kWidth, A>(acc[kRows - 1], rows[k], w - K * kBlock, K);
-    else add_two<kWidth, A>(acc[0], acc[kRows - 1], rows[k], w, w - K * kBlock, K);
+    const A *w = weight + k * K * kBlock, *w_below = w - K * kBlock;
+    const bool first = kRows == 1 || k == 0, last = kRows == 2 && k == K;
+    if constexpr (kTaps > 0) {
+      if (first) add_one_window<kWidth, kTaps, A>(acc[0], rows[k], w);
+      else if (last) add_one_window<kWidth, kTaps, A>(acc[kRows - 1], rows[k], w_below);
+      else add_two_window<kWidth, kTaps, A>(acc[0], acc[kRows - 1], rows[k], w, w_below);
+    } else {
+      if (first) add_one<kWidth, A>(acc[0], rows[k], w, K);
+      else if (last) add_one<kWidth, A>(acc[kRows - 1], rows[k], w_below, K);
+      else add_two<kWidth, A>(acc[0], acc[kRows - 1], rows[k], w, w_below, K);
+    }
   }
   if (__builtin_expect(out.extras != nullptr, 0)) {
     vec_t<A> copy[kRows * kWidth];  // acc itself stays in registers on the other path
@@ -149,22 +192,40 @@ void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec
     for (int k = 0; k < kRows * kWidth; ++k) copy[k] = acc[k / kWidth][k % kWidth];
     if (out.extras->steps.derivative) store_through_derivative<T>(copy, kRows, kWidth, out);
     else store_through_epilogue<T>(copy, kRows, kWidth, out);
-    for (int k = 0; k < kRows * kWidth; ++k) ahead->template fetch<true>();
+    Ahead next = *ahead;
+    for (int k = 0; k < kRows * kWidth; ++k) next.template fetch<true>();
+    *ahead = next;
     return;
   }
 #pragma GCC unroll 2
-  for (int r = 0; r < kRows; ++r) store_tile_row<T, kWidth>(acc[r], r, out, ahead);
+  for (int r = 0; r < kRows; ++r) {
+    T* y = out.y + r * out.y_row;
+    const T* residual = out.residual ? out.residual + r * out.r_row : nullptr;
+    if (out.n < Vec<A>::kLanes) store_tile_row<T, kWidth, false>(acc[r], y, residual, out, ahead);
+    else if (residual) store_tile_row<T, kWidth, true>(acc[r], y, residual, out, ahead);
+    else store_tile_row<T, kWidth, true>(acc[r], y, nullptr, out, ahead);
+  }
 }
 
 template <class T> using ConvTile = void (*)(const typename AccOf<T>::type* const*, int, int, const typename AccOf<T>::type*, int,
                                              vec_t<typename AccOf<T>::type>, const TileTarget<T>&, Ahead*);
 
-// table[width - 1]
-template <class T, int kRows, int... kWidths> struct ConvTiles {
-  static constexpr ConvTile<T> table[] = {conv_tile<T, kRows, kWidths + 1>...};
+// table[width - 1]; narrow tiles, which only narrow grids have, are left to the general code.
+template <class T, int kTaps, int kRows, int... kWidths> struct ConvTiles {
+  static constexpr ConvTile<T> table[] = {conv_tile<T, (kWidths < 3 ? 0 : kTaps), kRows, kWidths + 1>...};
 };
-template <class T, int kRows, int n, int... rest> struct MakeTiles : MakeTiles<T, kRows, n - 1, n - 1, rest...> {};
-template <class T, int kRows, int... rest> struct MakeTiles<T, kRows, 0, rest...> { using type = ConvTiles<T, kRows, rest...>; };
+template <class T, int kTaps, int kRows, int n, int... rest> struct MakeTiles : MakeTiles<T, kTaps, kRows, n - 1, n - 1, rest...> {};
+template <class T, int kTaps, int kRows, int... rest> struct MakeTiles<T, kTaps, kRows, 0, rest...> { using type = ConvTiles<T, kTaps, kRows, rest...>; };
+
+// The tiles of two output rows, with the taps in registers where the instruction set has enough of them.
+template <class T> const ConvTile<T>* tiles_of_two(int K) {
+  if constexpr (LIFEOPS_VEC_BYTES == 64 && sizeof(typename AccOf<T>::type) == 4) {
+    if (K == 3) return MakeTiles<T, 3, 2, kTile / 2>::type::table;
+    if (K == 5) return MakeTiles<T, 5, 2, kTile / 2>::type::table;
+    if (K == 7) return MakeTiles<T, 7, 2, kTile / 2>::type::table;
+  }
+  return MakeTiles<T, 0, 2, kTile / 2>::type::table;
+}
 
 template <class T> void copy_prefix(const TokenDWConvParams& p, const ForwardTask& task, int64_t n) {
   using A = typename AccOf<T>::type;
@@ -256,7 +317,7 @@ template <class T> struct Forward {
 
   static void output_rows(const TokenDWConvParams& p, const ForwardTask& task, const Tiling& tiling, int64_t r, int height,
                           const A* const* rows, int k0, int k1, int64_t cols, const A* w, const A* b, int64_t n) {
-    const ConvTile<T>* tiles = height == 1 ? MakeTiles<T, 1, kTile>::type::table : MakeTiles<T, 2, kTile / 2>::type::table;
+    const ConvTile<T>* tiles = height == 1 ? MakeTiles<T, 0, 1, kTile>::type::table : tiles_of_two<T>(p.K);
     const int64_t token = r * p.W + task.q0 + p.y_prefix;
     T* y = static_cast<T*>(p.y) + task.b * p.y_stride_b + token * p.y_stride_n + task.c0;
     const T* x_next = static_cast<const T*>(p.x) + task.b * p.x_stride_b + task.c0 +

@@ -36,6 +36,16 @@ inline __attribute__((always_inline)) vec_t<float> load(const bf16* p) {
   return load_bits<vec_t<float>>(&wide);
 }
 
+// Loaded here and once: gcc would otherwise read memory again at every use.
+template <class V> inline __attribute__((always_inline)) V in_register(V v) {
+#if LIFEOPS_VEC_BYTES == 64
+  asm("" : "+v"(v));
+#elif LIFEOPS_VEC_BYTES == 32
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 template <class V, class P> inline __attribute__((always_inline)) void store_bits(P* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
