@@ -23,7 +23,7 @@ inline __attribute__((always_inline)) void grad_columns(vec_t<A>* acc, const vec
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
     for (int k = 0; k < K + kColumns - 1; ++k) {
-      const vec_t<A> value = load(x[i] + offset + k * Vec<A>::kLanes);
+      const vec_t<A> value = in_register(load(x[i] + offset + k * Vec<A>::kLanes));
 #pragma GCC unroll 4
       for (int c = 0; c < kColumns; ++c)
         if (k - c >= 0 && k - c < K) acc[i * K + k - c] += dy[c] * value;
