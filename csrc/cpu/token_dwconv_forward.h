@@ -11,7 +11,7 @@ constexpr int kTile = LIFEOPS_VEC_BYTES == 64 ? 16 : 12;
 
 // What happens around the convolution, for one vector of channels of a tile.
 template <class T> struct TileExtras {
-  const TokenDWConvExtras& steps;
+  const TokenDWConvExtras* steps;
   const T* pre;                   // x of the derivative
   int64_t pre_row, c;             // from row to row; channel of this vector
   typename AccOf<T>::type* sums;  // of the task, at this vector
@@ -42,17 +42,17 @@ template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
   const TileExtras<T>& extras = *out.extras;
   const vec_t<A> one = splat(A(1)), zero = {};
-  const ChannelAffine* e = extras.steps.epilogue;
+  const ChannelAffine* e = extras.steps->epilogue;
   const vec_t<A> scale = e ? load_n(static_cast<const A*>(e->scale) + extras.c, out.n) : one;
   const vec_t<A> shift = e ? load_n(static_cast<const A*>(e->shift) + extras.c, out.n) : zero;
   vec_t<A> first = zero, sum = zero, square = zero;
-  if (extras.steps.sums && !extras.first)
+  if (extras.steps->sums && !extras.first)
     first = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n), square = load_n(extras.sums + 2 * extras.sums_stride, out.n);
   with_act(e ? e->act : Act::none, [&](auto act) {
     for (int r = 0; r < rows; ++r)
       for (int t = 0; t < width; ++t) {
         vec_t<A> value = activate<decltype(act)::value, A>(scale * acc[r * width + t] + shift);
-        if (extras.steps.sums) {
+        if (extras.steps->sums) {
           const vec_t<A> kept = rounded<T>(value);
           if (extras.first && r == 0 && t == 0) first = kept;
           sum += kept - first, square += (kept - first) * (kept - first);
@@ -61,14 +61,14 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
         store_n(out.y + r * out.y_row + t * out.y_stride, value, out.n);
       }
   });
-  if (extras.steps.sums) store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n), store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
+  if (extras.steps->sums) store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n), store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
 }
 
 // The tile's sums through the prologue's derivative, to dx; sums of x dv and dv. kFull: all lanes are channels.
 template <class T, Act act, bool kFull, class A = typename AccOf<T>::type>
 inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
   const TileExtras<T>& extras = *out.extras;
-  const TokenDWConvExtras& steps = extras.steps;
+  const TokenDWConvExtras& steps = *extras.steps;
   const int64_t n = kFull ? Vec<A>::kLanes : out.n, pre_stride = steps.pre_stride_n, y_stride = out.y_stride;
   const auto values = [&](const void* p) { return load_n(static_cast<const A*>(p) + extras.c, n); };
   const vec_t<A> scale = values(steps.derivative->scale), shift = values(steps.derivative->shift), a = values(steps.a), b = values(steps.b);
@@ -92,7 +92,7 @@ inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* ac
 }
 template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
-  with_prologue(out.extras->steps.derivative->act, [&](auto act) {
+  with_prologue(out.extras->steps->derivative->act, [&](auto act) {
     if (out.n >= Vec<A>::kLanes) through_derivative<T, decltype(act)::value, true>(acc, rows, width, out);
     else through_derivative<T, decltype(act)::value, false>(acc, rows, width, out);
   });
@@ -148,34 +148,50 @@ inline __attribute__((always_inline)) void add_two_window(vec_t<A>* acc, vec_t<A
   }
 }
 
-template <class T, int kWidth, bool kFull, class A = typename AccOf<T>::type>
-inline __attribute__((always_inline)) void store_tile_row(const vec_t<A>* acc, T* y, const T* residual, const TileTarget<T>& out, Ahead* ahead) {
+// The tile's sums, and the residual, to y.
+template <class T, bool kFull, bool kResidual, class A = typename AccOf<T>::type>
+inline __attribute__((always_inline)) void store_plainly(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out, Ahead* ahead) {
+  const int64_t n = kFull ? Vec<A>::kLanes : out.n, y_stride = out.y_stride, r_stride = out.r_stride;
   Ahead next = *ahead;
-#pragma GCC unroll 16
-  for (int t = 0; t < kWidth; ++t, y += out.y_stride) {
-    vec_t<A> value = acc[t];
-    if (residual) value += kFull ? load(residual + t * out.r_stride) : load_n(residual + t * out.r_stride, out.n);
-    if (kFull) store(y, value);
-    else store_n(y, value, out.n);
-    next.fetch<true>();
+  for (int r = 0; r < rows; ++r) {
+    T* y = out.y + r * out.y_row;
+    const T* residual = kResidual ? out.residual + r * out.r_row : nullptr;
+    for (const vec_t<A>* end = acc + width; acc != end; ++acc, y += y_stride, residual += kResidual ? r_stride : 0) {
+      vec_t<A> value = *acc;
+      if constexpr (kResidual) value += load_n(residual, n);
+      store_n(y, value, n);
+      next.fetch<true>();
+    }
   }
   *ahead = next;
 }
 
 // What the sums meet at the end is asked for before the taps, which take about as long as it comes from the last-level cache.
-template <class T> inline __attribute__((always_inline)) void ask_for(const T* p, int rows, int64_t row, int width, int64_t stride) {
-  if (!p) return;
-  for (int r = 0; r < rows; ++r)
+template <class T> inline __attribute__((always_inline)) void ask_beside(const TileTarget<T>& out, int rows, int width) {
+  const bool derived = out.extras && out.extras->pre;
+  const T* p = derived ? out.extras->pre : out.residual;
+  const int64_t row = derived ? out.extras->pre_row : out.r_row, stride = derived ? out.extras->steps->pre_stride_n : out.r_stride;
+  for (int r = 0; p && r < rows; ++r)
     for (int t = 0; t < width; ++t) __builtin_prefetch(p + r * row + t * stride);
+}
+
+template <class T, class A = typename AccOf<T>::type> void store_tile(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out, Ahead* ahead) {
+  const bool full = out.n >= Vec<A>::kLanes;
+  if (!out.extras) {
+    if (!full) return out.residual ? store_plainly<T, false, true>(acc, rows, width, out, ahead) : store_plainly<T, false, false>(acc, rows, width, out, ahead);
+    return out.residual ? store_plainly<T, true, true>(acc, rows, width, out, ahead) : store_plainly<T, true, false>(acc, rows, width, out, ahead);
+  }
+  if (out.extras->steps->derivative) store_through_derivative<T>(acc, rows, width, out);
+  else store_through_epilogue<T>(acc, rows, width, out);
+  Ahead next = *ahead;
+  for (int k = 0; k < rows * width; ++k) next.fetch<true>();
+  *ahead = next;
 }
 
 // kRows (1 or 2) x kWidth neighbouring outputs of one vector of channels, from the input rows [k0, k1) of K + kRows - 1. kTaps: K where
 // all taps of a filter row fit the registers, else 0.
-template <class T, int kTaps, int kRows, int kWidth, class A = typename AccOf<T>::type>
-void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec_t<A> bias, const TileTarget<T>& out,
-               Ahead* ahead) {
-  const bool derived = out.extras && out.extras->pre;
-  ask_for(derived ? out.extras->pre : out.residual, kRows, derived ? out.extras->pre_row : out.r_row, kWidth, derived ? out.extras->steps.pre_stride_n : out.r_stride);
+template <class A, int kTaps, int kRows, int kWidth>
+void sum_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec_t<A> bias, vec_t<A>* sums) {
   vec_t<A> acc[kRows][kWidth];
 #pragma GCC unroll 2
   for (int r = 0; r < kRows; ++r)
@@ -195,45 +211,30 @@ void conv_tile(const A* const* rows, int k0, int k1, const A* weight, int K, vec
       else add_two<kWidth, A>(acc[0], acc[kRows - 1], rows[k], w, w_below, K);
     }
   }
-  if (__builtin_expect(out.extras != nullptr, 0)) {
-    vec_t<A> copy[kRows * kWidth];  // acc itself stays in registers on the other path
-#pragma GCC unroll 16
-    for (int k = 0; k < kRows * kWidth; ++k) copy[k] = acc[k / kWidth][k % kWidth];
-    if (out.extras->steps.derivative) store_through_derivative<T>(copy, kRows, kWidth, out);
-    else store_through_epilogue<T>(copy, kRows, kWidth, out);
-    Ahead next = *ahead;
-    for (int k = 0; k < kRows * kWidth; ++k) next.template fetch<true>();
-    *ahead = next;
-    return;
-  }
 #pragma GCC unroll 2
-  for (int r = 0; r < kRows; ++r) {
-    T* y = out.y + r * out.y_row;
-    const T* residual = out.residual ? out.residual + r * out.r_row : nullptr;
-    if (out.n < Vec<A>::kLanes) store_tile_row<T, kWidth, false>(acc[r], y, residual, out, ahead);
-    else if (residual) store_tile_row<T, kWidth, true>(acc[r], y, residual, out, ahead);
-    else store_tile_row<T, kWidth, true>(acc[r], y, nullptr, out, ahead);
-  }
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 16
+    for (int t = 0; t < kWidth; ++t) sums[r * kWidth + t] = acc[r][t];
 }
 
-template <class T> using ConvTile = void (*)(const typename AccOf<T>::type* const*, int, int, const typename AccOf<T>::type*, int,
-                                             vec_t<typename AccOf<T>::type>, const TileTarget<T>&, Ahead*);
+template <class A> using SumTile = void (*)(const A* const*, int, int, const A*, int, vec_t<A>, vec_t<A>*);
 
 // table[width - 1]; narrow tiles, which only narrow grids have, are left to the general code.
-template <class T, int kTaps, int kRows, int... kWidths> struct ConvTiles {
-  static constexpr ConvTile<T> table[] = {conv_tile<T, (kWidths < 3 ? 0 : kTaps), kRows, kWidths + 1>...};
+template <class A, int kTaps, int kRows, int... kWidths> struct SumTiles {
+  static constexpr SumTile<A> table[] = {sum_tile<A, (kWidths < 3 ? 0 : kTaps), kRows, kWidths + 1>...};
 };
-template <class T, int kTaps, int kRows, int n, int... rest> struct MakeTiles : MakeTiles<T, kTaps, kRows, n - 1, n - 1, rest...> {};
-template <class T, int kTaps, int kRows, int... rest> struct MakeTiles<T, kTaps, kRows, 0, rest...> { using type = ConvTiles<T, kTaps, kRows, rest...>; };
+template <class A, int kTaps, int kRows, int n, int... rest> struct MakeTiles : MakeTiles<A, kTaps, kRows, n - 1, n - 1, rest...> {};
+template <class A, int kTaps, int kRows, int... rest> struct MakeTiles<A, kTaps, kRows, 0, rest...> { using type = SumTiles<A, kTaps, kRows, rest...>; };
 
-// The tiles of two output rows, with the taps in registers where the instruction set has enough of them.
-template <class T> const ConvTile<T>* tiles_of_two(int K) {
-  if constexpr (LIFEOPS_VEC_BYTES == 64 && sizeof(typename AccOf<T>::type) == 4) {
-    if (K == 3) return MakeTiles<T, 3, 2, kTile / 2>::type::table;
-    if (K == 5) return MakeTiles<T, 5, 2, kTile / 2>::type::table;
-    if (K == 7) return MakeTiles<T, 7, 2, kTile / 2>::type::table;
+// The tiles of one or two output rows, the latter with the taps in registers where the instruction set has enough of them.
+template <class A> const SumTile<A>* sum_tiles(int height, int K) {
+  if (height == 1) return MakeTiles<A, 0, 1, kTile>::type::table;
+  if constexpr (LIFEOPS_VEC_BYTES == 64 && sizeof(A) == 4) {
+    if (K == 3) return MakeTiles<A, 3, 2, kTile / 2>::type::table;
+    if (K == 5) return MakeTiles<A, 5, 2, kTile / 2>::type::table;
+    if (K == 7) return MakeTiles<A, 7, 2, kTile / 2>::type::table;
   }
-  return MakeTiles<T, 0, 2, kTile / 2>::type::table;
+  return MakeTiles<A, 0, 2, kTile / 2>::type::table;
 }
 
 template <class T> void copy_prefix(const TokenDWConvParams& p, const ForwardTask& task, int64_t n) {
@@ -321,12 +322,13 @@ template <class T> struct Forward {
     const T* pre = static_cast<const T*>(e.pre);
     if (pre) pre += task.b * e.pre_stride_b + (r * p.W + task.q0 + t0) * e.pre_stride_n + task.c0 + c;
     A* sums = task.sums ? static_cast<A*>(task.sums) + task.c0 + c : nullptr;
-    return {e, pre, p.W * e.pre_stride_n, task.c0 + c, sums, p.C, first};
+    return {&e, pre, p.W * e.pre_stride_n, task.c0 + c, sums, p.C, first};
   }
 
   static void output_rows(const TokenDWConvParams& p, const ForwardTask& task, const Tiling& tiling, int64_t r, int height,
                           const A* const* rows, int k0, int k1, int64_t cols, const A* w, const A* b, int64_t n) {
-    const ConvTile<T>* tiles = height == 1 ? MakeTiles<T, 0, 1, kTile>::type::table : tiles_of_two<T>(p.K);
+    const SumTile<A>* tiles = sum_tiles<A>(height, p.K);
+    const bool plain = stored_plainly(task);
     const int64_t token = r * p.W + task.q0 + p.y_prefix;
     T* y = static_cast<T*>(p.y) + task.b * p.y_stride_b + token * p.y_stride_n + task.c0;
     const T* x_next = static_cast<const T*>(p.x) + task.b * p.x_stride_b + task.c0 +
@@ -342,13 +344,12 @@ template <class T> struct Forward {
         for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * cols + t0) * L;
         TileTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr, p.y_stride_n,
                           p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c, nullptr};
-        if (stored_plainly(task)) {
-          tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, out, &ahead);
-          continue;
-        }
-        const TileExtras<T> extras = tile_extras(p, task, r, t0, c, r == task.r0 && tile == 0);
-        out.extras = &extras;
-        tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, out, &ahead);
+        const TileExtras<T> extras = plain ? TileExtras<T>{} : tile_extras(p, task, r, t0, c, r == task.r0 && tile == 0);
+        if (!plain) out.extras = &extras;
+        ask_beside(out, height, int(t1 - t0));
+        vec_t<A> sums[kTile];
+        tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, sums);
+        store_tile<T>(sums, height, int(t1 - t0), out, &ahead);
       }
     }
   }
