@@ -34,7 +34,9 @@ class ModelCost(NamedTuple):
 # ------------------------------------------------------------------------------------------------ products
 
 
-def _conv_backward(dy, x, weight, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, mask, out_shape=None, **kwargs):
+def _conv_backward(
+    dy, x, weight, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, mask, out_shape=None, **kwargs
+):
     """Each of dX and dW has as many products as the convolution itself."""
     return 2 * x[0] * prod((x if transposed else dy)[2:]) * prod(weight) * (bool(mask[0]) + bool(mask[1]))
 
@@ -155,6 +157,29 @@ def without_memory(model: nn.Module, mode) -> nn.Module:
     return model
 
 
+def _trained(model: nn.Module, x: Tensor) -> tuple[int, int]:
+    """(FLOPs of a forward and a backward pass, bytes kept between them)."""
+    outputs: list[Tensor] = []
+    saved: list[int] = []
+
+    def forward():
+        y = model(x)
+        outputs.append(sum(t.sum() for t in y) if isinstance(y, tuple) else y.sum())
+
+    def step():
+        saved.append(saved_bytes(forward, (x, *model.parameters(), *model.buffers())))
+        outputs[0].backward()
+
+    return count_flops(step), saved[0]
+
+
+def _evaluated(model: nn.Module, x: Tensor) -> tuple[int, int]:
+    """(MACs, norm operations) of a forward pass."""
+    macs: list[int] = []
+    norm_ops = count_norm_ops(model, lambda: macs.append(count_macs(lambda: model(x))))
+    return macs[0], norm_ops
+
+
 def model_cost(build: Callable[[], nn.Module], image_size: tuple[int, int, int], batch: int = 1) -> ModelCost:
     """The cost of the model that ``build()`` returns on ``batch`` images (channels, height, width), per image.
 
@@ -169,14 +194,7 @@ def model_cost(build: Callable[[], nn.Module], image_size: tuple[int, int, int],
     without_memory(model, mode)
     with mode:
         x = torch.empty(batch, *image_size)
-
-        def total(output):
-            return sum(t.sum() for t in output) if isinstance(output, tuple) else output.sum()
-
-        model.train()
-        saved = saved_bytes(lambda: model(x), (x, *model.parameters(), *model.buffers()))
-        train_flops = count_flops(lambda: total(model(x)).backward())
+        train_flops, saved = _trained(model.train(), x)
         model.eval().requires_grad_(False)  # the counter's hooks cannot stand views of parameters under no_grad
-        macs = count_macs(lambda: model(x))
-        norm_ops = count_norm_ops(model, lambda: model(x))
+        macs, norm_ops = _evaluated(model, x)
     return ModelCost(count_params(model), macs / batch, train_flops / 2 / batch, norm_ops / batch, saved / batch)
