@@ -13,7 +13,8 @@ from lifeops.models.named import NAMES, SYSTEMS, image_size, named, systems_of
 
 _NOTE = (
     "GMACs: convolutions and matrix products of one image, forward; 'with norms' adds what fvcore counts of layer and batch norms, as\n"
-    "published numbers do; 'trained' is forward and backward. Saved: MiB that training keeps for backward, per image, in float32."
+    "published numbers do; 'trained' is forward and backward. Saved: MiB that training keeps for backward, per image, in float32.\n"
+    "Published numbers in parentheses: nobody printed them, they are counted on the authors' definition."
 )
 
 

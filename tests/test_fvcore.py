@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lifeops
+from conftest import declare_torchvision_ops
 from lifeops import model_cost, registry, testing, torchlib
 from lifeops.models import named
 
@@ -59,6 +60,22 @@ def test_a_graph_without_shapes_is_an_error():
     node = next(n for n in graph.nodes() if n.kind() == "lifeops::token_dwconv")
     with pytest.raises(ValueError, match="argument 1 of lifeops::token_dwconv must have a shape or be a constant in the graph"):
         lifeops.fvcore_handles()[node.kind()](list(node.inputs()), list(node.outputs()))
+
+
+@pytest.mark.parametrize("system", ["life", "localvit", "dw_shortcut"])
+def test_a_converted_timm_model_can_be_traced(system):
+    """Its grid comes from the image's size, which torch.jit.trace gives as tensors."""
+    declare_torchvision_ops()
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    model = lifeops.convert(timm.create_model("vit_tiny_patch16_224", **sizes), system).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(x), model(x))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert any(kind.startswith("lifeops::") for kind in kinds)
+    assert "prim::PythonOp" not in kinds
 
 
 @pytest.mark.parametrize("system", ["plain", "life", "localvit", "dw_shortcut"])
