@@ -7,6 +7,7 @@ from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
 from lifeops.integrations import convert, load_official, revert
+from lifeops.integrations.fvcore import fvcore_handles
 from lifeops.nn.batch_norm import fuse_
 from lifeops.ops.life_qkv_function import life_qkv
 from lifeops.ops.local_attention_function import local_attention
@@ -24,6 +25,7 @@ __all__ = [
     "convert",
     "explain",
     "fuse_",
+    "fvcore_handles",
     "init",
     "life_qkv",
     "load_official",

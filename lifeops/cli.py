@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": ("lifeops.info", "versions, backends and why one is missing, environment variables"),
     "rollout": ("lifeops.rollout_cli", "which patches a model's output draws on: pictures and arrays"),
+    "flops": ("lifeops.flops_cli", "parameters, multiply-accumulates and activation memory of a model, beside published sizes"),
     "demo": ("lifeops.demo.run", "train plain against LIFE, LocalViT, the DW shortcut or initialisations on small real images"),
 }
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import lifeops
+from lifeops import model_cost
 from lifeops.nn import LifeAttention, LifeQKV
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.ops.life_qkv import scale_dims
@@ -192,19 +193,10 @@ def test_saved_bytes(dim, heads):
 
 def saved_bytes(module, x):
     """Bytes of distinct storages that a forward pass on a 14x14 grid keeps for backward, beside x and the parameters."""
-    kept = {p.untyped_storage().data_ptr() for p in module.parameters()} | {x.untyped_storage().data_ptr()}
-    storages = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in kept:
-            storages[storage.data_ptr()] = (storage, t)  # held, so that no address is used twice
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = module(x, (14, 14))
-    _assert_no_hidden_tensors(y.grad_fn)
-    return sum(s.nbytes() for s, _ in storages.values())
+    outputs = []
+    saved = model_cost.saved_bytes(lambda: outputs.append(module(x, (14, 14))), (x, *module.parameters()))
+    _assert_no_hidden_tensors(outputs[0].grad_fn)
+    return saved
 
 
 def _assert_no_hidden_tensors(node, seen=None):

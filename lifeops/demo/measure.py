@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+
+from lifeops.model_cost import count_macs, count_params
 
 
 class Cost(NamedTuple):
@@ -39,18 +39,6 @@ def peak_memory(fn: Callable[[], object]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
-
-
-def count_macs(fn: Callable[[], object]) -> int:
-    """Multiply-accumulates of convolutions and matrix products in ``fn``."""
-    # the counter has no formula for attention's fused CPU kernel; its plain form has the same products
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        fn()
-    return counter.get_total_flops() // 2
-
-
-def count_params(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

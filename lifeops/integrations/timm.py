@@ -26,7 +26,8 @@ class GridHook:
             height, width = module.dynamic_feat_size(tuple(args[0].shape[-2:]))
         else:
             height, width = module.grid_size
-        self.holder.grid = (height, width)
+        # torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones
+        self.holder.grid = tuple(int(n) if isinstance(n, torch.Tensor) else n for n in (height, width))
 
 
 def _check_attention(path: str, attn: nn.Module) -> None:

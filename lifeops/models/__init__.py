@@ -3,7 +3,8 @@
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import dw_shortcut
 from lifeops.models.localvit import localvit
+from lifeops.models.named import named
 from lifeops.models.swin import SwinTransformer
 from lifeops.models.vit_cait import CaiT, ViT
 
-__all__ = ["CaiT", "SwinTransformer", "ViT", "VisionTransformer", "dw_shortcut", "localvit"]
+__all__ = ["CaiT", "SwinTransformer", "ViT", "VisionTransformer", "dw_shortcut", "localvit", "named"]

@@ -1,0 +1,173 @@
+"""Published and counted sizes, the shape-only cost of a model, and the command that shows them."""
+
+import pytest
+import torch
+
+from conftest import declare_torchvision_ops
+from lifeops import cli, flops_cli, model_cost, published, use_backend
+from lifeops.models import named
+from lifeops.models.named import NAMES, SYSTEMS, systems_of
+
+ROWS = [(row, model) for row in published.rows() for model in row.models if model in NAMES]
+IDS = [f"{model}-{row.system}-{row.num_classes}" for row, model in ROWS]
+FIRST = {row: model for row, model in reversed(ROWS) if row.gmacs or row.counted_gmacs}  # not its other names
+MACS = [(row, model) for row, model in FIRST.items() if model != "cait_xxs24"]  # the blocks of cait_xxs12 twice as often
+SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 7, "depth": 2}
+
+
+def _digits(value):
+    return len(f"{value:g}".partition(".")[2])
+
+
+@pytest.mark.parametrize(("row", "model"), ROWS, ids=IDS)
+def test_parameters(row, model):
+    with torch.device("meta"):
+        params = model_cost.count_params(named(model, row.system, num_classes=row.num_classes))
+    assert params == row.counted_params
+    if row.params_m is not None and not row.note:
+        assert round(params / 1e6, max(1, _digits(row.params_m))) == row.params_m
+
+
+def _evaluated(model, row):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        host = named(model, row.system, num_classes=row.num_classes).eval().requires_grad_(False)
+    mode = FakeTensorMode()
+    model_cost.without_memory(host, mode)
+    with mode:
+        return model_cost._evaluated(host, torch.empty(1, 3, row.img_size, row.img_size))
+
+
+@pytest.mark.parametrize(("row", "model"), MACS, ids=[f"{model}-{row.system}-{row.num_classes}" for row, model in MACS])
+def test_macs(row, model):
+    """To the digits counted, and with fvcore's norms to the digits published."""
+    macs, norm_ops = _evaluated(model, row)
+    for found, counted in ((macs, row.counted_gmacs), (macs + norm_ops, row.counted_gmacs_with_norms)):
+        if counted is not None:
+            assert round(found / 1e9, 3 if model == "deit_base" else 4) == counted
+    if row.gmacs is not None:
+        assert round((macs + norm_ops) / 1e9, 4 if model == "vit_tiny" else 2) == row.gmacs
+
+
+def test_rows():
+    assert {row.system for row in published.rows()} == set(SYSTEMS)
+    assert all("arXiv" in row.source for row in published.rows())
+    assert published.find("deit_tiny", "plain", 100, None, None).counted_params == 5_543_716
+    assert published.find("deit_tiny", "plain", 1000, (224, 224), 16).counted_params == 5_717_416
+    assert published.find("deit_tiny", "life", 1000, None, None).num_classes == 100  # the nearest there is
+    assert published.find("deit_tiny", "plain", 1000, (256, 256), None) is None
+    assert published.find("deit_tiny", "dw_shortcut", 1000, None, None) is None
+
+
+# ------------------------------------------------------------------------------------------------ shapes alone
+
+
+@pytest.mark.parametrize("system", systems_of("deit_tiny"))
+def test_the_cost_from_shapes_is_that_of_a_real_step(system):
+    cost = model_cost.model_cost(lambda: named("deit_tiny", system, **SMALL), (3, 32, 32), batch=2)
+    model, x = named("deit_tiny", system, **SMALL), torch.randn(2, 3, 32, 32)
+    with use_backend("reference"):  # of a compiled kernel two small results may share a storage
+        flops, saved = model_cost._trained(model, x)
+        macs, norm_ops = model_cost._evaluated(model.eval().requires_grad_(False), x)
+    assert cost == (model_cost.count_params(model), macs / 2, flops / 4, norm_ops / 2, saved / 2)
+
+
+def test_saved_bytes():
+    x, w = torch.randn(10, 20, requires_grad=True), torch.randn(20, 30, requires_grad=True)
+    assert model_cost.saved_bytes(lambda: x @ w) == 4 * (10 * 20 + 20 * 30)
+    assert model_cost.saved_bytes(lambda: x @ w, [w]) == 4 * 10 * 20
+    assert model_cost.saved_bytes(lambda: (x * 2).exp().square(), [x]) == 4 * 10 * 20  # exp's output, twice
+    assert model_cost.saved_bytes(lambda: x + 1) == 0
+
+
+def test_shared_parameters_stay_shared():
+    layer = torch.nn.Linear(3, 3, device="meta")
+    model = torch.nn.Sequential(layer, torch.nn.Linear(3, 3, device="meta"))
+    model[1].weight = layer.weight
+    model_cost.without_memory(model, torch._subclasses.fake_tensor.FakeTensorMode())
+    assert model[0].weight is model[1].weight
+    assert model_cost.count_params(model) == 9 + 3 + 3
+
+
+# ------------------------------------------------------------------------------------------------ names and command
+
+
+def test_named_says_what_there_is():
+    with pytest.raises(ValueError, match=r"named: system must be one of 'plain', 'life', .*, got 'swin'"):
+        named("deit_tiny", "swin")
+    with pytest.raises(ValueError, match=r"named: the system of vit_tiny must be one of 'plain', 'dw_shortcut', got 'life'"):
+        named("vit_tiny", "life")
+    declare_torchvision_ops()
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"named: the model must be one of deit_tiny, .* or a timm model, got 'deit_huge'"):
+        named("deit_huge")
+
+
+def test_flops_command(capsys):
+    pytest.importorskip("rich")
+    assert cli.main(["flops", "vit_tiny", "--num-classes", "10"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in out.splitlines() if "│" in line}
+    assert rows["plain"][:3] == ["5.519", "1.2535", "1.2580"]
+    assert rows["plain"][-1] == "- / 1.258"
+    assert rows["dw_shortcut"][:3] == ["5.547", "1.2576", "1.2630"]
+    assert rows["dw_shortcut"][-1] == "- / 1.263"
+    assert float(rows["dw_shortcut"][4]) < float(rows["plain"][4]) + 0.1
+    assert "arXiv 2407.19394" in out
+
+
+def test_flops_command_with_a_timm_model(capsys):
+    pytest.importorskip("rich")
+    declare_torchvision_ops()
+    pytest.importorskip("timm")
+    arguments = ["flops", "deit_tiny_patch16_224", "--img-size", "32", "64", "--patch-size", "16", "--system", "life", "--batch", "2"]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    with torch.device("meta"):
+        params = model_cost.count_params(named("deit_tiny", "life", img_size=(32, 64)))
+    assert f"{params / 1e6:.3f}" in out
+    assert "plain" not in out
+
+
+def test_flops_command_leaves_out_systems_that_a_host_cannot_have(capsys, monkeypatch):
+    pytest.importorskip("rich")
+    declare_torchvision_ops()
+    pytest.importorskip("timm")
+
+    def parameters_alone(build, image_size, batch):
+        with torch.device("meta"):
+            return model_cost.ModelCost(model_cost.count_params(build()), 0, 0, 0, 0)
+
+    monkeypatch.setattr(flops_cli, "model_cost", parameters_alone)
+    assert cli.main(["flops", "swin_tiny_patch4_window7_224", "--num-classes", "10"]) == 0
+    printed = capsys.readouterr()
+    assert "27.527" in printed.out
+    assert "27.580" in printed.out
+    assert "life: convert: SwinTransformer is not a known ViT" in printed.err
+
+
+def test_flops_command_lists_what_is_published(capsys):
+    pytest.importorskip("rich")
+    assert cli.main(["flops"]) == 0
+    out = capsys.readouterr().out
+    assert "deit_tiny" in out
+    assert "LocalViT-PVT-T" in out
+    assert "27.88 / 6.01" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["deit_tiny", "--img-size", "1", "2", "3"], "--img-size must be one or two positive numbers, got 1 2 3"),
+        (["deit_tiny", "--batch", "0"], "--batch and --num-classes must be positive, got 0 and 1000"),
+        (["deit_tiny", "--img-size", "30"], "img_size must be a multiple of patch_size"),
+        (["vit_tiny", "--system", "localvit"], "named: the system of vit_tiny must be one of 'plain', 'dw_shortcut', got 'localvit'"),
+    ],
+)
+def test_flops_command_says_what_is_wrong(arguments, message, capsys):
+    pytest.importorskip("rich")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["flops", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
