@@ -5,6 +5,7 @@ ChannelActivation, LocalAttention, LocalityFFN and TokenDWConvAct, which are not
 ``save_for_backward`` holds tensors, and only those a needed gradient reads.
 """
 
+from lifeops.ops.dw_shortcut import DWShortcut, DWShortcutStep
 from lifeops.ops.life_qkv_function import LifeQKV
 from lifeops.ops.local_attention_function import LocalAttention
 from lifeops.ops.locality_ffn import LocalityFFN
@@ -14,6 +15,8 @@ from lifeops.ops.token_dwconv_function import TokenDWConv, TokenDWConvBiasGrad, 
 
 __all__ = [
     "ChannelActivation",
+    "DWShortcut",
+    "DWShortcutStep",
     "LifeQKV",
     "LocalAttention",
     "LocalityFFN",

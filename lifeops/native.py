@@ -33,6 +33,10 @@ SCHEMAS = {
     " int act, Tensor(a!) dw, Tensor(b!)? db, int K, int H, int W, int dy_prefix, int x_prefix, int isa) -> ()",
     "channel_act": "lifeops_native::channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate,"
     " Tensor? pool_grad, Tensor? a, Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()",
+    "dw_shortcut": "lifeops_native::dw_shortcut(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta,"
+    " float eps, Tensor(a!) y, Tensor(b!) mean_m2, Tensor(c!) scale, Tensor(d!) shift, Tensor(e!) rstd, int H, int W, int P, int isa) -> ()",
+    "dw_shortcut_bwd": "lifeops_native::dw_shortcut_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor scale, Tensor shift,"
+    " Tensor rstd, Tensor(a!)? dx, Tensor(b!) dw, Tensor(c!) dbias, Tensor(d!) dgamma, Tensor(e!) dbeta, int H, int W, int P, int isa) -> ()",
     "rollout_step": "lifeops_native::rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped,"
     " Tensor(a!) out, int isa) -> ()",
 }
@@ -184,6 +188,22 @@ def _channel_act_grad(dy, x, scale, shift, gate, pool_grad, a, b, act, patches, 
     return _channel_pass(4, x, patches, dy=dy, y=y, act=act, **values)
 
 
+def _dw_shortcut(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
+    y, found = x.new_empty((x.shape[0], P + H * W, x.shape[2])), _sums(x, 2)
+    values = [torch.empty_like(found[0]) for _ in range(3)]
+    parameters = weight.contiguous(), *map(_contiguous, (bias, gamma, beta)), eps
+    torch.ops.lifeops_native.dw_shortcut(x, block_output, *parameters, y, found, *values, H, W, P, _isa())
+    return y, found[0].clone(), found[1].clone(), *values
+
+
+def _dw_shortcut_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
+    dx = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2])) if need_dx else None
+    dw, sums = mean.new_empty(weight.shape), [torch.empty_like(mean) for _ in range(3)]
+    values = map(_contiguous, (mean, scale, shift, rstd))
+    torch.ops.lifeops_native.dw_shortcut_bwd(dy, x, weight.contiguous(), *values, dx, dw, *sums, H, W, P, _isa())
+    return x.new_empty((0,)) if dx is None else dx, dw, *sums
+
+
 def _rollout_step(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     out = torch.empty(r.shape, dtype=r.dtype, device=r.device)
     dropped = dropped_entries(discard_ratio, r.shape[2])
@@ -204,6 +224,8 @@ _IMPLEMENTATIONS = {  # op: (native operator, function)
     "channel_act_pool": ("channel_act", _channel_act_pool),
     "channel_act_sums": ("channel_act", _channel_act_sums),
     "channel_act_grad": ("channel_act", _channel_act_grad),
+    "dw_shortcut": ("dw_shortcut", _dw_shortcut),
+    "dw_shortcut_bwd": ("dw_shortcut_bwd", _dw_shortcut_bwd),
     "rollout_step": ("rollout_step", _rollout_step),
 }
 

@@ -6,6 +6,7 @@
 
 #include "../tensor_args.h"
 #include "isa.h"
+#include "launch.h"
 #include "merge_stats.h"
 #include "threads.h"
 
@@ -82,6 +83,15 @@ template <class A> void run(const ChannelActParams& p, ChannelActKernel kernel, 
   else if (sums) merge_images(p, partial, strips, out);
 }
 
+// Per-channel ones, and zeros behind them.
+const void* constants(int64_t C, bool wide) {
+  const int64_t size = wide ? 8 : 4;
+  char* ones = static_cast<char*>(constants_scratch.get(2 * C * size));
+  for (int64_t c = 0; c < C; ++c) wide ? reinterpret_cast<double*>(ones)[c] = 1 : reinterpret_cast<float*>(ones)[c] = 1;
+  std::memset(ones + C * size, 0, C * size);
+  return ones;
+}
+
 void channel_act(int64_t pass, const Tensor& x, const std::optional<Tensor>& dy, const std::optional<Tensor>& scale,
                  const std::optional<Tensor>& shift, const std::optional<Tensor>& gate, const std::optional<Tensor>& pool_grad,
                  const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::optional<Tensor>& residual,
@@ -102,10 +112,7 @@ void channel_act(int64_t pass, const Tensor& x, const std::optional<Tensor>& dy,
   }
   const bool wide = p.dtype == DType::f64;
   const int64_t size = wide ? 8 : 4;
-  char* ones = static_cast<char*>(constants_scratch.get(2 * p.C * size));
-  char* zeros = ones + p.C * size;
-  for (int64_t c = 0; c < p.C; ++c) wide ? reinterpret_cast<double*>(ones)[c] = 1 : reinterpret_cast<float*>(ones)[c] = 1;
-  std::memset(zeros, 0, p.C * size);
+  const void *ones = constants(p.C, wide), *zeros = static_cast<const char*>(ones) + p.C * size;
   p.scale = values(scale, "scale", p.C, p, ones), p.shift = values(shift, "shift", p.C, p, zeros);
   p.gate = values(gate, "gate", p.B * p.C, p, ones), p.gate_stride = gate ? p.C : 0;
   p.pool_grad = values(pool_grad, "pool_grad", p.B * p.C, p, zeros), p.pool_grad_stride = pool_grad ? p.C : 0;
@@ -122,6 +129,16 @@ void channel_act(int64_t pass, const Tensor& x, const std::optional<Tensor>& dy,
 }
 
 }  // namespace
+
+void launch_channel_stats(const Rows& x, int64_t B, int64_t n, int64_t C, DType dtype, Act act, int64_t isa, void* out) {
+  ChannelActParams p{};
+  p.pass = ChannelPass::stats, p.act = act, p.dtype = dtype, p.x = x, p.B = B, p.n = n, p.C = C;
+  const bool wide = dtype == DType::f64;
+  p.scale = constants(C, wide), p.shift = static_cast<const char*>(p.scale) + C * (wide ? 8 : 4);
+  if (wide) run(p, kernel_of(isa), static_cast<double*>(out));
+  else run(p, kernel_of(isa), static_cast<float*>(out));
+}
+
 }  // namespace lifeops
 
 STABLE_TORCH_LIBRARY_IMPL(lifeops_native, CPU, m) { m.impl("channel_act", TORCH_BOX(&lifeops::channel_act)); }

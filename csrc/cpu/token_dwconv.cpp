@@ -8,6 +8,7 @@
 #include "../tensor_args.h"
 #include "isa.h"
 #include "merge_stats.h"
+#include "launch.h"
 #include "threads.h"
 
 namespace lifeops {
@@ -138,7 +139,7 @@ struct GradPlan {
 };
 
 template <class A> void reduce_block(const TokenDWConvGradWeightParams& p, const GradPlan& plan, int64_t block, A* partials) {
-  const int64_t taps = p.K * p.K, size = (taps + 1) * kBlock, c0 = block * kBlock, n = min64(kBlock, p.C - c0);
+  const int64_t taps = p.K * p.K, size = grad_weight_rows(p) * kBlock, c0 = block * kBlock, n = min64(kBlock, p.C - c0);
   A* total = partials + block * size;  // group by group, in order, into the first
   for (int64_t group = 1; group < plan.groups; ++group)
     for (int64_t k = 0; k < size; ++k) total[k] += total[group * plan.blocks * size + k];
@@ -151,13 +152,17 @@ template <class A> void reduce_block(const TokenDWConvGradWeightParams& p, const
       for (int64_t t = 0; t < taps; ++t) put(p.dw, p.weight_dtype, first + t, total[t * kBlock + c]);
     }
     if (p.db) put(p.db, p.bias_dtype, c0 + c, total[taps * kBlock + c]);
+    if (!p.windows) continue;
+    A* windows = static_cast<A*>(p.windows) + first;
+    const A *columns = total + (taps + 1) * kBlock + c, *rest = columns + p.K * kBlock;
+    for (int64_t t = 0; t < taps; ++t) windows[t] = columns[t % p.K * kBlock] + rest[t * kBlock];
   }
 }
 
 template <class A>
 void run_grad_weight(const TokenDWConvGradWeightParams& p, const TokenDWConvKernels& kernel, const ChannelAffine* prologue = nullptr) {
   const GradPlan plan(p, kernel);
-  const int64_t size = (p.K * p.K + 1) * kBlock, scratch = kernel.grad_weight_scratch(p);
+  const int64_t size = grad_weight_rows(p) * kBlock, scratch = kernel.grad_weight_scratch(p);
   A* partials = static_cast<A*>(shared_scratch.get(plan.groups * plan.blocks * size * int64_t(sizeof(A))));
   const int64_t unit_bytes = max64(1, p.H * p.W * plan.channels * int64_t(sizeof(A)) / (plan.strips * plan.segments));
   const int64_t grain = max64(1, kGrainBytes / (unit_bytes * plan.units_per_group));
@@ -278,6 +283,27 @@ void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor
   };
   p.dtype == DType::f64 ? run(double{}) : run(float{});
 }
+
+}  // namespace
+
+void launch_forward(const TokenDWConvParams& p, const TokenDWConvExtras& extras, int64_t isa) {
+  const TokenDWConvKernels& kernel = kernels(isa);
+  const int64_t sums = extras.sums ? ForwardPlan(p, kernel).parts() * p.B * kTaskSums * p.C : 0;
+  const auto run = [&](auto zero) {
+    std::vector<decltype(zero)> partial{};
+    partial.resize(size_t(sums));
+    run_forward(p, kernel, &extras, sums ? partial.data() : nullptr);
+  };
+  p.dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
+void launch_grad_weight(const TokenDWConvGradWeightParams& p, const ChannelAffine& prologue, int64_t isa) {
+  p.dtype == DType::f64 ? run_grad_weight<double>(p, kernels(isa), &prologue) : run_grad_weight<float>(p, kernels(isa), &prologue);
+}
+
+double value_at(const void* p, DType dtype, int64_t i) { return to_double(p, dtype, i); }
+
+namespace {
 
 void token_dwconv_act_grad_weight(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                                   int64_t act, const Tensor& dw, const std::optional<Tensor>& db, int64_t K, int64_t H, int64_t W,

@@ -49,11 +49,15 @@ struct ForwardTask {
   void* sums;                       // (kTaskSums, C) of this task, at channel 0
 };
 
+// Rows of a block of partial sums: the taps, db, and with windows one per filter column from output rows whose window lies inside the
+// grid from top to bottom, then the taps from all other rows.
+static inline int64_t grad_weight_rows(const TokenDWConvGradWeightParams& p) { return p.K * p.K + 1 + (p.windows ? p.K + p.K * p.K : 0); }
+
 // A fixed share of the sum over images, row strips and column segments, for channels [c0, c1).
 struct GradWeightTask {
   int64_t c0, c1, unit0, unit1;  // unit = (image * strips + strip) * segments + segment
   int64_t strips, segments;
-  void* partial;  // (blocks, K*K + 1, kBlock) sums in the accumulation type; the last row of a block is db
+  void* partial;  // (blocks, grad_weight_rows, kBlock) sums in the accumulation type
   const ChannelAffine* prologue;  // of x, or null
 };
 

@@ -124,7 +124,7 @@ template <class T> struct GradWeight {
   static void run(const Params& p, const GradWeightTask& task, void* scratch) {
     GradWeight body(p, task, static_cast<A*>(scratch));
     for (int64_t k = 0; k < columns(p) * L; ++k) body.zeros[k] = 0;
-    for (int64_t k = 0; k < ceil_div(body.n, kBlock) * (p.K * p.K + 1) * kBlock; ++k) body.sums[k] = 0;
+    for (int64_t k = 0; k < ceil_div(body.n, kBlock) * grad_weight_rows(p) * kBlock; ++k) body.sums[k] = 0;
     for (int64_t index = task.unit0; index < task.unit1; ++index) {
       const Unit unit(p, task, index), next(p, task, min64(index + 1, task.unit1 - 1));
       body.add(unit, next);
@@ -160,7 +160,7 @@ template <class T> struct GradWeight {
       if (p.x)
         for (int64_t row = r - half; row < end + half; ++row) x[row - r + half] = row >= 0 && row < p.H ? ring_row(unit, row) : nullptr;
       Ahead ahead = end < unit.r1 ? look_ahead(unit, end, end + half) : look_ahead(next, next.r0, next.r0 - half);
-      for (int64_t c = 0; c < n; c += L) add_vector(GradRows<T>{dy_at(unit.b, r, unit.q0) + c, p.W * p.dy_stride_n, p.dy_stride_n, n - c, x, end - r, width}, c, &ahead);
+      for (int64_t c = 0; c < n; c += L) add_vector(GradRows<T>{dy_at(unit.b, r, unit.q0) + c, p.W * p.dy_stride_n, p.dy_stride_n, n - c, x, end - r, width}, c, r, unit.q0, &ahead);
     }
   }
 
@@ -170,15 +170,41 @@ template <class T> struct GradWeight {
     return Ahead(x_at(unit.b, min64(p.H - 1, max64(0, x_row)), unit.q0), p.x_stride_n, dy, p.dy_stride_n, n, L);
   }
 
-  void add_vector(GradRows<T> rows, int64_t c, Ahead* ahead) const {
+  // The output rows start at (r0, q0).
+  void add_vector(GradRows<T> rows, int64_t c, int64_t r0, int64_t q0, Ahead* ahead) const {
     const int64_t taps = p.K * p.K, cols = rows.width + p.K - 1;
-    A* out = sums + c / kBlock * kBlock * (taps + 1) + c % kBlock;
+    A* out = sums + c / kBlock * kBlock * grad_weight_rows(p) + c % kBlock;
     if (p.db) sum_rows(rows, out + taps * kBlock);
+    if (p.windows) sum_windows(rows, r0, q0, out + (taps + 1) * kBlock);
     if (!p.x) return;
     const A* x[kStepRows];
     for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
     rows.x = x;
     grad_filter_any<T>(p.K, rows, out, ahead);
+  }
+
+  static bool inside(int64_t position, int64_t size) { return position >= 0 && position < size; }
+
+  // Each dy counts for the taps that see the grid from there.
+  void sum_windows(const GradRows<T>& rows, int64_t r0, int64_t q0, A* out) const {
+    const int64_t left = max64(0, min64(rows.width, half - q0)), right = max64(left, min64(rows.width, p.W - half - q0));
+    for (int64_t r = 0; r < rows.height; ++r) {
+      const auto at = [&](int64_t q) { return load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n); };
+      vec_t<A> middle = {};
+      for (int64_t q = left; q < right; ++q) middle += at(q);
+      for (int64_t j = 0; j < p.K; ++j) {
+        vec_t<A> sum = middle;
+        for (int64_t q = left ? 0 : right; q < rows.width; q = q + 1 == left ? right : q + 1)
+          if (inside(q0 + q + j - half, p.W)) sum += at(q);
+        add_window_row(sum, r0 + r, j, out);
+      }
+    }
+  }
+  void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
+    if (row >= half && row + half < p.H) return store(out + j * kBlock, load(out + j * kBlock) + sum);
+    A* taps = out + (p.K + j) * kBlock;
+    for (int64_t i = 0; i < p.K; ++i, taps += p.K * kBlock)
+      if (inside(row + i - half, p.H)) store(taps, load(taps) + sum);
   }
 
   static void sum_rows(const GradRows<T>& rows, A* out) {

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from lifeops import config, torchlib
 from lifeops.ops import channel_act as rows
+from lifeops.ops import dw_shortcut_step as step
 from lifeops.ops import token_dwconv as token_dwconv_ops
 from lifeops.ops import token_dwconv_act as dwconv
 from lifeops.ops.activations import GELU_FIRST
@@ -33,6 +34,7 @@ from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import _like_parameter, token_dwconv
 
 _stats = torchlib.overload(rows.stats_op)
+_step, _step_bwd = map(torchlib.overload, (step.fwd_op, step.bwd_op))
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.overload, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
 _plain_bwd_dw = torchlib.overload(token_dwconv_ops.bwd_dw_op)
 
@@ -111,10 +113,7 @@ class DWShortcut(torch.autograd.Function):
             mean, m2, n = merge(mean, m2, n, cfg.group)
         affines = []
         for gamma, beta, eps in zip(gammas, betas, cfg.eps, strict=True):
-            rstd = (m2 / n + eps).rsqrt()
-            scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
-            shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
-            affines.append(Affine(scale, shift, mean, rstd))
+            affines.append(step.affine_of(mean, m2, n, gamma, beta, eps))
         ctx.cfg, ctx.n, ctx.dtypes = cfg, n, [None if p is None else p.dtype for p in parameters]
         ctx.save_for_backward(x, mean, m2, *weights, *(value for a in affines for value in (a.scale, a.shift, a.rstd)))
         ctx.mark_non_differentiable(mean, m2)
@@ -148,6 +147,34 @@ class DWShortcut(torch.autograd.Function):
         return tuple(g if need else None for g, need in zip((None, dx, dy, *grads), ctx.needs_input_grad, strict=True))
 
 
+class DWShortcutStep(torch.autograd.Function):
+    """The same for one kernel and the statistics of one process, as two operators. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx, cfg: Config, x, block_output, weight, bias, gamma, beta):
+        place = cfg.H, cfg.W, cfg.P
+        y, mean, m2, scale, shift, rstd = _step(x, block_output, weight, bias, gamma, beta, cfg.eps[0], *place, cfg.backend)
+        ctx.cfg, ctx.dtypes = cfg, [None if p is None else p.dtype for p in (weight, bias, gamma, beta)]
+        ctx.save_for_backward(x, weight, mean, scale, shift, rstd)
+        ctx.mark_non_differentiable(mean, m2)
+        return y, mean, m2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        x, weight, *values = ctx.saved_tensors
+        cfg, need = ctx.cfg, ctx.needs_input_grad
+        dx, *some = _step_bwd(dy, x, weight, *values, cfg.H, cfg.W, cfg.P, need[1], cfg.backend)
+        some = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(some, ctx.dtypes, strict=True)]
+        some[0] = _like_parameter(some[0], weight.stride())
+        return tuple(g if wanted else None for g, wanted in zip((None, dx, dy, *some), need, strict=True))
+
+
+def _one_step(x, weights, group, backend) -> bool:
+    """Whether the two operators serve: so far they are made for CPU."""
+    return len(weights) == 1 and group is None and x.device.type == "cpu" and backend in ("", "cpu", "reference")
+
+
 def dw_shortcut_train(x, block_output, weights, biases, gammas, betas, eps, grid, num_prefix_tokens, reduce, backend):
     """The same with batch statistics, for parallel kernels at once: they see the same g, so one mean and one variance serve all.
 
@@ -164,4 +191,5 @@ def dw_shortcut_train(x, block_output, weights, biases, gammas, betas, eps, grid
     """
     cfg = Config(tuple(eps), *grid, num_prefix_tokens, reduce, config.requested_backend(backend))
     parameters = [p for kernel in zip(weights, biases, gammas, betas, strict=True) for p in kernel]
-    return DWShortcut.apply(cfg, x, block_output, *parameters)
+    function = DWShortcutStep if _one_step(x, weights, reduce, cfg.backend) else DWShortcut
+    return function.apply(cfg, x, block_output, *parameters)

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// A training step of the DW shortcut with one kernel, forward and backward: two passes over the tokens each.
+#include <cmath>
+#include <vector>
+
+#include "../tensor_args.h"
+#include "launch.h"
+
+namespace lifeops {
+namespace {
+
+bool is_wide(DType dtype) { return dtype == DType::f64; }
+
+// Per-channel values in the accumulation type.
+template <class A> A* channel_values(const Tensor& t, const char* name, int64_t C, DType dtype) {
+  check_size(t, name, C);
+  STD_TORCH_CHECK(dtype_of(t) == (is_wide(dtype) ? DType::f64 : DType::f32), "lifeops_native: ", name, " must have the accumulation type");
+  return static_cast<A*>(t.mutable_data_ptr());
+}
+
+double parameter(const std::optional<Tensor>& t, int64_t c, double otherwise) {
+  return t ? value_at(t->const_data_ptr(), dtype_of(*t), c) : otherwise;
+}
+
+int64_t element_bytes(DType dtype) { return is_wide(dtype) ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// x of a sequence at its first patch.
+const char* patches(const Tensor& x, int64_t P, DType dtype) {
+  return static_cast<const char*>(x.const_data_ptr()) + P * x.stride(1) * element_bytes(dtype);
+}
+
+void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, const std::optional<Tensor>& bias,
+             const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, double eps, const Tensor& y, const Tensor& mean_m2,
+             const Tensor& scale, const Tensor& shift, const Tensor& rstd, int64_t H, int64_t W, int64_t P, int64_t isa) {
+  const TokenDWConvParams p = forward_params(x, weight, bias, block_output, y, H, W, P, P, int64_t(Prefix::zero), false);
+  const int64_t C = p.C;
+  if (gamma) check_size(*gamma, "gamma", C);
+  if (beta) check_size(*beta, "beta", C);
+  check_size(mean_m2, "mean_m2", 2 * C);
+  if (p.B * H * W * C == 0) return;
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    A* moments = static_cast<A*>(mean_m2.mutable_data_ptr());
+    A *scales = channel_values<A>(scale, "scale", C, p.dtype), *shifts = channel_values<A>(shift, "shift", C, p.dtype);
+    A* rstds = channel_values<A>(rstd, "rstd", C, p.dtype);
+    const Rows rows{const_cast<char*>(patches(x, P, p.dtype)), x.stride(0), x.stride(1)};
+    launch_channel_stats(rows, p.B, H * W, C, p.dtype, Act::gelu, isa, moments);
+    for (int64_t c = 0; c < C; ++c) {
+      const double r = 1 / std::sqrt(double(moments[C + c]) / double(p.B * H * W) + eps), s = parameter(gamma, c, 1) * r;
+      rstds[c] = A(r), scales[c] = A(s), shifts[c] = A(parameter(beta, c, 0) - double(moments[c]) * s);
+    }
+    const ChannelAffine prologue{scales, shifts, Act::gelu_first};
+    TokenDWConvExtras extras{};
+    extras.prologue = &prologue;
+    launch_forward(p, extras, isa);
+  };
+  STD_TORCH_CHECK(dtype_of(mean_m2) == (is_wide(p.dtype) ? DType::f64 : DType::f32), "lifeops_native: mean_m2 must have the accumulation type");
+  is_wide(p.dtype) ? run(double{}) : run(float{});
+}
+
+// dw in the accumulation type. See lifeops/ops/dw_shortcut.py for the formulas.
+void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& scale, const Tensor& shift,
+              const Tensor& rstd, const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma,
+              const Tensor& dbeta, int64_t H, int64_t W, int64_t P, int64_t isa) {
+  const int64_t K = weight.size(weight.dim() - 1);
+  TokenDWConvGradWeightParams g = grad_weight_params(dy, x, dw, {}, K, H, W, P, P);
+  const int64_t C = g.C, taps = K * K;
+  check_size(weight, "weight", C * taps);
+  STD_TORCH_CHECK(dtype_of(dw) == (is_wide(g.dtype) ? DType::f64 : DType::f32), "lifeops_native: dw must have the accumulation type");
+  if (g.B * H * W * C == 0) return;
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    const auto values = [&](const Tensor& t, const char* name) { return channel_values<A>(t, name, C, g.dtype); };
+    const A *means = values(mean, "mean"), *scales = values(scale, "scale"), *shifts = values(shift, "shift"), *rstds = values(rstd, "rstd");
+    A *to_dw = static_cast<A*>(dw.mutable_data_ptr()), *to_dbias = values(dbias, "dbias"), *to_dgamma = values(dgamma, "dgamma"), *to_dbeta = values(dbeta, "dbeta");
+    std::vector<A> windows(size_t(C * taps)), ones(size_t(C), A(1)), zeros(size_t(C), A(0)), a(zeros), b(zeros);
+    g.windows = windows.data();
+    const ChannelAffine gelu{ones.data(), zeros.data(), Act::gelu};
+    launch_grad_weight(g, gelu, isa);
+    const DType weight_dtype = dtype_of(weight);
+    const double n = double(g.B * H * W);
+    for (int64_t c = 0; c < C; ++c) {
+      double dscale = 0, dshift = 0;
+      for (int64_t t = c * taps; t < (c + 1) * taps; ++t) {
+        const double w = value_at(weight.const_data_ptr(), weight_dtype, t), one = double(windows[size_t(t)]);
+        dscale += w * double(to_dw[t]), dshift += w * one;
+        to_dw[t] = A(double(scales[c]) * double(to_dw[t]) + double(shifts[c]) * one);
+      }
+      const double gain = double(rstds[c]) * (dscale - double(means[c]) * dshift), slope = -double(scales[c]) * double(rstds[c]) * gain / n;
+      to_dbias[c] = windows[size_t(c * taps + taps / 2)], to_dgamma[c] = A(gain), to_dbeta[c] = A(dshift);
+      a[size_t(c)] = A(-double(scales[c]) * dshift / n - slope * double(means[c])), b[size_t(c)] = A(slope);
+    }
+    if (!dx) return;
+    const TokenDWConvParams p = forward_params(dy, weight, {}, {}, *dx, H, W, P, P, int64_t(Prefix::zero), true);
+    const ChannelAffine derivative{scales, shifts, Act::gelu_first};
+    const TokenDWConvExtras extras{nullptr, nullptr, &derivative, a.data(), b.data(), patches(x, P, g.dtype), x.stride(0), x.stride(1), true};
+    launch_forward(p, extras, isa);
+  };
+  is_wide(g.dtype) ? run(double{}) : run(float{});
+}
+
+}  // namespace
+}  // namespace lifeops
+
+STABLE_TORCH_LIBRARY_IMPL(lifeops_native, CPU, m) {
+  m.impl("dw_shortcut", TORCH_BOX(&lifeops::forward));
+  m.impl("dw_shortcut_bwd", TORCH_BOX(&lifeops::backward));
+}

@@ -1,0 +1,198 @@
+"""A training step of the DW shortcut with one kernel, as two operators: what :mod:`lifeops.ops.dw_shortcut` does in several.
+
+    g = GELU(x)     mean, m2 = its statistics over B and the patches     rstd = (m2 / n + eps)^(-1/2)      n = B*H*W
+    scale = gamma * rstd      shift = beta - mean * scale
+    y = block_output + [0 for the prefix | DW_K(scale * g + shift) + bias]                                  zero padding after the affine
+
+The backward formulas are those of :mod:`lifeops.ops.dw_shortcut` and :mod:`lifeops.ops.batch_norm`; dy is the gradient of
+block_output as it is. mean, m2, scale, shift, rstd, dbias, dgamma, dbeta (C,) and dw (C, 1, K, K) are float32 (float64 for float64
+tokens).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from lifeops import torchlib
+from lifeops.ops import token_dwconv as dwconv
+from lifeops.ops import token_dwconv_act as act
+from lifeops.ops import token_dwconv_samples as cases
+from lifeops.ops.activations import GELU_FIRST
+from lifeops.ops.batch_norm import Affine, norm_backward
+from lifeops.ops.channel_act import accumulate_dtype, check_values, stats_of
+from lifeops.registry import Op
+
+NAME = "dw_shortcut"
+
+
+class Problem(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    C: int
+    K: int
+
+
+def affine_of(mean, m2, n, gamma, beta, eps) -> Affine:
+    """The norm with these batch statistics of n values."""
+    rstd = (m2 / n + eps).rsqrt()
+    scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
+    shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
+    return Affine(scale, shift, mean, rstd)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _check_parameter(name, t, x):
+    if t is not None and (tuple(t.shape) != (x.shape[2],) or t.dtype not in dwconv.DTYPES or t.device != x.device):
+        raise ValueError(f"{NAME}: {name} must be ({x.shape[2]},) floats on {x.device}, got {tuple(t.shape)} {t.dtype} on {t.device}")
+
+
+def check(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
+    dwconv.check(x, weight, bias, block_output, H, W, P, "zero", backend)
+    _check_parameter("gamma", gamma, x), _check_parameter("beta", beta, x)
+
+
+def check_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
+    act.check_bwd_dx(dy, x, weight, scale, shift, GELU_FIRST, None, None, H, W, P, "zero", backend)
+    check_values(f"{NAME}_bwd", x, mean=mean, rstd=rstd)
+
+
+# ------------------------------------------------------------------------------------------------ references
+
+
+def reference(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
+    mean, m2 = stats_of(torch.nn.functional.gelu(x[:, P:].to(accumulate_dtype(x.dtype))))
+    norm = affine_of(mean, m2, max(1, x.shape[0] * H * W), gamma, beta, eps)
+    affine = norm.scale, norm.shift, GELU_FIRST, None, None, "none"
+    y = act.reference(x, weight, bias, *affine, block_output, H, W, P, "zero", False, False, backend)[0]
+    return y, mean, m2, norm.scale, norm.shift, norm.rstd
+
+
+def reference_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
+    place, wide = (H, W, P, "zero"), mean.dtype
+    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+    K = weight.shape[-1]
+    g = act.reference_bwd_dw(dy, x, K, ones, zeros, GELU_FIRST, *place, wide, None, backend)[0]
+    windows, dbias = act.reference_bwd_dw(dy, x, K, zeros, ones, GELU_FIRST, *place, wide, wide, backend)
+    dw = scale[:, None, None, None] * g + shift[:, None, None, None] * windows
+    dscale, dshift = ((weight.to(wide) * t).sum((1, 2, 3)) for t in (g, windows))
+    dgamma, dbeta, a, b = norm_backward(Affine(scale, shift, mean, rstd), dscale, dshift, True, max(1, x.shape[0] * H * W), None)
+    if not need_dx:
+        return x.new_empty((0,)), dw, dbias, dgamma, dbeta.clone()
+    dx = act.reference_bwd_dx(dy, x, weight, scale, shift, GELU_FIRST, a, b, *place, backend)[0]
+    return dx, dw, dbias, dgamma, dbeta.clone()
+
+
+# ------------------------------------------------------------------------------------------------ fakes, costs
+
+
+def fake(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
+    y = dwconv.fake(x, weight, bias, block_output, H, W, P, "zero", backend)
+    return y, *(x.new_empty((x.shape[2],), dtype=accumulate_dtype(x.dtype)) for _ in range(5))
+
+
+def fake_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
+    dx = dwconv.fake_bwd_dx(dy, weight, H, W, P, "zero", backend) if need_dx else x.new_empty((0,))
+    return dx, mean.new_empty(tuple(weight.shape)), *(torch.empty_like(mean) for _ in range(3))
+
+
+def flops_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
+    dw = dwconv.flops_bwd_dw(dy, x, weight[-1], H, W)
+    return dw + (dwconv.flops_bwd_dx(dy, weight, H, W) if need_dx else 0)
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+class Sample(NamedTuple):
+    """A sample of token_dwconv with what the norm has."""
+
+    name: str
+    reason: str
+    base: cases.Sample
+    affine: bool = True
+    need_dx: bool = True
+    tiny: bool = True
+
+    def __getattr__(self, name):  # B, H, W, weight_dtype: where tests ask for them
+        return getattr(self.base, name)
+
+
+def samples():
+    def make(name, reason, *, tiny=True, affine=True, need_dx=True, **options):
+        return Sample(name, reason, cases.Sample(name, reason, prefix="zero", residual=True, **options), affine, need_dx, tiny)
+
+    return (
+        make("plain", "one cls token"),
+        make("bare", "no bias, a norm without affine", bias=False, affine=False),
+        make("frozen_input", "dx is not wanted", need_dx=False),
+        make("registers", "five prefix rows", P=5, K=5, H=6, W=7),
+        make("windows", "no prefix; a grid smaller than the kernel: no output has a whole window", P=0, K=7, H=2, W=3),
+        make("one_pixel", "1x1 grid", H=1, W=1),
+        make("odd_channels", "C one past a vector", C=33, W=7),
+        make("segments", "W past one column segment", H=3, W=135, K=5, tiny=False),
+        make("sliced", "x and dy are slices of longer sequences", x_layout="slice", dy_layout="slice"),
+        make("transposed", "channels not contiguous: counted copies", x_layout="transpose", dy_layout="transpose"),
+        make("fp32_weight", "parameters kept in fp32 beside low-precision tokens", weight_dtype=torch.float32),
+        make("empty_batch", "B = 0", B=0),
+        make("vit", "ViT-T at 14x14", B=4, H=14, W=14, C=192, tiny=False),
+        make("strips", "row strips share the sums", B=1, H=40, W=40, C=20, tiny=False),
+    )  # fmt: skip
+
+
+def make_fwd(s: Sample, draw, backend):
+    x, weight, bias, residual, H, W, P, *_ = cases.make_fwd(s.base, draw, backend)
+    gamma, beta = (draw(s.base.C, dtype=s.base.weight_dtype, scale=1) if s.affine else None for _ in range(2))
+    return x, residual, weight, bias, gamma, beta, 1e-5, H, W, P, backend
+
+
+def make_bwd(s: Sample, draw, backend):
+    dy, weight, H, W, P, *_ = cases.make_bwd_dx(s.base, draw, backend)
+    values = (draw(s.base.C, dtype=accumulate_dtype(draw.dtype), scale=1) for _ in range(4))
+    return dy, cases._x(s.base, draw, scale=1), weight, *values, H, W, P, s.need_dx, backend
+
+
+# ------------------------------------------------------------------------------------------------ ops
+
+
+def _terms(s: Sample) -> int:
+    return s.B * s.H * s.W
+
+
+_PLACE = "SymInt H, SymInt W, SymInt P"
+fwd_op = Op(
+    NAME,
+    f"{NAME}(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, float eps, {_PLACE}, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference,
+    check,
+    fake,
+    problem=lambda x, block_output, weight, *a: Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2]),
+    flops=lambda x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend: dwconv.flops(x, weight, bias, None, H, W, P),
+    samples=samples,
+    make=make_fwd,
+    reduces=_terms,
+    is_empty=lambda *args: dwconv._empty(args[0], *args[7:9]),
+    exact=lambda s: False,
+)
+bwd_op = Op(
+    f"{NAME}_bwd",
+    f"{NAME}_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor scale, Tensor shift, Tensor rstd, {_PLACE}, bool need_dx,"
+    " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference_bwd,
+    check_bwd,
+    fake_bwd,
+    problem=lambda dy, x, weight, *a: Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2]),
+    flops=flops_bwd,
+    samples=samples,
+    make=make_bwd,
+    reduces=_terms,
+    is_empty=lambda *args: dwconv._empty(args[1], *args[7:9]),
+    exact=lambda s: False,
+)
+for op in (fwd_op, bwd_op):
+    torchlib.install(op)
