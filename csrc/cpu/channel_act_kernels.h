@@ -14,7 +14,7 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
   using A = typename AccOf<T>::type;
   using V = vec_t<A>;
   static constexpr int L = Vec<A>::kLanes;
-  static constexpr int64_t kTokens = 4;
+  static constexpr int64_t kTokens = 4, kAhead = 2 * kTokens;  // summed together; asked for ahead
 
   static const A* values(const void* p) { return static_cast<const A*>(p); }
   static T* rows(const Rows& r, const ChannelTask& task, int64_t token) {
@@ -26,6 +26,10 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
                                                            int64_t c, int64_t n) {
     const V scale = load_n(values(p.scale) + c, n), shift = load_n(values(p.shift) + c, n);
     const T* x = rows(p.x, task, token) + c;
+    for (int64_t t = 0; t < count; ++t) {  // the tokens' lines come interleaved, which the hardware does not foresee
+      __builtin_prefetch(x + (t + kAhead) * p.x.stride_n);
+      if (p.dy.data) __builtin_prefetch(rows(p.dy, task, token + t + kAhead) + c);
+    }
     A* partial = static_cast<A*>(task.partial) + c;
     if constexpr (pass == ChannelPass::stats) {
       const V first = token == task.n0 ? activate<act, A>(load_n(x, n)) : load_n(partial, n);
@@ -77,7 +81,9 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
   static void run(const ChannelActParams& p, const ChannelTask& task) {
     for (int64_t token = task.n0; token < task.n1; token += kTokens) {
       const int64_t count = task.n1 - token < kTokens ? task.n1 - token : kTokens;
-      for (int64_t c = 0; c < p.C; c += L) vector(p, task, token, count, c, p.C - c);
+      const int64_t whole = count == kTokens ? p.C / L * L : 0;
+      for (int64_t c = 0; c < whole; c += L) vector(p, task, token, kTokens, c, L);  // constants: no loop, no check
+      for (int64_t c = whole; c < p.C; c += L) vector(p, task, token, count, c, p.C - c);
     }
   }
 };

@@ -77,7 +77,8 @@ def reference_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, bac
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     K = weight.shape[-1]
     g = act.reference_bwd_dw(dy, x, K, ones, zeros, GELU_FIRST, *place, wide, None, backend)[0]
-    windows, dbias = act.reference_bwd_dw(dy, x, K, zeros, ones, GELU_FIRST, *place, wide, wide, backend)
+    total = dy[:, P:].to(wide).sum(0, keepdim=True)
+    windows, dbias = dwconv.reference_bwd_dw(total, torch.ones_like(total), K, H, W, 0, "keep", wide, wide, backend)
     dw = scale[:, None, None, None] * g + shift[:, None, None, None] * windows
     dscale, dshift = ((weight.to(wide) * t).sum((1, 2, 3)) for t in (g, windows))
     dgamma, dbeta, a, b = norm_backward(Affine(scale, shift, mean, rstd), dscale, dshift, True, max(1, x.shape[0] * H * W), None)
@@ -101,7 +102,8 @@ def fake_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend)
 
 
 def flops_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
-    dw = dwconv.flops_bwd_dw(dy, x, weight[-1], H, W)
+    one_image = 1, *x[1:]  # the window sums
+    dw = sum(dwconv.flops_bwd_dw(t, t, weight[-1], H, W) for t in (x, one_image))
     return dw + (dwconv.flops_bwd_dx(dy, weight, H, W) if need_dx else 0)
 
 
