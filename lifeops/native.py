@@ -34,9 +34,9 @@ SCHEMAS = {
     "channel_act": "lifeops_native::channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate,"
     " Tensor? pool_grad, Tensor? a, Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()",
     "dw_shortcut": "lifeops_native::dw_shortcut(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta,"
-    " float eps, Tensor(a!) y, Tensor(b!) mean_m2, Tensor(c!) scale, Tensor(d!) shift, Tensor(e!) rstd, int H, int W, int P, int isa) -> ()",
-    "dw_shortcut_bwd": "lifeops_native::dw_shortcut_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor scale, Tensor shift,"
-    " Tensor rstd, Tensor(a!)? dx, Tensor(b!) dw, Tensor(c!) dbias, Tensor(d!) dgamma, Tensor(e!) dbeta, int H, int W, int P, int isa) -> ()",
+    " float eps, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) m2, Tensor(d!) affine, int H, int W, int P, int isa) -> ()",
+    "dw_shortcut_bwd": "lifeops_native::dw_shortcut_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor affine,"
+    " Tensor(a!)? dx, Tensor(b!) dw, Tensor(c!) dbias, Tensor(d!) dgamma, Tensor(e!) dbeta, int H, int W, int P, int isa) -> ()",
     "rollout_step": "lifeops_native::rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped,"
     " Tensor(a!) out, int isa) -> ()",
 }
@@ -189,18 +189,16 @@ def _channel_act_grad(dy, x, scale, shift, gate, pool_grad, a, b, act, patches, 
 
 
 def _dw_shortcut(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
-    y, found = x.new_empty((x.shape[0], P + H * W, x.shape[2])), _sums(x, 2)
-    values = [torch.empty_like(found[0]) for _ in range(3)]
-    parameters = weight.contiguous(), *map(_contiguous, (bias, gamma, beta)), eps
-    torch.ops.lifeops_native.dw_shortcut(x, block_output, *parameters, y, found, *values, H, W, P, _isa())
-    return y, found[0].clone(), found[1].clone(), *values
+    outputs = torch.empty_like(x, memory_format=torch.contiguous_format), _sums(x), _sums(x), _sums(x, 3)
+    parameters = weight.contiguous(), _contiguous(bias), _contiguous(gamma), _contiguous(beta), eps
+    torch.ops.lifeops_native.dw_shortcut(x, block_output, *parameters, *outputs, H, W, P, _isa())
+    return outputs
 
 
-def _dw_shortcut_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
-    dx = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2])) if need_dx else None
+def _dw_shortcut_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_dx else None
     dw, sums = mean.new_empty(weight.shape), [torch.empty_like(mean) for _ in range(3)]
-    values = map(_contiguous, (mean, scale, shift, rstd))
-    torch.ops.lifeops_native.dw_shortcut_bwd(dy, x, weight.contiguous(), *values, dx, dw, *sums, H, W, P, _isa())
+    torch.ops.lifeops_native.dw_shortcut_bwd(dy, x, weight.contiguous(), mean.contiguous(), affine.contiguous(), dx, dw, *sums, H, W, P, _isa())
     return x.new_empty((0,)) if dx is None else dx, dw, *sums
 
 

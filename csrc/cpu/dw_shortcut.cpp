@@ -30,37 +30,35 @@ const char* patches(const Tensor& x, int64_t P, DType dtype) {
 }
 
 void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, const std::optional<Tensor>& bias,
-             const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, double eps, const Tensor& y, const Tensor& mean_m2,
-             const Tensor& scale, const Tensor& shift, const Tensor& rstd, int64_t H, int64_t W, int64_t P, int64_t isa) {
+             const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, double eps, const Tensor& y, const Tensor& mean,
+             const Tensor& m2, const Tensor& affine, int64_t H, int64_t W, int64_t P, int64_t isa) {
   const TokenDWConvParams p = forward_params(x, weight, bias, block_output, y, H, W, P, P, int64_t(Prefix::zero), false);
   const int64_t C = p.C;
   if (gamma) check_size(*gamma, "gamma", C);
   if (beta) check_size(*beta, "beta", C);
-  check_size(mean_m2, "mean_m2", 2 * C);
   if (p.B * H * W * C == 0) return;
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    A* moments = static_cast<A*>(mean_m2.mutable_data_ptr());
-    A *scales = channel_values<A>(scale, "scale", C, p.dtype), *shifts = channel_values<A>(shift, "shift", C, p.dtype);
-    A* rstds = channel_values<A>(rstd, "rstd", C, p.dtype);
+    A *means = channel_values<A>(mean, "mean", C, p.dtype), *m2s = channel_values<A>(m2, "m2", C, p.dtype);
+    A *scales = channel_values<A>(affine, "affine", 3 * C, p.dtype), *shifts = scales + C, *rstds = shifts + C;
+    std::vector<A> moments(size_t(2 * C), A(0));
     const Rows rows{const_cast<char*>(patches(x, P, p.dtype)), x.stride(0), x.stride(1)};
-    launch_channel_stats(rows, p.B, H * W, C, p.dtype, Act::gelu, isa, moments);
+    launch_channel_stats(rows, p.B, H * W, C, p.dtype, Act::gelu, isa, moments.data());
     for (int64_t c = 0; c < C; ++c) {
-      const double r = 1 / std::sqrt(double(moments[C + c]) / double(p.B * H * W) + eps), s = parameter(gamma, c, 1) * r;
-      rstds[c] = A(r), scales[c] = A(s), shifts[c] = A(parameter(beta, c, 0) - double(moments[c]) * s);
+      means[c] = moments[size_t(c)], m2s[c] = moments[size_t(C + c)];
+      const double r = 1 / std::sqrt(double(m2s[c]) / double(p.B * H * W) + eps), s = parameter(gamma, c, 1) * r;
+      rstds[c] = A(r), scales[c] = A(s), shifts[c] = A(parameter(beta, c, 0) - double(means[c]) * s);
     }
     const ChannelAffine prologue{scales, shifts, Act::gelu_first};
     TokenDWConvExtras extras{};
     extras.prologue = &prologue;
     launch_forward(p, extras, isa);
   };
-  STD_TORCH_CHECK(dtype_of(mean_m2) == (is_wide(p.dtype) ? DType::f64 : DType::f32), "lifeops_native: mean_m2 must have the accumulation type");
   is_wide(p.dtype) ? run(double{}) : run(float{});
 }
 
 // dw in the accumulation type. See lifeops/ops/dw_shortcut.py for the formulas.
-void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& scale, const Tensor& shift,
-              const Tensor& rstd, const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma,
+void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& affine, const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma,
               const Tensor& dbeta, int64_t H, int64_t W, int64_t P, int64_t isa) {
   const int64_t K = weight.size(weight.dim() - 1);
   TokenDWConvGradWeightParams g = grad_weight_params(dy, x, dw, {}, K, H, W, P, P);
@@ -70,8 +68,8 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
   if (g.B * H * W * C == 0) return;
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    const auto values = [&](const Tensor& t, const char* name) { return channel_values<A>(t, name, C, g.dtype); };
-    const A *means = values(mean, "mean"), *scales = values(scale, "scale"), *shifts = values(shift, "shift"), *rstds = values(rstd, "rstd");
+    const auto values = [&](const Tensor& t, const char* name, int64_t rows = 1) { return channel_values<A>(t, name, rows * C, g.dtype); };
+    const A *means = values(mean, "mean"), *scales = values(affine, "affine", 3), *shifts = scales + C, *rstds = shifts + C;
     A *to_dw = static_cast<A*>(dw.mutable_data_ptr()), *to_dbias = values(dbias, "dbias"), *to_dgamma = values(dgamma, "dgamma"), *to_dbeta = values(dbeta, "dbeta");
     std::vector<A> windows(size_t(C * taps)), ones(size_t(C), A(1)), zeros(size_t(C), A(0)), a(zeros), b(zeros);
     g.windows = windows.data();

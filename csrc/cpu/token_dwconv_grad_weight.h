@@ -175,7 +175,7 @@ template <class T> struct GradWeight {
     const int64_t taps = p.K * p.K, cols = rows.width + p.K - 1;
     A* out = sums + c / kBlock * kBlock * grad_weight_rows(p) + c % kBlock;
     if (p.db) sum_rows(rows, out + taps * kBlock);
-    if (p.windows) sum_windows(rows, r0, q0, out + (taps + 1) * kBlock);
+    if (p.windows) rows.n < L ? sum_windows<false>(rows, r0, q0, out + (taps + 1) * kBlock) : sum_windows<true>(rows, r0, q0, out + (taps + 1) * kBlock);
     if (!p.x) return;
     const A* x[kStepRows];
     for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
@@ -183,28 +183,31 @@ template <class T> struct GradWeight {
     grad_filter_any<T>(p.K, rows, out, ahead);
   }
 
-  static bool inside(int64_t position, int64_t size) { return position >= 0 && position < size; }
-
-  // Each dy counts for the taps that see the grid from there.
-  void sum_windows(const GradRows<T>& rows, int64_t r0, int64_t q0, A* out) const {
+  // Each dy counts for the taps that see the grid from there. kFull: all lanes are channels.
+  template <bool kFull> void sum_windows(const GradRows<T>& rows, int64_t r0, int64_t q0, A* out) const {
     const int64_t left = max64(0, min64(rows.width, half - q0)), right = max64(left, min64(rows.width, p.W - half - q0));
-    for (int64_t r = 0; r < rows.height; ++r) {
-      const auto at = [&](int64_t q) { return load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n); };
-      vec_t<A> middle = {};
-      for (int64_t q = left; q < right; ++q) middle += at(q);
+    const T* dy = rows.dy;
+    for (int64_t r = 0; r < rows.height; ++r, dy += rows.dy_row) {
+      const auto sum_columns = [&](vec_t<A> sum, int64_t first, int64_t last) {
+        const T* token = dy + first * rows.dy_column;
+        for (int64_t q = first; q < last; ++q, token += rows.dy_column) sum += kFull ? load(token) : load_n(token, rows.n);
+        return sum;
+      };
+      const vec_t<A> middle = sum_columns(vec_t<A>{}, left, right);
       for (int64_t j = 0; j < p.K; ++j) {
-        vec_t<A> sum = middle;
-        for (int64_t q = left ? 0 : right; q < rows.width; q = q + 1 == left ? right : q + 1)
-          if (inside(q0 + q + j - half, p.W)) sum += at(q);
-        add_window_row(sum, r0 + r, j, out);
+        const int64_t first = max64(0, half - j - q0), last = min64(rows.width, p.W + half - j - q0);
+        const vec_t<A> sum = sum_columns(middle, first, min64(left, last));
+        add_window_row(sum_columns(sum, max64(first, right), last), r0 + r, j, out);
       }
     }
   }
   void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
     if (row >= half && row + half < p.H) return store(out + j * kBlock, load(out + j * kBlock) + sum);
     A* taps = out + (p.K + j) * kBlock;
-    for (int64_t i = 0; i < p.K; ++i, taps += p.K * kBlock)
-      if (inside(row + i - half, p.H)) store(taps, load(taps) + sum);
+    for (int64_t i = max64(0, half - row); i < min64(p.K, p.H + half - row); ++i) {
+      A* tap = taps + i * p.K * kBlock;
+      store(tap, load(tap) + sum);
+    }
   }
 
   static void sum_rows(const GradRows<T>& rows, A* out) {

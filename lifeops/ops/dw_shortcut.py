@@ -153,9 +153,9 @@ class DWShortcutStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cfg: Config, x, block_output, weight, bias, gamma, beta):
         place = cfg.H, cfg.W, cfg.P
-        y, mean, m2, scale, shift, rstd = _step(x, block_output, weight, bias, gamma, beta, cfg.eps[0], *place, cfg.backend)
+        y, mean, m2, affine = _step(x, block_output, weight, bias, gamma, beta, cfg.eps[0], *place, cfg.backend)
         ctx.cfg, ctx.dtypes = cfg, [None if p is None else p.dtype for p in (weight, bias, gamma, beta)]
-        ctx.save_for_backward(x, weight, mean, scale, shift, rstd)
+        ctx.save_for_backward(x, weight, mean, affine)
         ctx.mark_non_differentiable(mean, m2)
         return y, mean, m2
 

@@ -5,8 +5,8 @@
     y = block_output + [0 for the prefix | DW_K(scale * g + shift) + bias]                                  zero padding after the affine
 
 The backward formulas are those of :mod:`lifeops.ops.dw_shortcut` and :mod:`lifeops.ops.batch_norm`; dy is the gradient of
-block_output as it is. mean, m2, scale, shift, rstd, dbias, dgamma, dbeta (C,) and dw (C, 1, K, K) are float32 (float64 for float64
-tokens).
+block_output as it is. mean, m2, dbias, dgamma, dbeta (C,), affine (3, C), which is scale, shift and rstd, and dw (C, 1, K, K) are float32 (float64 for
+float64 tokens).
 """
 
 from __future__ import annotations
@@ -56,9 +56,12 @@ def check(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
     _check_parameter("gamma", gamma, x), _check_parameter("beta", beta, x)
 
 
-def check_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
-    act.check_bwd_dx(dy, x, weight, scale, shift, GELU_FIRST, None, None, H, W, P, "zero", backend)
-    check_values(f"{NAME}_bwd", x, mean=mean, rstd=rstd)
+def check_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
+    act.check_bwd_dx(dy, x, weight, None, None, GELU_FIRST, None, None, H, W, P, "zero", backend)
+    check_values(f"{NAME}_bwd", x, mean=mean)
+    if tuple(affine.shape) != (3, x.shape[2]) or affine.dtype != mean.dtype or affine.device != x.device:
+        got = f"{tuple(affine.shape)} {affine.dtype} on {affine.device}"
+        raise ValueError(f"{NAME}_bwd: affine must be (3, {x.shape[2]}) {mean.dtype} on {x.device}, got {got}")
 
 
 # ------------------------------------------------------------------------------------------------ references
@@ -69,10 +72,11 @@ def reference(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend)
     norm = affine_of(mean, m2, max(1, x.shape[0] * H * W), gamma, beta, eps)
     affine = norm.scale, norm.shift, GELU_FIRST, None, None, "none"
     y = act.reference(x, weight, bias, *affine, block_output, H, W, P, "zero", False, False, backend)[0]
-    return y, mean, m2, norm.scale, norm.shift, norm.rstd
+    return y, mean, m2, torch.stack((norm.scale, norm.shift, norm.rstd))
 
 
-def reference_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
+def reference_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
+    scale, shift, rstd = affine
     place, wide = (H, W, P, "zero"), mean.dtype
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     K = weight.shape[-1]
@@ -93,15 +97,16 @@ def reference_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, bac
 
 def fake(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
     y = dwconv.fake(x, weight, bias, block_output, H, W, P, "zero", backend)
-    return y, *(x.new_empty((x.shape[2],), dtype=accumulate_dtype(x.dtype)) for _ in range(5))
+    mean = x.new_empty((x.shape[2],), dtype=accumulate_dtype(x.dtype))
+    return y, mean, torch.empty_like(mean), mean.new_empty((3, x.shape[2]))
 
 
-def fake_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
+def fake_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
     dx = dwconv.fake_bwd_dx(dy, weight, H, W, P, "zero", backend) if need_dx else x.new_empty((0,))
     return dx, mean.new_empty(tuple(weight.shape)), *(torch.empty_like(mean) for _ in range(3))
 
 
-def flops_bwd(dy, x, weight, mean, scale, shift, rstd, H, W, P, need_dx, backend):
+def flops_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
     one_image = 1, *x[1:]  # the window sums
     dw = sum(dwconv.flops_bwd_dw(t, t, weight[-1], H, W) for t in (x, one_image))
     return dw + (dwconv.flops_bwd_dx(dy, weight, H, W) if need_dx else 0)
@@ -154,8 +159,8 @@ def make_fwd(s: Sample, draw, backend):
 
 def make_bwd(s: Sample, draw, backend):
     dy, weight, H, W, P, *_ = cases.make_bwd_dx(s.base, draw, backend)
-    values = (draw(s.base.C, dtype=accumulate_dtype(draw.dtype), scale=1) for _ in range(4))
-    return dy, cases._x(s.base, draw, scale=1), weight, *values, H, W, P, s.need_dx, backend
+    mean, affine = (draw(*shape, dtype=accumulate_dtype(draw.dtype), scale=1) for shape in ((s.base.C,), (3, s.base.C)))
+    return dy, cases._x(s.base, draw, scale=1), weight, mean, affine, H, W, P, s.need_dx, backend
 
 
 # ------------------------------------------------------------------------------------------------ ops
@@ -169,7 +174,7 @@ _PLACE = "SymInt H, SymInt W, SymInt P"
 fwd_op = Op(
     NAME,
     f"{NAME}(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, float eps, {_PLACE}, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference,
     check,
     fake,
@@ -183,7 +188,7 @@ fwd_op = Op(
 )
 bwd_op = Op(
     f"{NAME}_bwd",
-    f"{NAME}_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor scale, Tensor shift, Tensor rstd, {_PLACE}, bool need_dx,"
+    f"{NAME}_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor affine, {_PLACE}, bool need_dx,"
     " str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference_bwd,
     check_bwd,
@@ -193,7 +198,7 @@ bwd_op = Op(
     samples=samples,
     make=make_bwd,
     reduces=_terms,
-    is_empty=lambda *args: dwconv._empty(args[1], *args[7:9]),
+    is_empty=lambda *args: dwconv._empty(args[1], *args[5:7]),
     exact=lambda s: False,
 )
 for op in (fwd_op, bwd_op):
