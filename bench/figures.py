@@ -7,14 +7,10 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib.figure import Figure
 
-from bench import scaling, tables
 from bench import rows as store
+from bench import scaling, tables
 from bench.baselines import does_same_work
 
 COLOURS = dict(zip(("eager", "onednn", "compiled", "compiled_shifts", "naive", "plain", "clone"), (f"C{n}" for n in range(7)), strict=True))
@@ -45,8 +41,8 @@ def ratio_figure(rows: list[dict], title: str) -> Figure | None:
         for baseline, values in line.items():
             label = None if baseline in named else baseline
             named.add(baseline)
-            same = does_same_work(baseline)
-            axes.scatter(values, [y] * len(values), s=22, marker="o" if same else "x", color=COLOURS.get(baseline, "gray"), alpha=0.7, label=label)
+            look = {"marker": "o" if does_same_work(baseline) else "x", "color": COLOURS.get(baseline, "gray"), "alpha": 0.7}
+            axes.scatter(values, [y] * len(values), s=22, label=label, **look)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", yticks=range(len(lines)), yticklabels=lines, xlabel="time over lifeops' (crosses: less work)", title=title)
     axes.invert_yaxis()
@@ -85,7 +81,7 @@ def _cost_panel(axes, study: scaling.Study, rows: list[dict]) -> None:
             axes.fill_between(size, low, high, color=colour, alpha=0.2, linewidth=0)
             if variant == "lifeops":
                 axes.axhline(statistics.median(per), color=colour, linewidth=0.6, linestyle="--", label="linear")
-    unit = {"grid": "tokens N", "batch": "images B", "channels": "channels C"}[study.axis]
+    unit = {"grid": "tokens N", "tokens": "tokens N", "batch": "images B", "channels": "channels C"}[study.axis]
     axes.set(xscale="log", yscale="log", xlabel=unit, ylabel=f"ns per {unit.split()[0][:-1]}", title=f"{study.name}: {study.axis}")
     axes.legend(fontsize="x-small")
 

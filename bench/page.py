@@ -8,9 +8,8 @@ from pathlib import Path
 
 from bench import rows as store
 from bench import scaling_page
-from bench.baselines import does_same_work
 from bench.problems import targets
-from bench.tables import Key, losing, measured, missed, ratios, spread
+from bench.tables import Key, faster, losing, measured, missed, ratios, spread, wrong
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -67,8 +66,8 @@ def _losers(members: list[tuple[Key, dict]]) -> list[str]:
     """Same-work baselines that are faster, named under the table."""
     out = []
     for (p, *_), cell in members:
-        faster = [f"{b} {statistics.median(v):.2f}" for b, v in cell.items() if b != "lifeops" and does_same_work(b) and statistics.median(v) < 1]
-        out += [f"{p.name}: {', '.join(faster)}"] if faster else []
+        ahead = [f"{b} {statistics.median(v):.2f}" for b, v in faster(cell).items()]
+        out += [f"{p.name}: {', '.join(ahead)}"] if ahead else []
     return ["Faster than lifeops: " + "; ".join(out) + "."] if out else ["No baseline of the same work is faster."]
 
 
@@ -98,10 +97,11 @@ def _section(path: Path, rows: list[dict]) -> list[str]:
     lines = [f"## {first['machine']}", "", f"torch {first['torch']}, commit {commits}, `{path.name}`.{where}", ""]
     lines += [f"![{kind}]({PICTURES}/{path.stem}_{kind}.png)" for kind in ("ratios", "share") if _has(kind, rows)]
     broken, slower = losing(rows)
-    wrong = [f"{r['system']} {r['mode']} {store.problem(r).name} {r['variant']}: {r['note']}" for r in rows if r["note"]]
-    lines += ["", f"{len(broken)} promises are not kept, {len(slower)} times a baseline of the same work is faster, {len(wrong)} results are wrong."]
-    lines += [f"- wrong, no number: {line}" for line in wrong]
-    return [*lines, "", *tables(rows)]
+    red = wrong(rows)
+    summary = (
+        f"{len(broken)} promises are not kept, {len(slower)} times a baseline of the same work is faster, {len(red)} results are wrong."
+    )
+    return [*lines, "", summary, *(f"- wrong, no number: {line}" for line in red), "", *tables(rows)]
 
 
 def _has(kind: str, rows: list[dict]) -> bool:
@@ -114,7 +114,11 @@ def page() -> str:
     if not any(store.is_gpu(row) for rows in files.values() for row in rows):
         lines.append(NO_GPU)
     for path, rows in files.items():
-        lines += scaling_page.section(path, rows, PICTURES) if path.stem.startswith("scaling") else _section(path, rows)
+        if path.stem.startswith("scaling"):
+            lines += scaling_page.section(path, rows, PICTURES)
+            continue
+        for machine in dict.fromkeys(row["machine"] for row in rows):
+            lines += _section(path, [row for row in rows if row["machine"] == machine])
     return "\n".join(lines).rstrip() + "\n"
 
 

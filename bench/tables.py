@@ -53,13 +53,21 @@ def where(key: Key) -> str:
     return f"{p.system} {p.mode} {p.name}, {cache}, {allocator} allocator, {threads} thread{'s' * (threads != 1)}"
 
 
+def faster(cell: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Baselines that do the same work in less time than lifeops."""
+    return {b: v for b, v in cell.items() if b != "lifeops" and does_same_work(b) and statistics.median(v) < 1}
+
+
+def wrong(rows: list[dict]) -> list[str]:
+    return [f"{r['system']} {r['mode']} {store.problem(r).name} {r['variant']}: {r['note']}" for r in rows if r["note"]]
+
+
 def losing(rows: list[dict]) -> tuple[list[str], list[str]]:
     """Lines for promises that were not kept, and for same-work baselines that are faster."""
     broken, slower = [], []
     for key, cell in ratios(rows).items():
         broken += [f"{where(key)}: {t.baseline} {spread(cell[t.baseline])}, promised {t.at_least:.2f}" for t in missed(key, cell)]
-        faster = {b: v for b, v in cell.items() if b != "lifeops" and does_same_work(b) and statistics.median(v) < 1}
-        slower += [f"{where(key)}: {b} {spread(v)}" for b, v in faster.items()]
+        slower += [f"{where(key)}: {b} {spread(v)}" for b, v in faster(cell).items()]
     return broken, slower
 
 
@@ -101,8 +109,11 @@ def report(rows: list[dict], console: Console) -> None:
     for title, members in grouped.items():
         console.print(_table(title, members))
     broken, slower = losing(rows)
-    red = [f"{row['system']} {row['mode']} {store.problem(row).name} {row['variant']}: {row['note']}" for row in rows if row["note"]]
-    for name, lines in (("promises not kept", broken), ("baselines faster than lifeops", slower), ("WRONG RESULTS, no number", red)):
+    for name, lines in (
+        ("promises not kept", broken),
+        ("baselines faster than lifeops", slower),
+        ("WRONG RESULTS, no number", wrong(rows)),
+    ):
         console.print(f"{len(lines)} {name}" + (":" if lines else ""))
         for line in lines:
             console.print("  " + line, highlight=False, soft_wrap=True)
