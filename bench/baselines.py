@@ -10,25 +10,18 @@ C -> 3C projection, ``mlp``, ``block``, ``plain``: the plain Transformer's layer
 from __future__ import annotations
 
 import copy
-import importlib.util
 
 import torch
 import torch.nn.functional as F
 
 from bench.problems import Problem
 
-SAME_WORK = ("eager", "compiled", "compiled_shifts", "onednn", "cudnn", "causal_conv1d", "natten", "naive", "lifeops_")
-OPTIONAL = {"natten": "neighbourhood attention", "causal_conv1d": "a depth-wise convolution over sequences"}
+SAME_WORK = ("eager", "compiled", "compiled_shifts", "onednn", "cudnn", "naive", "lifeops_")
 
 
 def does_same_work(variant: str) -> bool:
     """Whether losing to it is losing; the others compute less."""
     return variant.startswith(SAME_WORK)
-
-
-def missing() -> list[str]:
-    """One line for each optional baseline that is not installed."""
-    return [f"{name} ({what}): not installed, no row" for name, what in OPTIONAL.items() if importlib.util.find_spec(name) is None]
 
 
 def to_map(x: torch.Tensor, p: Problem) -> torch.Tensor:

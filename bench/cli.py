@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import baselines, rows, tables
+from bench import optional, rows, tables
 from bench.collect import Options, collect
 from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, Problem, compiles, level_of, modes_of, named, problems
 
@@ -88,7 +88,7 @@ def options(args, todo: list[Problem]) -> Options:
 def header(console: Console, device: str) -> None:
     here = "" if device == "cuda" else "; not measured on a GPU"
     console.print(f"{rows.machine(device)}, torch {torch.__version__}, triton {rows.triton_version()}, commit {rows.commit()}{here}")
-    for line in baselines.missing():
+    for line in optional.missing():
         console.print(line)
 
 

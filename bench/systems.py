@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bench import block_systems, model_systems, op_systems, timm_systems
+from bench import block_systems, model_systems, op_systems, optional, timm_systems
 from bench.case import Case, Run, check, inputs_of, on_backend, runner
 from bench.problems import Problem
 from lifeops import registry
@@ -19,11 +19,14 @@ def backends(device: str = "cpu") -> list[str]:
     return ["reference"] if device == "cpu" else ["triton", "reference"]
 
 
-def case(p: Problem, compile: bool = False, backend: str = "auto") -> Case:
+def case(p: Problem, compile: bool = False, backend: str = "auto", device: str = "cpu") -> Case:
     """The variants of a problem. ``backend`` "all" adds ``lifeops_<backend>`` beside the one that lifeops chooses."""
     torch.manual_seed(0)
     made = BUILDERS[p.system](p, compile)
-    more = backends() if backend == "all" else [] if backend == "auto" else backend.split(",")
+    if device == "cuda" and "onednn" in made.variants:
+        made.variants["cudnn"] = made.variants.pop("onednn")
+    made.variants.update(optional.variants(p, device))
+    more = backends(device) if backend == "all" else [] if backend == "auto" else backend.split(",")
     made.variants.update({f"lifeops_{name}": on_backend(made.variants["lifeops"], name) for name in more})
     return made
 
@@ -34,7 +37,7 @@ def build(p: Problem, compile: bool = False) -> tuple[dict[str, Run], Run]:
     i = inputs_of(made, 0)
     ours = made.variants["lifeops"]
     runs = {name: runner(v, p.mode, i) for name, v in made.variants.items()}
-    if p.system == "token_dwconv" and p.mode != "fwdbwd":
+    if "x" in i and p.mode in ("fwd", "dw"):
         runs["clone"] = lambda: i["x"].clone()
     return runs, lambda: check(made, ours, i, {})
 

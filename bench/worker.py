@@ -42,7 +42,7 @@ def timed(runs: dict, where: str, cache: str, seconds: float) -> dict[str, Timin
 def measured(p: Problem, args) -> list[dict]:
     """One entry per cache: every right variant's times and columns, the ceilings, and what was wrong."""
     with torch.device(args.device):
-        case = systems.case(p, p in args.compiled, args.backend)
+        case = systems.case(p, p in args.compiled, args.backend, args.device)
         sets = [inputs_of(case, 1000 * args.seed + n) for n in range(SETS)]
     wrong = checked(case, sets)
     costs = {name: columns.facts(case, name, sets[0], args.device)._asdict() for name in case.variants}

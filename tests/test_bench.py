@@ -234,6 +234,35 @@ def test_a_timm_block_with_lifeops_inside_keeps_its_weights():
             assert torch.allclose(block(x, (4, 5)), swapped(x, (4, 5)), atol=1e-6)
 
 
+def test_packages_that_are_not_there_are_named_and_those_that_are_join(monkeypatch):
+    """Stand-ins for the two packages, which need a GPU: the wiring and the oracles, not the packages."""
+    import types
+
+    from bench import optional
+
+    def na2d(q, k, v, kernel_size):
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=optional.near(8, 9, "cpu"))
+        return y.transpose(1, 2).unflatten(1, (8, 9))
+
+    def causal_conv1d_fn(x, w):
+        return sum(torch.nn.functional.pad(x, (k, 0))[..., : x.shape[2]] * w[:, -1 - k, None] for k in range(w.shape[1]))
+
+    monkeypatch.setattr(optional, "installed", lambda name: False)
+    assert [line.split()[0] for line in optional.missing()] == ["natten", "causal_conv1d"]
+    assert optional.variants(PROBLEM, "cuda") == {}
+    monkeypatch.setattr(optional, "installed", lambda name: True)
+    monkeypatch.setitem(sys.modules, "natten", types.SimpleNamespace(na2d=na2d))
+    monkeypatch.setitem(sys.modules, "causal_conv1d", types.SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn))
+    assert optional.missing() == []
+    attention = Problem("local_attention", "fwd", 2, 8, 9, 64, 3, "float32", 0)
+    assert optional.near(8, 9, "cpu").sum(1).tolist() == [49] * 72
+    for p, name in ((attention, "natten"), (PROBLEM, "causal_conv1d")):
+        assert optional.variants(p, "cpu") == {}
+        case = systems.case(p)
+        check(case, optional.variants(p, "cuda")[name], inputs_of(case, 0), {})
+
+
 def test_the_models_authors_modules_are_in_their_places():
     from bench.model_systems import as_authors, models
     from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
