@@ -18,18 +18,37 @@ from bench.problems import Problem, cold_too
 SETS = 2  # of inputs, used in turn
 
 
-def checked(case: Case, sets: list[Inputs]) -> dict[str, str]:
-    """Takes the variants that are wrong on any set of inputs out of ``case``; says what is wrong with them."""
-    wrong = {}
-    for i in sets:
-        known: dict = {}
-        for name in list(case.variants):
-            try:
-                check(case, case.variants[name], i, known)
-            except (AssertionError, RuntimeError) as error:  # a wrong result, or none, has no speed
-                wrong[name] = str(error)[:300]
-                del case.variants[name]
+def wrong_on(case: Case, i: Inputs) -> dict[str, str]:
+    """What is wrong with the results of which variants on ``i``."""
+    wrong, known = {}, {}
+    for name, v in case.variants.items():
+        try:
+            check(case, v, i, known)
+        except (AssertionError, RuntimeError) as error:  # a wrong result, or none, has no speed
+            wrong[name] = str(error)[:300]
     return wrong
+
+
+def checked(case: Case, seed: int, where: str) -> tuple[list[Inputs], dict[str, str]]:
+    """The sets of inputs, and what is wrong on any of them; those variants are taken out of ``case``.
+
+    LocalViT's h-swish has kinks: where a value lies within rounding of one, the right gradient in float32 is not that in float64 (one
+    set of 1e6 values in some dozens has such a one). Those inputs are drawn anew, twice at most; what is wrong on all three is wrong.
+    """
+    kinked = case.problem.system in ("localvit_ffn", "vit_localvit") and case.problem.mode != "fwd"
+    sets, wrong = [], {}
+    for n in range(SETS):
+        for attempt in range(3 if kinked else 1):
+            with torch.device(where):
+                i = inputs_of(case, 1000 * seed + n + 100 * attempt)
+            found = wrong_on(case, i)
+            if not found:
+                break
+        sets.append(i)
+        wrong |= found
+    for name in wrong:
+        del case.variants[name]
+    return sets, wrong
 
 
 def timed(runs: dict, where: str, cache: str, seconds: float) -> dict[str, Timing]:
@@ -43,8 +62,7 @@ def measured(p: Problem, args) -> list[dict]:
     """One entry per cache: every right variant's times and columns, the ceilings, and what was wrong."""
     with torch.device(args.device):
         case = systems.case(p, p in args.compiled, args.backend, args.device)
-        sets = [inputs_of(case, 1000 * args.seed + n) for n in range(SETS)]
-    wrong = checked(case, sets)
+    sets, wrong = checked(case, args.seed, args.device)
     costs = {name: columns.facts(case, name, sets[0], args.device)._asdict() for name in case.variants}
     runs = {name: [runner(v, p.mode, i) for i in sets] for name, v in case.variants.items()}
     shared = {"problem": p, "wrong": wrong, "issue_ms": ceilings.issue_ms(p, args.device)}

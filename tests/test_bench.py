@@ -153,6 +153,23 @@ def test_a_result_that_is_wrong_on_the_second_set_of_inputs_only_is_caught(monke
     assert "is off by" in _row_of()["eager"]["note"]
 
 
+@pytest.mark.parametrize(("failures", "is_wrong"), [(1, False), (99, True)])
+def test_a_gradient_beside_a_kink_is_drawn_anew_and_a_wrong_one_is_not(monkeypatch, failures, is_wrong):
+    calls = []
+
+    def at_a_kink(case, v, i, known):
+        calls.append(i["x"])
+        assert len(calls) > failures, "is off by a kink"
+
+    monkeypatch.setattr(worker, "check", at_a_kink)
+    case = systems.case(Problem("localvit_ffn", "fwdbwd", 1, 2, 2, 24, 0, "float32"))
+    variants = len(case.variants)
+    sets, wrong = worker.checked(case, 1, "cpu")
+    assert bool(wrong) == is_wrong == (len(case.variants) < variants)
+    assert len(sets) == worker.SETS
+    assert not torch.equal(sets[0]["x"], calls[0])
+
+
 @needs_cpu
 def test_a_slow_and_wasteful_kernel_shows_in_every_column(monkeypatch):
     def wasteful(fn):
