@@ -84,15 +84,16 @@ def read(path: Path) -> list[dict]:
     return [_typed(row) for row in found]
 
 
-def _key(row: dict) -> tuple:
+def key(row: dict) -> tuple:
+    """What a new measurement replaces."""
     return (*(row[f] for f in SAME), problem(row))
 
 
 def replaced(old: Iterable[dict], new: list[dict]) -> list[dict]:
     """``old`` without what ``new`` measured again (same machine, threads, allocator and problem), then ``new``, in one order."""
-    again = {_key(row) for row in new}
-    rows = [row for row in old if _key(row) not in again] + new
-    place = {key: n for n, key in enumerate(dict.fromkeys(_order(row) for row in rows))}
+    again = {key(row) for row in new}
+    rows = [row for row in old if key(row) not in again] + new
+    place = {order: n for n, order in enumerate(dict.fromkeys(_order(row) for row in rows))}
     return sorted(rows, key=lambda row: (place[_order(row)], row["cache"] != "warm"))
 
 

@@ -87,6 +87,22 @@ def points(study: Study, rows: list[dict], variant: str = "lifeops", threads: in
     return [(p, found[p]) for p in study.problems if p in found]
 
 
+def spread(row: dict, rows: list[dict]) -> float:
+    """The slowest repeat over the fastest: a step smaller than this may be the machine's."""
+    same = [
+        r["median_ms"] for r in tables.measured(rows) if all(r[f] == row[f] for f in (*store.SAME, *Problem._fields, "variant", "cache"))
+    ]
+    return max(same) / min(same)
+
+
+def continued(old: list[dict], new: list[dict]) -> list[dict]:
+    """``new`` as further repeats of the same problems in ``old``, both."""
+    again = {store.key(row) for row in new}
+    before = [row for row in old if store.key(row) in again]
+    first = 1 + max((row["repeat"] for row in before), default=-1)
+    return before + [row | {"repeat": row["repeat"] + first} for row in new]
+
+
 def exponent(study: Study, here: list[tuple[Problem, dict]]) -> list[float | None]:
     """Local slope in log-log between neighbours: 1 is linear in the work; None for the first."""
     out: list[float | None] = [None]
@@ -103,13 +119,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--axis", choices=axes, action="append", help="default: all")
     parser.add_argument("--seconds", type=float, default=0.15, help="per problem")
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes; the fastest counts")
+    parser.add_argument("--more", action="store_true", help="further repeats beside those in the file, not in their place")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling_cpu.csv")
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    old = store.read(args.out) if args.more and args.out.exists() else []
     found: list[dict] = []
     for threads in THREADS:
         o = Options(threads=(threads,), cache="warm", repeats=args.repeats, seconds=args.seconds)
         wanted = todo(threads, args.system or systems, args.axis or axes)
-        found += collect(wanted, o, console, lambda so_far: store.save(so_far, args.out))
+        found += collect(wanted, o, console, lambda so_far: store.save(continued(old, so_far), args.out))
     tables.report(found, console)
     return int(any(row["note"] for row in found))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench import rows as store
-from bench.scaling import THREADS, Study, exponent, points, studies
+from bench.scaling import THREADS, Study, exponent, points, spread, studies
 
 INTRO = """One size is varied at a time, float32; warm caches, warm allocator, {threads} threads, the fastest of {repeats} fresh processes.
-"ns per" unit would be constant where the cost is linear; "slope" is the exponent from the size above in log-log, 1 if linear.
+"ns per" unit would be constant where the cost is linear; "slope" is the exponent from the size above in log-log, 1 if linear;
+"repeats" the slowest process over the fastest: this machine is shared, and a step smaller than that is no kink.
 """
 
 
@@ -17,14 +18,15 @@ def _rows_of(study: Study, rows: list[dict]) -> list[str]:
     others = {name: dict(points(study, rows, name)) for name in ("eager", "naive", "clone")}
     unit = {"grid": "token", "tokens": "token", "batch": "image", "channels": "channel"}[study.axis]
     others = {name: found for name, found in others.items() if found}
-    header = [study.axis, "MB moved", "lifeops ms", f"ns per {unit}", "slope", *(f"{name} ns per {unit}" for name in others)]
+    header = [study.axis, "MB moved", "lifeops ms", f"ns per {unit}", "slope", "repeats", *(f"{name} ns per {unit}" for name in others)]
     lines = [f"### {study.name}, {study.axis}", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for (p, row), slope in zip(here, exponent(study, here), strict=True):
         work = study.work(p)
         size = f"{p.H}x{p.W}" if study.axis == "grid" else str(work)
         per = [f"{1e6 * found[p]['median_ms'] / work:.0f}" if p in found else "-" for found in others.values()]
         grows = "-" if slope is None else f"{slope:.2f}"
-        cells = [size, f"{row['bytes'] / 1e6:.2f}", f"{row['median_ms']:.3f}", f"{1e6 * row['median_ms'] / work:.0f}", grows, *per]
+        ours = f"{row['median_ms']:.3f}", f"{1e6 * row['median_ms'] / work:.0f}"
+        cells = [size, f"{row['bytes'] / 1e6:.2f}", *ours, grows, f"{spread(row, rows):.2f}", *per]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 

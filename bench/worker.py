@@ -32,8 +32,8 @@ def wrong_on(case: Case, i: Inputs) -> dict[str, str]:
 def checked(case: Case, seed: int, where: str) -> tuple[list[Inputs], dict[str, str]]:
     """The sets of inputs, and what is wrong on any of them; those variants are taken out of ``case``.
 
-    LocalViT's h-swish has kinks: where a value lies within rounding of one, the right gradient in float32 is not that in float64 (one
-    set of 1e6 values in some dozens has such a one). Those inputs are drawn anew, twice at most; what is wrong on all three is wrong.
+    LocalViT's h-swish has kinks: where a value lies within rounding of one, the right gradient in float32 is not that in float64 (seen
+    in one of six draws of vit_localvit). Those inputs are drawn anew, twice at most; what is wrong on all three is wrong.
     """
     kinked = case.problem.system in ("localvit_ffn", "vit_localvit") and case.problem.mode != "fwd"
     sets, wrong = [], {}

@@ -179,6 +179,13 @@ def test_scaling_follows_the_work():
     assert slopes[1:] == pytest.approx([1.0] * (len(here) - 1))
 
 
+def test_further_repeats_join_the_earlier_ones():
+    old = [_row("lifeops", 2.0), _row("lifeops", 3.0, repeat=1), _row("lifeops", 7.0, PROBLEM._replace(C=384))]
+    found = scaling.continued(old, [_row("lifeops", 1.5), _row("lifeops", 6.0, repeat=1)])
+    assert [(r["repeat"], r["median_ms"]) for r in found] == [(0, 2.0), (1, 3.0), (2, 1.5), (3, 6.0)]
+    assert scaling.spread(found[0], found) == 4.0
+
+
 def test_one_command_end_to_end(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "rows.csv"
