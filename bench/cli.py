@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench import optional, rows, tables
 from bench.collect import Options, collect
-from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, Problem, compiles, level_of, modes_of, named, problems
+from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, TIMM, Problem, compiles, level_of, modes_of, named, problems
 
 COMMANDS = ("compare", "page", "scaling", "tune")
 MORE = """commands:
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 def chosen(args) -> list[Problem]:
     """The problems asked for."""
     systems = words(args.system, SYSTEMS, "--system") if args.system else SYSTEMS
-    systems = [s for s in systems if args.level in (None, level_of(s))]
+    systems = [s for s in systems if args.level in (None, level_of(s)) and (s not in TIMM or optional.installed("timm"))]
     modes = [MODES[m] for m in words(args.mode, tuple(MODES), "--mode")] if args.mode else None
     dtypes = tuple(words(args.dtype, ("float64", "float32", "float16", "bfloat16"), "--dtype")) if args.dtype else DTYPES
     if not args.problem:

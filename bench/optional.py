@@ -1,4 +1,4 @@
-"""Baselines from packages that may not be there: other local ops on tokens, for scale. Both need a GPU.
+"""Baselines from packages that may not be there: timm's blocks, and other local ops on tokens, for scale; these need a GPU.
 
 ``natten``: neighbourhood attention, K x K keys around each query (shifted inwards at the borders), in the place of attention with a
 local term. ``causal_conv1d``: a depth-wise convolution of K taps along the sequence, its nearest relative in the literature.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from bench.case import Inputs, Variant
 from bench.problems import Problem
 
-PACKAGES = {"natten": "neighbourhood attention", "causal_conv1d": "a depth-wise convolution along the sequence"}
+PACKAGES = {"natten": "neighbourhood attention", "causal_conv1d": "a depth-wise convolution along the sequence", "timm": "its own blocks"}
 WINDOW, TAPS = 7, (2, 3, 4)
 
 

@@ -39,9 +39,10 @@ class Target(NamedTuple):
     at_least: float
 
 
+TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
 LEVELS = {
     "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout"),
-    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", "coat_pos_enc", "pvt_mlp", "twins_pos_conv"),
+    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", *TIMM),
     "model": ("vit_life", "vit_localvit", "vit_dw_shortcut"),
 }
 SYSTEMS = tuple(system for systems in LEVELS.values() for system in systems)

@@ -9,9 +9,9 @@ import functools
 import pytest
 import torch
 
-from bench import columns, systems
+from bench import columns, optional, systems
 from bench.case import check, inputs_of, runner
-from bench.problems import SYSTEMS, Problem, problems
+from bench.problems import SYSTEMS, TIMM, Problem, problems
 
 QUICK = [p for system in SYSTEMS for p in problems(system, quick=True, dtypes=("float32",)) if p.mode != "bwd"]
 PLAIN = {"life_qkv": ("plain_linear", "plain_conv1x1"), "local_attention": ("sdpa",), "localvit_ffn": ("mlp",), "rollout": ("product",)}
@@ -46,8 +46,8 @@ def two_threads(benchmark):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("problem", "variant"), CASES, ids=[f"{p.system}-{p.mode}-{p.name}-{v}" for p, v in CASES])
 def test_speed(benchmark, problem, variant):
-    if problem.system in ("coat_pos_enc", "pvt_mlp", "twins_pos_conv"):
-        pytest.importorskip("timm")
+    if problem.system in TIMM and not optional.installed("timm"):
+        pytest.skip("timm is not installed")
     case, inputs, known = _built(problem)
     check(case, case.variants[variant], inputs, known)
     benchmark.group = f"{problem.system} {problem.mode} {problem.name}"

@@ -266,7 +266,7 @@ def test_packages_that_are_not_there_are_named_and_those_that_are_join(monkeypat
         return sum(torch.nn.functional.pad(x, (k, 0))[..., : x.shape[2]] * w[:, -1 - k, None] for k in range(w.shape[1]))
 
     monkeypatch.setattr(optional, "installed", lambda name: False)
-    assert [line.split()[0] for line in optional.missing()] == ["natten", "causal_conv1d"]
+    assert [line.split()[0] for line in optional.missing()] == ["natten", "causal_conv1d", "timm"]
     assert optional.variants(PROBLEM, "cuda") == {}
     monkeypatch.setattr(optional, "installed", lambda name: True)
     monkeypatch.setitem(sys.modules, "natten", types.SimpleNamespace(na2d=na2d))

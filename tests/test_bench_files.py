@@ -29,13 +29,20 @@ def _options(*argv):
     return todo, cli.options(args, todo)
 
 
-def test_options_choose_problems():
+def test_options_choose_problems(monkeypatch):
+    monkeypatch.setattr(cli.optional, "installed", lambda name: True)
     todo, o = _options("block", "--quick", "--mode", "train", "--dtype", "float32", "--threads", "1,2", "--allocator", "both")
     assert {p.mode for p in todo} == {"fwdbwd"}
     assert {p.system for p in todo} == {"life_attention", "localvit_ffn", "dw_shortcut_block", "coat_pos_enc", "pvt_mlp", "twins_pos_conv"}
     assert (o.threads, o.allocators) == ((1, 2), ("warm", "default"))
     (p,), _ = _options("op", "--system", "token_dwconv", "--mode", "infer", "--dtype", "float16", "--problem", "b2_5x7_c24_k3")
     assert p == Problem("token_dwconv", "fwd", 2, 5, 7, 24, 3, "float16")
+
+
+def test_without_timm_its_blocks_are_left_out(monkeypatch):
+    monkeypatch.setattr(cli.optional, "installed", lambda name: False)
+    todo, _ = _options("block", "--quick")
+    assert {p.system for p in todo} == {"life_attention", "localvit_ffn", "dw_shortcut_block"}
 
 
 @pytest.mark.parametrize(
