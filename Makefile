@@ -26,7 +26,7 @@ test-none: $(VENV)/test.ready
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .
 
-# `make bench`: the full CPU set, its pictures and docs/performance.md, about 25 minutes. `make bench ARGS="--quick"`: only these arguments,
+# `make bench`: the full CPU set, its pictures and docs/performance.md. `make bench ARGS="--quick"`: only these arguments,
 # nothing is written.
 ROWS ?= bench/results/cpu.csv
 bench: $(VENV)/test.ready
@@ -34,8 +34,8 @@ ifdef ARGS
 	$(BIN)/python -m bench $(ARGS)
 else
 	$(BIN)/python -m bench --out $(ROWS)
-	$(BIN)/python -m bench --system life_qkv,life_attention --mode fwd,fwdbwd --dtype float32 --allocator default --repeats 3 --out $(ROWS)
-	$(BIN)/python -m bench scaling
+	$(BIN)/python -m bench --system life_qkv,life_attention --mode fwd,fwdbwd --dtype float32 --allocator default --out $(ROWS)
+	$(BIN)/python -m bench scaling --repeats 2
 	$(BIN)/python -m bench page
 endif
 

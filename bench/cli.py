@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache", default="auto", help="warm, cold, or both with a comma; auto: warm, and cold for ops")
     p.add_argument("--allocator", choices=("warm", "default", "both"), default="warm", help="glibc keeps freed memory, or as it comes")
     p.add_argument("--repeats", type=int, default=1, help="fresh processes per regime")
-    p.add_argument("--seconds", type=float, help="per problem and cache (default: 0.5, quick 0.15)")
+    p.add_argument("--seconds", type=float, help="per problem and cache (default: 0.3, quick 0.15)")
     p.add_argument("--quick", action="store_true", help="a subset of the sizes, under two minutes on two cores")
     p.add_argument("--out", type=Path, action="append", default=[], help="CSV or JSON file; rows of the same problems are replaced")
     p.add_argument("--figures", type=Path, help="folder for pictures of these rows")
@@ -80,7 +80,7 @@ def options(args, todo: list[Problem]) -> Options:
         raise SystemExit("bench: no CUDA device")
     return Options(
         tuple(int(t) for t in args.threads.split(",")), ("warm", "default") if args.allocator == "both" else (args.allocator,),
-        args.cache, args.backend, args.device, args.repeats, args.seconds or (0.15 if args.quick else 0.5),
+        args.cache, args.backend, args.device, args.repeats, args.seconds or (0.15 if args.quick else 0.3),
         tuple(p for p in todo if compiles(p, args.quick)),
     )  # fmt: skip
 

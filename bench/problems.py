@@ -50,16 +50,14 @@ NO_PREFIX = ("pvt_mlp", "twins_pos_conv")
 MODES = {"fwd": "fwd", "infer": "fwd", "bwd": "bwd", "dw": "dw", "fwdbwd": "fwdbwd", "train": "fwdbwd"}
 SIZES = [(8, 14, 14), (32, 14, 14), (16, 16, 16), (8, 32, 32), (8, 37, 37)]
 FEW_SIZES = [(32, 14, 14), (8, 32, 32)]
-COMPILED = {  # seconds each: a few telling problems
-    "b8_14x14_c192_k3_float32", "b32_14x14_c384_k3_float32", "b8_32x32_c384_k3_float32", "b32_14x14_c384_k5_float32",
-    "b16_14x14_c192_float32", "b16_14x14_c192_k3_float32",
-}  # fmt: skip
+COMPILED = {"b8_14x14_c192_k3_float32", "b32_14x14_c384_k5_float32", "b16_14x14_c192_float32", "b16_14x14_c192_k3_float32"}  # seconds each
 COMPILED_QUICK = {("token_dwconv", "b8_14x14_c192_k3_float32"), ("localvit_ffn", "b16_14x14_c192_float32")}
 
 
 def _dwconv(modes):
     for mode, dtype, (B, H, W), C, K in product(modes, DTYPES, SIZES, (192, 384, 768), (3, 5, 7)):
-        if mode != "bwd" or (B, H, W) in FEW_SIZES:
+        slow = dtype == "bfloat16" and mode != "fwd"  # oneDNN's gradients there: a second a call
+        if (B, H, W) in FEW_SIZES or not (slow or mode == "bwd"):
             yield Problem("token_dwconv", mode, B, H, W, C, K, dtype)
 
 
@@ -81,7 +79,7 @@ def _module(system: str, modes, quick: bool):
     if quick and system in LEVELS["block"]:
         modes = [m for m in modes if m != "bwd"]
     for mode, dtype, C in product(modes, ("float32",) if quick else DTYPES, _widths(system, quick)):
-        if dtype == "bfloat16" and (mode == "bwd" or C == 768):  # emulated on most CPUs: seconds a call
+        if dtype == "bfloat16" and (mode == "bwd" or C > 192):  # emulated on most CPUs: seconds a call
             continue
         yield Problem(system, mode, 16, 14, 14, C, 0, dtype, P)
 
