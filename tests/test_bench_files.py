@@ -9,7 +9,7 @@ pytest.importorskip("rich")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import cli, compare, measure, page, rows, scaling, tables  # noqa: E402
+from bench import cli, columns, compare, measure, page, rows, scaling, tables  # noqa: E402
 from bench.problems import DTYPES, SYSTEMS, Problem, modes_of, named, problems  # noqa: E402
 
 PROBLEM = Problem("token_dwconv", "fwd", 8, 14, 14, 192, 3, "float32")
@@ -123,6 +123,25 @@ def test_files_that_are_no_rows(tmp_path):
         rows.read(path)
     with pytest.raises(ValueError, match=r"stored as \.csv or \.json"):
         rows.read(tmp_path / "rows.txt")
+
+
+def test_the_share_is_of_the_ceiling_that_binds():
+    row = {"median_ms": 4.0, "bytes": 10**7, "flops": 10**9, "clone_gbs": 10.0, "gemm_tflops": 0.5, "issue_ms": None}
+    assert columns.derived(row) == {"gbs": 2.5, "tflops": 0.25, "share": 0.5, "bound": "flops"}
+    assert columns.derived(row | {"flops": 0})["bound"] == "bytes"
+    assert columns.derived(row | {"issue_ms": 3.0}) == {"gbs": 2.5, "tflops": 0.25, "share": 0.75, "bound": "issue"}
+
+
+def test_the_models_authors_modules_are_in_their_places():
+    from bench.model_systems import as_authors, models
+    from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
+    from lifeops.nn.eager_life import EagerLifeAttention
+    from lifeops.nn.eager_localvit import EagerLocalityFeedForward
+
+    host = {"img_size": 32, "patch_size": 16, "num_classes": 3, "depth": 2}
+    eager = {"vit_life": EagerLifeAttention, "vit_localvit": EagerLocalityFeedForward, "vit_dw_shortcut": EagerDWShortcut}
+    for system, kind in eager.items():
+        assert sum(isinstance(m, kind) for m in as_authors(models(system, host)[0]).modules()) == 2
 
 
 # ------------------------------------------------------------------------------------------------ compare
