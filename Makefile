@@ -26,8 +26,18 @@ test-none: $(VENV)/test.ready
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .
 
+# `make bench`: the full CPU set, its pictures and docs/performance.md. `make bench ARGS="--quick"`: only these arguments,
+# nothing is written.
+ROWS ?= bench/results/cpu.csv
 bench: $(VENV)/test.ready
+ifdef ARGS
 	$(BIN)/python -m bench $(ARGS)
+else
+	$(BIN)/python -m bench --out $(ROWS)
+	$(BIN)/python -m bench --system life_qkv,life_attention --mode fwd,fwdbwd --dtype float32 --allocator default --out $(ROWS)
+	$(BIN)/python -m bench scaling --repeats 2
+	$(BIN)/python -m bench page
+endif
 
 # Registers, spills and instructions per element of every GPU kernel variant on sm_80, sm_90 and sm_100, without a GPU.
 budgets: $(VENV)/test.ready

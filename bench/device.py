@@ -47,6 +47,13 @@ def _once(fn: Callable[[], object], c: Clock):
     return lambda: first.elapsed_time(last)
 
 
+def once(fn: Callable[[], object], c: Clock) -> float:
+    """Milliseconds of one call."""
+    ask = _once(fn, c)
+    _synchronize(c.device)
+    return ask()
+
+
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

@@ -17,13 +17,13 @@ from itertools import product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import lifeops
 from bench import device as timing
 from bench import systems
-from bench.__main__ import commit
+from bench.baselines import eager_dwconv, shift_and_add
 from bench.problems import Problem
+from bench.rows import commit
 from lifeops import registry
 
 WIDTHS = {"T": 192, "S": 384, "B": 768}
@@ -52,15 +52,6 @@ def backends(device: str) -> list[str]:
     return ["cpu"] if device == "cpu" else ["triton", "cuda"]
 
 
-def shift_and_add(x, w, p: Problem):
-    """The unrolled convolution that torch.compile fuses into one kernel: K² shifted multiply-adds on padded maps."""
-    half = p.K // 2
-    maps = F.pad(x[:, p.P :].unflatten(1, (p.H, p.W)), (0, 0, half, half, half, half))
-    taps = w.flatten(1).T
-    y = sum(maps[:, i : i + p.H, j : j + p.W] * taps[i * p.K + j] for i in range(p.K) for j in range(p.K))
-    return torch.cat((x[:, : p.P], y.flatten(1, 2)), 1)
-
-
 def _compiled(p: Problem, device: str) -> dict[str, Callable]:
     """torch.compile of the eager path and of the unrolled one, for the forward pass of a few problems."""
     if p.system != "token_dwconv" or p.mode != "fwd" or (p.W, p.C, p.K) not in COMPILED:
@@ -68,7 +59,7 @@ def _compiled(p: Problem, device: str) -> dict[str, Callable]:
     with torch.device(device):
         x = torch.randn(p.B, p.P + p.H * p.W, p.C, dtype=torch.bfloat16)
         w = torch.randn(p.C, 1, p.K, p.K, dtype=torch.bfloat16)
-    whole, unrolled = torch.compile(systems._eager_dwconv), torch.compile(shift_and_add)
+    whole, unrolled = torch.compile(eager_dwconv), torch.compile(shift_and_add)
     return {"compiled": lambda: whole(x, w, p), "compiled_shifts": lambda: unrolled(x, w, p)}
 
 

@@ -1,11 +1,18 @@
-"""Timing: variants interleaved call by call, so that a noisy moment hits all of them; medians and quartiles."""
+"""Timing: variants interleaved call by call, so that a noisy moment hits all of them; medians and quartiles.
+
+Inputs are rotated: round n runs every variant on set n of its inputs. ``warm``: an untimed call on the same inputs comes right
+before the timed one (left out where a call takes longer than filling the caches would). ``cold``: a buffer larger than the last
+cache is read by all threads before every timed call.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+import torch
 
 WARM_ALLOCATOR = {
     # glibc keeps freed memory instead of returning it, so that no page faults fall into the timed loop
@@ -13,6 +20,9 @@ WARM_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_TOP_PAD_": str(1 << 30),
 }
+FLUSH_BYTES = 80 << 20  # more than the last-level cache of the machines so far
+LONG_MS = 20.0  # a call that takes longer streams its inputs anyhow
+Run = Callable[[], object]
 
 
 class Timing(NamedTuple):
@@ -23,17 +33,35 @@ class Timing(NamedTuple):
     q75: float
 
 
-def interleaved(variants: dict[str, Callable[[], object]], seconds: float = 0.6, least: int = 5, most: int = 400) -> dict[str, Timing]:
-    """Time every variant in turn for about ``seconds`` in all, at least ``least`` rounds, after two untimed ones."""
-    for fn in variants.values():
-        fn(), fn()
+def quartiles(ms: Sequence[float]) -> Timing:
+    return Timing(*(statistics.quantiles(ms, n=4)[i] for i in (1, 0, 2)))
+
+
+def _once(fn: Run) -> float:
+    start = time.perf_counter()
+    fn()
+    return (time.perf_counter() - start) * 1e3
+
+
+def interleaved(
+    variants: Mapping[str, Sequence[Run]], seconds: float = 0.6, cache: str = "warm", least: int = 5, most: int = 400
+) -> dict[str, Timing]:
+    """Time every variant, given as one function per set of inputs, in turn for about ``seconds`` in all, at least ``least`` rounds."""
+    flush = torch.ones(FLUSH_BYTES // 4) if cache == "cold" else None
+    first = {name: min(_once(fn) for fn in runs) for name, runs in variants.items()}  # sets up what is set up lazily
+    for name, runs in variants.items():
+        if first[name] < LONG_MS:
+            first[name] = min(_once(fn) for fn in runs)
     samples: dict[str, list[float]] = {name: [] for name in variants}
     start = time.perf_counter()
     for n in range(most):
-        for name, fn in variants.items():
-            t = time.perf_counter()
-            fn()
-            samples[name].append((time.perf_counter() - t) * 1e3)
+        for name, runs in variants.items():
+            fn = runs[n % len(runs)]
+            if flush is not None:
+                flush.sum()
+            elif first[name] < LONG_MS:
+                fn()
+            samples[name].append(_once(fn))
         if n + 1 >= least and time.perf_counter() - start > seconds:
             break
-    return {name: Timing(*(statistics.quantiles(ms, n=4)[i] for i in (1, 0, 2))) for name, ms in samples.items()}
+    return {name: quartiles(ms) for name, ms in samples.items()}

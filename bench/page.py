@@ -1,73 +1,131 @@
-"""Writes docs/performance.md from the rows in bench/results/ and from nothing else: `python -m bench.page`."""
+"""`python -m bench page`: writes docs/performance.md and its pictures from the rows in bench/results/ and from nothing else."""
 
 from __future__ import annotations
 
-import csv
 import statistics
 from itertools import groupby
 from pathlib import Path
-from typing import get_type_hints
 
-from bench.__main__ import _spread, ratios
-from bench.problems import Problem, targets
+from bench import rows as store
+from bench import scaling_page
+from bench.problems import targets
+from bench.tables import Key, faster, losing, measured, missed, ratios, spread, wrong
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+PICTURES = "performance"
 INTRO = """# Performance
 
-Written by `python -m bench.page` from the rows in `bench/results/`. Each figure is how many times slower a baseline is than
-lifeops in the same run, variants interleaved call by call: the median over fresh processes, with the spread in brackets where
-there were several. `warm` keeps glibc from returning freed memory, so that page faults stay out of the loop; `default` is glibc
-as it comes. Baselines: `eager` is the path people write (view as a map, conv2d, view back, cat; for LIFE the authors' module),
-`onednn` the bare convolution on a ready channels-last map, `plain` the ordinary C -> 3C projection by the better of two library
-paths, `compiled` torch.compile of `eager`, `block` the Transformer block without the shortcut around it, `mlp` the LayerNorm and
-MLP that LocalViT's feed-forward replaces, `sdpa` torch's attention without a local term, `clone` a copy of the same bytes. `fwd`
-is inference: batch norms folded or constant. "promise" says whether the library's own target for that row was met.
+Written by `python -m bench page` from the rows in `bench/results/`. A baseline's figure is how many times slower it is than lifeops
+in the same run, variants interleaved call by call on the same rotated random inputs: the median over fresh processes, with the
+spread in brackets where there were several. A result that differs from the float64 oracle on the timed tensors gets no number.
 
-**No GPU has been measured.** Until one is, the evidence for the GPU kernels is static: `make budgets`.
+- Regimes: `warm` caches hold the inputs, before `cold` calls a buffer larger than the last cache is read. The `warm` allocator
+  keeps glibc from returning freed memory, so that page faults stay out of the loop; `default` is glibc as it comes.
+- Modes: `fwd` is inference (batch norms folded or constant), `bwd` the gradients alone, `dw` the weight gradient alone, `fwdbwd` a
+  training step.
+- Columns: GB/s of compulsory traffic (inputs and parameters once, results once), TFLOP/s of the registry's FLOPs (MAC = 2), the
+  share of the speed of light (the larger of the two times that a copy of the same bytes and a large matrix product, measured in the
+  same run, would take) and which of them binds; peak memory of a call, what is saved for backward, operator calls dispatched.
+- Baselines of the same work: `eager` is what people write (view as a map, conv2d, view back, cat; modules: the authors' code;
+  timm's own blocks as they are), `onednn` the bare convolution on a ready channels-last map, `compiled` torch.compile of `eager`,
+  `compiled_shifts` of an unrolled shift-and-add, `naive` roll-out with the matrices written out.
+- Of less work, the price of locality: `plain` the ordinary C -> 3C projection by the better of two library paths, the plain attention
+  or the plain model, `block` the Transformer block without the shortcut, `mlp` the LayerNorm and MLP that LocalViT's feed-forward
+  replaces, `sdpa` attention without a local term, `product` the scores alone, `clone` a copy of the same bytes.
+- "promise": whether the library's own target for that row was met.
 """
+NO_GPU = "**No GPU has been measured.** Until one is, the evidence for the GPU kernels is static: `make budgets`.\n"
 
 
-def read(path: Path) -> list[dict]:
-    whole = {f for f, kind in get_type_hints(Problem).items() if kind is int}
-    with path.open(newline="") as file:
-        return [{k: int(v) if k in whole else float(v) if k.endswith("_ms") else v for k, v in row.items()} for row in csv.DictReader(file)]
+def _mb(size) -> str:
+    return "-" if size is None else f"{size / 1e6:.1f}"
 
 
-def _row(p: Problem, allocator: str, cell: dict, baselines: list[str]) -> str:
-    promised = targets(p, allocator)
-    missed = [t for t in promised if statistics.median(cell[t.baseline]) < t.at_least]
-    verdict = "-" if not promised else "kept" if not missed else "; ".join(f"missed: {t.baseline} {t.at_least:.2f}" for t in missed)
+def _columns(row: dict) -> list[str]:
+    """The columns beside the time; dashes in rows from before they existed."""
+    if row["share"] is None:
+        return ["-"] * 7
+    calls = "-" if row["launches"] is None else str(row["launches"])
+    speed = [f"{row['gbs']:.1f}", f"{row['tflops']:.3f}", f"{row['share']:.0%}", row["bound"]]
+    return [*speed, _mb(row["peak_bytes"]), _mb(row["saved_bytes"]), calls]
+
+
+def _line(key: Key, cell: dict, row: dict, baselines: list[str]) -> str:
+    p, _, allocator, cache, _ = key
+    broken = missed(key, cell)
+    promised = [t for t in targets(p, allocator) if t.baseline in cell] if cache == "warm" else []
+    verdict = "-" if not promised else "kept" if not broken else "; ".join(f"missed: {t.baseline} {t.at_least:.2f}" for t in broken)
     ours = f"{statistics.median(cell['lifeops']):.2f}"
-    return "| " + " | ".join([p.name, ours, *(_spread(cell[b]) for b in baselines), verdict]) + " |"
+    others = [spread(cell[b]) if b in cell else "-" for b in baselines]
+    return "| " + " | ".join([p.name, ours, *_columns(row), *others, verdict]) + " |"
+
+
+def _losers(members: list[tuple[Key, dict]]) -> list[str]:
+    """Same-work baselines that are faster, named under the table."""
+    out = []
+    for (p, *_), cell in members:
+        ahead = [f"{b} {statistics.median(v):.2f}" for b, v in faster(cell).items()]
+        out += [f"{p.name}: {', '.join(ahead)}"] if ahead else []
+    return ["Faster than lifeops: " + "; ".join(out) + "."] if out else ["No baseline of the same work is faster."]
 
 
 def tables(rows: list[dict]) -> list[str]:
-    lines = []
-    cells = list(ratios(rows).items())
-    for (system, mode, allocator), group in groupby(cells, key=lambda c: (c[0][0].system, c[0][0].mode, c[0][1])):
+    lines: list[str] = []
+    first = {}
+    for r in measured(rows):
+        if r["variant"] == "lifeops":
+            first.setdefault((store.problem(r), r["machine"], r["allocator"], r["cache"], r["threads"]), r)
+    by_table = lambda c: (c[0][0].system, c[0][0].mode, c[0][2], c[0][3], c[0][4])  # noqa: E731
+    for (system, mode, allocator, cache, threads), group in groupby(ratios(rows).items(), key=by_table):
         members = list(group)
-        baselines = [b for b in members[0][1] if b != "lifeops" and not b.startswith("plain_")]
-        header = ["problem", "lifeops ms", *baselines, "promise"]
-        lines += [f"### {system}, {mode}, {allocator} allocator", "", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-        lines += [_row(p, allocator, cell, baselines) for (p, _), cell in members]
-        kept = sum("missed" not in line for line in lines[-len(members) :])
-        lines += ["", f"{kept} of {len(members)} rows keep their promise or have none.", ""]
+        baselines = list(dict.fromkeys(b for _, cell in members for b in cell if b != "lifeops" and not b.startswith("plain_")))
+        header = ["problem", "lifeops ms", "GB/s", "TFLOP/s", "share", "bound", "peak MB", "saved MB", "calls", *baselines, "promise"]
+        lines += [f"### {system}, {mode}, {cache} cache, {allocator} allocator, {threads} threads", ""]
+        lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+        lines += [_line(key, cell, first[key], baselines) for key, cell in members]
+        kept = sum(not missed(key, cell) for key, cell in members)
+        lines += ["", *_losers(members), f"{kept} of {len(members)} rows keep their promise or have none.", ""]
     return lines
 
 
+def _section(path: Path, rows: list[dict]) -> list[str]:
+    first = rows[0]
+    where = "" if store.is_gpu(first) else " Measured on a CPU; not measured on a GPU."
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    lines = [f"## {first['machine']}", "", f"torch {first['torch']}, commit {commits}, `{path.name}`.{where}", ""]
+    lines += [f"![{kind}]({PICTURES}/{path.stem}_{kind}.png)" for kind in ("ratios", "share") if _has(kind, rows)]
+    broken, slower = losing(rows)
+    red = wrong(rows)
+    summary = (
+        f"{len(broken)} promises are not kept, {len(slower)} times a baseline of the same work is faster, {len(red)} results are wrong."
+    )
+    return [*lines, "", summary, *(f"- wrong, no number: {line}" for line in red), "", *tables(rows)]
+
+
+def _has(kind: str, rows: list[dict]) -> bool:
+    return kind == "ratios" or any(row["share"] for row in rows)
+
+
 def page() -> str:
+    files = {path: store.read(path) for path in sorted(RESULTS.glob("*.csv"))}
     lines = [INTRO]
-    for path in sorted((ROOT / "bench" / "results").glob("*.csv")):
-        rows = read(path)
-        first = rows[0]
-        facts = f"torch {first['torch']}, {first['threads']} threads, commit {first['commit']}, `{path.name}`"
-        lines += [f"## {first['machine']}", "", facts, ""]
-        lines += tables(rows)
+    if not any(store.is_gpu(row) for rows in files.values() for row in rows):
+        lines.append(NO_GPU)
+    for path, rows in files.items():
+        if path.stem.startswith("scaling"):
+            lines += scaling_page.section(path, rows, PICTURES)
+            continue
+        for machine in dict.fromkeys(row["machine"] for row in rows):
+            lines += _section(path, [row for row in rows if row["machine"] == machine])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    from bench import figures
+
+    figures.draw_files(sorted(RESULTS.glob("*.csv")), PAGE.parent / PICTURES)
     PAGE.write_text(page())
     return 0
 

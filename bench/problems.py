@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from itertools import product
 from typing import NamedTuple
 
 DTYPES = ("float32", "bfloat16")
+_NAME = re.compile(r"b(\d+)_(\d+)x(\d+)_c(\d+)(?:_[kd](\d+))?(?:_(float\d+|bfloat16))?(?:_p(\d+))?")
 
 
 class Problem(NamedTuple):
@@ -17,21 +20,16 @@ class Problem(NamedTuple):
     H: int
     W: int
     C: int
-    K: int  # 0 where the system fixes its kernels
+    K: int  # kernel size; 0 where the system fixes it; a model's depth
     dtype: str
     P: int = 1
 
     @property
     def name(self) -> str:
-        kernel = f"_k{self.K}" if self.K else ""
-        return f"b{self.B}_{self.H}x{self.W}_c{self.C}{kernel}_{self.dtype}"
-
-    @property
-    def bytes(self) -> int:
-        """Compulsory traffic of one sequence read and one written, the unit of the GB/s column; 0 for a whole module."""
-        size = 4 if self.dtype == "float32" else 2
-        passes = {"fwd": 2, "dw": 2, "fwdbwd": 5}[self.mode]  # fwdbwd: x, y; then dy, x, dx
-        return passes * self.B * (self.P + self.H * self.W) * self.C * size if self.system == "token_dwconv" else 0
+        kernel = "" if not self.K else f"_d{self.K}" if self.system.startswith("vit_") else f"_k{self.K}"
+        usual = 0 if self.system in NO_PREFIX else 1
+        prefix = "" if usual == self.P else f"_p{self.P}"
+        return f"b{self.B}_{self.H}x{self.W}_c{self.C}{kernel}_{self.dtype}{prefix}"
 
 
 class Target(NamedTuple):
@@ -41,54 +39,134 @@ class Target(NamedTuple):
     at_least: float
 
 
+TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
+LEVELS = {
+    "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout"),
+    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", *TIMM),
+    "model": ("vit_life", "vit_localvit", "vit_dw_shortcut"),
+}
+SYSTEMS = tuple(system for systems in LEVELS.values() for system in systems)
+NO_PREFIX = ("pvt_mlp", "twins_pos_conv")
+MODES = {"fwd": "fwd", "infer": "fwd", "bwd": "bwd", "dw": "dw", "fwdbwd": "fwdbwd", "train": "fwdbwd"}
 SIZES = [(8, 14, 14), (32, 14, 14), (16, 16, 16), (8, 32, 32), (8, 37, 37)]
-QUICK_SIZES = [(16, 14, 14), (8, 32, 32)]
+FEW_SIZES = [(32, 14, 14), (8, 32, 32)]
+COMPILED = {"b8_14x14_c192_k3_float32", "b32_14x14_c384_k5_float32", "b16_14x14_c192_float32", "b16_14x14_c192_k3_float32"}  # seconds each
+COMPILED_QUICK = {("token_dwconv", "b8_14x14_c192_k3_float32"), ("localvit_ffn", "b16_14x14_c192_float32")}
 
 
-def _dwconv(modes, quick):
-    sizes, widths = (QUICK_SIZES, (192, 768)) if quick else (SIZES, (192, 384, 768))
-    for mode, dtype, (B, H, W), C, K in product(modes, DTYPES, sizes, widths, (3, 5, 7)):
-        yield Problem("token_dwconv", mode, B, H, W, C, K, dtype)
+def _dwconv(modes):
+    for mode, dtype, (B, H, W), C, K in product(modes, DTYPES, SIZES, (192, 384, 768), (3, 5, 7)):
+        slow = dtype == "bfloat16" and mode != "fwd"  # oneDNN's gradients there: a second a call
+        if (B, H, W) in FEW_SIZES or not (slow or mode == "bwd"):
+            yield Problem("token_dwconv", mode, B, H, W, C, K, dtype)
 
 
-def _module(system, modes, widths):
-    for mode, dtype, C in product(modes, DTYPES, widths):
-        yield Problem(system, mode, 16, 14, 14, C, 0, dtype, P=1)
+def _dwconv_quick(modes):
+    for mode, (dtype, B, H, C, K) in product(modes, (
+        ("float32", 8, 14, 192, 3), ("float32", 32, 14, 384, 5), ("float32", 8, 32, 384, 7), ("bfloat16", 32, 14, 384, 3),
+    )):  # fmt: skip
+        yield Problem("token_dwconv", mode, B, H, H, C, K, dtype)
 
 
-def _attention(modes, quick):
-    widths = (192,) if quick else (192, 384)
-    for mode, dtype, (B, size), C in product(modes, DTYPES, ((16, 14), (4, 32)), widths):
-        yield Problem("local_attention", mode, B, size, size, C, 3, dtype)
+def _widths(system: str, quick: bool) -> tuple[int, ...]:
+    if quick:
+        return (192,)
+    return (192, 384, 768) if system.startswith("life") else (192, 384)
 
 
-SYSTEMS = ("token_dwconv", "life_qkv", "local_attention", "life_attention", "localvit_ffn", "dw_shortcut", "dw_shortcut_block")
+def _module(system: str, modes, quick: bool):
+    P = 0 if system in NO_PREFIX else 1
+    if quick and system in LEVELS["block"]:
+        modes = [m for m in modes if m != "bwd"]
+    for mode, dtype, C in product(modes, ("float32",) if quick else DTYPES, _widths(system, quick)):
+        if dtype == "bfloat16" and (mode == "bwd" or C > 192):  # emulated on most CPUs: seconds a call
+            continue
+        yield Problem(system, mode, 16, 14, 14, C, 0, dtype, P)
+
+
+def _attention(system: str, modes, quick: bool):
+    sizes = ((16, 14),) if quick else ((16, 14), (4, 32))
+    for mode, dtype, (B, size), C in product(modes, ("float32",) if quick else DTYPES, sizes, _widths(system, quick)):
+        yield Problem(system, mode, B, size, size, C, 3 if system == "local_attention" else 0, dtype)
+
+
+def _model(system: str, modes, quick: bool):
+    for mode in modes:
+        yield Problem(system, mode, 2 if quick else 8, 14, 14, 192, 2 if quick else 12, "float32")  # K: the depth
+
+
+def level_of(system: str) -> str:
+    return next(level for level, systems in LEVELS.items() if system in systems)
 
 
 def modes_of(system: str) -> tuple[str, ...]:
-    """fwd is inference (batch norms folded or constant), dw the weight gradient alone, fwdbwd a training step."""
-    return ("fwd", "dw", "fwdbwd") if system == "token_dwconv" else ("fwd", "fwdbwd")
+    """fwd is inference (batch norms folded or constant), dw the weight gradient alone, bwd both gradients of a graph that exists
+    already, fwdbwd a training step.
+    """
+    if system == "rollout":
+        return ("fwd",)
+    if level_of(system) == "model":
+        return ("fwd", "fwdbwd")
+    return ("fwd", "dw", "bwd", "fwdbwd") if system == "token_dwconv" else ("fwd", "bwd", "fwdbwd")
 
 
 def problems(system: str, modes: list[str] | None = None, *, quick: bool = False, dtypes: tuple[str, ...] = DTYPES) -> list[Problem]:
-    """The committed set for a system; ``quick`` is a subset for a look."""
+    """The committed set for a system; ``quick`` is a subset for a look. Modes that the system does not have are left out."""
     if system not in SYSTEMS:
         raise ValueError(f"bench: system must be one of {', '.join(SYSTEMS)}, got {system!r}")
-    modes = modes or modes_of(system)
-    if system == "local_attention":
-        return [p for p in _attention(modes, quick) if p.dtype in dtypes]
-    widths = (192, 384, 768) if system.startswith("life") else (192, 384)
-    found = _dwconv(modes, quick) if system == "token_dwconv" else _module(system, modes, widths)
+    modes = [m for m in modes_of(system) if modes is None or m in modes]
+    if system == "token_dwconv":
+        found = _dwconv_quick(modes) if quick else _dwconv(modes)
+    elif level_of(system) == "model":
+        found = _model(system, modes, quick)
+    elif system in ("local_attention", "rollout"):
+        found = _attention(system, modes, quick)
+    else:
+        found = _module(system, modes, quick)
     return [p for p in found if p.dtype in dtypes]
 
 
+def named(text: str, system: str, mode: str, dtype: str) -> Problem:
+    """A problem from a name like b16_14x14_c192, b8_32x32_c384_k5_bfloat16 or b8_32x32_c384_k5_p0."""
+    found = _NAME.fullmatch(text)
+    if not found:
+        raise ValueError(f"bench: a problem is named like b16_14x14_c192_k3_float32, got {text!r}")
+    B, H, W, C, K, own, P = found.groups()
+    prefix = int(P) if P else 0 if system in NO_PREFIX else 1
+    return Problem(system, mode, int(B), int(H), int(W), int(C), int(K or 0), own or dtype, prefix)
+
+
+def compiles(p: Problem, quick: bool) -> bool:
+    """Whether torch.compile is a baseline of ``p``."""
+    if level_of(p.system) == "model" or p.mode in ("dw", "bwd"):
+        return False
+    if p.system == "localvit_ffn" and p.dtype == "float32" and not quick:  # promised
+        return True
+    return ((p.system, p.name) in COMPILED_QUICK and p.mode == "fwd") if quick else p.name in COMPILED
+
+
+def cold_too(p: Problem) -> bool:
+    """Whether ``p`` is also timed with cold caches: ops' forwards and training steps; of token_dwconv's full set two sizes."""
+    if level_of(p.system) != "op" or p.mode not in ("fwd", "fwdbwd"):
+        return False
+    return p.system != "token_dwconv" or (p.B, p.H, p.W) in FEW_SIZES or (p.B, p.H, p.W) not in SIZES
+
+
+@functools.cache
+def _committed(system: str) -> frozenset[Problem]:
+    return frozenset(problems(system))
+
+
 def targets(p: Problem, allocator: str) -> list[Target]:
-    """What the library promises for this problem on CPU; an empty list where nothing is promised."""
+    """What the library promises for this problem on CPU; an empty list where nothing is promised: other than the committed sizes."""
+    if p not in _committed(p.system):
+        return []
     if p.system == "token_dwconv":
         large = p.K >= 5
         return {
             "fwd": [Target("eager", 1.5)] + ([Target("onednn", 1.0)] if large else []),
             "dw": [Target("onednn", 10.0 if large else 1.0)],
+            "bwd": [],
             "fwdbwd": [Target("eager", 3.0 if large else 1.5)],
         }[p.mode]
     if p.system == "life_qkv" and p.dtype == "float32":
@@ -97,9 +175,11 @@ def targets(p: Problem, allocator: str) -> list[Target]:
             return [Target("eager", 2.0)] if p.mode == "fwd" else []
         if p.mode == "fwd":
             return [Target("plain", 1 / (1.4, 1.25, 1.15)[i]), Target("eager", (1.55, 1.5, 1.4)[i])]
-        return [Target("eager", (1.5, 1.5, 1.3)[i])]
+        return [Target("eager", (1.5, 1.5, 1.3)[i])] if p.mode == "fwdbwd" else []
     if p.system == "local_attention" and p.mode == "fwd" and p.dtype == "float32":
         return [Target("sdpa", 1 / 1.2)]
+    if p.mode == "bwd":
+        return []
     if p.system == "life_attention" and p.C in (192, 384) and p.dtype == "float32" and allocator == "warm":
         return [Target("eager", 1.25 if p.mode == "fwd" else 1.2)]
     if p.system == "localvit_ffn" and p.dtype == "float32" and allocator == "warm":

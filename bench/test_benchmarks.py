@@ -1,45 +1,38 @@
 """The problems of `python -m bench` as a pytest-benchmark suite: `pytest bench --benchmark-only [--benchmark-compare]`.
 
-Grouped by problem, one entry per variant, with peak memory (bytes) and FLOPs of a call in ``extra_info``.
+Grouped by problem, one entry per variant, with the row's other columns in ``extra_info``: compulsory bytes and FLOPs of a call,
+peak memory, what is saved for backward, operator calls. A wrong result is not timed.
 """
 
 import functools
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench import systems
-from bench.problems import SYSTEMS, problems
-from lifeops.demo.measure import peak_memory
+from bench import columns, optional, systems
+from bench.case import check, inputs_of, runner
+from bench.problems import SYSTEMS, TIMM, Problem, problems
 
-QUICK = [p for system in SYSTEMS for p in problems(system, quick=True, dtypes=("float32",))]
-VARIANTS = {
-    ("token_dwconv", "fwd"): ("lifeops", "eager", "onednn"),
-    ("token_dwconv", "dw"): ("lifeops", "onednn"),
-    ("token_dwconv", "fwdbwd"): ("lifeops", "eager"),
-    ("life_qkv", "fwd"): ("lifeops", "eager", "plain_linear", "plain_conv1x1"),
-    ("life_qkv", "fwdbwd"): ("lifeops", "eager", "plain_linear", "plain_conv1x1"),
-    ("local_attention", "fwd"): ("lifeops", "sdpa", "eager"),
-    ("local_attention", "fwdbwd"): ("lifeops", "sdpa", "eager"),
-    ("life_attention", "fwd"): ("lifeops", "eager"),
-    ("life_attention", "fwdbwd"): ("lifeops", "eager"),
-    ("localvit_ffn", "fwd"): ("lifeops", "eager", "mlp"),
-    ("localvit_ffn", "fwdbwd"): ("lifeops", "eager", "mlp"),
-    ("dw_shortcut", "fwd"): ("lifeops", "eager"),
-    ("dw_shortcut", "fwdbwd"): ("lifeops", "eager"),
-    ("dw_shortcut_block", "fwd"): ("lifeops", "eager", "block"),
-    ("dw_shortcut_block", "fwdbwd"): ("lifeops", "eager", "block"),
-}
-CASES = [(p, v) for p in QUICK for v in VARIANTS[p.system, p.mode]]
+QUICK = [p for system in SYSTEMS for p in problems(system, quick=True, dtypes=("float32",)) if p.mode != "bwd"]
+PLAIN = {"life_qkv": ("plain_linear", "plain_conv1x1"), "local_attention": ("sdpa",), "localvit_ffn": ("mlp",), "rollout": ("product",)}
+PLAIN |= {"life_attention": ("plain",), "dw_shortcut_block": ("block",)} | dict.fromkeys(("vit_life", "vit_localvit"), ("plain",))
+
+
+def variants(p: Problem) -> tuple[str, ...]:
+    same = {"rollout": "naive"}.get(p.system, "eager")
+    if p.system == "token_dwconv" and p.mode in ("fwd", "dw"):
+        return ("lifeops", "eager", "onednn") if p.mode == "fwd" else ("lifeops", "onednn")
+    return ("lifeops", same, *PLAIN.get(p.system, ()))
+
+
+CASES = [(p, v) for p in QUICK for v in variants(p)]
 
 
 @functools.lru_cache(maxsize=1)
 def _built(p):
-    """The variants of one problem, checked once: a wrong result is not timed."""
-    variants, check = systems.build(p)
-    check()
-    return variants
+    """The variants of one problem and their inputs."""
+    case = systems.case(p)
+    return case, inputs_of(case, 1), {}
 
 
 @pytest.fixture
@@ -53,9 +46,10 @@ def two_threads(benchmark):
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("problem", "variant"), CASES, ids=[f"{p.system}-{p.mode}-{p.name}-{v}" for p, v in CASES])
 def test_speed(benchmark, problem, variant):
-    run = _built(problem)[variant]
+    if problem.system in TIMM and not optional.installed("timm"):
+        pytest.skip("timm is not installed")
+    case, inputs, known = _built(problem)
+    check(case, case.variants[variant], inputs, known)
     benchmark.group = f"{problem.system} {problem.mode} {problem.name}"
-    with FlopCounterMode(display=False) as flops:
-        run()
-    benchmark.extra_info.update(peak_bytes=peak_memory(run), flops=flops.get_total_flops())
-    benchmark.pedantic(run, rounds=9, warmup_rounds=2)
+    benchmark.extra_info.update(columns.facts(case, variant, inputs)._asdict())
+    benchmark.pedantic(runner(case.variants[variant], problem.mode, inputs), rounds=9, warmup_rounds=2)

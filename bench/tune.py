@@ -26,10 +26,10 @@ def measure(dtype: torch.dtype, channels: int) -> dict[str, float]:
         return torch.autograd.grad(y, (x, kernel), dy)
 
     variants = {"linear": lambda: torch.autograd.grad(F.linear(x, w), (x, w), dy), "conv1x1": conv1x1}
-    return {name: timing.median for name, timing in interleaved(variants, seconds=2.0).items()}
+    return {name: timing.median for name, timing in interleaved({k: [fn] for k, fn in variants.items()}, seconds=2.0).items()}
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     table = json.loads(pointwise._TABLE.read_text())
     machine = {"vendor": pointwise.vendor(), "isa": torch.backends.cpu.get_cpu_capability()}
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,0 +1,80 @@
+"""Runs the problems in fresh processes, one per allocator, thread count and repeat, and makes rows of what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bench import columns, rows
+from bench.measure import WARM_ALLOCATOR
+from bench.problems import Problem
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the problems are measured. ``seconds`` is per problem and cache; ``compiled`` are those with torch.compile as a baseline."""
+
+    threads: tuple[int, ...] = (2,)
+    allocators: tuple[str, ...] = ("warm",)
+    cache: str = "auto"
+    backend: str = "auto"
+    device: str = "cpu"
+    repeats: int = 1
+    seconds: float = 0.6
+    compiled: tuple[Problem, ...] = ()
+
+
+def process(todo: list[Problem], o: Options, threads: int, allocator: str, repeat: int) -> Iterator[dict]:
+    """One fresh process over all problems; yields what the worker writes."""
+    env = {**os.environ, **(WARM_ALLOCATOR if allocator == "warm" else {}), "OMP_NUM_THREADS": str(threads)}
+    settings = {"threads": threads, "seconds": o.seconds, "seed": repeat + 1, "device": o.device, "cache": o.cache, "backend": o.backend}
+    command = [sys.executable, "-m", "bench.worker", *(f"--{k}={v}" for k, v in settings.items())]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    worker.stdin.write(json.dumps({"problems": todo, "compiled": [p for p in todo if p in o.compiled]}))
+    worker.stdin.close()
+    yield from map(json.loads, worker.stdout)
+    if worker.wait():
+        raise SystemExit(f"bench: a worker process ended with code {worker.returncode}")
+
+
+def rows_of(entry: dict, facts: dict) -> list[dict]:
+    """One row per variant; a wrong one says why and has no number."""
+    p = Problem(*entry["problem"])
+    common = dict.fromkeys(rows.FIELDS) | facts | p._asdict() | {"cache": entry["cache"], "note": ""}
+    common |= {k: entry[k] and round(entry[k], 4) for k in rows.CEILINGS}
+    ours = entry["variants"].get("lifeops")
+    made = []
+    for variant, v in entry["variants"].items():
+        row = common | {"variant": variant, **{c: v[c] for c in rows.COSTS}}
+        row |= {name: round(v[name.removesuffix("_ms")], 5) for name in rows.TIMES}
+        row |= columns.derived(row)
+        row["ratio"] = round(v["median"] / ours["median"], 4) if ours else None
+        made.append(row)
+    return made + [common | {"variant": variant, "note": note} for variant, note in entry["wrong"].items()]
+
+
+def collect(todo: list[Problem], o: Options, console: Console, each: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
+    """Rows of every process; ``each`` gets all so far when one has ended (not before: it would take a core from what is timed)."""
+    facts = {"machine": rows.machine(o.device), "torch": torch.__version__, "triton": rows.triton_version(), "commit": rows.commit()}
+    runs = [(t, a, r) for t in o.threads for a in o.allocators for r in range(o.repeats)]
+    found, shown = [], (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console, transient=True, refresh_per_second=1) as progress:
+        bar = progress.add_task("timing", total=len(todo) * len(runs))
+        for threads, allocator, repeat in runs:
+            done = set()
+            for entry in process(todo, o, threads, allocator, repeat):
+                done.add(tuple(entry["problem"]))
+                new = rows_of(entry, facts | {"threads": threads, "allocator": allocator, "repeat": repeat})
+                progress.update(bar, completed=runs.index((threads, allocator, repeat)) * len(todo) + len(done))
+                progress.update(bar, description=f"{new[0]['system']} {new[0]['mode']}")
+                found += new
+            each(found)
+    return found

@@ -1,0 +1,84 @@
+"""Model-level problems: inference and training steps of ViT-T with the library's modules, as the authors run it, and plain."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from bench.case import Case, of_module
+from bench.problems import Problem
+from lifeops.models import deit, localvit
+from lifeops.nn import DWShortcut, LifeAttention, LocalityFeedForward
+from lifeops.nn.dw_shortcut import wrap
+from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
+from lifeops.nn.eager_life import EagerLifeAttention
+from lifeops.nn.eager_localvit import EagerLocalityFeedForward
+
+CLASSES = 100
+
+
+def _authors(module: torch.nn.Module):
+    """The authors' counterpart of one of ours, with its weights; None for any other module."""
+    P = getattr(module, "num_prefix_tokens", 0)
+    if isinstance(module, LifeAttention):
+        eager = EagerLifeAttention(module.proj.in_features, module.num_heads, P)
+    elif isinstance(module, LocalityFeedForward):
+        eager = EagerLocalityFeedForward(module.dim, module.hidden_dim / module.dim, module.dim, P)
+        eager.grid_holder = module.grid_holder
+    elif isinstance(module, DWShortcut):
+        sizes = tuple(conv.kernel_size[0] for conv in module.convs)
+        eager = EagerDWShortcut(module.convs[0].out_channels, sizes, P)
+    else:
+        return None
+    eager.to(next(module.parameters()).dtype).load_state_dict(module.state_dict())
+    return eager.train(module.training)
+
+
+def as_authors(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of ``model`` with the authors' modules in the place of ours."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            eager = _authors(child)
+            if eager is not None:
+                setattr(parent, name, eager)
+    return model
+
+
+def models(system: str, host: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Ours and its plain host."""
+    plain = deit.VisionTransformer(**host)
+    if system == "vit_life":
+        return deit.VisionTransformer(attn=LifeAttention, **host), plain
+    if system == "vit_localvit":
+        return localvit(**host), plain
+    ours = copy.deepcopy(plain)
+    ours.blocks = wrap(ours.blocks, num_prefix_tokens=ours.num_prefix_tokens)
+    return ours, plain
+
+
+def model(p: Problem, compile: bool) -> Case:
+    dtype, side = getattr(torch, p.dtype), 16 * p.H
+    host = {"img_size": side, "patch_size": 16, "num_classes": CLASSES, "depth": p.K or 12}
+    ours, plain = (m.to(dtype).train(p.mode != "fwd") for m in models(p.system, host))
+    eager = as_authors(ours)
+
+    def call(m, i):
+        return m(i["x"])
+
+    def draw():
+        return {"x": torch.randn(p.B, 3, side, side).to(dtype), "dy": torch.randn(p.B, CLASSES).to(dtype)}
+
+    oracle = of_module(copy.deepcopy(eager).double(), call, ())
+    variants = {
+        "lifeops": of_module(ours, call, (), truth=oracle),
+        "eager": of_module(eager, call, (), truth=oracle),
+        "plain": of_module(plain, call, (), truth=of_module(copy.deepcopy(plain).double(), call, ())),
+    }
+    if p.system == "vit_dw_shortcut" and dtype != torch.float32:
+        del variants["eager"]  # the authors' shortcut returns float32 tokens, which the next block does not take
+    return Case(p, draw, variants)
+
+
+BUILDERS = dict.fromkeys(("vit_life", "vit_localvit", "vit_dw_shortcut"), model)

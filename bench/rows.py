@@ -1,0 +1,115 @@
+"""Rows: what is stored of a measurement, and how. One row per problem, variant, cache, allocator and repeat; CSV or JSON.
+
+Files written before a column existed are read with that column empty; their ``cache`` is "warm" (as it came in the loop).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import get_type_hints
+
+import torch
+
+from bench.problems import Problem
+
+FACTS = ("machine", "torch", "triton", "commit", "threads", "allocator", "cache", "repeat")
+TIMES = ("median_ms", "q25_ms", "q75_ms")
+DERIVED = ("gbs", "tflops", "share", "bound", "ratio")
+COSTS = ("bytes", "flops", "peak_bytes", "saved_bytes", "launches")
+CEILINGS = ("clone_gbs", "gemm_tflops", "issue_ms")
+FIELDS = (*FACTS, *Problem._fields, "variant", *TIMES, *DERIVED, *COSTS, *CEILINGS, "note")
+WHOLE = {f for f, kind in get_type_hints(Problem).items() if kind is int} | {"threads", "repeat", *COSTS}
+REAL = {*TIMES, "gbs", "tflops", "share", "ratio", *CEILINGS}
+SAME = ("machine", "threads", "allocator")  # with the problem: what a new measurement replaces
+
+
+def machine(device: str = "cpu") -> str:
+    from lifeops.pointwise import vendor
+
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.processor() or vendor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
+
+
+def problem(row: dict) -> Problem:
+    return Problem(*(row[f] for f in Problem._fields))
+
+
+def is_gpu(row: dict) -> bool:
+    return row["machine"].startswith(("NVIDIA", "Tesla", "AMD Instinct"))
+
+
+def _typed(row: dict) -> dict:
+    full = dict.fromkeys(FIELDS, "") | {"cache": "warm"} | {k: v for k, v in row.items() if v is not None}
+    for name in WHOLE | REAL:
+        kind = int if name in WHOLE else float
+        full[name] = None if full[name] == "" else kind(full[name])
+    return full
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a CSV or JSON file; ValueError where it is neither or misses what every row has."""
+    if path.suffix == ".json":
+        found = json.loads(path.read_text())
+    elif path.suffix == ".csv":
+        with path.open(newline="") as file:
+            found = list(csv.DictReader(file))
+    else:
+        raise ValueError(f"bench: rows are stored as .csv or .json, got {path}")
+    lacking = [f for f in ("machine", "system", "variant", "median_ms") if found and f not in found[0]]
+    if lacking:
+        raise ValueError(f"bench: {path} has no column {', '.join(lacking)}")
+    return [_typed(row) for row in found]
+
+
+def key(row: dict) -> tuple:
+    """What a new measurement replaces."""
+    return (*(row[f] for f in SAME), problem(row))
+
+
+def replaced(old: Iterable[dict], new: list[dict]) -> list[dict]:
+    """``old`` without what ``new`` measured again (same machine, threads, allocator and problem), then ``new``, in one order."""
+    again = {key(row) for row in new}
+    rows = [row for row in old if key(row) not in again] + new
+    place = {order: n for n, order in enumerate(dict.fromkeys(_order(row) for row in rows))}
+    return sorted(rows, key=lambda row: (place[_order(row)], row["cache"] != "warm"))
+
+
+def _order(row: dict) -> tuple:
+    """Rows of one table stay together, in the order tables first came."""
+    return row["machine"], row["threads"], row["system"], row["mode"], row["allocator"]
+
+
+def save(rows: list[dict], path: Path) -> None:
+    """Put ``rows`` into a CSV or JSON file, in the place of earlier ones of the same problems."""
+    rows = replaced(read(path) if path.exists() else [], rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text("[\n" + ",\n".join(json.dumps({f: row[f] for f in FIELDS}) for row in rows) + "\n]\n")
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
