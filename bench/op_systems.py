@@ -223,6 +223,8 @@ def shortcuts(p: Problem):
     eager = eager.to(getattr(torch, p.dtype)).train(p.mode != "fwd")
     ours = DWShortcut(p.C, p.K or 3, p.P).to(getattr(torch, p.dtype)).train(p.mode != "fwd")
     ours.load_state_dict(eager.state_dict())
+    if p.mode == "fwd":
+        lifeops.fuse_(ours)
     return eager, ours, copy.deepcopy(eager).double()
 
 

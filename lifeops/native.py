@@ -198,7 +198,9 @@ def _dw_shortcut(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backe
 def _dw_shortcut_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
     dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_dx else None
     dw, sums = mean.new_empty(weight.shape), [torch.empty_like(mean) for _ in range(3)]
-    torch.ops.lifeops_native.dw_shortcut_bwd(dy, x, weight.contiguous(), mean.contiguous(), affine.contiguous(), dx, dw, *sums, H, W, P, _isa())
+    torch.ops.lifeops_native.dw_shortcut_bwd(
+        dy, x, weight.contiguous(), mean.contiguous(), affine.contiguous(), dx, dw, *sums, H, W, P, _isa()
+    )
     return x.new_empty((0,)) if dx is None else dx, dw, *sums
 
 

@@ -53,8 +53,8 @@ def constants(norm: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     """(scale, shift) of a norm with running statistics, computed in ``dtype``: scale * x + shift."""
     scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight.to(dtype)
-    shift = -norm.running_mean.to(dtype) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.to(dtype)
+    mean = norm.running_mean.to(dtype)
+    return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias.to(dtype), mean, scale, value=-1)
 
 
 def check_constant(name: str, norm: nn.Module) -> None:

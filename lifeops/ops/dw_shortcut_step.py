@@ -5,8 +5,8 @@
     y = block_output + [0 for the prefix | DW_K(scale * g + shift) + bias]                                  zero padding after the affine
 
 The backward formulas are those of :mod:`lifeops.ops.dw_shortcut` and :mod:`lifeops.ops.batch_norm`; dy is the gradient of
-block_output as it is. mean, m2, dbias, dgamma, dbeta (C,), affine (3, C), which is scale, shift and rstd, and dw (C, 1, K, K) are float32 (float64 for
-float64 tokens).
+block_output as it is. mean, m2, dbias, dgamma, dbeta (C,), affine (3, C), which is scale, shift and rstd, and dw (C, 1, K, K) are
+float32 (float64 for float64 tokens).
 """
 
 from __future__ import annotations
