@@ -34,13 +34,11 @@ struct TokenDWConvParams {
 
 // dw[c, i, j] = sum_{b,r,q} dy[b, dy_prefix + r*W + q, c] * x[b, x_prefix + (r+i-K/2)*W + (q+j-K/2), c]
 // db[c]       = sum_{b,r,q} dy[b, dy_prefix + r*W + q, c]
-// windows[c, i, j]: what dw would be if every x were 1, in the accumulation type.
 struct TokenDWConvGradWeightParams {
   const void* dy;
   const void* x;  // null when only db is wanted
   void* dw;       // (C, K, K) of dtype `weight_dtype`, contiguous, or null
   void* db;       // (C,) of dtype `bias_dtype`, or null
-  void* windows;  // (C, K, K) beside dw, or null
   int64_t B, H, W, C;
   int64_t x_stride_b, x_stride_n, dy_stride_b, dy_stride_n;
   int32_t K;

@@ -74,9 +74,8 @@ template <class A> void run(const ChannelActParams& p, ChannelActKernel kernel, 
   const int64_t strips = strips_of(p), sums = channel_sums(p.pass) * p.C;
   A* partial = static_cast<A*>(partial_scratch.get(p.B * strips * sums * int64_t(sizeof(A))));
   const int64_t task_bytes = p.n * p.C * int64_t(sizeof(A)) / strips + 1, grain = kGrainBytes / task_bytes + 1;
-  torch::stable::parallel_for(0, p.B * strips, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernel(p, ChannelTask{i / strips, i % strips * p.n / strips, (i % strips + 1) * p.n / strips, partial + i * sums});
+  for_each_task(p.B * strips, grain, [&](int64_t i) {
+    kernel(p, ChannelTask{i / strips, i % strips * p.n / strips, (i % strips + 1) * p.n / strips, partial + i * sums});
   });
   const auto count = [&](int64_t i) { return (i % strips + 1) * p.n / strips - i % strips * p.n / strips; };
   if (p.pass == ChannelPass::stats) merge_stats(partial, p.B * strips, p.C, count, out);

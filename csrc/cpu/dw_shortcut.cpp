@@ -61,7 +61,7 @@ void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, 
 void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& affine, const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma,
               const Tensor& dbeta, int64_t H, int64_t W, int64_t P, int64_t isa) {
   const int64_t K = weight.size(weight.dim() - 1);
-  TokenDWConvGradWeightParams g = grad_weight_params(dy, x, dw, {}, K, H, W, P, P);
+  GradWeightParams g = grad_weight_params(dy, x, dw, {}, K, H, W, P, P);
   const int64_t C = g.C, taps = K * K;
   check_size(weight, "weight", C * taps);
   STD_TORCH_CHECK(dtype_of(dw) == (is_wide(g.dtype) ? DType::f64 : DType::f32), "lifeops_native: dw must have the accumulation type");

@@ -41,25 +41,18 @@ template <class A> void run(const RolloutParams& p, const RolloutKernels& kernel
   A* keys = static_cast<A*>(keys_scratch.get(images * image_keys * int64_t(sizeof(A))));
   A* partial = static_cast<A*>(partial_scratch.get(images * strips * sums * int64_t(sizeof(A))));
   const int64_t pack_grain = kGrainBytes / (p.d * row * int64_t(sizeof(A))) + 1;
-  torch::stable::parallel_for(0, images * p.h, pack_grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels.pack_keys(p, b0 + i / p.h, i % p.h, keys + i * p.d * row);
-  });
+  for_each_task(images * p.h, pack_grain, [&](int64_t i) { kernels.pack_keys(p, b0 + i / p.h, i % p.h, keys + i * p.d * row); });
   const int64_t grain = kGrainBytes / (p.N * row * int64_t(sizeof(A)) / strips + 1) + 1, size = kernels.scratch_size(p);
-  torch::stable::parallel_for(0, images * strips, grain, [&](int64_t begin, int64_t end) {
-    void* scratch = task_scratch.get(size);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / strips, s = i % strips;
-      kernels.run(p, RolloutTask{b0 + b, s * p.N / strips, (s + 1) * p.N / strips, keys + b * image_keys, partial + i * sums, scratch});
-    }
+  for_each_task(images * strips, grain, [&](int64_t i) {
+    const int64_t b = i / strips, s = i % strips;
+    kernels.run(p, RolloutTask{b0 + b, s * p.N / strips, (s + 1) * p.N / strips, keys + b * image_keys, partial + i * sums, task_scratch.get(size)});
   });
-  torch::stable::parallel_for(0, images * p.R, kGrainBytes / (strips * row * int64_t(sizeof(A))) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const A* from = partial + (i / p.R * strips * p.R + i % p.R) * row;
-      A* to = out + (b0 * p.R + i) * p.N;
-      for (int64_t n = 0; n < p.N; ++n) to[n] = from[n];
-      for (int64_t s = 1; s < strips; ++s)
-        for (int64_t n = 0; n < p.N; ++n) to[n] += from[s * sums + n];
-    }
+  for_each_task(images * p.R, kGrainBytes / (strips * row * int64_t(sizeof(A))) + 1, [&](int64_t i) {
+    const A* from = partial + (i / p.R * strips * p.R + i % p.R) * row;
+    A* to = out + (b0 * p.R + i) * p.N;
+    for (int64_t n = 0; n < p.N; ++n) to[n] = from[n];
+    for (int64_t s = 1; s < strips; ++s)
+      for (int64_t n = 0; n < p.N; ++n) to[n] += from[s * sums + n];
   });
 }
 

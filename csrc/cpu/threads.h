@@ -1,12 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory that threads keep between calls, and how small a piece of work may be.
+// Tasks on torch's thread pool, memory that threads keep between calls, and how small a piece of work may be.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace lifeops {
 
 constexpr int64_t kGrainBytes = 32768;  // less work than this is not worth a second thread
+
+// f(i) for 0 <= i < n, at least `grain` of them per thread. Every thread starts with its even share, in order, and then takes from
+// the others': cores are not equally fast where something else uses them too. What a task computes must not depend on who runs it.
+template <class F> void for_each_task(int64_t n, int64_t grain, const F& f) {
+  const int64_t shares = (n + grain - 1) / grain, pool = int64_t(torch::stable::get_num_threads()), threads = shares < pool ? shares : pool;
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const std::unique_ptr<Share[]> share(new Share[size_t(threads > 1 ? threads : 1)]);
+  for (int64_t t = 0; t < threads; ++t) share[size_t(t)].next = t * n / threads, share[size_t(t)].end = (t + 1) * n / threads;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t k = 0; k < threads; ++k) {
+        Share& from = share[size_t((t + k) % threads)];
+        for (int64_t i; (i = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) f(i);
+      }
+  });
+}
 
 // Cache-line aligned memory that a thread keeps between calls.
 class Scratch {

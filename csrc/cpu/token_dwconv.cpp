@@ -65,9 +65,7 @@ template <class A> const A* pack(const TokenDWConvParams& p, int64_t blocks, con
   const int64_t taps = p.K * p.K, weights = blocks * taps * kBlock;
   A* out = static_cast<A*>(shared_scratch.get((weights + blocks * kBlock) * int64_t(sizeof(A))));
   const int64_t grain = max64(1, kGrainBytes / (taps * kBlock * int64_t(sizeof(A))));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) pack_block(p, block, out + block * taps * kBlock);
-  });
+  for_each_task(blocks, grain, [&](int64_t block) { pack_block(p, block, out + block * taps * kBlock); });
   if (p.bias) {
     A* b = out + weights;
     for (int64_t c = 0; c < blocks * kBlock; ++c) b[c] = c < p.C ? A(to_double(p.bias, p.bias_dtype, c)) : A(0);
@@ -102,16 +100,13 @@ void run_forward(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, c
   const A* weight = pack<A>(p, ceil_div(p.C, kBlock), &bias);
   const ForwardPlan plan(p, kernel);
   const int64_t task_bytes = max64(1, p.H * p.W * plan.channels * int64_t(sizeof(A)) / plan.parts()), scratch = kernel.forward_scratch(p);
-  torch::stable::parallel_for(0, p.B * plan.parts() * plan.chunks, max64(1, kGrainBytes / task_bytes), [&](int64_t begin, int64_t end) {
-    void* ring = ring_scratch.get(scratch);
-    for (int64_t i = begin; i < end; ++i) {  // chunks innermost: neighbours share pages
-      const int64_t c0 = i % plan.chunks * plan.channels, part = i / plan.chunks, strip = part % plan.strips;
-      const int64_t segment = part / plan.strips % plan.segments;
-      const ForwardTask task{part / plan.parts(), c0, min64(p.C, c0 + plan.channels), strip * p.H / plan.strips,
-                             (strip + 1) * p.H / plan.strips, segment * p.W / plan.segments, (segment + 1) * p.W / plan.segments,
-                             strip == 0 && segment == 0, extras, sums ? sums + part * kTaskSums * p.C : nullptr};
-      kernel.forward(p, weight, bias, task, ring);
-    }
+  for_each_task(p.B * plan.parts() * plan.chunks, max64(1, kGrainBytes / task_bytes), [&](int64_t i) {  // chunks innermost: neighbours share pages
+    const int64_t c0 = i % plan.chunks * plan.channels, part = i / plan.chunks, strip = part % plan.strips;
+    const int64_t segment = part / plan.strips % plan.segments;
+    const ForwardTask task{part / plan.parts(), c0, min64(p.C, c0 + plan.channels), strip * p.H / plan.strips,
+                           (strip + 1) * p.H / plan.strips, segment * p.W / plan.segments, (segment + 1) * p.W / plan.segments,
+                           strip == 0 && segment == 0, extras, sums ? sums + part * kTaskSums * p.C : nullptr};
+    kernel.forward(p, weight, bias, task, ring_scratch.get(scratch));
   });
 }
 
@@ -128,7 +123,7 @@ void token_dwconv(const Tensor& x, const Tensor& weight, const std::optional<Ten
 struct GradPlan {
   int64_t channels, chunks, blocks, strips, segments, units, units_per_group, groups;
 
-  GradPlan(const TokenDWConvGradWeightParams& p, const TokenDWConvKernels& kernel)
+  GradPlan(const GradWeightParams& p, const TokenDWConvKernels& kernel)
       : channels(kernel.grad_weight_channels(p)), chunks(ceil_div(p.C, channels)), blocks(ceil_div(p.C, kBlock)) {
     segments = ceil_div(p.W, kSegment);
     strips = row_strips(p.H, p.K, p.B * chunks * segments);
@@ -138,7 +133,7 @@ struct GradPlan {
   }
 };
 
-template <class A> void reduce_block(const TokenDWConvGradWeightParams& p, const GradPlan& plan, int64_t block, A* partials) {
+template <class A> void reduce_block(const GradWeightParams& p, const GradPlan& plan, int64_t block, A* partials) {
   const int64_t taps = p.K * p.K, size = grad_weight_rows(p) * kBlock, c0 = block * kBlock, n = min64(kBlock, p.C - c0);
   A* total = partials + block * size;  // group by group, in order, into the first
   for (int64_t group = 1; group < plan.groups; ++group)
@@ -160,30 +155,25 @@ template <class A> void reduce_block(const TokenDWConvGradWeightParams& p, const
 }
 
 template <class A>
-void run_grad_weight(const TokenDWConvGradWeightParams& p, const TokenDWConvKernels& kernel, const ChannelAffine* prologue = nullptr) {
+void run_grad_weight(const GradWeightParams& p, const TokenDWConvKernels& kernel, const ChannelAffine* prologue = nullptr) {
   const GradPlan plan(p, kernel);
   const int64_t size = grad_weight_rows(p) * kBlock, scratch = kernel.grad_weight_scratch(p);
   A* partials = static_cast<A*>(shared_scratch.get(plan.groups * plan.blocks * size * int64_t(sizeof(A))));
   const int64_t unit_bytes = max64(1, p.H * p.W * plan.channels * int64_t(sizeof(A)) / (plan.strips * plan.segments));
   const int64_t grain = max64(1, kGrainBytes / (unit_bytes * plan.units_per_group));
-  torch::stable::parallel_for(0, plan.groups * plan.chunks, grain, [&](int64_t begin, int64_t end) {
-    void* slab = ring_scratch.get(scratch);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t c0 = i % plan.chunks * plan.channels, group = i / plan.chunks, first = group * plan.units_per_group;
-      const GradWeightTask task{c0, min64(p.C, c0 + plan.channels), first, min64(first + plan.units_per_group, plan.units),
-                                plan.strips, plan.segments, partials + (group * plan.blocks + c0 / kBlock) * size, prologue};
-      kernel.grad_weight(p, task, slab);
-    }
+  for_each_task(plan.groups * plan.chunks, grain, [&](int64_t i) {
+    const int64_t c0 = i % plan.chunks * plan.channels, group = i / plan.chunks, first = group * plan.units_per_group;
+    const GradWeightTask task{c0, min64(p.C, c0 + plan.channels), first, min64(first + plan.units_per_group, plan.units),
+                              plan.strips, plan.segments, partials + (group * plan.blocks + c0 / kBlock) * size, prologue};
+    kernel.grad_weight(p, task, ring_scratch.get(scratch));
   });
-  torch::stable::parallel_for(0, plan.blocks, max64(1, kGrainBytes / (plan.groups * size * int64_t(sizeof(A)))), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) reduce_block(p, plan, block, partials);
-  });
+  for_each_task(plan.blocks, max64(1, kGrainBytes / (plan.groups * size * int64_t(sizeof(A)))), [&](int64_t block) { reduce_block(p, plan, block, partials); });
 }
 
 void token_dwconv_grad_weight(const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& dw,
                               const std::optional<Tensor>& db, int64_t K, int64_t H, int64_t W, int64_t dy_prefix,
                               int64_t x_prefix, int64_t isa) {
-  const TokenDWConvGradWeightParams p = grad_weight_params(dy, x, dw, db, K, H, W, dy_prefix, x_prefix);
+  const GradWeightParams p = grad_weight_params(dy, x, dw, db, K, H, W, dy_prefix, x_prefix);
   if (p.B * p.H * p.W * p.C == 0) return;
   if (p.dtype == DType::f64) run_grad_weight<double>(p, kernels(isa));
   else run_grad_weight<float>(p, kernels(isa));
@@ -297,7 +287,7 @@ void launch_forward(const TokenDWConvParams& p, const TokenDWConvExtras& extras,
   p.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
-void launch_grad_weight(const TokenDWConvGradWeightParams& p, const ChannelAffine& prologue, int64_t isa) {
+void launch_grad_weight(const GradWeightParams& p, const ChannelAffine& prologue, int64_t isa) {
   p.dtype == DType::f64 ? run_grad_weight<double>(p, kernels(isa), &prologue) : run_grad_weight<float>(p, kernels(isa), &prologue);
 }
 
@@ -308,7 +298,7 @@ namespace {
 void token_dwconv_act_grad_weight(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                                   int64_t act, const Tensor& dw, const std::optional<Tensor>& db, int64_t K, int64_t H, int64_t W,
                                   int64_t dy_prefix, int64_t x_prefix, int64_t isa) {
-  const TokenDWConvGradWeightParams p = grad_weight_params(dy, x, dw, db, K, H, W, dy_prefix, x_prefix);
+  const GradWeightParams p = grad_weight_params(dy, x, dw, db, K, H, W, dy_prefix, x_prefix);
   if (p.B * p.H * p.W * p.C == 0) return;
   const auto run = [&](auto zero) {
     using A = decltype(zero);

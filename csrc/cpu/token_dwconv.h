@@ -49,9 +49,15 @@ struct ForwardTask {
   void* sums;                       // (kTaskSums, C) of this task, at channel 0
 };
 
+// windows[c, i, j], beside dw: what dw would be if every x were 1.
+struct GradWeightParams : TokenDWConvGradWeightParams {
+  GradWeightParams(const TokenDWConvGradWeightParams& p) : TokenDWConvGradWeightParams(p) {}
+  void* windows = nullptr;  // (C, K, K) in the accumulation type, or null
+};
+
 // Rows of a block of partial sums: the taps, db, and with windows one per filter column from output rows whose window lies inside the
 // grid from top to bottom, then the taps from all other rows.
-static inline int64_t grad_weight_rows(const TokenDWConvGradWeightParams& p) { return p.K * p.K + 1 + (p.windows ? p.K + p.K * p.K : 0); }
+static inline int64_t grad_weight_rows(const GradWeightParams& p) { return p.K * p.K + 1 + (p.windows ? p.K + p.K * p.K : 0); }
 
 // A fixed share of the sum over images, row strips and column segments, for channels [c0, c1).
 struct GradWeightTask {
@@ -66,9 +72,9 @@ struct TokenDWConvKernels {
   void (*forward)(const TokenDWConvParams&, const void* weight, const void* bias, const ForwardTask&, void* scratch);
   int64_t (*forward_scratch)(const TokenDWConvParams&);   // bytes
   int64_t (*forward_channels)(const TokenDWConvParams&);  // channels a task takes, a multiple of kBlock
-  void (*grad_weight)(const TokenDWConvGradWeightParams&, const GradWeightTask&, void* scratch);
-  int64_t (*grad_weight_scratch)(const TokenDWConvGradWeightParams&);   // bytes
-  int64_t (*grad_weight_channels)(const TokenDWConvGradWeightParams&);  // channels a task takes, a multiple of kBlock
+  void (*grad_weight)(const GradWeightParams&, const GradWeightTask&, void* scratch);
+  int64_t (*grad_weight_scratch)(const GradWeightParams&);   // bytes
+  int64_t (*grad_weight_channels)(const GradWeightParams&);  // channels a task takes, a multiple of kBlock
 };
 
 extern const TokenDWConvKernels token_dwconv_baseline;

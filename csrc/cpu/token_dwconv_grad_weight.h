@@ -82,7 +82,7 @@ template <class T, class A = typename AccOf<T>::type> void grad_filter_any(int64
 
 // A step sums a few output rows at a time, so that the sums and the K input rows, which pass through a ring, are loaded once for all.
 template <class T> struct GradWeight {
-  using Params = TokenDWConvGradWeightParams;
+  using Params = GradWeightParams;
   using A = typename AccOf<T>::type;
   static constexpr int L = Vec<A>::kLanes;
   static constexpr int kStepColumns = 32;  // of a step, at least, where the grid has them

@@ -25,13 +25,13 @@ inline int64_t forward_scratch(const TokenDWConvParams& p) {
 inline int64_t forward_channels(const TokenDWConvParams& p) {
   return p.dtype == DType::f64 ? Forward<double>::channels(p) : Forward<float>::channels(p);
 }
-inline void grad_weight(const TokenDWConvGradWeightParams& p, const GradWeightTask& task, void* scratch) {
+inline void grad_weight(const GradWeightParams& p, const GradWeightTask& task, void* scratch) {
   dispatch<GradWeight>(p, task, scratch);
 }
-inline int64_t grad_weight_scratch(const TokenDWConvGradWeightParams& p) {
+inline int64_t grad_weight_scratch(const GradWeightParams& p) {
   return p.dtype == DType::f64 ? GradWeight<double>::scratch(p) : GradWeight<float>::scratch(p);
 }
-inline int64_t grad_weight_channels(const TokenDWConvGradWeightParams& p) {
+inline int64_t grad_weight_channels(const GradWeightParams& p) {
   return p.dtype == DType::f64 ? GradWeight<double>::channels(p) : GradWeight<float>::channels(p);
 }
 
