@@ -1,6 +1,6 @@
 """The GPU's benchmark set: ops, blocks and whole models beside their baselines, one row per variant, written as it is measured.
 
-    python -m bench.gpu ops --out DIR [--seconds 120]        token_dwconv, life_qkv, local blocks; cold cache, eager and CUDA graphs
+    python -m bench.gpu ops --out DIR [--seconds 120]        all ops, local blocks; cold cache, eager and CUDA graphs
     python -m bench.gpu models --out DIR                     training and inference steps of whole models, plain and converted
 
 ``--device cpu --tiny`` rehearses it without a GPU. A variant whose result is wrong on the tensors to be timed gets no number.
@@ -28,6 +28,7 @@ from lifeops import registry
 
 WIDTHS = {"T": 192, "S": 384, "B": 768}
 SHAPES = [(256, 14, 14), (64, 32, 32), (16, 64, 64)]
+ATTENTION = {"local_attention": "local_attention", "rollout": "rollout_step"}  # systems whose op has not every backend
 COMPILED = {(14, 384, 3), (14, 768, 3)}  # (W, C, K) where torch.compile is a baseline: each takes seconds to compile
 FIELDS = ["device", "torch", "triton", "commit", *Problem._fields, "variant", "how", "median_ms", "q25_ms", "q75_ms", "peak_bytes", "note"]
 
@@ -40,11 +41,10 @@ def problems(tiny: bool) -> Iterator[Problem]:
             yield Problem("token_dwconv", mode, B, H, W, C, K, "bfloat16")
     if tiny:
         shapes, widths = [(2, 4, 5)], [192]
-    for system, (B, H, W), C, mode in product(
-        ("life_qkv", "localvit_ffn", "dw_shortcut", "dw_shortcut_block", "life_attention"), shapes, widths, ("fwd", "fwdbwd")
-    ):
-        if C % 64 == 0:
-            yield Problem(system, mode, B, H, W, C, 0, "bfloat16")
+    systems_ = ("life_qkv", "localvit_ffn", "dw_shortcut", "dw_shortcut_block", "life_attention", "local_attention", "rollout")
+    for system, (B, H, W), C, mode in product(systems_, shapes, widths, ("fwd", "fwdbwd")):
+        if C % 64 == 0 and (system, mode) != ("rollout", "fwdbwd"):
+            yield Problem(system, mode, B, H, W, C, 3 if system == "local_attention" else 0, "bfloat16")
 
 
 def backends(device: str) -> list[str]:
@@ -79,6 +79,10 @@ def variants(p: Problem, device: str) -> tuple[dict[str, Callable], dict[str, st
     built = {{"onednn": "cudnn"}.get(k, k): v for k, v in built.items() if k not in ("compiled", "plain_conv1x1")}
     found, notes = {}, {}
     for backend in backends(device):
+        registry.load(backend)
+        if p.system in ATTENTION and backend not in registry.ops[ATTENTION[p.system]].impls:
+            notes[f"lifeops_{backend}"] = "no kernels"
+            continue
         try:
             _under(backend, check)()
             _under(backend, ours)()
@@ -117,10 +121,15 @@ class Rows:
 
 
 def measure(p: Problem, c: timing.Clock, rows: Rows) -> None:
-    """One problem: eager calls behind a flushed cache, CUDA graphs, and peak memory."""
+    """One problem: what is not supported, then every variant."""
     runs, notes = variants(p, c.device)
     for name, note in notes.items():
         rows.add(p, name, "none", note=note)
+    time_all(p, runs, c, rows)
+
+
+def time_all(p: Problem, runs: dict[str, Callable], c: timing.Clock, rows: Rows) -> None:
+    """Eager calls behind a flushed cache, CUDA graphs, and peak memory."""
     peaks = {name: timing.peak_bytes(fn, c.device) for name, fn in runs.items()}
     for name, t in timing.interleaved(runs, c).items():
         rows.add(p, name, "eager", t, peaks[name])
@@ -132,18 +141,24 @@ def measure(p: Problem, c: timing.Clock, rows: Rows) -> None:
 
 
 def models(tiny: bool, device: str) -> Iterator[tuple[Problem, dict[str, Callable]]]:
-    """Training steps and inference of the library's ViT-T models in bfloat16, each beside its plain host."""
+    """Training steps and inference of the library's ViT-T and ViT-S models in bfloat16, each beside its plain host."""
+    for size in ("tiny",) if tiny else ("tiny", "small"):
+        yield from _models(size, tiny, device)
+
+
+def _models(size: str, tiny: bool, device: str) -> Iterator[tuple[Problem, dict[str, Callable]]]:
     from lifeops.models import deit, dw_shortcut, localvit
     from lifeops.nn import LifeAttention
 
     side, depth, B = (4, 2, 2) if tiny else (14, 12, 256)
-    host = {"img_size": 16 * side, "patch_size": 16, "num_classes": 100, "depth": depth}
+    width, heads = {"tiny": (192, 3), "small": (384, 6)}[size]
+    host = {"img_size": 16 * side, "patch_size": 16, "num_classes": 100, "depth": depth, "embed_dim": width, "num_heads": heads}
     makers = {
         "plain": lambda: deit.VisionTransformer(**host),
         "life": lambda: deit.VisionTransformer(attn=LifeAttention, **host),
         "localvit": lambda: localvit(**host),
-        "dw_plain": lambda: dw_shortcut("vit_tiny", every=None, **host),
-        "dw_shortcut": lambda: dw_shortcut("vit_tiny", **host),
+        "dw_plain": lambda: dw_shortcut(f"vit_{size}", every=None, **host),
+        "dw_shortcut": lambda: dw_shortcut(f"vit_{size}", **host),
     }
     for mode in ("fwd", "fwdbwd"):
         runs = {}
@@ -152,7 +167,7 @@ def models(tiny: bool, device: str) -> Iterator[tuple[Problem, dict[str, Callabl
                 model = make().to(torch.bfloat16).train(mode == "fwdbwd")
                 images = torch.randn(B, 3, 16 * side, 16 * side, dtype=torch.bfloat16)
             runs[system] = _step(model, images, mode)
-        yield Problem("model", mode, B, side, side, 192, 0, "bfloat16"), runs
+        yield Problem("model", mode, B, side, side, width, 0, "bfloat16"), runs
 
 
 def _step(model, images, mode: str) -> Callable:
@@ -180,8 +195,7 @@ def run_ops(args, c: timing.Clock) -> int:
 def run_models(args, c: timing.Clock) -> int:
     rows, start = Rows(args.out / f"{args.stage}.csv", c.device), time.perf_counter()
     for p, runs in models(args.tiny, c.device):
-        for name, t in timing.interleaved(runs, c).items():
-            rows.add(p, name, "eager", t, timing.peak_bytes(runs[name], c.device))
+        time_all(p, runs, c, rows)
         print(f"{time.perf_counter() - start:6.1f} s  {p.system} {p.mode} {p.name}", flush=True)
     return 0
 
