@@ -167,7 +167,8 @@ def make_bwd(s: Sample, draw, backend):
 
 
 def _terms(s: Sample) -> int:
-    return s.B * s.H * s.W
+    """Of the longest sum: over the patches for the statistics, over the taps for dx."""
+    return s.B * s.H * s.W + s.base.K**2
 
 
 _PLACE = "SymInt H, SymInt W, SymInt P"
