@@ -20,7 +20,7 @@ BUILD = os.environ.get("LIFEOPS_BUILD", "auto").strip().lower()
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10: one binary for every later torch
 CXX = ["-O2", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-tree-slp-vectorize", "-g0", TARGET]
 if "clang" not in os.environ.get("CXX", ""):  # gcc would carry loaded columns over in registers and spill the sums for it
-    CXX.insert(1, "-fno-predictive-commoning")
+    CXX[1:1] = ["-fno-predictive-commoning", "-ftree-vectorize", "-fvect-cost-model=dynamic"]  # the latter two: of -O3
 HOW = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 

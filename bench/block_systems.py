@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import torch
 
@@ -87,7 +86,7 @@ def dw_shortcut_block(p: Problem, compile: bool) -> Case:
     variants: dict[str, Variant] = {
         "lifeops": of_module(_joined((block, ours)), call, truth=oracle),
         "eager": of_module(_joined((block, eager)), call, truth=oracle),
-        "block": of_module(block, _on_grid(p), truth=replace(_wide(block, _on_grid(p)), own=of_module(block, _on_grid(p)))),
+        "block": of_module(block, _on_grid(p), truth=_wide(block, _on_grid(p))),
     }
     return Case(p, _xs(p), variants)
 

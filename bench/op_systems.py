@@ -146,7 +146,7 @@ def _plain_projections(p: Problem) -> dict[str, Variant]:
 
 def _wide(module, call, reads=("x",)) -> Variant:
     """The truth of a plain module: its own float64 copy."""
-    return of_module(copy.deepcopy(module).double(), call, reads)
+    return of_module(copy.deepcopy(module).double(), call, reads, own=of_module(module, call, reads))
 
 
 # ------------------------------------------------------------------------------------------------ local_attention, rollout

@@ -115,11 +115,16 @@ template <class T> struct RolloutBody {
     V sums[kRows][kVecs] = {};
     for (int64_t c = 0; c < d; ++c, queries += kRows, keys += kWidth) {
       V key[kVecs];
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) key[v] = load(keys + v * L);
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) sums[i][v] += queries[i] * key[v];
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) store(scores + i * row + v * L, sums[i][v]);
   }
 
@@ -205,11 +210,14 @@ template <class T> struct RolloutBody {
   static void add_rows(const A* weights, int64_t weight_stride, const A* fused, int64_t count, int64_t row, A* out) {
     for (int64_t n = 0; n < row; n += L) {
       V sums[kMaps];
+#pragma GCC unroll 8
       for (int m = 0; m < kMaps; ++m) sums[m] = load(out + m * row + n);
       for (int64_t i = 0; i < count; ++i) {
         const V value = load(fused + i * row + n);
+#pragma GCC unroll 8
         for (int m = 0; m < kMaps; ++m) sums[m] += weights[m * weight_stride + i] * value;
       }
+#pragma GCC unroll 8
       for (int m = 0; m < kMaps; ++m) store(out + m * row + n, sums[m]);
     }
   }
