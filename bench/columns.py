@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import device
 from bench.baselines import does_same_work
 from bench.case import Case, Inputs, Run, Variant, outputs, runner
+from lifeops.model_cost import saved_bytes
 
 BINDING = ("bytes", "flops", "issue")
 
@@ -53,20 +53,8 @@ def flops(v: Variant, mode: str, i: Inputs) -> int:
 
 
 def saved(v: Variant, i: Inputs) -> int:
-    """Bytes kept for backward: distinct storages, without parameters and weights."""
-    own = {t.untyped_storage().data_ptr() for t in (*v.parameters, *(i[n] for n in v.reads if n in ("w", "b")))}
-    kept: dict[int, int] = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        out = v.forward(i)  # alive until here: storages are not reused meanwhile
-    del out
-    return sum(kept.values())
+    """Bytes kept for backward, without parameters and weights."""
+    return saved_bytes(lambda: v.forward(i), (*v.parameters, *(i[n] for n in v.reads if n in ("w", "b"))))
 
 
 class _Calls(TorchDispatchMode):

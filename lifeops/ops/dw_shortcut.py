@@ -111,9 +111,7 @@ class DWShortcut(torch.autograd.Function):
         n = x.shape[0] * cfg.H * cfg.W
         if cfg.group is not None:
             mean, m2, n = merge(mean, m2, n, cfg.group)
-        affines = []
-        for gamma, beta, eps in zip(gammas, betas, cfg.eps, strict=True):
-            affines.append(step.affine_of(mean, m2, n, gamma, beta, eps))
+        affines = [step.affine_of(mean, m2, n, *norm) for norm in zip(gammas, betas, cfg.eps, strict=True)]
         ctx.cfg, ctx.n, ctx.dtypes = cfg, n, [None if p is None else p.dtype for p in parameters]
         ctx.save_for_backward(x, mean, m2, *weights, *(value for a in affines for value in (a.scale, a.shift, a.rstd)))
         ctx.mark_non_differentiable(mean, m2)

@@ -78,9 +78,8 @@ def reference(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend)
 def reference_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
     scale, shift, rstd = affine
     place, wide = (H, W, P, "zero"), mean.dtype
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
     K = weight.shape[-1]
-    g = act.reference_bwd_dw(dy, x, K, ones, zeros, GELU_FIRST, *place, wide, None, backend)[0]
+    g = act.reference_bwd_dw(dy, x, K, None, None, "gelu", *place, wide, None, backend)[0]
     total = dy[:, P:].to(wide).sum(0, keepdim=True)
     windows, dbias = dwconv.reference_bwd_dw(total, torch.ones_like(total), K, H, W, 0, "keep", wide, wide, backend)
     dw = scale[:, None, None, None] * g + shift[:, None, None, None] * windows
