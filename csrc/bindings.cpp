@@ -29,5 +29,8 @@ STABLE_TORCH_LIBRARY(lifeops_native, m) {
       "dw_shortcut_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor affine, Tensor(a!)? dx, Tensor(b!) dw, "
       "Tensor(c!) dbias, Tensor(d!) dgamma, Tensor(e!) dbeta, int H, int W, int P, int isa) -> ()");
   m.def(
+      "dw_shortcut_eval(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, "
+      "Tensor? beta, float eps, Tensor(a!) y, int H, int W, int P, int isa) -> ()");
+  m.def(
       "rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped, Tensor(a!) out, int isa) -> ()");
 }

@@ -37,6 +37,21 @@ inline void check_size(const Tensor& t, const char* name, int64_t numel) {
                   " elements, got ", t.numel());
 }
 
+// What sums and per-channel values are kept in.
+inline DType accumulate_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+inline void check_accumulated(const Tensor& t, const char* name, int64_t numel, DType dtype) {
+  check_size(t, name, numel);
+  STD_TORCH_CHECK(dtype_of(t) == accumulate_dtype(dtype), "lifeops_native: ", name, " must have the accumulation type");
+}
+
+inline int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// A sequence's data behind its first `rows` tokens.
+inline const char* behind(const Tensor& t, int64_t rows, DType dtype) {
+  return static_cast<const char*>(t.const_data_ptr()) + rows * t.stride(1) * element_bytes(dtype);
+}
+
 inline void check_kernel(int64_t K) {
   STD_TORCH_CHECK(K % 2 == 1 && K >= 1 && K <= 15, "lifeops_native: K must be odd and at most 15, got ", K);
 }

@@ -37,6 +37,8 @@ SCHEMAS = {
     " float eps, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) m2, Tensor(d!) affine, int H, int W, int P, int isa) -> ()",
     "dw_shortcut_bwd": "lifeops_native::dw_shortcut_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor affine,"
     " Tensor(a!)? dx, Tensor(b!) dw, Tensor(c!) dbias, Tensor(d!) dgamma, Tensor(e!) dbeta, int H, int W, int P, int isa) -> ()",
+    "dw_shortcut_eval": "lifeops_native::dw_shortcut_eval(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? mean,"
+    " Tensor? var, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) y, int H, int W, int P, int isa) -> ()",
     "rollout_step": "lifeops_native::rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped,"
     " Tensor(a!) out, int isa) -> ()",
 }
@@ -204,6 +206,13 @@ def _dw_shortcut_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
     return x.new_empty((0,)) if dx is None else dx, dw, *sums
 
 
+def _dw_shortcut_eval(x, block_output, weight, bias, mean, var, gamma, beta, eps, H, W, P, backend):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    values = [_contiguous(t) for t in (bias, mean, var, gamma, beta)]
+    torch.ops.lifeops_native.dw_shortcut_eval(x, block_output, weight.contiguous(), *values, eps, y, H, W, P, _isa())
+    return y
+
+
 def _rollout_step(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     out = torch.empty(r.shape, dtype=r.dtype, device=r.device)
     dropped = dropped_entries(discard_ratio, r.shape[2])
@@ -226,6 +235,7 @@ _IMPLEMENTATIONS = {  # op: (native operator, function)
     "channel_act_grad": ("channel_act", _channel_act_grad),
     "dw_shortcut": ("dw_shortcut", _dw_shortcut),
     "dw_shortcut_bwd": ("dw_shortcut_bwd", _dw_shortcut_bwd),
+    "dw_shortcut_eval": ("dw_shortcut_eval", _dw_shortcut_eval),
     "rollout_step": ("rollout_step", _rollout_step),
 }
 

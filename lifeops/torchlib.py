@@ -121,6 +121,13 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+def builds_graph(*tensors) -> bool:
+    """Whether autograd, a compiler or a torch.func transform has to see what happens to ``tensors`` (or None)."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+
+
 def apply(function: type[torch.autograd.Function], fallback, *args):
     """``function.apply(*args)``, or ``fallback(*args)`` (the op alone) where no graph is being built.
 

@@ -25,21 +25,17 @@ ChannelActKernel kernel_of(int64_t isa) {
 thread_local Scratch constants_scratch;
 thread_local Scratch partial_scratch;
 
-int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 // The last `patches` rows of a sequence.
 Rows patch_rows(const Tensor& t, const char* name, const ChannelActParams& p) {
   const int64_t lead = t.size(1) - p.n;
   STD_TORCH_CHECK(lead >= 0, "lifeops_native: ", name, " has fewer tokens than patches");
   check_sequence(t, name, p.B, lead + p.n, p.C, p.dtype);
-  char* data = const_cast<char*>(static_cast<const char*>(t.const_data_ptr()));
-  return {data + lead * t.stride(1) * element_size(p.dtype), t.stride(0), t.stride(1)};
+  return {const_cast<char*>(behind(t, lead, p.dtype)), t.stride(0), t.stride(1)};
 }
 
 const void* values(const std::optional<Tensor>& t, const char* name, int64_t numel, const ChannelActParams& p, const void* otherwise) {
   if (!t) return otherwise;
-  check_size(*t, name, numel);
-  STD_TORCH_CHECK(dtype_of(*t) == (p.dtype == DType::f64 ? DType::f64 : DType::f32), "lifeops_native: ", name, " has the wrong dtype");
+  check_accumulated(*t, name, numel, p.dtype);
   return t->const_data_ptr();
 }
 
@@ -63,7 +59,7 @@ template <class A> void merge_images(const ChannelActParams& p, const A* partial
 
 // Rows of the residual in front of its patches.
 void copy_lead(const ChannelActParams& p, const Tensor& residual, const Tensor& y) {
-  const int64_t lead = residual.size(1) - p.n, size = element_size(p.dtype);
+  const int64_t lead = residual.size(1) - p.n, size = element_bytes(p.dtype);
   for (int64_t b = 0; b < p.B; ++b)
     for (int64_t t = 0; t < lead; ++t)
       std::memcpy(static_cast<char*>(y.mutable_data_ptr()) + (b * y.stride(0) + t * y.stride(1)) * size,
@@ -118,8 +114,7 @@ void channel_act(int64_t pass, const Tensor& x, const std::optional<Tensor>& dy,
   p.a = values(a, "a", p.C, p, nullptr), p.b = values(b, "b", p.C, p, nullptr);
   void* out = nullptr;
   if (sums) {
-    check_size(*sums, "sums", p.pass == ChannelPass::stats ? 2 * p.C : channel_sums(p.pass) * p.B * p.C);
-    STD_TORCH_CHECK(dtype_of(*sums) == (wide ? DType::f64 : DType::f32), "lifeops_native: sums has the wrong dtype");
+    check_accumulated(*sums, "sums", p.pass == ChannelPass::stats ? 2 * p.C : channel_sums(p.pass) * p.B * p.C, p.dtype);
     out = sums->mutable_data_ptr();
   }
   if (residual) copy_lead(p, *residual, *y);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A training step of the DW shortcut with one kernel, forward and backward: two passes over the tokens each.
+// The DW shortcut with one kernel: a training step, two passes over the tokens forward and two backward, and one pass in evaluation.
 #include <cmath>
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "../tensor_args.h"
@@ -9,24 +11,19 @@
 namespace lifeops {
 namespace {
 
-bool is_wide(DType dtype) { return dtype == DType::f64; }
-
 // Per-channel values in the accumulation type.
 template <class A> A* channel_values(const Tensor& t, const char* name, int64_t C, DType dtype) {
-  check_size(t, name, C);
-  STD_TORCH_CHECK(dtype_of(t) == (is_wide(dtype) ? DType::f64 : DType::f32), "lifeops_native: ", name, " must have the accumulation type");
+  check_accumulated(t, name, C, dtype);
   return static_cast<A*>(t.mutable_data_ptr());
 }
 
 double parameter(const std::optional<Tensor>& t, int64_t c, double otherwise) {
-  return t ? value_at(t->const_data_ptr(), dtype_of(*t), c) : otherwise;
+  return t ? to_double(t->const_data_ptr(), dtype_of(*t), c) : otherwise;
 }
 
-int64_t element_bytes(DType dtype) { return is_wide(dtype) ? 8 : dtype == DType::f32 ? 4 : 2; }
-
-// x of a sequence at its first patch.
-const char* patches(const Tensor& x, int64_t P, DType dtype) {
-  return static_cast<const char*>(x.const_data_ptr()) + P * x.stride(1) * element_bytes(dtype);
+void check_parameters(const std::initializer_list<std::pair<const char*, const std::optional<Tensor>*>>& some, int64_t C) {
+  for (const auto& [name, t] : some)
+    if (*t) check_size(**t, name, C);
 }
 
 void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -34,15 +31,14 @@ void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, 
              const Tensor& m2, const Tensor& affine, int64_t H, int64_t W, int64_t P, int64_t isa) {
   const TokenDWConvParams p = forward_params(x, weight, bias, block_output, y, H, W, P, P, int64_t(Prefix::zero), false);
   const int64_t C = p.C;
-  if (gamma) check_size(*gamma, "gamma", C);
-  if (beta) check_size(*beta, "beta", C);
+  check_parameters({{"gamma", &gamma}, {"beta", &beta}}, C);
   if (p.B * H * W * C == 0) return;
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     A *means = channel_values<A>(mean, "mean", C, p.dtype), *m2s = channel_values<A>(m2, "m2", C, p.dtype);
     A *scales = channel_values<A>(affine, "affine", 3 * C, p.dtype), *shifts = scales + C, *rstds = shifts + C;
     std::vector<A> moments(size_t(2 * C), A(0));
-    const Rows rows{const_cast<char*>(patches(x, P, p.dtype)), x.stride(0), x.stride(1)};
+    const Rows rows{const_cast<char*>(behind(x, P, p.dtype)), x.stride(0), x.stride(1)};
     launch_channel_stats(rows, p.B, H * W, C, p.dtype, Act::gelu, isa, moments.data());
     for (int64_t c = 0; c < C; ++c) {
       means[c] = moments[size_t(c)], m2s[c] = moments[size_t(C + c)];
@@ -54,17 +50,38 @@ void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, 
     extras.prologue = &prologue;
     launch_forward(p, extras, isa);
   };
-  is_wide(p.dtype) ? run(double{}) : run(float{});
+  p.dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
+// Running statistics mean and var: without them gamma and beta are the affine.
+void evaluate(const Tensor& x, const Tensor& block_output, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& mean, const std::optional<Tensor>& var, const std::optional<Tensor>& gamma,
+              const std::optional<Tensor>& beta, double eps, const Tensor& y, int64_t H, int64_t W, int64_t P, int64_t isa) {
+  const TokenDWConvParams p = forward_params(x, weight, bias, block_output, y, H, W, P, P, int64_t(Prefix::zero), false);
+  check_parameters({{"mean", &mean}, {"var", &var}, {"gamma", &gamma}, {"beta", &beta}}, p.C);
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    std::vector<A> affine(size_t(2 * p.C));
+    for (int64_t c = 0; c < p.C; ++c) {
+      const double s = parameter(gamma, c, 1) * (var ? 1 / std::sqrt(parameter(var, c, 1) + eps) : 1);
+      affine[size_t(c)] = A(s), affine[size_t(p.C + c)] = A(parameter(beta, c, 0) - parameter(mean, c, 0) * s);
+    }
+    const ChannelAffine prologue{affine.data(), affine.data() + p.C, Act::gelu_first};
+    TokenDWConvExtras extras{};
+    extras.prologue = &prologue;
+    launch_forward(p, extras, isa);
+  };
+  p.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
 // dw in the accumulation type. See lifeops/ops/dw_shortcut.py for the formulas.
-void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& affine, const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma,
-              const Tensor& dbeta, int64_t H, int64_t W, int64_t P, int64_t isa) {
+void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& affine,
+              const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma, const Tensor& dbeta, int64_t H, int64_t W, int64_t P, int64_t isa) {
   const int64_t K = weight.size(weight.dim() - 1);
   GradWeightParams g = grad_weight_params(dy, x, dw, {}, K, H, W, P, P);
   const int64_t C = g.C, taps = K * K;
   check_size(weight, "weight", C * taps);
-  STD_TORCH_CHECK(dtype_of(dw) == (is_wide(g.dtype) ? DType::f64 : DType::f32), "lifeops_native: dw must have the accumulation type");
+  check_accumulated(dw, "dw", C * taps, g.dtype);
   if (g.B * H * W * C == 0) return;
   const auto run = [&](auto zero) {
     using A = decltype(zero);
@@ -80,7 +97,7 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
     for (int64_t c = 0; c < C; ++c) {
       double dscale = 0, dshift = 0;
       for (int64_t t = c * taps; t < (c + 1) * taps; ++t) {
-        const double w = value_at(weight.const_data_ptr(), weight_dtype, t), one = double(windows[size_t(t)]);
+        const double w = to_double(weight.const_data_ptr(), weight_dtype, t), one = double(windows[size_t(t)]);
         dscale += w * double(to_dw[t]), dshift += w * one;
         to_dw[t] = A(double(scales[c]) * double(to_dw[t]) + double(shifts[c]) * one);
       }
@@ -91,10 +108,10 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
     if (!dx) return;
     const TokenDWConvParams p = forward_params(dy, weight, {}, {}, *dx, H, W, P, P, int64_t(Prefix::zero), true);
     const ChannelAffine derivative{scales, shifts, Act::gelu_first};
-    const TokenDWConvExtras extras{nullptr, nullptr, &derivative, a.data(), b.data(), patches(x, P, g.dtype), x.stride(0), x.stride(1), true};
+    const TokenDWConvExtras extras{nullptr, nullptr, &derivative, a.data(), b.data(), behind(x, P, g.dtype), x.stride(0), x.stride(1), true};
     launch_forward(p, extras, isa);
   };
-  is_wide(g.dtype) ? run(double{}) : run(float{});
+  g.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
 }  // namespace
@@ -102,5 +119,6 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(lifeops_native, CPU, m) {
   m.impl("dw_shortcut", TORCH_BOX(&lifeops::forward));
+  m.impl("dw_shortcut_eval", TORCH_BOX(&lifeops::evaluate));
   m.impl("dw_shortcut_bwd", TORCH_BOX(&lifeops::backward));
 }

@@ -12,6 +12,16 @@
 #include "threads.h"
 
 namespace lifeops {
+
+double to_double(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::f64: return static_cast<const double*>(p)[i];
+    case DType::f32: return static_cast<const float*>(p)[i];
+    case DType::f16: return float(static_cast<const torch::headeronly::Half*>(p)[i]);
+    default: return float(static_cast<const torch::headeronly::BFloat16*>(p)[i]);
+  }
+}
+
 namespace {
 
 const TokenDWConvKernels& kernels(int64_t isa) {
@@ -25,15 +35,6 @@ const TokenDWConvKernels& kernels(int64_t isa) {
 
 thread_local Scratch ring_scratch;    // one task's rows
 thread_local Scratch shared_scratch;  // the calling thread's packed weights or partial sums, read by all
-
-double to_double(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f64: return static_cast<const double*>(p)[i];
-    case DType::f32: return static_cast<const float*>(p)[i];
-    case DType::f16: return float(static_cast<const torch::headeronly::Half*>(p)[i]);
-    default: return float(static_cast<const torch::headeronly::BFloat16*>(p)[i]);
-  }
-}
 
 template <class A> void put(void* p, DType dtype, int64_t i, A value) {
   switch (dtype) {
@@ -181,14 +182,11 @@ void token_dwconv_grad_weight(const Tensor& dy, const std::optional<Tensor>& x, 
 
 // ---- with a prologue and an epilogue
 
-DType accumulate_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
 // C values, or `filled` with a constant where there are none.
 template <class A>
 const void* channel_values(const std::optional<Tensor>& t, const char* name, A otherwise, int64_t C, DType dtype, std::vector<A>& filled) {
   if (!t) return filled.assign(size_t(C), otherwise), filled.data();
-  check_size(*t, name, C);
-  STD_TORCH_CHECK(dtype_of(*t) == accumulate_dtype(dtype), "lifeops_native: ", name, " must have the accumulation type");
+  check_accumulated(*t, name, C, dtype);
   return t->const_data_ptr();
 }
 
@@ -211,8 +209,7 @@ template <class A> class AffineValues {
 
 template <class A> A* sums_out(const std::optional<Tensor>& t, const char* name, int64_t numel, DType dtype) {
   if (!t) return nullptr;
-  check_size(*t, name, numel);
-  STD_TORCH_CHECK(dtype_of(*t) == accumulate_dtype(dtype), "lifeops_native: ", name, " must have the accumulation type");
+  check_accumulated(*t, name, numel, dtype);
   return static_cast<A*>(t->mutable_data_ptr());
 }
 
@@ -249,7 +246,8 @@ void token_dwconv_act(const Tensor& x, const Tensor& weight, const std::optional
 
 // dx, and sums (2, C): of x dv and of dv.
 void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
-                                 const std::optional<Tensor>& shift, int64_t act, const std::optional<Tensor>& a, const std::optional<Tensor>& b, const Tensor& dx, const Tensor& sums, int64_t H, int64_t W,
+                                 const std::optional<Tensor>& shift, int64_t act, const std::optional<Tensor>& a,
+                                 const std::optional<Tensor>& b, const Tensor& dx, const Tensor& sums, int64_t H, int64_t W,
                                  int64_t dy_prefix, int64_t x_prefix, int64_t prefix_mode, int64_t isa) {
   const TokenDWConvParams p = forward_params(dy, weight, {}, {}, dx, H, W, dy_prefix, x_prefix, prefix_mode, true);
   check_sequence(x, "x", p.B, x_prefix + H * W, p.C, p.dtype);
@@ -257,12 +255,11 @@ void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     const TokenDWConvKernels& kernel = kernels(isa);
-    const int64_t parts = ForwardPlan(p, kernel).parts() * p.B, size = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+    const int64_t parts = ForwardPlan(p, kernel).parts() * p.B;
     const AffineValues<A> affine(scale, shift, act, p.C, p.dtype);
     std::vector<A> zeros;
-    const char* pre = static_cast<const char*>(x.const_data_ptr()) + x_prefix * x.stride(1) * size;
     const TokenDWConvExtras extras{nullptr, nullptr, affine.get(), channel_values(a, "a", A(0), p.C, p.dtype, zeros),
-                                   channel_values(b, "b", A(0), p.C, p.dtype, zeros), pre, x.stride(0), x.stride(1), true};
+                                   channel_values(b, "b", A(0), p.C, p.dtype, zeros), behind(x, x_prefix, p.dtype), x.stride(0), x.stride(1), true};
     std::vector<A> partial(size_t(parts * kTaskSums * p.C));
     run_forward<A>(p, kernel, &extras, partial.data());
     A* out = sums_out<A>(sums, "sums", 2 * p.C, p.dtype);
@@ -273,27 +270,6 @@ void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor
   };
   p.dtype == DType::f64 ? run(double{}) : run(float{});
 }
-
-}  // namespace
-
-void launch_forward(const TokenDWConvParams& p, const TokenDWConvExtras& extras, int64_t isa) {
-  const TokenDWConvKernels& kernel = kernels(isa);
-  const int64_t sums = extras.sums ? ForwardPlan(p, kernel).parts() * p.B * kTaskSums * p.C : 0;
-  const auto run = [&](auto zero) {
-    std::vector<decltype(zero)> partial{};
-    partial.resize(size_t(sums));
-    run_forward(p, kernel, &extras, sums ? partial.data() : nullptr);
-  };
-  p.dtype == DType::f64 ? run(double{}) : run(float{});
-}
-
-void launch_grad_weight(const GradWeightParams& p, const ChannelAffine& prologue, int64_t isa) {
-  p.dtype == DType::f64 ? run_grad_weight<double>(p, kernels(isa), &prologue) : run_grad_weight<float>(p, kernels(isa), &prologue);
-}
-
-double value_at(const void* p, DType dtype, int64_t i) { return to_double(p, dtype, i); }
-
-namespace {
 
 void token_dwconv_act_grad_weight(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
                                   int64_t act, const Tensor& dw, const std::optional<Tensor>& db, int64_t K, int64_t H, int64_t W,
@@ -308,6 +284,20 @@ void token_dwconv_act_grad_weight(const Tensor& dy, const Tensor& x, const std::
 }
 
 }  // namespace
+
+void launch_forward(const TokenDWConvParams& p, const TokenDWConvExtras& extras, int64_t isa) {
+  const TokenDWConvKernels& kernel = kernels(isa);
+  const auto run = [&](auto zero) {
+    std::vector<decltype(zero)> sums(size_t(extras.sums ? ForwardPlan(p, kernel).parts() * p.B * kTaskSums * p.C : 0), zero);
+    run_forward(p, kernel, &extras, sums.empty() ? nullptr : sums.data());
+  };
+  p.dtype == DType::f64 ? run(double{}) : run(float{});
+}
+
+void launch_grad_weight(const GradWeightParams& p, const ChannelAffine& prologue, int64_t isa) {
+  p.dtype == DType::f64 ? run_grad_weight<double>(p, kernels(isa), &prologue) : run_grad_weight<float>(p, kernels(isa), &prologue);
+}
+
 }  // namespace lifeops
 
 STABLE_TORCH_LIBRARY_IMPL(lifeops_native, CPU, m) {

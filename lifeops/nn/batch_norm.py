@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lifeops.ops.batch_norm import affine_of
+
 _FOLD = "fold_batch_norms_"
 
 
@@ -51,10 +53,7 @@ def update_running(norm: nn.Module, mean: torch.Tensor, var: torch.Tensor, count
 
 def constants(norm: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, shift) of a norm with running statistics, computed in ``dtype``: scale * x + shift."""
-    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.to(dtype)
-    mean = norm.running_mean.to(dtype)
-    return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias.to(dtype), mean, scale, value=-1)
+    return affine_of(norm.running_mean.to(dtype), norm.running_var.to(dtype), norm.weight, norm.bias, norm.eps)[:2]
 
 
 def check_constant(name: str, norm: nn.Module) -> None:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config, geometry
-from lifeops.nn.batch_norm import check_constant, constants, on_batch, sync_group, total_count, update_running
+from lifeops.nn.batch_norm import check_constant, on_batch, sync_group, total_count, update_running
 from lifeops.nn.dw_shortcut_fold import BorderBias, ChannelAffine, merged
 from lifeops.nn.life import GridHolder
-from lifeops.ops.channel_act import accumulate_dtype
 from lifeops.ops.dw_shortcut import dw_shortcut_eval, dw_shortcut_train
 from lifeops.ops.token_dwconv_function import token_dwconv
 
@@ -61,15 +60,21 @@ def _train(x, y, pairs, group, grid, P, backend):
     return y
 
 
+def _values(norm):
+    """A constant norm as :func:`dw_shortcut_eval` takes it."""
+    if isinstance(norm, ChannelAffine):
+        return None, None, norm.scale, norm.shift, 0.0
+    if isinstance(norm, BorderBias):
+        return None, None, None, None, 0.0
+    return norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
+
+
 def _constant(x, y, conv, norm, grid, P, backend):
     """One kernel whose norm is constant."""
+    y = dw_shortcut_eval(x, y, conv.weight, conv.bias, _values(norm), grid, P, backend)
     if isinstance(norm, BorderBias):
-        y = dw_shortcut_eval(x, y, conv.weight, conv.bias, None, None, grid, P, backend)
         y[:, P:] += norm(grid).to(y.dtype)
-        return y
-    wide = accumulate_dtype(x.dtype)
-    values = (norm.scale, norm.shift) if isinstance(norm, ChannelAffine) else constants(norm, wide)
-    return dw_shortcut_eval(x, y, conv.weight, conv.bias, *(t.to(wide) for t in values), grid, P, backend)
+    return y
 
 
 def _plain(x, y, conv, norm, grid, P, backend):
@@ -136,6 +141,8 @@ class ShortcutModule(nn.Module):
 
     def kernels(self, i: int) -> tuple[list[nn.Module], list[nn.Module]]:
         """The convolutions and the batch norms of shortcut ``i``."""
+        if self.count == 1:
+            return [*self.convs], [*self.batchnorms]
         n = len(self.convs) // self.count
         return [self.convs[j] for j in range(i * n, (i + 1) * n)], [self.batchnorms[j] for j in range(i * n, (i + 1) * n)]
 

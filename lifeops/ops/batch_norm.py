@@ -22,6 +22,13 @@ class Affine(NamedTuple):
     rstd: torch.Tensor | None = None
 
 
+def affine_of(mean, var, gamma, beta, eps) -> Affine:
+    """The norm with this mean and (biased) variance, in their dtype."""
+    rstd = (var + eps).rsqrt()
+    scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
+    return Affine(scale, -mean * scale if beta is None else torch.addcmul(beta.to(rstd.dtype), mean, scale, value=-1), mean, rstd)
+
+
 def merge(mean, m2, n, group):
     """Statistics of all processes of ``group`` from each one's (Chan's formula)."""
     world = torch.distributed.get_world_size(group)

@@ -29,12 +29,12 @@ from lifeops.ops import dw_shortcut_step as step
 from lifeops.ops import token_dwconv as token_dwconv_ops
 from lifeops.ops import token_dwconv_act as dwconv
 from lifeops.ops.activations import GELU_FIRST
-from lifeops.ops.batch_norm import Affine, merge, norm_backward
+from lifeops.ops.batch_norm import Affine, affine_of, merge, norm_backward
 from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import _like_parameter, token_dwconv
 
 _stats = torchlib.overload(rows.stats_op)
-_step, _step_bwd = map(torchlib.overload, (step.fwd_op, step.bwd_op))
+_step, _step_bwd, _eval = map(torchlib.overload, (step.fwd_op, step.bwd_op, step.eval_op))
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.overload, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
 _plain_bwd_dw = torchlib.overload(token_dwconv_ops.bwd_dw_op)
 
@@ -50,8 +50,21 @@ class Config(NamedTuple):
     backend: str
 
 
-def dw_shortcut_eval(x, block_output, weight, bias, scale, shift, grid, num_prefix_tokens, backend):
-    """block_output + [0 | DW(scale * GELU(x_patch) + shift) + bias], with x's dtype; (C,) values, None is 1 and 0. Differentiable."""
+def _one_op(x, group, backend) -> bool:
+    """Whether the operators made for one kernel serve: so far they are there for CPU."""
+    return group is None and x.device.type == "cpu" and backend in ("", "cpu", "reference")
+
+
+def dw_shortcut_eval(x, block_output, weight, bias, norm, grid, num_prefix_tokens, backend):
+    """block_output + [0 | DW(scale * GELU(x_patch) + shift) + bias], with x's dtype. Differentiable.
+
+    ``norm`` is (mean, var, gamma, beta, eps) with (C,) values, of which gamma and beta may be None (1, 0); without mean and var,
+    gamma is the scale and beta the shift.
+    """
+    if _one_op(x, None, backend) and not torchlib.builds_graph(x, block_output, weight, bias, *norm[:4]):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _eval(x, block_output, weight, bias, *norm, *grid, num_prefix_tokens, backend)
+    scale, shift = step.eval_affine(rows.accumulate_dtype(x.dtype), *norm)
     place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens, "prefix": "zero", "backend": backend or None}
     return token_dwconv(x, weight, bias, residual=block_output, prologue=ChannelAct(scale, shift, GELU_FIRST), **place)
 
@@ -111,7 +124,7 @@ class DWShortcut(torch.autograd.Function):
         n = x.shape[0] * cfg.H * cfg.W
         if cfg.group is not None:
             mean, m2, n = merge(mean, m2, n, cfg.group)
-        affines = [step.affine_of(mean, m2, n, *norm) for norm in zip(gammas, betas, cfg.eps, strict=True)]
+        affines = [affine_of(mean, m2 / n, *norm) for norm in zip(gammas, betas, cfg.eps, strict=True)]
         ctx.cfg, ctx.n, ctx.dtypes = cfg, n, [None if p is None else p.dtype for p in parameters]
         ctx.save_for_backward(x, mean, m2, *weights, *(value for a in affines for value in (a.scale, a.shift, a.rstd)))
         ctx.mark_non_differentiable(mean, m2)
@@ -168,11 +181,6 @@ class DWShortcutStep(torch.autograd.Function):
         return tuple(g if wanted else None for g, wanted in zip((None, dx, dy, *some), need, strict=True))
 
 
-def _one_step(x, weights, group, backend) -> bool:
-    """Whether the two operators serve: so far they are made for CPU."""
-    return len(weights) == 1 and group is None and x.device.type == "cpu" and backend in ("", "cpu", "reference")
-
-
 def dw_shortcut_train(x, block_output, weights, biases, gammas, betas, eps, grid, num_prefix_tokens, reduce, backend):
     """The same with batch statistics, for parallel kernels at once: they see the same g, so one mean and one variance serve all.
 
@@ -189,5 +197,5 @@ def dw_shortcut_train(x, block_output, weights, biases, gammas, betas, eps, grid
     """
     cfg = Config(tuple(eps), *grid, num_prefix_tokens, reduce, config.requested_backend(backend))
     parameters = [p for kernel in zip(weights, biases, gammas, betas, strict=True) for p in kernel]
-    function = DWShortcutStep if _one_step(x, weights, reduce, cfg.backend) else DWShortcut
+    function = DWShortcutStep if len(weights) == 1 and _one_op(x, reduce, cfg.backend) else DWShortcut
     return function.apply(cfg, x, block_output, *parameters)

@@ -1,4 +1,4 @@
-"""A training step of the DW shortcut with one kernel, as two operators: what :mod:`lifeops.ops.dw_shortcut` does in several.
+"""The DW shortcut with one kernel: a training step as two operators, evaluation as one; what others compose of several.
 
     g = GELU(x)     mean, m2 = its statistics over B and the patches     rstd = (m2 / n + eps)^(-1/2)      n = B*H*W
     scale = gamma * rstd      shift = beta - mean * scale
@@ -7,6 +7,8 @@
 The backward formulas are those of :mod:`lifeops.ops.dw_shortcut` and :mod:`lifeops.ops.batch_norm`; dy is the gradient of
 block_output as it is. mean, m2, dbias, dgamma, dbeta (C,), affine (3, C), which is scale, shift and rstd, and dw (C, 1, K, K) are
 float32 (float64 for float64 tokens).
+
+Evaluation takes the running statistics mean and var (scale = gamma (var + eps)^(-1/2)); without them gamma and beta are the affine.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops import token_dwconv_act as act
 from lifeops.ops import token_dwconv_samples as cases
 from lifeops.ops.activations import GELU_FIRST
-from lifeops.ops.batch_norm import Affine, norm_backward
+from lifeops.ops.batch_norm import Affine, affine_of, norm_backward
 from lifeops.ops.channel_act import accumulate_dtype, check_values, stats_of
 from lifeops.registry import Op
 
@@ -33,14 +35,6 @@ class Problem(NamedTuple):
     weight_dtype: torch.dtype
     C: int
     K: int
-
-
-def affine_of(mean, m2, n, gamma, beta, eps) -> Affine:
-    """The norm with these batch statistics of n values."""
-    rstd = (m2 / n + eps).rsqrt()
-    scale = rstd if gamma is None else gamma.to(rstd.dtype) * rstd
-    shift = -mean * scale if beta is None else beta.to(rstd.dtype) - mean * scale
-    return Affine(scale, shift, mean, rstd)
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -56,6 +50,13 @@ def check(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
     _check_parameter("gamma", gamma, x), _check_parameter("beta", beta, x)
 
 
+def check_eval(x, block_output, weight, bias, mean, var, gamma, beta, eps, H, W, P, backend):
+    check(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend)
+    _check_parameter("mean", mean, x), _check_parameter("var", var, x)
+    if (mean is None) != (var is None):
+        raise ValueError(f"{NAME}_eval: mean and var must both be given or both be None")
+
+
 def check_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
     act.check_bwd_dx(dy, x, weight, None, None, GELU_FIRST, None, None, H, W, P, "zero", backend)
     check_values(f"{NAME}_bwd", x, mean=mean)
@@ -69,10 +70,22 @@ def check_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
 
 def reference(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
     mean, m2 = stats_of(torch.nn.functional.gelu(x[:, P:].to(accumulate_dtype(x.dtype))))
-    norm = affine_of(mean, m2, max(1, x.shape[0] * H * W), gamma, beta, eps)
+    norm = affine_of(mean, m2 / max(1, x.shape[0] * H * W), gamma, beta, eps)
     affine = norm.scale, norm.shift, GELU_FIRST, None, None, "none"
     y = act.reference(x, weight, bias, *affine, block_output, H, W, P, "zero", False, False, backend)[0]
     return y, mean, m2, torch.stack((norm.scale, norm.shift, norm.rstd))
+
+
+def eval_affine(dtype, mean, var, gamma, beta, eps):
+    """(scale, shift) in ``dtype``; None is 1 and 0."""
+    if var is None:
+        return tuple(None if t is None else t.to(dtype) for t in (gamma, beta))
+    return affine_of(mean.to(dtype), var.to(dtype), gamma, beta, eps)[:2]
+
+
+def reference_eval(x, block_output, weight, bias, mean, var, gamma, beta, eps, H, W, P, backend):
+    scale, shift = eval_affine(accumulate_dtype(x.dtype), mean, var, gamma, beta, eps)
+    return act.reference(x, weight, bias, scale, shift, GELU_FIRST, None, None, "none", block_output, H, W, P, "zero", False, False, backend)[0]
 
 
 def reference_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
@@ -98,6 +111,10 @@ def fake(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
     y = dwconv.fake(x, weight, bias, block_output, H, W, P, "zero", backend)
     mean = x.new_empty((x.shape[2],), dtype=accumulate_dtype(x.dtype))
     return y, mean, torch.empty_like(mean), mean.new_empty((3, x.shape[2]))
+
+
+def fake_eval(x, block_output, weight, bias, mean, var, gamma, beta, eps, H, W, P, backend):
+    return dwconv.fake(x, weight, bias, block_output, H, W, P, "zero", backend)
 
 
 def fake_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
@@ -156,6 +173,12 @@ def make_fwd(s: Sample, draw, backend):
     return x, residual, weight, bias, gamma, beta, 1e-5, H, W, P, backend
 
 
+def make_eval(s: Sample, draw, backend):
+    x, residual, weight, bias, gamma, beta, *rest = make_fwd(s, draw, backend)
+    mean, var = (draw(s.base.C, dtype=s.base.weight_dtype, scale=1) if s.need_dx else None for _ in range(2))  # one sample without
+    return x, residual, weight, bias, mean, None if var is None else var.abs() + 0.5, gamma, beta, *rest
+
+
 def make_bwd(s: Sample, draw, backend):
     dy, weight, H, W, P, *_ = cases.make_bwd_dx(s.base, draw, backend)
     mean, affine = (draw(*shape, dtype=accumulate_dtype(draw.dtype), scale=1) for shape in ((s.base.C,), (3, s.base.C)))
@@ -201,5 +224,19 @@ bwd_op = Op(
     is_empty=lambda *args: dwconv._empty(args[1], *args[5:7]),
     exact=lambda s: False,
 )
-for op in (fwd_op, bwd_op):
+eval_op = Op(
+    f"{NAME}_eval",
+    f"{NAME}_eval(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, Tensor? beta,"
+    f" float eps, {_PLACE}, str backend) -> Tensor",
+    reference_eval,
+    check_eval,
+    fake_eval,
+    problem=fwd_op.problem,
+    flops=lambda x, block_output, weight, bias, mean, var, gamma, beta, eps, H, W, P, backend: dwconv.flops(x, weight, bias, None, H, W, P),
+    samples=samples,
+    make=make_eval,
+    is_empty=lambda *args: dwconv._empty(args[0], *args[9:11]),
+    exact=lambda s: False,
+)
+for op in (fwd_op, bwd_op, eval_op):
     torchlib.install(op)
