@@ -8,8 +8,16 @@ namespace lifeops {
 namespace LIFEOPS_ISA {
 
 template <class A> inline __attribute__((always_inline)) vec_t<A> splat(A value) { return value - vec_t<A>{}; }
+// The smaller and the larger; the second where one is NaN.
 template <class V> inline __attribute__((always_inline)) V vmin(V a, V b) { return a < b ? a : b; }
 template <class V> inline __attribute__((always_inline)) V vmax(V a, V b) { return a > b ? a : b; }
+#if LIFEOPS_VEC_BYTES == 64  // compilers make two instructions of the above
+inline __attribute__((always_inline)) vec_t<float> vmin(vec_t<float> a, vec_t<float> b) { return (vec_t<float>)_mm512_min_ps((__m512)a, (__m512)b); }
+inline __attribute__((always_inline)) vec_t<float> vmax(vec_t<float> a, vec_t<float> b) { return (vec_t<float>)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif LIFEOPS_VEC_BYTES == 32
+inline __attribute__((always_inline)) vec_t<float> vmin(vec_t<float> a, vec_t<float> b) { return (vec_t<float>)_mm256_min_ps((__m256)a, (__m256)b); }
+inline __attribute__((always_inline)) vec_t<float> vmax(vec_t<float> a, vec_t<float> b) { return (vec_t<float>)_mm256_max_ps((__m256)a, (__m256)b); }
+#endif
 
 // 2^q for -126 <= q <= 0: the integer part becomes the exponent's bits, the rest goes through a minimax polynomial, error 8e-8.
 inline __attribute__((always_inline)) vec_t<float> exp2_negative(vec_t<float> q) {
@@ -51,62 +59,75 @@ inline __attribute__((always_inline)) vec_t<double> absolute(vec_t<double> v) { 
 
 // |v|, at most where the tail is all but 0: infinities stay out of the products, NaN goes through.
 template <class A> inline __attribute__((always_inline)) vec_t<A> bounded_abs(vec_t<A> v, A bound = sizeof(A) == 8 ? 37 : 10.25) {
-  const vec_t<A> a = absolute(v), most = splat(bound);
-  return most < a ? most : a;
+  return vmin(splat(bound), absolute(v));
 }
 
 #if LIFEOPS_VEC_BYTES == 64
-// a Φ(-a) from a table that fits the registers' permutations: half the instructions of the exponential.
-struct TailPiece {
-  __m512i k;
-  __m512 r;
-  explicit inline __attribute__((always_inline)) TailPiece(vec_t<float> a) {
-    const vec_t<float> scaled = a * (1 / kGeluStep) , shifted = scaled + 12582912.0f;  // 1.5 * 2^23: the integer part ends in the low bits
-    k = _mm512_castps_si512((__m512)shifted);  // of which the permutation reads five
-    r = (__m512)(scaled - (shifted - 12582912.0f));
-  }
-  inline __attribute__((always_inline)) vec_t<float> at(const float* coefficients) const {
-    return (vec_t<float>)_mm512_permutex2var_ps(_mm512_load_ps(coefficients), k, _mm512_load_ps(coefficients + 16));
-  }
-};
+// a Φ(-a) from a table that fits the registers' permutations: half the instructions of the exponential. Several vectors go step by step
+// together: one after another, their long chains fill the scheduler before the next vector's gets in.
 constexpr float kTableBound = 31.4f * kGeluStep;
 
-inline __attribute__((always_inline)) vec_t<float> gelu_tail(vec_t<float> a) {
-  const TailPiece piece(a);
-  const vec_t<float> r = (vec_t<float>)piece.r;
-  vec_t<float> tail = piece.at(kGeluTail4[4]);
+template <int N> struct TailPieces {
+  __m512i k[N];
+  vec_t<float> r[N];
+  explicit inline __attribute__((always_inline)) TailPieces(const vec_t<float>* v) {
 #pragma GCC unroll 4
-  for (int i = 3; i >= 0; --i) tail = tail * r + piece.at(kGeluTail4[i]);
-  return tail;
+    for (int t = 0; t < N; ++t) {
+      const vec_t<float> scaled = bounded_abs<float>(v[t], kTableBound) * (1 / kGeluStep), shifted = scaled + 12582912.0f;  // as in exp2_negative
+      k[t] = _mm512_castps_si512((__m512)shifted);  // of which the permutation reads five bits
+      r[t] = scaled - (shifted - 12582912.0f);
+    }
+  }
+  inline __attribute__((always_inline)) vec_t<float> at(int t, const float* coefficients) const {
+    return (vec_t<float>)_mm512_permutex2var_ps(_mm512_load_ps(coefficients), k[t], _mm512_load_ps(coefficients + 16));
+  }
+};
+
+template <int N> inline __attribute__((always_inline)) void gelu_by_table(vec_t<float>* v) {
+  const TailPieces<N> pieces(v);
+  vec_t<float> tail[N];
+#pragma GCC unroll 4
+  for (int t = 0; t < N; ++t) tail[t] = pieces.at(t, kGeluTail4[4]);
+#pragma GCC unroll 4
+  for (int i = 3; i >= 0; --i)
+#pragma GCC unroll 4
+    for (int t = 0; t < N; ++t) tail[t] = tail[t] * pieces.r[t] + pieces.at(t, kGeluTail4[i]);
+#pragma GCC unroll 4
+  for (int t = 0; t < N; ++t) v[t] = vmax(v[t], vec_t<float>{}) - tail[t];
 }
 
 // And its derivative, by Horner's scheme for both.
-inline __attribute__((always_inline)) vec_t<float> gelu_tail(vec_t<float> a, vec_t<float>* slope) {
-  const TailPiece piece(a);
-  const vec_t<float> r = (vec_t<float>)piece.r;
-  vec_t<float> change = piece.at(kGeluTail5[5]), tail = change * r + piece.at(kGeluTail5[4]);
+template <int N> inline __attribute__((always_inline)) void gelu_both_by_table(vec_t<float>* v, vec_t<float>* slope) {
+  const TailPieces<N> pieces(v);
+  vec_t<float> tail[N], change[N];
 #pragma GCC unroll 4
-  for (int i = 3; i >= 0; --i) change = change * r + tail, tail = tail * r + piece.at(kGeluTail5[i]);
-  *slope = change * (1 / kGeluStep);
-  return tail;
+  for (int t = 0; t < N; ++t) change[t] = pieces.at(t, kGeluTail5[5]), tail[t] = change[t] * pieces.r[t] + pieces.at(t, kGeluTail5[4]);
+#pragma GCC unroll 4
+  for (int i = 3; i >= 0; --i)
+#pragma GCC unroll 4
+    for (int t = 0; t < N; ++t) change[t] = change[t] * pieces.r[t] + tail[t], tail[t] = tail[t] * pieces.r[t] + pieces.at(t, kGeluTail5[i]);
+#pragma GCC unroll 4
+  for (int t = 0; t < N; ++t) {
+    change[t] *= 1 / kGeluStep;
+    slope[t] = v[t] < vec_t<float>{} ? change[t] : 1.0f - change[t];
+    v[t] = vmax(v[t], vec_t<float>{}) - tail[t];
+  }
 }
 #endif
 
-// GELU and its derivative.
-template <class A> inline __attribute__((always_inline)) void gelu_both(vec_t<A> v, vec_t<A>* value, vec_t<A>* slope) {
+// GELU of N vectors, and its derivative.
+template <class A, int N> inline __attribute__((always_inline)) void gelu_both(vec_t<A>* v, vec_t<A>* slope) {
 #if LIFEOPS_VEC_BYTES == 64
-  if constexpr (sizeof(A) == 4) {
-    vec_t<A> change;
-    *value = vmax(v, vec_t<A>{}) - gelu_tail(bounded_abs<A>(v, kTableBound), &change);
-    *slope = v < vec_t<A>{} ? change : A(1) - change;
-    return;
-  }
+  if constexpr (sizeof(A) == 4) return gelu_both_by_table<N>(v, slope);
 #endif
-  const vec_t<A> a = bounded_abs<A>(v);
-  vec_t<A> log_slope;
-  const vec_t<A> tail = lower_tail(a, &log_slope), change = tail * (a * log_slope + A(1));
-  *value = vmax(v, vec_t<A>{}) - a * tail;
-  *slope = v < vec_t<A>{} ? change : A(1) - change;
+#pragma GCC unroll 4
+  for (int t = 0; t < N; ++t) {
+    const vec_t<A> a = bounded_abs<A>(v[t]);
+    vec_t<A> log_slope;
+    const vec_t<A> tail = lower_tail(a, &log_slope), change = tail * (a * log_slope + A(1));
+    slope[t] = v[t] < vec_t<A>{} ? change : A(1) - change;
+    v[t] = vmax(v[t], vec_t<A>{}) - a * tail;
+  }
 }
 
 template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> activate(vec_t<A> v) {
@@ -115,12 +136,20 @@ template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> activ
   if constexpr (act == Act::hardswish) return v * vmin(vmax(v + A(3), zero), splat(A(6))) * A(1.0 / 6);
   if constexpr (act == Act::gelu) {
 #if LIFEOPS_VEC_BYTES == 64
-    if constexpr (sizeof(A) == 4) return vmax(v, zero) - gelu_tail(bounded_abs<A>(v, kTableBound));
+    if constexpr (sizeof(A) == 4) return gelu_by_table<1>(&v), v;
 #endif
     const vec_t<A> a = bounded_abs<A>(v);
     return vmax(v, zero) - a * lower_tail(a, static_cast<vec_t<A>*>(nullptr));
   }
   return v;
+}
+// N vectors at once.
+template <Act act, class A, int N> inline __attribute__((always_inline)) void activate_all(vec_t<A>* v) {
+#if LIFEOPS_VEC_BYTES == 64
+  if constexpr (act == Act::gelu && sizeof(A) == 4) return gelu_by_table<N>(v);
+#endif
+#pragma GCC unroll 4
+  for (int t = 0; t < N; ++t) v[t] = activate<act, A>(v[t]);
 }
 
 template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> derivative(vec_t<A> v) {
@@ -128,17 +157,19 @@ template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> deriv
   if constexpr (act == Act::relu6) return v > zero ? (v < splat(A(6)) ? one : zero) : zero;
   if constexpr (act == Act::hardswish) return v > splat(A(-3)) ? (v < splat(A(3)) ? v * A(1.0 / 3) + A(0.5) : one) : zero;
   if constexpr (act == Act::gelu) {
-    vec_t<A> value, slope;
-    gelu_both<A>(v, &value, &slope);
+    vec_t<A> slope;
+    gelu_both<A, 1>(&v, &slope);
     return slope;
   }
   return one;
 }
 
-// A prologue.
-template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> through(vec_t<A> scale, vec_t<A> shift, vec_t<A> x) {
-  if constexpr (act == Act::gelu_first) return scale * activate<Act::gelu, A>(x) + shift;
-  return activate<act, A>(scale * x + shift);
+// A prologue, of N vectors.
+template <Act act, class A, int N> inline __attribute__((always_inline)) void through(const vec_t<A>* scale, const vec_t<A>* shift, vec_t<A>* x) {
+  if constexpr (act == Act::gelu_first) activate_all<Act::gelu, A, N>(x);
+#pragma GCC unroll 4
+  for (int t = 0; t < N; ++t) x[t] = scale[t] * x[t] + shift[t];
+  if constexpr (act != Act::gelu_first) activate_all<act, A, N>(x);
 }
 
 // Calls body with the activation as a compile-time constant.

@@ -16,74 +16,103 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
   static constexpr int L = Vec<A>::kLanes;
   static constexpr int64_t kTokens = 4, kAhead = 2 * kTokens;  // summed together; asked for ahead
 
-  static const A* values(const void* p) { return static_cast<const A*>(p); }
-  static T* rows(const Rows& r, const ChannelTask& task, int64_t token) {
-    return static_cast<T*>(r.data) + task.b * r.stride_b + token * r.stride_n;
-  }
+  static constexpr bool kReadsDy = pass == ChannelPass::sums || pass == ChannelPass::grad;
 
-  // `count` tokens from `token` on, one vector of channels at c of which n are left.
-  static inline __attribute__((always_inline)) void vector(const ChannelActParams& p, const ChannelTask& task, int64_t token, int64_t count,
-                                                           int64_t c, int64_t n) {
-    const V scale = load_n(values(p.scale) + c, n), shift = load_n(values(p.shift) + c, n);
-    const T* x = rows(p.x, task, token) + c;
+  // Tokens of one tensor, from one on.
+  template <class U> struct Tokens {
+    U* data;
+    int64_t stride;
+    Tokens(const Rows& r, int64_t b) : data(r.data ? static_cast<U*>(r.data) + b * r.stride_b : nullptr), stride(r.stride_n) {}
+    U* at(int64_t token) const { return data + token * stride; }
+  };
+
+  // What the loops need of the parameters, in registers: a store might change the parameters themselves, for all the compiler knows.
+  const Tokens<const T> x, dy, residual;
+  const Tokens<T> y;
+  const A *scale, *shift, *gate, *pool_grad, *a, *b;
+  A* partial;
+  const int64_t C;
+
+  ChannelBody(const ChannelActParams& p, const ChannelTask& task)
+      : x(p.x, task.b), dy(p.dy, task.b), residual(p.residual, task.b), y(p.y, task.b), scale(values(p.scale)), shift(values(p.shift)),
+        gate(values(p.gate) + task.b * p.gate_stride), pool_grad(values(p.pool_grad) + task.b * p.pool_grad_stride), a(values(p.a)), b(values(p.b)),
+        partial(static_cast<A*>(task.partial)), C(p.C) {}
+  static const A* values(const void* p) { return static_cast<const A*>(p); }
+
+  // `count` tokens from `token` on, one vector of channels at c of which n are left. `first`: nothing has been summed yet.
+  inline __attribute__((always_inline)) void vector(int64_t token, int64_t count, bool first, int64_t c, int64_t n) const {
+    const T *from = x.at(token) + c, *grads = kReadsDy ? dy.at(token) + c : nullptr;
+#pragma GCC unroll 4
     for (int64_t t = 0; t < count; ++t) {  // the tokens' lines come interleaved, which the hardware does not foresee
-      __builtin_prefetch(x + (t + kAhead) * p.x.stride_n);
-      if (p.dy.data) __builtin_prefetch(rows(p.dy, task, token + t + kAhead) + c);
+      __builtin_prefetch(from + (t + kAhead) * x.stride);
+      if (kReadsDy) __builtin_prefetch(grads + (t + kAhead) * dy.stride);
     }
-    A* partial = static_cast<A*>(task.partial) + c;
+    const auto value_at = [&](int64_t t) { return load_n(from + t * x.stride, n); };
+    const auto grad_at = [&](int64_t t) { return load_n(grads + t * dy.stride, n); };
+    const auto constant = [&](const A* of) { return load_n(of + c, n); };
     if constexpr (pass == ChannelPass::stats) {
-      const V first = token == task.n0 ? activate<act, A>(load_n(x, n)) : load_n(partial, n);
-      V sum = token == task.n0 ? V{} : load_n(partial + p.C, n), square = token == task.n0 ? V{} : load_n(partial + 2 * p.C, n);
-      for (int64_t t = 0; t < count; ++t) {
-        const V value = activate<act, A>(load_n(x + t * p.x.stride_n, n)) - first;
-        sum += value, square += value * value;
+      const V origin = first ? activate<act, A>(value_at(0)) : load_n(partial + c, n);
+      V sum = first ? V{} : load_n(partial + C + c, n), square = first ? V{} : load_n(partial + 2 * C + c, n);
+      if (count == kTokens) {
+        V value[kTokens];
+#pragma GCC unroll 4
+        for (int64_t t = 0; t < kTokens; ++t) value[t] = value_at(t);
+        activate_all<act, A, kTokens>(value);
+#pragma GCC unroll 4
+        for (int64_t t = 0; t < kTokens; ++t) value[t] -= origin;
+        sum += (value[0] + value[1]) + (value[2] + value[3]);  // short chains
+        square += (value[0] * value[0] + value[1] * value[1]) + (value[2] * value[2] + value[3] * value[3]);
+      } else {
+        for (int64_t t = 0; t < count; ++t) {
+          const V value = activate<act, A>(value_at(t)) - origin;
+          sum += value, square += value * value;
+        }
       }
-      store_n(partial, first, n), store_n(partial + p.C, sum, n), store_n(partial + 2 * p.C, square, n);
+      store_n(partial + c, origin, n), store_n(partial + C + c, sum, n), store_n(partial + 2 * C + c, square, n);
     } else if constexpr (pass == ChannelPass::act) {
-      const V gate = load_n(values(p.gate) + task.b * p.gate_stride + c, n);
-      T* y = rows(p.y, task, token) + c;
-      const T* residual = p.residual.data ? rows(p.residual, task, token) + c : nullptr;
+      const V s = constant(scale), m = constant(shift), g = constant(gate);
+      T* to = y.at(token) + c;
       for (int64_t t = 0; t < count; ++t) {
-        V value = activate<act, A>(scale * load_n(x + t * p.x.stride_n, n) + shift) * gate;
-        if (residual) value += load_n(residual + t * p.residual.stride_n, n);
-        store_n(y + t * p.y.stride_n, value, n);
+        V value = activate<act, A>(s * value_at(t) + m) * g;
+        if (residual.data) value += load_n(residual.at(token + t) + c, n);
+        store_n(to + t * y.stride, value, n);
       }
     } else if constexpr (pass == ChannelPass::pool) {
-      V sum = token == task.n0 ? V{} : load_n(partial, n);
-      for (int64_t t = 0; t < count; ++t) sum += activate<act, A>(scale * load_n(x + t * p.x.stride_n, n) + shift);
-      store_n(partial, sum, n);
+      const V s = constant(scale), m = constant(shift);
+      V sum = first ? V{} : load_n(partial + c, n);
+      for (int64_t t = 0; t < count; ++t) sum += activate<act, A>(s * value_at(t) + m);
+      store_n(partial + c, sum, n);
     } else if constexpr (pass == ChannelPass::sums) {
+      const V s = constant(scale), m = constant(shift);
       V sum[5];
-      for (int k = 0; k < 5; ++k) sum[k] = token == task.n0 ? V{} : load_n(partial + k * p.C, n);
-      const T* dy = rows(p.dy, task, token) + c;
+      for (int k = 0; k < 5; ++k) sum[k] = first ? V{} : load_n(partial + k * C + c, n);
       for (int64_t t = 0; t < count; ++t) {
-        const V value = load_n(x + t * p.x.stride_n, n), g = load_n(dy + t * p.dy.stride_n, n), v = scale * value + shift;
-        const V slope = derivative<act, A>(v);
+        const V value = value_at(t), g = grad_at(t), v = s * value + m, slope = derivative<act, A>(v);
         sum[0] += g * activate<act, A>(v), sum[1] += g * slope, sum[2] += g * slope * value;
         sum[3] += slope, sum[4] += slope * value;
       }
-      for (int k = 0; k < 5; ++k) store_n(partial + k * p.C, sum[k], n);
+      for (int k = 0; k < 5; ++k) store_n(partial + k * C + c, sum[k], n);
     } else {
-      const V gate = load_n(values(p.gate) + task.b * p.gate_stride + c, n);
-      const V pool_grad = load_n(values(p.pool_grad) + task.b * p.pool_grad_stride + c, n);
-      const V a = p.a ? load_n(values(p.a) + c, n) : V{}, b = p.b ? load_n(values(p.b) + c, n) : V{};
-      const T* dy = rows(p.dy, task, token) + c;
-      T* y = rows(p.y, task, token) + c;
+      const V s = constant(scale), m = constant(shift), g = constant(gate), of_pool = constant(pool_grad);
+      const V a0 = a ? constant(a) : V{}, b0 = b ? constant(b) : V{};
+      T* to = y.at(token) + c;
       for (int64_t t = 0; t < count; ++t) {
-        const V value = load_n(x + t * p.x.stride_n, n), g = load_n(dy + t * p.dy.stride_n, n);
-        V dx = scale * ((g * gate + pool_grad) * derivative<act, A>(scale * value + shift)) + a;
-        if (p.b) dx += b * value;
-        store_n(y + t * p.y.stride_n, dx, n);
+        const V value = value_at(t);
+        V dx = s * ((grad_at(t) * g + of_pool) * derivative<act, A>(s * value + m)) + a0;
+        if (b) dx += b0 * value;
+        store_n(to + t * y.stride, dx, n);
       }
     }
   }
 
   static void run(const ChannelActParams& p, const ChannelTask& task) {
+    const ChannelBody body(p, task);
     for (int64_t token = task.n0; token < task.n1; token += kTokens) {
       const int64_t count = task.n1 - token < kTokens ? task.n1 - token : kTokens;
-      const int64_t whole = count == kTokens ? p.C / L * L : 0;
-      for (int64_t c = 0; c < whole; c += L) vector(p, task, token, kTokens, c, L);  // constants: no loop, no check
-      for (int64_t c = whole; c < p.C; c += L) vector(p, task, token, count, c, p.C - c);
+      const int64_t whole = count == kTokens ? body.C / L * L : 0;
+      const bool first = token == task.n0;
+      for (int64_t c = 0; c < whole; c += L) body.vector(token, kTokens, first, c, L);  // constants: no loop, no check
+      for (int64_t c = whole; c < body.C; c += L) body.vector(token, count, first, c, body.C - c);
     }
   }
 };

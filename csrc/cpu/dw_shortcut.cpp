@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The DW shortcut with one kernel: a training step, two passes over the tokens forward and two backward, and one pass in evaluation.
 #include <cmath>
-#include <initializer_list>
-#include <utility>
 #include <vector>
 
 #include "../tensor_args.h"
@@ -17,13 +15,21 @@ template <class A> A* channel_values(const Tensor& t, const char* name, int64_t 
   return static_cast<A*>(t.mutable_data_ptr());
 }
 
-double parameter(const std::optional<Tensor>& t, int64_t c, double otherwise) {
-  return t ? to_double(t->const_data_ptr(), dtype_of(*t), c) : otherwise;
-}
+template <class T> std::vector<double> converted(const void* p, int64_t n) { return {static_cast<const T*>(p), static_cast<const T*>(p) + n}; }
 
-void check_parameters(const std::initializer_list<std::pair<const char*, const std::optional<Tensor>*>>& some, int64_t C) {
-  for (const auto& [name, t] : some)
-    if (*t) check_size(**t, name, C);
+std::vector<double> in_double(const Tensor& t) {
+  switch (dtype_of(t)) {
+    case DType::f64: return converted<double>(t.const_data_ptr(), t.numel());
+    case DType::f32: return converted<float>(t.const_data_ptr(), t.numel());
+    case DType::f16: return converted<torch::headeronly::Half>(t.const_data_ptr(), t.numel());
+    default: return converted<torch::headeronly::BFloat16>(t.const_data_ptr(), t.numel());
+  }
+}
+// C values of a parameter, or of what stands for it.
+std::vector<double> parameter(const std::optional<Tensor>& t, const char* name, int64_t C, double otherwise) {
+  if (!t) return std::vector<double>(size_t(C), otherwise);
+  check_size(*t, name, C);
+  return in_double(*t);
 }
 
 void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -31,7 +37,7 @@ void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, 
              const Tensor& m2, const Tensor& affine, int64_t H, int64_t W, int64_t P, int64_t isa) {
   const TokenDWConvParams p = forward_params(x, weight, bias, block_output, y, H, W, P, P, int64_t(Prefix::zero), false);
   const int64_t C = p.C;
-  check_parameters({{"gamma", &gamma}, {"beta", &beta}}, C);
+  const std::vector<double> gammas = parameter(gamma, "gamma", C, 1), betas = parameter(beta, "beta", C, 0);
   if (p.B * H * W * C == 0) return;
   const auto run = [&](auto zero) {
     using A = decltype(zero);
@@ -40,10 +46,11 @@ void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, 
     std::vector<A> moments(size_t(2 * C), A(0));
     const Rows rows{const_cast<char*>(behind(x, P, p.dtype)), x.stride(0), x.stride(1)};
     launch_channel_stats(rows, p.B, H * W, C, p.dtype, Act::gelu, isa, moments.data());
+    const double each = 1 / double(p.B * H * W);
     for (int64_t c = 0; c < C; ++c) {
       means[c] = moments[size_t(c)], m2s[c] = moments[size_t(C + c)];
-      const double r = 1 / std::sqrt(double(m2s[c]) / double(p.B * H * W) + eps), s = parameter(gamma, c, 1) * r;
-      rstds[c] = A(r), scales[c] = A(s), shifts[c] = A(parameter(beta, c, 0) - double(means[c]) * s);
+      const double r = 1 / std::sqrt(double(m2s[c]) * each + eps), s = gammas[size_t(c)] * r;
+      rstds[c] = A(r), scales[c] = A(s), shifts[c] = A(betas[size_t(c)] - double(means[c]) * s);
     }
     const ChannelAffine prologue{scales, shifts, Act::gelu_first};
     TokenDWConvExtras extras{};
@@ -53,18 +60,19 @@ void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, 
   p.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
-// Running statistics mean and var: without them gamma and beta are the affine.
+// Running statistics mean and var: without them (0, and 1 with eps) gamma and beta are the affine.
 void evaluate(const Tensor& x, const Tensor& block_output, const Tensor& weight, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& mean, const std::optional<Tensor>& var, const std::optional<Tensor>& gamma,
               const std::optional<Tensor>& beta, double eps, const Tensor& y, int64_t H, int64_t W, int64_t P, int64_t isa) {
   const TokenDWConvParams p = forward_params(x, weight, bias, block_output, y, H, W, P, P, int64_t(Prefix::zero), false);
-  check_parameters({{"mean", &mean}, {"var", &var}, {"gamma", &gamma}, {"beta", &beta}}, p.C);
+  const std::vector<double> means = parameter(mean, "mean", p.C, 0), vars = parameter(var, "var", p.C, 1 - eps);
+  const std::vector<double> gammas = parameter(gamma, "gamma", p.C, 1), betas = parameter(beta, "beta", p.C, 0);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     std::vector<A> affine(size_t(2 * p.C));
     for (int64_t c = 0; c < p.C; ++c) {
-      const double s = parameter(gamma, c, 1) * (var ? 1 / std::sqrt(parameter(var, c, 1) + eps) : 1);
-      affine[size_t(c)] = A(s), affine[size_t(p.C + c)] = A(parameter(beta, c, 0) - parameter(mean, c, 0) * s);
+      const double s = gammas[size_t(c)] / std::sqrt(vars[size_t(c)] + eps);
+      affine[size_t(c)] = A(s), affine[size_t(p.C + c)] = A(betas[size_t(c)] - means[size_t(c)] * s);
     }
     const ChannelAffine prologue{affine.data(), affine.data() + p.C, Act::gelu_first};
     TokenDWConvExtras extras{};
@@ -92,12 +100,12 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
     g.windows = windows.data();
     const ChannelAffine gelu{ones.data(), zeros.data(), Act::gelu};
     launch_grad_weight(g, gelu, isa);
-    const DType weight_dtype = dtype_of(weight);
+    const std::vector<double> weights = in_double(weight);
     const double n = double(g.B * H * W);
     for (int64_t c = 0; c < C; ++c) {
       double dscale = 0, dshift = 0;
       for (int64_t t = c * taps; t < (c + 1) * taps; ++t) {
-        const double w = to_double(weight.const_data_ptr(), weight_dtype, t), one = double(windows[size_t(t)]);
+        const double w = weights[size_t(t)], one = double(windows[size_t(t)]);
         dscale += w * double(to_dw[t]), dshift += w * one;
         to_dw[t] = A(double(scales[c]) * double(to_dw[t]) + double(shifts[c]) * one);
       }
@@ -108,7 +116,7 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
     if (!dx) return;
     const TokenDWConvParams p = forward_params(dy, weight, {}, {}, *dx, H, W, P, P, int64_t(Prefix::zero), true);
     const ChannelAffine derivative{scales, shifts, Act::gelu_first};
-    const TokenDWConvExtras extras{nullptr, nullptr, &derivative, a.data(), b.data(), behind(x, P, g.dtype), x.stride(0), x.stride(1), true};
+    const TokenDWConvExtras extras{nullptr, nullptr, &derivative, a.data(), b.data(), behind(x, P, g.dtype), x.stride(0), x.stride(1), false};
     launch_forward(p, extras, isa);
   };
   g.dtype == DType::f64 ? run(double{}) : run(float{});

@@ -11,6 +11,5 @@ void launch_forward(const TokenDWConvParams& p, const TokenDWConvExtras& extras,
 void launch_grad_weight(const GradWeightParams& p, const ChannelAffine& prologue, int64_t isa);
 // out (2, C): mean and m2 of f(x), in the accumulation type.
 void launch_channel_stats(const Rows& x, int64_t B, int64_t n, int64_t C, DType dtype, Act act, int64_t isa, void* out);
-double to_double(const void* p, DType dtype, int64_t i);
 
 }  // namespace lifeops

@@ -11,12 +11,14 @@
 namespace lifeops {
 namespace LIFEOPS_ISA {
 
-// Tokens of one grid row, columns [q0, q1) of which those outside [0, W) become zeros, `n` channels; convert(value, c, n) of what lies
-// inside, c the value's first channel and n the channels left from there on.
+template <int n> struct Count { static constexpr int value = n; };
+
+// Tokens of one grid row, columns [q0, q1) of which those outside [0, W) become zeros, `n` channels; convert<N>(values, c, n) of N vectors
+// inside, c their first channel and n the channels left from there on.
 template <bool kFull, class T, class Convert, class A = typename AccOf<T>::type>
 inline __attribute__((always_inline)) void load_row_as(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out,
                                                        int64_t vector_stride, Convert convert) {
-  constexpr int L = Vec<A>::kLanes;
+  constexpr int L = Vec<A>::kLanes, kTogether = LIFEOPS_VEC_BYTES == 64 ? 4 : 1;
   const vec_t<A> zero = {};
   for (int64_t q = q0; q < q1; ++q, out += L) {
     A* to = out;
@@ -25,10 +27,19 @@ inline __attribute__((always_inline)) void load_row_as(const T* row, int64_t str
       continue;
     }
     const T* token = row + q * stride_n;
-    for (int64_t c = 0; c < n; c += L, to += vector_stride) {
-      const int64_t left = kFull ? int64_t(L) : n - c;
-      store(to, convert(load_n(token + c, left), c, left));
-    }
+    const auto some = [&](auto count, int64_t c, int64_t left) {
+      constexpr int N = decltype(count)::value;
+      vec_t<A> value[N];
+#pragma GCC unroll 4
+      for (int t = 0; t < N; ++t) value[t] = load_n(token + c + t * L, left);
+      convert(count, value, c, left);
+#pragma GCC unroll 4
+      for (int t = 0; t < N; ++t, to += vector_stride) store(to, value[t]);
+    };
+    int64_t c = 0;
+    if constexpr (kFull && kTogether > 1)
+      for (; c + kTogether * L <= n; c += kTogether * L) some(Count<kTogether>{}, c, L);
+    for (; c < n; c += L) some(Count<1>{}, c, kFull ? int64_t(L) : n - c);
   }
 }
 template <class T, class Convert, class A = typename AccOf<T>::type>
@@ -40,7 +51,7 @@ inline __attribute__((always_inline)) void load_row_as(const T* row, int64_t str
 
 template <class T, class A = typename AccOf<T>::type>
 void load_row(const T* row, int64_t stride_n, int64_t W, int64_t q0, int64_t q1, int64_t n, A* out, int64_t vector_stride) {
-  load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [](vec_t<A> value, int64_t, int64_t) { return value; });
+  load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [](auto, vec_t<A>*, int64_t, int64_t) {});
 }
 
 // The same through a prologue, whose values start at this task's first channel.
@@ -49,8 +60,12 @@ void load_row_through(const ChannelAffine& prologue, int64_t c0, const T* row, i
                       A* out, int64_t vector_stride) {
   const A *scale = static_cast<const A*>(prologue.scale) + c0, *shift = static_cast<const A*>(prologue.shift) + c0;
   with_prologue(prologue.act, [&](auto act) {
-    load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [&](vec_t<A> value, int64_t c, int64_t left) {
-      return through<decltype(act)::value, A>(load_n(scale + c, left), load_n(shift + c, left), value);
+    load_row_as(row, stride_n, W, q0, q1, n, out, vector_stride, [&](auto count, vec_t<A>* values, int64_t c, int64_t left) {
+      constexpr int N = decltype(count)::value;
+      vec_t<A> scales[N], shifts[N];
+#pragma GCC unroll 4
+      for (int t = 0; t < N; ++t) scales[t] = load_n(scale + c + t * Vec<A>::kLanes, left), shifts[t] = load_n(shift + c + t * Vec<A>::kLanes, left);
+      through<decltype(act)::value, A, N>(scales, shifts, values);
     });
   });
 }

@@ -12,16 +12,6 @@
 #include "threads.h"
 
 namespace lifeops {
-
-double to_double(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f64: return static_cast<const double*>(p)[i];
-    case DType::f32: return static_cast<const float*>(p)[i];
-    case DType::f16: return float(static_cast<const torch::headeronly::Half*>(p)[i]);
-    default: return float(static_cast<const torch::headeronly::BFloat16*>(p)[i]);
-  }
-}
-
 namespace {
 
 const TokenDWConvKernels& kernels(int64_t isa) {
@@ -35,6 +25,15 @@ const TokenDWConvKernels& kernels(int64_t isa) {
 
 thread_local Scratch ring_scratch;    // one task's rows
 thread_local Scratch shared_scratch;  // the calling thread's packed weights or partial sums, read by all
+
+double to_double(const void* p, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::f64: return static_cast<const double*>(p)[i];
+    case DType::f32: return static_cast<const float*>(p)[i];
+    case DType::f16: return float(static_cast<const torch::headeronly::Half*>(p)[i]);
+    default: return float(static_cast<const torch::headeronly::BFloat16*>(p)[i]);
+  }
+}
 
 template <class A> void put(void* p, DType dtype, int64_t i, A value) {
   switch (dtype) {
@@ -151,7 +150,8 @@ template <class A> void reduce_block(const GradWeightParams& p, const GradPlan& 
     if (!p.windows) continue;
     A* windows = static_cast<A*>(p.windows) + first;
     const A *columns = total + (taps + 1) * kBlock + c, *rest = columns + p.K * kBlock;
-    for (int64_t t = 0; t < taps; ++t) windows[t] = columns[t % p.K * kBlock] + rest[t * kBlock];
+    for (int64_t i = 0; i < p.K; ++i, rest += p.K * kBlock)
+      for (int64_t j = 0; j < p.K; ++j) *windows++ = columns[j * kBlock] + rest[j * kBlock];
   }
 }
 

@@ -64,8 +64,8 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
   if (extras.steps->sums) store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n), store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
 }
 
-// The tile's sums through the prologue's derivative, to dx; sums of x dv and dv. kFull: all lanes are channels.
-template <class T, Act act, bool kFull, class A = typename AccOf<T>::type>
+// The tile's sums through the prologue's derivative, to dx; kSums: sums of x dv and dv. kFull: all lanes are channels.
+template <class T, Act act, bool kFull, bool kSums, class A = typename AccOf<T>::type>
 inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
   const TileExtras<T>& extras = *out.extras;
   const TokenDWConvExtras& steps = *extras.steps;
@@ -73,28 +73,40 @@ inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* ac
   const auto values = [&](const void* p) { return load_n(static_cast<const A*>(p) + extras.c, n); };
   const vec_t<A> scale = values(steps.derivative->scale), shift = values(steps.derivative->shift), a = values(steps.a), b = values(steps.b);
   vec_t<A> sum_x = {}, sum = {};
-  if (!extras.first) sum_x = load_n(extras.sums, n), sum = load_n(extras.sums + extras.sums_stride, n);
+  if (kSums && !extras.first) sum_x = load_n(extras.sums, n), sum = load_n(extras.sums + extras.sums_stride, n);
+  constexpr int kTogether = LIFEOPS_VEC_BYTES == 64 ? 2 : 1;
   for (int r = 0; r < rows; ++r) {
     const T* pre = extras.pre + r * extras.pre_row;
     T* y = out.y + r * out.y_row;
-    for (const vec_t<A>* end = acc + width; acc != end; ++acc, pre += pre_stride, y += y_stride) {
-      const vec_t<A> x = load_n(pre, n);
-      vec_t<A> dv = *acc, factor = x, slope;
-      if constexpr (act == Act::gelu_first) gelu_both<A>(x, &factor, &slope);
-      else dv *= derivative<act, A>(scale * x + shift);
-      sum_x += dv * factor, sum += dv;
-      vec_t<A> dx = scale * dv + (b * factor + a);
-      if constexpr (act == Act::gelu_first) dx *= slope;
-      store_n(y, dx, n);
-    }
+    const auto some = [&](auto count) {
+      constexpr int N = decltype(count)::value;
+      vec_t<A> factor[N], slope[N];
+#pragma GCC unroll 4
+      for (int t = 0; t < N; ++t, pre += pre_stride) factor[t] = load_n(pre, n);
+      if constexpr (act == Act::gelu_first) gelu_both<A, N>(factor, slope);
+#pragma GCC unroll 4
+      for (int t = 0; t < N; ++t, y += y_stride) {
+        vec_t<A> dv = *acc++;
+        if constexpr (act != Act::gelu_first) dv *= derivative<act, A>(scale * factor[t] + shift);
+        if constexpr (kSums) sum_x += dv * factor[t], sum += dv;
+        vec_t<A> dx = scale * dv + (b * factor[t] + a);
+        if constexpr (act == Act::gelu_first) dx *= slope[t];
+        store_n(y, dx, n);
+      }
+    };
+    int t = 0;
+    for (; t + kTogether <= width; t += kTogether) some(Count<kTogether>{});
+    if constexpr (kTogether == 2)
+      if (t < width) some(Count<1>{});
   }
-  store_n(extras.sums, sum_x, n), store_n(extras.sums + extras.sums_stride, sum, n);
+  if constexpr (kSums) store_n(extras.sums, sum_x, n), store_n(extras.sums + extras.sums_stride, sum, n);
 }
 template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
   with_prologue(out.extras->steps->derivative->act, [&](auto act) {
-    if (out.n >= Vec<A>::kLanes) through_derivative<T, decltype(act)::value, true>(acc, rows, width, out);
-    else through_derivative<T, decltype(act)::value, false>(acc, rows, width, out);
+    constexpr Act kAct = decltype(act)::value;
+    if (out.n < Vec<A>::kLanes) out.extras->sums ? through_derivative<T, kAct, false, true>(acc, rows, width, out) : through_derivative<T, kAct, false, false>(acc, rows, width, out);
+    else out.extras->sums ? through_derivative<T, kAct, true, true>(acc, rows, width, out) : through_derivative<T, kAct, true, false>(acc, rows, width, out);
   });
 }
 

@@ -85,12 +85,17 @@ template <class T> struct GradWeight {
   using Params = GradWeightParams;
   using A = typename AccOf<T>::type;
   static constexpr int L = Vec<A>::kLanes;
-  static constexpr int kStepColumns = 32;  // of a step, at least, where the grid has them
-  static constexpr int kStepRows = kStepColumns + kMaxKernel - 1;
+  // Columns of a step, at least, where the grid has them: many spare loads of the ring, but a vector of channels passes through a step's
+  // dy, of which the first TLB should hold the pages.
+  static constexpr int kLeastColumns = 32, kMostColumns = 96, kStepBytes = 96 * 1024;
+  static constexpr int kStepRows = kMostColumns + kMaxKernel - 1;
 
   static int64_t width(const Params& p) { return min64(p.W, kSegment); }
   static int64_t columns(const Params& p) { return width(p) + p.K - 1; }
-  static int64_t step_rows(const Params& p) { return min64(p.H, ceil_div(kStepColumns, width(p))); }
+  static int64_t step_rows(const Params& p) {
+    const int64_t fit = kStepBytes / max64(1, p.dy_stride_n * int64_t(sizeof(A))), columns = max64(kLeastColumns, min64(kMostColumns, fit));
+    return max64(1, min64(p.H, columns / width(p)));
+  }
   static int64_t ring_rows(const Params& p) { return step_rows(p) + p.K - 1; }
   static int64_t ring_size(const Params& p) { return p.x ? ring_rows(p) * columns(p) : 0; }  // elements per channel
 
@@ -183,24 +188,36 @@ template <class T> struct GradWeight {
     grad_filter_any<T>(p.K, rows, out, ahead);
   }
 
-  // Each dy counts for the taps that see the grid from there. kFull: all lanes are channels.
+  // Each dy counts for the taps that see the grid from there. Neighbouring rows whose windows lie inside the grid from top to bottom
+  // are summed together. kFull: all lanes are channels.
   template <bool kFull> void sum_windows(const GradRows<T>& rows, int64_t r0, int64_t q0, A* out) const {
-    const int64_t left = max64(0, min64(rows.width, half - q0)), right = max64(left, min64(rows.width, p.W - half - q0));
-    const T* dy = rows.dy;
-    for (int64_t r = 0; r < rows.height; ++r, dy += rows.dy_row) {
-      const auto sum_columns = [&](vec_t<A> sum, int64_t first, int64_t last) {
-        const T* token = dy + first * rows.dy_column;
-        for (int64_t q = first; q < last; ++q, token += rows.dy_column) sum += kFull ? load(token) : load_n(token, rows.n);
-        return sum;
-      };
-      const vec_t<A> middle = sum_columns(vec_t<A>{}, left, right);
-      for (int64_t j = 0; j < p.K; ++j) {
-        const int64_t first = max64(0, half - j - q0), last = min64(rows.width, p.W + half - j - q0);
-        const vec_t<A> sum = sum_columns(middle, first, min64(left, last));
-        add_window_row(sum_columns(sum, max64(first, right), last), r0 + r, j, out);
-      }
+    const auto inside = [&](int64_t row) { return row >= half && row + half < p.H; };
+    for (int64_t r = 0, count; r < rows.height; r += count) {
+      count = 1;
+      while (inside(r0 + r) && r + count < rows.height && inside(r0 + r + count)) ++count;
+      sum_window_rows<kFull>(rows, r, count, r0 + r, q0, out);
     }
   }
+  template <bool kFull> void sum_window_rows(const GradRows<T>& rows, int64_t r, int64_t count, int64_t row, int64_t q0, A* out) const {
+    const int64_t left = max64(0, min64(rows.width, half - q0)), right = max64(left, min64(rows.width, p.W - half - q0));
+    const T* dy = rows.dy + r * rows.dy_row;
+    const auto add_columns = [&](vec_t<A> sum, int64_t first, int64_t last) {
+      vec_t<A> other = {};  // two chains of additions
+      for (int64_t k = 0; k < count; ++k) {
+        const T* token = dy + k * rows.dy_row + first * rows.dy_column;
+        int64_t q = first;
+        for (; q + 2 <= last; q += 2, token += 2 * rows.dy_column) sum += value<kFull>(token, rows.n), other += value<kFull>(token + rows.dy_column, rows.n);
+        if (q < last) sum += value<kFull>(token, rows.n);
+      }
+      return sum + other;
+    };
+    const vec_t<A> middle = add_columns(vec_t<A>{}, left, right);
+    for (int64_t j = 0; j < p.K; ++j) {
+      const int64_t first = max64(0, half - j - q0), last = min64(rows.width, p.W + half - j - q0);
+      add_window_row(add_columns(add_columns(middle, first, min64(left, last)), max64(first, right), last), row, j, out);
+    }
+  }
+  template <bool kFull> static inline __attribute__((always_inline)) vec_t<A> value(const T* token, int64_t n) { return kFull ? load(token) : load_n(token, n); }
   void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
     if (row >= half && row + half < p.H) return store(out + j * kBlock, load(out + j * kBlock) + sum);
     A* taps = out + (p.K + j) * kBlock;

@@ -37,18 +37,20 @@ def _recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-@torch.no_grad()
-def update_running(norm: nn.Module, mean: torch.Tensor, var: torch.Tensor, count: int) -> None:
-    """What nn.BatchNorm2d does after a training step on ``count`` values per channel; the running variance is the unbiased one.
+def update_running(norm: nn.Module, mean: torch.Tensor, unbiased_var: torch.Tensor) -> None:
+    """What nn.BatchNorm2d does after a training step; neither tensor has a gradient.
 
     Unlike nn.BatchNorm2d's, the statistics of a step count once where activation checkpointing runs the forward pass twice.
     """
-    if not norm.training or not norm.track_running_stats or norm.running_mean is None or _recomputing():
+    if not norm.training or not norm.track_running_stats or _recomputing():
         return
-    norm.num_batches_tracked.add_(1)
-    momentum = 1.0 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var.dtype), momentum)
+    running_mean, running_var, tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if running_mean is None:
+        return
+    tracked.add_(1)
+    momentum = 1.0 / tracked.item() if norm.momentum is None else norm.momentum
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
 
 
 def constants(norm: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

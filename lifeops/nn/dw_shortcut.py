@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -51,12 +49,11 @@ def _train(x, y, pairs, group, grid, P, backend):
     if n < 2 and group is None:
         got = f"{tuple(x.shape)} with a {grid[0]}x{grid[1]} grid"
         raise ValueError(f"{NAME}: expected more than 1 value per channel when training, got {got}")
-    convs, norms = zip(*pairs, strict=True)
-    columns = [c.weight for c in convs], [c.bias for c in convs], [m.weight for m in norms], [m.bias for m in norms], [m.eps for m in norms]
-    y, mean, m2 = dw_shortcut_train(x, y, *columns, grid, P, group, backend)
-    n = total_count(n, group, mean)
-    for norm in norms:
-        update_running(norm, mean, m2 / n, n)
+    kernels = [(conv.weight, conv.bias, norm.weight, norm.bias) for conv, norm in pairs]
+    y, mean, m2 = dw_shortcut_train(x, y, kernels, [norm.eps for _, norm in pairs], grid, P, group, backend)
+    var = m2 / (total_count(n, group, mean) - 1)
+    for _, norm in pairs:
+        update_running(norm, mean, var)
     return y
 
 
@@ -84,6 +81,21 @@ def _plain(x, y, conv, norm, grid, P, backend):
     return torch.cat((y[:, :P], token_dwconv(t, conv.weight, conv.bias, grid=grid, residual=y[:, P:], backend=backend)), 1)
 
 
+def _sum(x, y, convs, batchnorms, grid, P, backend):
+    """The kernels one after another, those with the batch's statistics at once for each process group."""
+    trained = {}
+    for conv, norm in zip(convs, batchnorms, strict=True):
+        if _fused_on_batch(x, norm):
+            trained.setdefault(sync_group(norm), []).append((conv, norm))
+        elif _is_constant(norm):
+            y = _constant(x, y, conv, norm, grid, P, backend)
+        else:
+            y = _plain(x, y, conv, norm, grid, P, backend)
+    for group, pairs in trained.items():
+        y = _train(x, y, pairs, group, grid, P, backend)
+    return y
+
+
 def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None):
     """block_output + [0 for the prefix tokens | sum_k conv_k(batchnorm_k(GELU(x_patch)))].
 
@@ -104,18 +116,10 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
     backend = config.requested_backend(backend)
     y, P = block_output, num_prefix_tokens
     device = x.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
-        x, trained = x.to(y.dtype), {}
-        for conv, norm in zip(convs, batchnorms, strict=True):
-            if _fused_on_batch(x, norm):
-                trained.setdefault(sync_group(norm), []).append((conv, norm))
-            elif _is_constant(norm):
-                y = _constant(x, y, conv, norm, grid, P, backend)
-            else:
-                y = _plain(x, y, conv, norm, grid, P, backend)
-        for group, pairs in trained.items():
-            y = _train(x, y, pairs, group, grid, P, backend)
-    return y
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _sum(x.to(y.dtype), y, convs, batchnorms, grid, P, backend)
+    return _sum(x if x.dtype == y.dtype else x.to(y.dtype), y, convs, batchnorms, grid, P, backend)
 
 
 # ------------------------------------------------------------------------------------------------ modules

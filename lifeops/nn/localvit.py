@@ -179,7 +179,8 @@ class LocalityFeedForward(nn.Module):
         y, *batch = chain.LocalityFFN.apply(cfg, x, w1, b1, *n1, dw, bd, *n2, *gates, w2, b2, *n3)
         for norm, mean, var in zip(norms, batch[0::2], batch[1::2], strict=True):
             if mean is not None:
-                update_running(norm, mean, var, total_count(x.shape[0] * chain.patches(cfg), sync_group(norm), mean))
+                n = total_count(x.shape[0] * chain.patches(cfg), sync_group(norm), mean)
+                update_running(norm, mean, var * (n / (n - 1)))
         return y
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:

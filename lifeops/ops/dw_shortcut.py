@@ -34,7 +34,7 @@ from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import _like_parameter, token_dwconv
 
 _stats = torchlib.overload(rows.stats_op)
-_step, _step_bwd, _eval = map(torchlib.overload, (step.fwd_op, step.bwd_op, step.eval_op))
+_step, _step_bwd, _eval = map(torchlib.caller, (step.fwd_op, step.bwd_op, step.eval_op))
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.overload, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
 _plain_bwd_dw = torchlib.overload(token_dwconv_ops.bwd_dw_op)
 
@@ -176,26 +176,25 @@ class DWShortcutStep(torch.autograd.Function):
         x, weight, *values = ctx.saved_tensors
         cfg, need = ctx.cfg, ctx.needs_input_grad
         dx, *some = _step_bwd(dy, x, weight, *values, cfg.H, cfg.W, cfg.P, need[1], cfg.backend)
-        some = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(some, ctx.dtypes, strict=True)]
+        some = [g if dtype in (None, g.dtype) else g.to(dtype) for g, dtype in zip(some, ctx.dtypes, strict=True)]
         some[0] = _like_parameter(some[0], weight.stride())
         return tuple(g if wanted else None for g, wanted in zip((None, dx, dy, *some), need, strict=True))
 
 
-def dw_shortcut_train(x, block_output, weights, biases, gammas, betas, eps, grid, num_prefix_tokens, reduce, backend):
+def dw_shortcut_train(x, block_output, kernels, eps, grid, num_prefix_tokens, reduce, backend):
     """The same with batch statistics, for parallel kernels at once: they see the same g, so one mean and one variance serve all.
 
     Args:
         x, block_output: (B, P + H*W, C), one dtype.
-        weights: one (C, 1, K, K) per kernel. biases: (C,) or None. gammas, betas: (C,) or None (1, 0). eps: numbers. All in a list each.
+        kernels: for each its weight (C, 1, K, K), bias (C,) or None, gamma and beta (C,) or None (1, 0). eps: a number for each.
         grid, num_prefix_tokens: (H, W), P.
         reduce: the process group whose statistics are shared (SyncBatchNorm), or None.
         backend: as in :func:`lifeops.token_dwconv`.
 
     Returns:
         (y, mean, m2): y like x; mean and sum of squared deviations of g, (C,) float32 (float64 for float64), without gradient.
-        Differentiable, once, in x, block_output, weights, biases, gammas and betas.
+        Differentiable, once, in x, block_output and the kernels' tensors.
     """
     cfg = Config(tuple(eps), *grid, num_prefix_tokens, reduce, config.requested_backend(backend))
-    parameters = [p for kernel in zip(weights, biases, gammas, betas, strict=True) for p in kernel]
-    function = DWShortcutStep if len(weights) == 1 and _one_op(x, reduce, cfg.backend) else DWShortcut
-    return function.apply(cfg, x, block_output, *parameters)
+    function = DWShortcutStep if len(kernels) == 1 and _one_op(x, reduce, cfg.backend) else DWShortcut
+    return function.apply(cfg, x, block_output, *(p for kernel in kernels for p in kernel))
