@@ -4,6 +4,7 @@ auto builds what the machine can: the CPU kernels with a C++ compiler and torch'
 CUDA torch as well. What is left out, and why, is printed, kept in lifeops/_build.json and told again at run time.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -91,9 +92,18 @@ def extensions(built):
     ops = make("lifeops._ops", relative, extra_compile_args=flags, extra_link_args=["-Wl,--as-needed"])
     macros = [(name, f'"{value}"') for name, value in facts.items()]
     info = Extension("lifeops._info", ["csrc/info.cpp"], include_dirs=[pybind11.get_include()], define_macros=macros, language="c++")
-    info.extra_compile_args = {"cxx": ["-O2", "-std=c++17"]}  # BuildExtension's form
+    info.extra_compile_args = {"cxx": ["-O1", "-std=c++17", "-g0"]}  # BuildExtension's form
 
     class Build(cpp.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.parallel = 2  # pybind11's one file beside the kernels
+
+        def build_extension(self, ext):
+            alone = copy.copy(self)  # ninja's file lies in build_temp, one for each extension
+            alone.build_temp = os.path.join(self.build_temp, ext.name)
+            super(Build, alone).build_extension(ext)
+
         def run(self):
             try:
                 super().run()

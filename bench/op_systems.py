@@ -240,7 +240,7 @@ def dw_shortcut(p: Problem, compile: bool) -> Case:
     variants = {"lifeops": of_module(ours, call, reads, truth=oracle), "eager": of_module(eager, call, reads, truth=oracle)}
     if compile:
         module = baselines.compiled(eager)
-        variants["compiled"] = of_module(module, lambda m, i: m(i["x"], i["y"], grid), reads, truth=oracle, compiled=True)
+        variants["compiled"] = of_module(module, call, reads, truth=oracle, compiled=True)
     return Case(p, lambda: {"x": tokens(p), "y": tokens(p), "dy": tokens(p)}, variants)
 
 

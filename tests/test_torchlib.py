@@ -126,3 +126,49 @@ def test_profiler_shows_the_op():
     with torch.profiler.profile() as prof:
         lifeops.token_dwconv(x, w, b, grid=GRID, num_prefix_tokens=2)
     assert any(e.key == "lifeops::token_dwconv" for e in prof.key_averages())
+
+
+def _operators_seen(run):
+    """The operators that a dispatch mode, the profiler and the tracer see ``run`` call."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        run()
+    with torch.profiler.profile() as profiler:
+        run()
+    return seen, {event.key for event in profiler.key_averages()}
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.trace:DeprecationWarning")
+def test_who_looks_on_sees_the_operator():
+    x, w = torch.randn(1, 5, 8, requires_grad=True), torch.randn(8, 1, 3, 3)
+
+    def run():
+        lifeops.token_dwconv(x, w, grid=(2, 2), num_prefix_tokens=1).sum().backward()
+
+    dispatched, profiled = _operators_seen(run)
+    for name in ("token_dwconv", "token_dwconv_bwd_dx"):
+        assert f"lifeops::{name}" in dispatched and f"lifeops::{name}" in profiled
+    traced = torch.jit.trace(lambda t: lifeops.token_dwconv(t, w, grid=(2, 2), num_prefix_tokens=1), x.detach())
+    assert "lifeops::token_dwconv" in str(traced.inlined_graph)
+
+
+def test_a_subclass_passes_the_dispatcher():
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            with torch._C._DisableTorchDispatch():
+                out = func(*args, **(kwargs or {}))
+            return 2 * out.as_subclass(torch.Tensor) if func.name() == "lifeops::token_dwconv" else out
+
+    x, w = torch.randn(1, 5, 8), torch.randn(8, 1, 3, 3)
+    same = torch.Tensor._make_subclass(Doubled, x)
+    plain, doubled = (lifeops.token_dwconv(t, w, grid=(2, 2), num_prefix_tokens=1) for t in (x, same))
+    torch.testing.assert_close(doubled, 2 * plain)

@@ -33,10 +33,10 @@ from lifeops.ops.batch_norm import Affine, affine_of, merge, norm_backward
 from lifeops.ops.token_dwconv_act_function import ChannelAct
 from lifeops.ops.token_dwconv_function import _like_parameter, token_dwconv
 
-_stats = torchlib.overload(rows.stats_op)
+_stats = torchlib.caller(rows.stats_op)
 _step, _step_bwd, _eval = map(torchlib.caller, (step.fwd_op, step.bwd_op, step.eval_op))
-_fwd, _bwd_dx, _bwd_dw = map(torchlib.overload, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
-_plain_bwd_dw = torchlib.overload(token_dwconv_ops.bwd_dw_op)
+_fwd, _bwd_dx, _bwd_dw = map(torchlib.caller, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
+_plain_bwd_dw = torchlib.caller(token_dwconv_ops.bwd_dw_op)
 
 
 class Config(NamedTuple):

@@ -16,9 +16,9 @@ from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.token_dwconv_function import TokenDWConv, TokenDWConvWeightGrad, token_dwconv
 from lifeops.pointwise import pointwise_bwd_dw, pointwise_bwd_dx
 
-_op = torchlib.overload(spec.op)
-_dwconv = torchlib.overload(dwconv.fwd_op)
-_dwconv_bwd_dw = torchlib.overload(dwconv.bwd_dw_op)
+_op = torchlib.caller(spec.op)
+_dwconv = torchlib.caller(dwconv.fwd_op)
+_dwconv_bwd_dw = torchlib.caller(dwconv.bwd_dw_op)
 
 
 class _Raw:

@@ -144,13 +144,16 @@ def composed_bwd(attention_bwd, convolve):
     return run
 
 
+_dwconv = torchlib.caller(dwconv.fwd_op)
+
+
 def _convolve_reference(x, weight, bias, residual, H, W, P, backend):
     return dwconv.reference(x, weight, bias, residual, H, W, P, "zero", backend)
 
 
 def _convolve(x, weight, bias, residual, H, W, P, backend):
     """On the backend asked for, or on token_dwconv's own best one: the two steps are separate kernels anyway."""
-    return torchlib.overload(dwconv.fwd_op)(x, weight, bias, residual, H, W, P, "zero", backend)
+    return _dwconv(x, weight, bias, residual, H, W, P, "zero", backend)
 
 
 reference = composed(attend, _convolve_reference)

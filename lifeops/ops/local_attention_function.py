@@ -13,7 +13,7 @@ from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.local_attention_math import kept, log_sum_exp, scores, sequence
 from lifeops.ops.token_dwconv_function import _bwd_db, _bwd_dw, _like_parameter, token_dwconv
 
-_fwd, _bwd = torchlib.overload(spec.fwd_op), torchlib.overload(spec.bwd_op)
+_fwd, _bwd = torchlib.caller(spec.fwd_op), torchlib.caller(spec.bwd_op)
 
 
 class _Once(torch.autograd.Function):

@@ -21,8 +21,8 @@ from lifeops.ops.batch_norm import Affine, merge, norm_backward
 from lifeops.ops.channel_gate import gate, gate_backward
 from lifeops.pointwise import pointwise, pointwise_bwd_dw, pointwise_bwd_dx
 
-_stats, _act, _pool, _sums, _grad = map(torchlib.overload, (rows.stats_op, rows.act_op, rows.pool_op, rows.sums_op, rows.grad_op))
-_dwconv, _dwconv_bwd_dx, _dwconv_bwd_dw = map(torchlib.overload, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
+_stats, _act, _pool, _sums, _grad = map(torchlib.caller, (rows.stats_op, rows.act_op, rows.pool_op, rows.sums_op, rows.grad_op))
+_dwconv, _dwconv_bwd_dx, _dwconv_bwd_dw = map(torchlib.caller, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
 
 
 class Config(NamedTuple):

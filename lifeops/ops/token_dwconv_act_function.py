@@ -16,8 +16,8 @@ from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops import token_dwconv_act as spec
 from lifeops.ops.token_dwconv_function import _bwd_db, _like_parameter, token_dwconv
 
-_fwd, _bwd_dx, _bwd_dw = map(torchlib.overload, (spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op))
-_act, _sums, _grad = map(torchlib.overload, (channel_act.act_op, channel_act.sums_op, channel_act.grad_op))
+_fwd, _bwd_dx, _bwd_dw = map(torchlib.caller, (spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op))
+_act, _sums, _grad = map(torchlib.caller, (channel_act.act_op, channel_act.sums_op, channel_act.grad_op))
 
 
 class ChannelAct(NamedTuple):

@@ -11,10 +11,10 @@ import torch
 from lifeops import config, geometry, registry, torchlib
 from lifeops.ops import token_dwconv as spec
 
-_fwd = torchlib.overload(spec.fwd_op)
-_bwd_dx = torchlib.overload(spec.bwd_dx_op)
-_bwd_dw = torchlib.overload(spec.bwd_dw_op)
-_bwd_db = torchlib.overload(spec.bwd_db_op)
+_fwd = torchlib.caller(spec.fwd_op)
+_bwd_dx = torchlib.caller(spec.bwd_dx_op)
+_bwd_dw = torchlib.caller(spec.bwd_dw_op)
+_bwd_db = torchlib.caller(spec.bwd_db_op)
 
 
 def _filter_only(prefix):
