@@ -85,7 +85,8 @@ def eval_affine(dtype, mean, var, gamma, beta, eps):
 
 def reference_eval(x, block_output, weight, bias, mean, var, gamma, beta, eps, H, W, P, backend):
     scale, shift = eval_affine(accumulate_dtype(x.dtype), mean, var, gamma, beta, eps)
-    return act.reference(x, weight, bias, scale, shift, GELU_FIRST, None, None, "none", block_output, H, W, P, "zero", False, False, backend)[0]
+    affine = scale, shift, GELU_FIRST, None, None, "none"
+    return act.reference(x, weight, bias, *affine, block_output, H, W, P, "zero", False, False, backend)[0]
 
 
 def reference_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
