@@ -8,9 +8,9 @@ namespace LIFEOPS_ISA {
 
 constexpr int kGradTile = LIFEOPS_VEC_BYTES == 64 ? 28 : 12;  // sums held in registers
 
-// One vector of channels of a few output rows: dy in place, and the input rows from the topmost tap down.
-template <class T, class A = typename AccOf<T>::type> struct GradRows {
-  const T* dy;
+// One vector of channels of a few output rows, and the input rows from the topmost tap down.
+template <class A> struct GradRows {
+  const A* dy;
   int64_t dy_row, dy_column, n;  // strides of dy in elements; n channels are left from this vector on
   const A* const* x;             // height + K - 1 rows, null outside the grid
   int64_t height, width;
@@ -31,8 +31,7 @@ inline __attribute__((always_inline)) void grad_columns(vec_t<A>* acc, const vec
 }
 
 // Sums of dy[r, q] * x[r + i, q + j] for the filter rows i in [i0, i0 + kRows).
-template <class T, int K, int kRows, class A = typename AccOf<T>::type>
-void grad_taps(const GradRows<T>& rows, int i0, A* sums, Ahead* ahead) {
+template <class A, int K, int kRows> void grad_taps(const GradRows<A>& rows, int i0, A* sums, Ahead* ahead) {
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> acc[kRows * K];
 #pragma GCC unroll 32
@@ -42,7 +41,7 @@ void grad_taps(const GradRows<T>& rows, int i0, A* sums, Ahead* ahead) {
     const A* x[kRows];  // kept apart: base + q + constant is one address, (i * cols + j) is a register of its own
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) x[i] = rows.x[r + i0 + i];
-    const T* dy = rows.dy + r * rows.dy_row;
+    const A* dy = rows.dy + r * rows.dy_row;
     int64_t q = 0;
     for (; q + 2 <= rows.width; q += 2, dy += 2 * rows.dy_column) {
       const vec_t<A> g[2] = {load_n(dy, rows.n), load_n(dy + rows.dy_column, rows.n)};
@@ -61,51 +60,56 @@ void grad_taps(const GradRows<T>& rows, int i0, A* sums, Ahead* ahead) {
 }
 
 // All filter rows, as many at once as the registers hold.
-template <class T, int K, class A = typename AccOf<T>::type> void grad_filter(const GradRows<T>& rows, A* sums, Ahead* ahead) {
+template <class A, int K> void grad_filter(const GradRows<A>& rows, A* sums, Ahead* ahead) {
   constexpr int kRows = kGradTile / K < 1 ? 1 : (kGradTile / K > K ? K : kGradTile / K), kRest = K % kRows, kWhole = K - kRest;
-  for (int i = 0; i < kWhole; i += kRows) grad_taps<T, K, kRows>(rows, i, sums, ahead);
-  if constexpr (kRest > 0) grad_taps<T, K, kRest>(rows, kWhole, sums, ahead);
+  for (int i = 0; i < kWhole; i += kRows) grad_taps<A, K, kRows>(rows, i, sums, ahead);
+  if constexpr (kRest > 0) grad_taps<A, K, kRest>(rows, kWhole, sums, ahead);
 }
 
-template <class T, class A = typename AccOf<T>::type> void grad_filter_any(int64_t K, const GradRows<T>& rows, A* sums, Ahead* ahead) {
+template <class A> void grad_filter_any(int64_t K, const GradRows<A>& rows, A* sums, Ahead* ahead) {
   switch (K) {
-    case 1: return grad_filter<T, 1>(rows, sums, ahead);
-    case 3: return grad_filter<T, 3>(rows, sums, ahead);
-    case 5: return grad_filter<T, 5>(rows, sums, ahead);
-    case 7: return grad_filter<T, 7>(rows, sums, ahead);
-    case 9: return grad_filter<T, 9>(rows, sums, ahead);
-    case 11: return grad_filter<T, 11>(rows, sums, ahead);
-    case 13: return grad_filter<T, 13>(rows, sums, ahead);
-    default: return grad_filter<T, 15>(rows, sums, ahead);
+    case 1: return grad_filter<A, 1>(rows, sums, ahead);
+    case 3: return grad_filter<A, 3>(rows, sums, ahead);
+    case 5: return grad_filter<A, 5>(rows, sums, ahead);
+    case 7: return grad_filter<A, 7>(rows, sums, ahead);
+    case 9: return grad_filter<A, 9>(rows, sums, ahead);
+    case 11: return grad_filter<A, 11>(rows, sums, ahead);
+    case 13: return grad_filter<A, 13>(rows, sums, ahead);
+    default: return grad_filter<A, 15>(rows, sums, ahead);
   }
 }
 
 // A step sums a few output rows at a time, so that the sums and the K input rows, which pass through a ring, are loaded once for all.
+// dy is read where it is, unless it must be converted or is read more than once: then it is copied too, as it lies in memory.
 template <class T> struct GradWeight {
   using Params = GradWeightParams;
   using A = typename AccOf<T>::type;
   static constexpr int L = Vec<A>::kLanes;
-  // Columns of a step, at least, where the grid has them: many spare loads of the ring, but a vector of channels passes through a step's
-  // dy, of which the first TLB should hold the pages.
+  // Columns of a step, at most, but for one row: many spare loads of the ring, but where a vector of channels passes through dy itself,
+  // the first TLB should hold the pages.
   static constexpr int kLeastColumns = 32, kMostColumns = 96, kStepBytes = 96 * 1024;
   static constexpr int kStepRows = kMostColumns + kMaxKernel - 1;
 
   static int64_t width(const Params& p) { return min64(p.W, kSegment); }
   static int64_t columns(const Params& p) { return width(p) + p.K - 1; }
+  static bool copies_dy(const Params& p) { return (p.K > 5 && p.dy_stride_n >= 256) || p.dtype == DType::f16 || p.dtype == DType::bf16; }
   static int64_t step_rows(const Params& p) {
-    const int64_t fit = kStepBytes / max64(1, p.dy_stride_n * int64_t(sizeof(A))), columns = max64(kLeastColumns, min64(kMostColumns, fit));
+    const int64_t fit = kStepBytes / max64(1, p.dy_stride_n * int64_t(sizeof(A)));
+    const int64_t columns = copies_dy(p) ? kMostColumns : max64(kLeastColumns, min64(kMostColumns, fit));
     return max64(1, min64(p.H, columns / width(p)));
   }
   static int64_t ring_rows(const Params& p) { return step_rows(p) + p.K - 1; }
-  static int64_t ring_size(const Params& p) { return p.x ? ring_rows(p) * columns(p) : 0; }  // elements per channel
+  // Elements per channel: the ring and a step's dy where it is copied.
+  static int64_t ring_size(const Params& p) { return p.x ? ring_rows(p) * columns(p) : 0; }
+  static int64_t step_size(const Params& p) { return copies_dy(p) ? step_rows(p) * width(p) : 0; }
 
   static int64_t channels(const Params& p) {
-    const int64_t block_bytes = (ring_size(p) + p.K * p.K) * kBlock * int64_t(sizeof(A)), blocks = ceil_div(p.C, kBlock);
+    const int64_t block_bytes = (ring_size(p) + step_size(p) + p.K * p.K) * kBlock * int64_t(sizeof(A)), blocks = ceil_div(p.C, kBlock);
     const int64_t tasks = ceil_div(blocks, max64(1, kGradRingBytes / block_bytes));
     return ceil_div(blocks, tasks) * kBlock;  // even shares
   }
   static int64_t scratch(const Params& p) {
-    return (ring_size(p) * channels(p) + columns(p) * L) * int64_t(sizeof(A));
+    return ((ring_size(p) + step_size(p)) * channels(p) + columns(p) * L) * int64_t(sizeof(A));
   }
 
   // Output rows [r0, r1) and columns [q0, q1) of image b.
@@ -121,10 +125,11 @@ template <class T> struct GradWeight {
   const Params& p;
   const GradWeightTask& task;
   const int64_t n, half;
-  A *zeros, *ring, *sums;  // [column][lane], [row][vector][column][lane], [block][tap][channel]
+  A *zeros, *step_dy, *ring, *sums;  // [column][lane], twice [row][vector][column][lane], [block][tap][channel]
 
   GradWeight(const Params& params, const GradWeightTask& t, A* scratch)
-      : p(params), task(t), n(t.c1 - t.c0), half(params.K / 2), zeros(scratch), ring(zeros + columns(params) * L), sums(static_cast<A*>(t.partial)) {}
+      : p(params), task(t), n(t.c1 - t.c0), half(params.K / 2), zeros(scratch),
+        step_dy(zeros + columns(params) * L), ring(step_dy + step_size(params) * channels(params)), sums(static_cast<A*>(t.partial)) {}
 
   static void run(const Params& p, const GradWeightTask& task, void* scratch) {
     GradWeight body(p, task, static_cast<A*>(scratch));
@@ -155,17 +160,32 @@ template <class T> struct GradWeight {
     }
   }
 
+  GradRows<A> in_place(const Unit& unit, int64_t r) const {
+    if constexpr (sizeof(T) != sizeof(A)) return {};
+    else return {dy_at(unit.b, r, unit.q0), p.W * p.dy_stride_n, p.dy_stride_n, n, nullptr, 0, 0};
+  }
+  GradRows<A> copied(const Unit& unit, int64_t r, int64_t end) const {
+    const int64_t width = unit.q1 - unit.q0, row_size = ceil_div(n, L) * width * L;
+    for (int64_t row = r; row < end; ++row)
+      load_row<T>(dy_at(unit.b, row, 0), p.dy_stride_n, p.W, unit.q0, unit.q1, n, step_dy + (row - r) * row_size, width * L);
+    return {step_dy, row_size, L, L, nullptr, 0, 0};
+  }
+
   void add(const Unit& unit, const Unit& next) const {
     const int64_t step = step_rows(p);
     if (p.x) load_x(unit, unit.r0 - half, unit.r0 + half);
     for (int64_t r = unit.r0; r < unit.r1; r += step) {
       const int64_t end = min64(unit.r1, r + step), width = unit.q1 - unit.q0;
       if (p.x) load_x(unit, r + half, end + half);
+      const GradRows<A> dy = copies_dy(p) ? copied(unit, r, end) : in_place(unit, r);
       const A* x[kStepRows];  // once a step: a division costs as much as two columns
       if (p.x)
         for (int64_t row = r - half; row < end + half; ++row) x[row - r + half] = row >= 0 && row < p.H ? ring_row(unit, row) : nullptr;
       Ahead ahead = end < unit.r1 ? look_ahead(unit, end, end + half) : look_ahead(next, next.r0, next.r0 - half);
-      for (int64_t c = 0; c < n; c += L) add_vector(GradRows<T>{dy_at(unit.b, r, unit.q0) + c, p.W * p.dy_stride_n, p.dy_stride_n, n - c, x, end - r, width}, c, r, unit.q0, &ahead);
+      for (int64_t c = 0; c < n; c += L) {
+        const bool own = copies_dy(p);
+        add_vector(GradRows<A>{dy.dy + (own ? c * width : c), dy.dy_row, dy.dy_column, own ? int64_t(L) : n - c, x, end - r, width}, c, r, unit.q0, &ahead);
+      }
     }
   }
 
@@ -176,7 +196,7 @@ template <class T> struct GradWeight {
   }
 
   // The output rows start at (r0, q0).
-  void add_vector(GradRows<T> rows, int64_t c, int64_t r0, int64_t q0, Ahead* ahead) const {
+  void add_vector(GradRows<A> rows, int64_t c, int64_t r0, int64_t q0, Ahead* ahead) const {
     const int64_t taps = p.K * p.K, cols = rows.width + p.K - 1;
     A* out = sums + c / kBlock * kBlock * grad_weight_rows(p) + c % kBlock;
     if (p.db) sum_rows(rows, out + taps * kBlock);
@@ -185,12 +205,12 @@ template <class T> struct GradWeight {
     const A* x[kStepRows];
     for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
     rows.x = x;
-    grad_filter_any<T>(p.K, rows, out, ahead);
+    grad_filter_any<A>(p.K, rows, out, ahead);
   }
 
   // Each dy counts for the taps that see the grid from there. Neighbouring rows whose windows lie inside the grid from top to bottom
   // are summed together. kFull: all lanes are channels.
-  template <bool kFull> void sum_windows(const GradRows<T>& rows, int64_t r0, int64_t q0, A* out) const {
+  template <bool kFull> void sum_windows(const GradRows<A>& rows, int64_t r0, int64_t q0, A* out) const {
     const auto inside = [&](int64_t row) { return row >= half && row + half < p.H; };
     for (int64_t r = 0, count; r < rows.height; r += count) {
       count = 1;
@@ -198,13 +218,13 @@ template <class T> struct GradWeight {
       sum_window_rows<kFull>(rows, r, count, r0 + r, q0, out);
     }
   }
-  template <bool kFull> void sum_window_rows(const GradRows<T>& rows, int64_t r, int64_t count, int64_t row, int64_t q0, A* out) const {
+  template <bool kFull> void sum_window_rows(const GradRows<A>& rows, int64_t r, int64_t count, int64_t row, int64_t q0, A* out) const {
     const int64_t left = max64(0, min64(rows.width, half - q0)), right = max64(left, min64(rows.width, p.W - half - q0));
-    const T* dy = rows.dy + r * rows.dy_row;
+    const A* dy = rows.dy + r * rows.dy_row;
     const auto add_columns = [&](vec_t<A> sum, int64_t first, int64_t last) {
       vec_t<A> other = {};  // two chains of additions
       for (int64_t k = 0; k < count; ++k) {
-        const T* token = dy + k * rows.dy_row + first * rows.dy_column;
+        const A* token = dy + k * rows.dy_row + first * rows.dy_column;
         int64_t q = first;
         for (; q + 2 <= last; q += 2, token += 2 * rows.dy_column) sum += value<kFull>(token, rows.n), other += value<kFull>(token + rows.dy_column, rows.n);
         if (q < last) sum += value<kFull>(token, rows.n);
@@ -217,7 +237,7 @@ template <class T> struct GradWeight {
       add_window_row(add_columns(add_columns(middle, first, min64(left, last)), max64(first, right), last), row, j, out);
     }
   }
-  template <bool kFull> static inline __attribute__((always_inline)) vec_t<A> value(const T* token, int64_t n) { return kFull ? load(token) : load_n(token, n); }
+  template <bool kFull> static inline __attribute__((always_inline)) vec_t<A> value(const A* token, int64_t n) { return kFull ? load(token) : load_n(token, n); }
   void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
     if (row >= half && row + half < p.H) return store(out + j * kBlock, load(out + j * kBlock) + sum);
     A* taps = out + (p.K + j) * kBlock;
@@ -227,7 +247,7 @@ template <class T> struct GradWeight {
     }
   }
 
-  static void sum_rows(const GradRows<T>& rows, A* out) {
+  static void sum_rows(const GradRows<A>& rows, A* out) {
     vec_t<A> total = load(out);
     for (int64_t r = 0; r < rows.height; ++r)
       for (int64_t q = 0; q < rows.width; ++q) total += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
