@@ -62,7 +62,7 @@ def rows_of(entry: dict, facts: dict) -> list[dict]:
 
 
 def collect(todo: list[Problem], o: Options, console: Console, each: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
-    """Rows of every process; ``each`` gets all so far when one has ended (not before: it would take a core from what is timed)."""
+    """Rows of every process. ``each`` gets all so far when a system is done: the worker then checks the next one and times nothing."""
     facts = {"machine": rows.machine(o.device), "torch": torch.__version__, "triton": rows.triton_version(), "commit": rows.commit()}
     runs = [(t, a, r) for t in o.threads for a in o.allocators for r in range(o.repeats)]
     found, shown = [], (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -72,6 +72,8 @@ def collect(todo: list[Problem], o: Options, console: Console, each: Callable[[l
             done = set()
             for entry in process(todo, o, threads, allocator, repeat):
                 done.add(tuple(entry["problem"]))
+                if found and found[-1]["system"] != Problem(*entry["problem"]).system:
+                    each(found)
                 new = rows_of(entry, facts | {"threads": threads, "allocator": allocator, "repeat": repeat})
                 progress.update(bar, completed=runs.index((threads, allocator, repeat)) * len(todo) + len(done))
                 progress.update(bar, description=f"{new[0]['system']} {new[0]['mode']}")

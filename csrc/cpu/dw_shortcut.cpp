@@ -84,7 +84,8 @@ void evaluate(const Tensor& x, const Tensor& block_output, const Tensor& weight,
 
 // dw in the accumulation type. See lifeops/ops/dw_shortcut.py for the formulas.
 void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& affine,
-              const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma, const Tensor& dbeta, int64_t H, int64_t W, int64_t P, int64_t isa) {
+              const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma, const Tensor& dbeta, int64_t H,
+              int64_t W, int64_t P, int64_t isa) {
   const int64_t K = weight.size(weight.dim() - 1);
   GradWeightParams g = grad_weight_params(dy, x, dw, {}, K, H, W, P, P);
   const int64_t C = g.C, taps = K * K;
@@ -93,9 +94,12 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
   if (g.B * H * W * C == 0) return;
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    const auto values = [&](const Tensor& t, const char* name, int64_t rows = 1) { return channel_values<A>(t, name, rows * C, g.dtype); };
+    const auto values = [&](const Tensor& t, const char* name, int64_t rows = 1) {
+      return channel_values<A>(t, name, rows * C, g.dtype);
+    };
     const A *means = values(mean, "mean"), *scales = values(affine, "affine", 3), *shifts = scales + C, *rstds = shifts + C;
-    A *to_dw = static_cast<A*>(dw.mutable_data_ptr()), *to_dbias = values(dbias, "dbias"), *to_dgamma = values(dgamma, "dgamma"), *to_dbeta = values(dbeta, "dbeta");
+    A* to_dw = static_cast<A*>(dw.mutable_data_ptr());
+    A *to_dbias = values(dbias, "dbias"), *to_dgamma = values(dgamma, "dgamma"), *to_dbeta = values(dbeta, "dbeta");
     std::vector<A> windows(size_t(C * taps)), ones(size_t(C), A(1)), zeros(size_t(C), A(0)), a(zeros), b(zeros);
     g.windows = windows.data();
     const ChannelAffine gelu{ones.data(), zeros.data(), Act::gelu};

@@ -47,7 +47,8 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
   const vec_t<A> shift = e ? load_n(static_cast<const A*>(e->shift) + extras.c, out.n) : zero;
   vec_t<A> first = zero, sum = zero, square = zero;
   if (extras.steps->sums && !extras.first)
-    first = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n), square = load_n(extras.sums + 2 * extras.sums_stride, out.n);
+    first = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n),
+    square = load_n(extras.sums + 2 * extras.sums_stride, out.n);
   with_act(e ? e->act : Act::none, [&](auto act) {
     for (int r = 0; r < rows; ++r)
       for (int t = 0; t < width; ++t) {
@@ -61,7 +62,9 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
         store_n(out.y + r * out.y_row + t * out.y_stride, value, out.n);
       }
   });
-  if (extras.steps->sums) store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n), store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
+  if (!extras.steps->sums) return;
+  store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n);
+  store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
 }
 
 // The tile's sums through the prologue's derivative, to dx; kSums: sums of x dv and dv. kFull: all lanes are channels.
@@ -105,8 +108,11 @@ template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
   with_prologue(out.extras->steps->derivative->act, [&](auto act) {
     constexpr Act kAct = decltype(act)::value;
-    if (out.n < Vec<A>::kLanes) out.extras->sums ? through_derivative<T, kAct, false, true>(acc, rows, width, out) : through_derivative<T, kAct, false, false>(acc, rows, width, out);
-    else out.extras->sums ? through_derivative<T, kAct, true, true>(acc, rows, width, out) : through_derivative<T, kAct, true, false>(acc, rows, width, out);
+    const bool full = out.n >= Vec<A>::kLanes, sums = out.extras->sums;
+    if (full && sums) through_derivative<T, kAct, true, true>(acc, rows, width, out);
+    else if (full) through_derivative<T, kAct, true, false>(acc, rows, width, out);
+    else if (sums) through_derivative<T, kAct, false, true>(acc, rows, width, out);
+    else through_derivative<T, kAct, false, false>(acc, rows, width, out);
   });
 }
 

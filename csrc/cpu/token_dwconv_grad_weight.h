@@ -184,7 +184,8 @@ template <class T> struct GradWeight {
       Ahead ahead = end < unit.r1 ? look_ahead(unit, end, end + half) : look_ahead(next, next.r0, next.r0 - half);
       for (int64_t c = 0; c < n; c += L) {
         const bool own = copies_dy(p);
-        add_vector(GradRows<A>{dy.dy + (own ? c * width : c), dy.dy_row, dy.dy_column, own ? int64_t(L) : n - c, x, end - r, width}, c, r, unit.q0, &ahead);
+        const A* from = dy.dy + (own ? c * width : c);
+        add_vector({from, dy.dy_row, dy.dy_column, own ? int64_t(L) : n - c, x, end - r, width}, c, r, unit.q0, &ahead);
       }
     }
   }
@@ -200,7 +201,8 @@ template <class T> struct GradWeight {
     const int64_t taps = p.K * p.K, cols = rows.width + p.K - 1;
     A* out = sums + c / kBlock * kBlock * grad_weight_rows(p) + c % kBlock;
     if (p.db) sum_rows(rows, out + taps * kBlock);
-    if (p.windows) rows.n < L ? sum_windows<false>(rows, r0, q0, out + (taps + 1) * kBlock) : sum_windows<true>(rows, r0, q0, out + (taps + 1) * kBlock);
+    A* windows = out + (taps + 1) * kBlock;
+    if (p.windows) rows.n < L ? sum_windows<false>(rows, r0, q0, windows) : sum_windows<true>(rows, r0, q0, windows);
     if (!p.x) return;
     const A* x[kStepRows];
     for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
@@ -226,7 +228,8 @@ template <class T> struct GradWeight {
       for (int64_t k = 0; k < count; ++k) {
         const A* token = dy + k * rows.dy_row + first * rows.dy_column;
         int64_t q = first;
-        for (; q + 2 <= last; q += 2, token += 2 * rows.dy_column) sum += value<kFull>(token, rows.n), other += value<kFull>(token + rows.dy_column, rows.n);
+        for (; q + 2 <= last; q += 2, token += 2 * rows.dy_column)
+          sum += value<kFull>(token, rows.n), other += value<kFull>(token + rows.dy_column, rows.n);
         if (q < last) sum += value<kFull>(token, rows.n);
       }
       return sum + other;
@@ -237,7 +240,9 @@ template <class T> struct GradWeight {
       add_window_row(add_columns(add_columns(middle, first, min64(left, last)), max64(first, right), last), row, j, out);
     }
   }
-  template <bool kFull> static inline __attribute__((always_inline)) vec_t<A> value(const A* token, int64_t n) { return kFull ? load(token) : load_n(token, n); }
+  template <bool kFull> static inline __attribute__((always_inline)) vec_t<A> value(const A* token, int64_t n) {
+    return kFull ? load(token) : load_n(token, n);
+  }
   void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
     if (row >= half && row + half < p.H) return store(out + j * kBlock, load(out + j * kBlock) + sum);
     A* taps = out + (p.K + j) * kBlock;
