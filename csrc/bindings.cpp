@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY(lifeops_native, m) {
       "Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()");
   m.def(
       "dw_shortcut(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) y, "
-      "Tensor(b!) mean, Tensor(c!) m2, Tensor(d!) affine, int H, int W, int P, int isa) -> ()");
+      "Tensor(b!) mean, Tensor(c!) var, Tensor(d!) affine, int H, int W, int P, int isa) -> ()");
   m.def(
       "dw_shortcut_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor affine, Tensor(a!)? dx, Tensor(b!) dw, "
       "Tensor(c!) dbias, Tensor(d!) dgamma, Tensor(e!) dbeta, int H, int W, int P, int isa) -> ()");

@@ -34,7 +34,7 @@ SCHEMAS = {
     "channel_act": "lifeops_native::channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate,"
     " Tensor? pool_grad, Tensor? a, Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()",
     "dw_shortcut": "lifeops_native::dw_shortcut(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta,"
-    " float eps, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) m2, Tensor(d!) affine, int H, int W, int P, int isa) -> ()",
+    " float eps, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) var, Tensor(d!) affine, int H, int W, int P, int isa) -> ()",
     "dw_shortcut_bwd": "lifeops_native::dw_shortcut_bwd(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor affine,"
     " Tensor(a!)? dx, Tensor(b!) dw, Tensor(c!) dbias, Tensor(d!) dgamma, Tensor(e!) dbeta, int H, int W, int P, int isa) -> ()",
     "dw_shortcut_eval": "lifeops_native::dw_shortcut_eval(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? mean,"

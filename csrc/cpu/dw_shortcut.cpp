@@ -34,22 +34,22 @@ std::vector<double> parameter(const std::optional<Tensor>& t, const char* name, 
 
 void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, const std::optional<Tensor>& bias,
              const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, double eps, const Tensor& y, const Tensor& mean,
-             const Tensor& m2, const Tensor& affine, int64_t H, int64_t W, int64_t P, int64_t isa) {
+             const Tensor& var, const Tensor& affine, int64_t H, int64_t W, int64_t P, int64_t isa) {
   const TokenDWConvParams p = forward_params(x, weight, bias, block_output, y, H, W, P, P, int64_t(Prefix::zero), false);
   const int64_t C = p.C;
   const std::vector<double> gammas = parameter(gamma, "gamma", C, 1), betas = parameter(beta, "beta", C, 0);
   if (p.B * H * W * C == 0) return;
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    A *means = channel_values<A>(mean, "mean", C, p.dtype), *m2s = channel_values<A>(m2, "m2", C, p.dtype);
+    A *means = channel_values<A>(mean, "mean", C, p.dtype), *vars = channel_values<A>(var, "var", C, p.dtype);
     A *scales = channel_values<A>(affine, "affine", 3 * C, p.dtype), *shifts = scales + C, *rstds = shifts + C;
     std::vector<A> moments(size_t(2 * C), A(0));
     const Rows rows{const_cast<char*>(behind(x, P, p.dtype)), x.stride(0), x.stride(1)};
     launch_channel_stats(rows, p.B, H * W, C, p.dtype, Act::gelu, isa, moments.data());
-    const double each = 1 / double(p.B * H * W);
+    const double n = double(p.B * H * W);
     for (int64_t c = 0; c < C; ++c) {
-      means[c] = moments[size_t(c)], m2s[c] = moments[size_t(C + c)];
-      const double r = 1 / std::sqrt(double(m2s[c]) * each + eps), s = gammas[size_t(c)] * r;
+      const double m2 = double(moments[size_t(C + c)]), r = 1 / std::sqrt(m2 / n + eps), s = gammas[size_t(c)] * r;
+      means[c] = moments[size_t(c)], vars[c] = A(m2 / (n > 1 ? n - 1 : 1));
       rstds[c] = A(r), scales[c] = A(s), shifts[c] = A(betas[size_t(c)] - double(means[c]) * s);
     }
     const ChannelAffine prologue{scales, shifts, Act::gelu_first};

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config, geometry
-from lifeops.nn.batch_norm import check_constant, on_batch, sync_group, total_count, update_running
+from lifeops.nn.batch_norm import check_constant, on_batch, sync_group, update_running
 from lifeops.nn.dw_shortcut_fold import BorderBias, ChannelAffine, merged
 from lifeops.nn.life import GridHolder
 from lifeops.ops.dw_shortcut import dw_shortcut_eval, dw_shortcut_train
@@ -50,8 +50,7 @@ def _train(x, y, pairs, group, grid, P, backend):
         got = f"{tuple(x.shape)} with a {grid[0]}x{grid[1]} grid"
         raise ValueError(f"{NAME}: expected more than 1 value per channel when training, got {got}")
     kernels = [(conv.weight, conv.bias, norm.weight, norm.bias) for conv, norm in pairs]
-    y, mean, m2 = dw_shortcut_train(x, y, kernels, [norm.eps for _, norm in pairs], grid, P, group, backend)
-    var = m2 / (total_count(n, group, mean) - 1)
+    y, mean, var = dw_shortcut_train(x, y, kernels, [norm.eps for _, norm in pairs], grid, P, group, backend)
     for _, norm in pairs:
         update_running(norm, mean, var)
     return y

@@ -115,7 +115,7 @@ def _forward(x, block_output, weights, biases, affines, cfg: Config):
 
 
 class DWShortcut(torch.autograd.Function):
-    """(y, mean, m2) of a training step; ``parameters`` are weight, bias, gamma, beta of each kernel. Differentiable once."""
+    """(y, mean, unbiased variance) of a training step; ``parameters`` are weight, bias, gamma, beta of each kernel. Differentiable once."""
 
     @staticmethod
     def forward(ctx, cfg: Config, x, block_output, *parameters):
@@ -126,14 +126,15 @@ class DWShortcut(torch.autograd.Function):
             mean, m2, n = merge(mean, m2, n, cfg.group)
         affines = [affine_of(mean, m2 / n, *norm) for norm in zip(gammas, betas, cfg.eps, strict=True)]
         ctx.cfg, ctx.n, ctx.dtypes = cfg, n, [None if p is None else p.dtype for p in parameters]
-        ctx.save_for_backward(x, mean, m2, *weights, *(value for a in affines for value in (a.scale, a.shift, a.rstd)))
-        ctx.mark_non_differentiable(mean, m2)
-        return _forward(x, block_output, weights, biases, affines, cfg), mean, m2
+        ctx.save_for_backward(x, mean, *weights, *(value for a in affines for value in (a.scale, a.shift, a.rstd)))
+        var = m2 / max(1, n - 1)
+        ctx.mark_non_differentiable(mean, var)
+        return _forward(x, block_output, weights, biases, affines, cfg), mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
-        x, mean, _, *rest = ctx.saved_tensors
+        x, mean, *rest = ctx.saved_tensors
         cfg, count = ctx.cfg, len(ctx.cfg.eps)
         weights = rest[:count]
         affines = [Affine(scale, shift, mean, rstd) for scale, shift, rstd in zip(*(rest[count + i :: 3] for i in range(3)), strict=True)]
@@ -164,11 +165,11 @@ class DWShortcutStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cfg: Config, x, block_output, weight, bias, gamma, beta):
         place = cfg.H, cfg.W, cfg.P
-        y, mean, m2, affine = _step(x, block_output, weight, bias, gamma, beta, cfg.eps[0], *place, cfg.backend)
+        y, mean, var, affine = _step(x, block_output, weight, bias, gamma, beta, cfg.eps[0], *place, cfg.backend)
         ctx.cfg, ctx.dtypes = cfg, [None if p is None else p.dtype for p in (weight, bias, gamma, beta)]
         ctx.save_for_backward(x, weight, mean, affine)
-        ctx.mark_non_differentiable(mean, m2)
-        return y, mean, m2
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -192,7 +193,7 @@ def dw_shortcut_train(x, block_output, kernels, eps, grid, num_prefix_tokens, re
         backend: as in :func:`lifeops.token_dwconv`.
 
     Returns:
-        (y, mean, m2): y like x; mean and sum of squared deviations of g, (C,) float32 (float64 for float64), without gradient.
+        (y, mean, var): y like x; mean and unbiased variance of g, (C,) float32 (float64 for float64), without gradient.
         Differentiable, once, in x, block_output and the kernels' tensors.
     """
     cfg = Config(tuple(eps), *grid, num_prefix_tokens, reduce, config.requested_backend(backend))

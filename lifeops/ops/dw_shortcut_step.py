@@ -1,11 +1,11 @@
 """The DW shortcut with one kernel: a training step as two operators, evaluation as one; what others compose of several.
 
-    g = GELU(x)     mean, m2 = its statistics over B and the patches     rstd = (m2 / n + eps)^(-1/2)      n = B*H*W
+    g = GELU(x)     mean, m2 = its mean and squared deviations over B and the patches     rstd = (m2 / n + eps)^(-1/2)     n = B*H*W
     scale = gamma * rstd      shift = beta - mean * scale
     y = block_output + [0 for the prefix | DW_K(scale * g + shift) + bias]                                  zero padding after the affine
 
 The backward formulas are those of :mod:`lifeops.ops.dw_shortcut` and :mod:`lifeops.ops.batch_norm`; dy is the gradient of
-block_output as it is. mean, m2, dbias, dgamma, dbeta (C,), affine (3, C), which is scale, shift and rstd, and dw (C, 1, K, K) are
+block_output as it is. mean, var = m2 / (n - 1), dbias, dgamma, dbeta (C,), affine (3, C), which is scale, shift and rstd, and dw are
 float32 (float64 for float64 tokens).
 
 Evaluation takes the running statistics mean and var (scale = gamma (var + eps)^(-1/2)); without them gamma and beta are the affine.
@@ -70,10 +70,11 @@ def check_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
 
 def reference(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
     mean, m2 = stats_of(torch.nn.functional.gelu(x[:, P:].to(accumulate_dtype(x.dtype))))
-    norm = affine_of(mean, m2 / max(1, x.shape[0] * H * W), gamma, beta, eps)
+    n = max(1, x.shape[0] * H * W)
+    norm = affine_of(mean, m2 / n, gamma, beta, eps)
     affine = norm.scale, norm.shift, GELU_FIRST, None, None, "none"
     y = act.reference(x, weight, bias, *affine, block_output, H, W, P, "zero", False, False, backend)[0]
-    return y, mean, m2, torch.stack((norm.scale, norm.shift, norm.rstd))
+    return y, mean, m2 / max(1, n - 1), torch.stack((norm.scale, norm.shift, norm.rstd))
 
 
 def eval_affine(dtype, mean, var, gamma, beta, eps):
