@@ -152,7 +152,7 @@ def _token_dwconv_act_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weigh
 
 
 def _contiguous(t):
-    return None if t is None else t.contiguous()
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _channel_pass(number, x, patches, *, dy=None, scale=None, shift=None, gate=None, pool_grad=None, a=None, b=None, residual=None,
@@ -200,9 +200,8 @@ def _dw_shortcut(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backe
 def _dw_shortcut_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
     dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_dx else None
     dw, sums = mean.new_empty(weight.shape), [torch.empty_like(mean) for _ in range(3)]
-    torch.ops.lifeops_native.dw_shortcut_bwd(
-        dy, x, weight.contiguous(), mean.contiguous(), affine.contiguous(), dx, dw, *sums, H, W, P, _isa()
-    )
+    values = map(_contiguous, (weight, mean, affine))
+    torch.ops.lifeops_native.dw_shortcut_bwd(dy, x, *values, dx, dw, *sums, H, W, P, _isa())
     return x.new_empty((0,)) if dx is None else dx, dw, *sums
 
 

@@ -54,7 +54,7 @@ void forward(const Tensor& x, const Tensor& block_output, const Tensor& weight, 
     }
     const ChannelAffine prologue{scales, shifts, Act::gelu_first};
     TokenDWConvExtras extras{};
-    extras.prologue = &prologue;
+    extras.prologue = &prologue, extras.backwards = true;
     launch_forward(p, extras, isa);
   };
   p.dtype == DType::f64 ? run(double{}) : run(float{});
@@ -120,7 +120,7 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
     if (!dx) return;
     const TokenDWConvParams p = forward_params(dy, weight, {}, {}, *dx, H, W, P, P, int64_t(Prefix::zero), true);
     const ChannelAffine derivative{scales, shifts, Act::gelu_first};
-    const TokenDWConvExtras extras{nullptr, nullptr, &derivative, a.data(), b.data(), behind(x, P, g.dtype), x.stride(0), x.stride(1), false};
+    const TokenDWConvExtras extras{nullptr, nullptr, &derivative, a.data(), b.data(), behind(x, P, g.dtype), x.stride(0), x.stride(1), false, true};
     launch_forward(p, extras, isa);
   };
   g.dtype == DType::f64 ? run(double{}) : run(float{});

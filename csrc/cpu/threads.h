@@ -14,7 +14,8 @@ constexpr int64_t kGrainBytes = 32768;  // less work than this is not worth a se
 
 // f(i) for 0 <= i < n, at least `grain` of them per thread. Every thread starts with its even share, in order, and then takes from
 // the others': cores are not equally fast where something else uses them too. What a task computes must not depend on who runs it.
-template <class F> void for_each_task(int64_t n, int64_t grain, const F& f) {
+// `backwards`: each share from its end, where a pass just before has left its last data in the caches.
+template <class F> void for_each_task(int64_t n, int64_t grain, const F& f, bool backwards = false) {
   const int64_t shares = (n + grain - 1) / grain, pool = int64_t(torch::stable::get_num_threads()), threads = shares < pool ? shares : pool;
   struct alignas(64) Share {
     std::atomic<int64_t> next;
@@ -25,8 +26,9 @@ template <class F> void for_each_task(int64_t n, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t k = 0; k < threads; ++k) {
-        Share& from = share[size_t((t + k) % threads)];
-        for (int64_t i; (i = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) f(i);
+        const int64_t s = (t + k) % threads;
+        Share& from = share[size_t(s)];
+        for (int64_t i; (i = from.next.fetch_add(1, std::memory_order_relaxed)) < from.end;) f(backwards ? s * n / threads + from.end - 1 - i : i);
       }
   });
 }

@@ -107,7 +107,7 @@ void run_forward(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, c
                            (strip + 1) * p.H / plan.strips, segment * p.W / plan.segments, (segment + 1) * p.W / plan.segments,
                            strip == 0 && segment == 0, extras, sums ? sums + part * kTaskSums * p.C : nullptr};
     kernel.forward(p, weight, bias, task, ring_scratch.get(scratch));
-  });
+  }, extras && extras->backwards);
 }
 
 void token_dwconv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
@@ -259,7 +259,7 @@ void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor
     const AffineValues<A> affine(scale, shift, act, p.C, p.dtype);
     std::vector<A> zeros;
     const TokenDWConvExtras extras{nullptr, nullptr, affine.get(), channel_values(a, "a", A(0), p.C, p.dtype, zeros),
-                                   channel_values(b, "b", A(0), p.C, p.dtype, zeros), behind(x, x_prefix, p.dtype), x.stride(0), x.stride(1), true};
+                                   channel_values(b, "b", A(0), p.C, p.dtype, zeros), behind(x, x_prefix, p.dtype), x.stride(0), x.stride(1), true, false};
     std::vector<A> partial(size_t(parts * kTaskSums * p.C));
     run_forward<A>(p, kernel, &extras, partial.data());
     A* out = sums_out<A>(sums, "sums", 2 * p.C, p.dtype);

@@ -36,6 +36,7 @@ struct TokenDWConvExtras {
   const void* pre;                                        // x, at its first patch
   int64_t pre_stride_b, pre_stride_n;
   bool sums;
+  bool backwards;  // the images were read just before, in order
 };
 // Values per channel that a task with sums writes: forward (first value k, sum of y - k, sum of (y - k)²), input gradient
 // (sum of x dv, sum of dv, unused), with gelu_first (sum of gelu(x) du, sum of du, unused).

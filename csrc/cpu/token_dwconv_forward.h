@@ -77,7 +77,7 @@ inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* ac
   const vec_t<A> scale = values(steps.derivative->scale), shift = values(steps.derivative->shift), a = values(steps.a), b = values(steps.b);
   vec_t<A> sum_x = {}, sum = {};
   if (kSums && !extras.first) sum_x = load_n(extras.sums, n), sum = load_n(extras.sums + extras.sums_stride, n);
-  constexpr int kTogether = LIFEOPS_VEC_BYTES == 64 ? 2 : 1;
+  constexpr int kTogether = LIFEOPS_VEC_BYTES == 64 && act == Act::gelu_first ? 4 : 1;
   for (int r = 0; r < rows; ++r) {
     const T* pre = extras.pre + r * extras.pre_row;
     T* y = out.y + r * out.y_row;
@@ -99,8 +99,11 @@ inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* ac
     };
     int t = 0;
     for (; t + kTogether <= width; t += kTogether) some(Count<kTogether>{});
-    if constexpr (kTogether == 2)
-      if (t < width) some(Count<1>{});
+    if constexpr (kTogether > 1) {
+      if (width - t == 3) some(Count<3>{});
+      else if (width - t == 2) some(Count<2>{});
+      else if (width - t == 1) some(Count<1>{});
+    }
   }
   if constexpr (kSums) store_n(extras.sums, sum_x, n), store_n(extras.sums + extras.sums_stride, sum, n);
 }
