@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from itertools import groupby
 from pathlib import Path
@@ -108,6 +109,21 @@ def _has(kind: str, rows: list[dict]) -> bool:
     return kind == "ratios" or any(row["share"] for row in rows)
 
 
+ROLLOUT_MEMORY = """torch {torch}, commit {commit}, `{name}`: growth of a fresh process to its peak, {N} tokens, {layers} layers,
+{heads} heads, float32. `layers`: q and k exist already; `model`: images to maps; `forward` is the fused model without a roll-out, `heads`
+what hooks on its attention collect."""
+
+
+def _rollout_memory(path: Path) -> list[str]:
+    """What ``python -m bench.rollout --out`` measured."""
+    facts = json.loads(path.read_text())
+    lines = [f"## Roll-out, peak memory: {facts['machine']}", "", ROLLOUT_MEMORY.format(**facts, name=path.name), ""]
+    lines += ["| level | way | peak MiB | of lifeops' |", "|---|---|---|---|"]
+    for level, found in facts["peak_mib"].items():
+        lines += [f"| {level} | {way} | {mib:.1f} | {mib / found['lifeops']:.1f} |" for way, mib in found.items()]
+    return [*lines, ""]
+
+
 def page() -> str:
     files = {path: store.read(path) for path in sorted(RESULTS.glob("*.csv"))}
     lines = [INTRO]
@@ -119,6 +135,8 @@ def page() -> str:
             continue
         for machine in dict.fromkeys(row["machine"] for row in rows):
             lines += _section(path, [row for row in rows if row["machine"] == machine])
+    for path in sorted(RESULTS.glob("rollout_memory*.json")):
+        lines += _rollout_memory(path)
     return "\n".join(lines).rstrip() + "\n"
 
 

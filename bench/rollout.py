@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from bench import rows
 from lifeops import rollout, rollout_step
 from lifeops.models.deit import VisionTransformer
 
@@ -125,14 +127,23 @@ def grown(what: str) -> float:
     return resident("VmHWM") - before
 
 
-def memory(threads: int) -> None:
+def memory(threads: int) -> dict[str, dict[str, float]]:
+    """Peak MiB of every way, by level."""
+    every = {}
     print(f"peak MiB, N = {TOKENS}, {LAYERS} layers, {HEADS} heads of {WIDTH}, one map")
     for level, ways in (("layers", ("lifeops", "naive")), ("model", ("lifeops", "forward", "naive", "heads"))):
-        found = {}
+        found = every[level] = {}
         for way in ways:
             command = [sys.executable, "-m", "bench.rollout", "--threads", str(threads), "--grown", f"{level}-{way}"]
             found[way] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         print(level, *(f"{way} {mib:.1f} ({mib / found['lifeops']:.1f}x)" for way, mib in found.items()), sep="   ", flush=True)
+    return every
+
+
+def save(path: Path, every: dict[str, dict[str, float]]) -> None:
+    size = {"N": TOKENS, "layers": LAYERS, "heads": HEADS}
+    about = {"machine": rows.machine("cpu"), "torch": torch.__version__, "commit": rows.commit()} | size
+    path.write_text(json.dumps(about | {"peak_mib": every}, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--least", type=int, default=7, help="calls of each variant, at least (default: 7)")
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON file for the memory, which docs/performance.md shows")
     parser.add_argument("--skip-time", action="store_true")
     parser.add_argument("--grown", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -153,7 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     if not args.skip_time:
         timing(getattr(torch, args.dtype), args.least)
     if not args.skip_memory:
-        memory(args.threads)
+        every = memory(args.threads)
+        if args.out:
+            save(args.out, every)
     return 0
 
 

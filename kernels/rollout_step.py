@@ -218,6 +218,8 @@ def launches(r, q, k, scale, head_fusion, residual, dropped, out):
     common = {"q_ptr": q, "k_ptr": k, "lse_ptr": lse, **strides, "N": N, "heads": h, "SCALE": scale, **blocks,
               "ACC": _tile.accumulator(q.dtype), "PRECISION": "ieee" if r.dtype == torch.float64 else "tf32x3", "WIDE": wide,
               "num_stages": 2}  # fmt: skip
+    if r.dtype == torch.float64 and torch.version.hip is None:
+        common["maxnreg"] = 255  # unasked, ptxas gives up registers for occupancy and puts a double on the stack
     fused = {"inverse_ptr": inverse, "threshold_ptr": threshold, "RESIDUAL": residual, "FUSION": head_fusion}
     rows, columns = triton.cdiv(N, blocks["BLOCK_M"]), triton.cdiv(N, blocks["BLOCK_N"])
     sums = {"LEAST": LEAST[r.dtype], "dropped": dropped, "BELOW": BELOW, "BITS": 64 if r.dtype == torch.float64 else 32}
