@@ -35,7 +35,7 @@ ifdef ARGS
 else
 	$(BIN)/python -m bench --out $(ROWS)
 	$(BIN)/python -m bench --system life_qkv,life_attention --mode fwd,fwdbwd --dtype float32 --allocator default --out $(ROWS)
-	$(BIN)/python -m bench.rollout --skip-time --out $(dir $(ROWS))rollout_memory.json
+	$(BIN)/python -m bench.rollout --skip-time --level layers --out $(dir $(ROWS))rollout_memory.json
 	$(BIN)/python -m bench scaling --repeats 2
 	$(BIN)/python -m bench page
 endif

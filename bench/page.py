@@ -110,7 +110,7 @@ def _has(kind: str, rows: list[dict]) -> bool:
 
 
 ROLLOUT_MEMORY = """torch {torch}, commit {commit}, `{name}`: growth of a fresh process to its peak, {N} tokens, {layers} layers,
-{heads} heads, float32. `layers`: q and k exist already; `model`: images to maps; `forward` is the fused model without a roll-out, `heads`
+{heads} heads, float32. `layers`: q and k exist already; `model`: images to maps, `forward` the fused model without a roll-out, `heads`
 what hooks on its attention collect."""
 
 

@@ -30,6 +30,7 @@ from lifeops.models.deit import VisionTransformer
 TIMED = [(1, 197, 3, 64, 1), (16, 197, 6, 64, 1), (1, 785, 3, 64, 1), (1, 785, 6, 64, 1), (4, 785, 12, 64, 1), (1, 785, 6, 64, 16),
          (1, 1370, 12, 64, 1), (1, 4096, 8, 64, 1), (1, 4096, 8, 64, 16)]  # fmt: skip
 TOKENS, HEADS, WIDTH, LAYERS = 4096, 8, 64, 12
+WAYS = {"layers": ("lifeops", "naive"), "model": ("lifeops", "forward", "naive", "heads")}
 
 
 def naive_step(r, q, k):
@@ -127,11 +128,11 @@ def grown(what: str) -> float:
     return resident("VmHWM") - before
 
 
-def memory(threads: int) -> dict[str, dict[str, float]]:
+def memory(threads: int, levels: list[str]) -> dict[str, dict[str, float]]:
     """Peak MiB of every way, by level."""
     every = {}
     print(f"peak MiB, N = {TOKENS}, {LAYERS} layers, {HEADS} heads of {WIDTH}, one map")
-    for level, ways in (("layers", ("lifeops", "naive")), ("model", ("lifeops", "forward", "naive", "heads"))):
+    for level, ways in ((level, WAYS[level]) for level in levels):
         found = every[level] = {}
         for way in ways:
             command = [sys.executable, "-m", "bench.rollout", "--threads", str(threads), "--grown", f"{level}-{way}"]
@@ -154,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--least", type=int, default=7, help="calls of each variant, at least (default: 7)")
     parser.add_argument("--skip-memory", action="store_true")
+    parser.add_argument("--level", choices=tuple(WAYS), help="of the memory; default: all, which takes minutes")
     parser.add_argument("--out", type=Path, help="JSON file for the memory, which docs/performance.md shows")
     parser.add_argument("--skip-time", action="store_true")
     parser.add_argument("--grown", help=argparse.SUPPRESS)
@@ -165,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.skip_time:
         timing(getattr(torch, args.dtype), args.least)
     if not args.skip_memory:
-        every = memory(args.threads)
+        every = memory(args.threads, [args.level] if args.level else list(WAYS))
         if args.out:
             save(args.out, every)
     return 0
