@@ -132,9 +132,9 @@ def memory(threads: int, levels: list[str]) -> dict[str, dict[str, float]]:
     """Peak MiB of every way, by level."""
     every = {}
     print(f"peak MiB, N = {TOKENS}, {LAYERS} layers, {HEADS} heads of {WIDTH}, one map")
-    for level, ways in ((level, WAYS[level]) for level in levels):
+    for level in levels:
         found = every[level] = {}
-        for way in ways:
+        for way in WAYS[level]:
             command = [sys.executable, "-m", "bench.rollout", "--threads", str(threads), "--grown", f"{level}-{way}"]
             found[way] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         print(level, *(f"{way} {mib:.1f} ({mib / found['lifeops']:.1f}x)" for way, mib in found.items()), sep="   ", flush=True)

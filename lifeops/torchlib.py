@@ -32,11 +32,20 @@ def overload(op: Op):
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.dtype, int, float, bool, str, type(None)}
 
 
+def _transformed() -> bool:
+    """Whether a compiler or a torch.func transform is at work, which need the entry that torch documents."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _wants_grad(args) -> bool:
+    """Whether autograd records what happens to ``args``."""
+    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+
+
 def _seen_by_torch() -> bool:
     """Whether something looks at operators as they pass the dispatcher: compilers, tracers, transforms, modes, the profiler."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        _transformed()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
@@ -102,7 +111,7 @@ def _guard(op: Op):
     """A direct call on inputs that need grad must not return a result whose gradient is silently missing."""
 
     def run(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+        if _wants_grad(args):
             raise RuntimeError(_DIFFERENTIABLE.format(name=op.name))
         with torch._C._AutoDispatchBelowAutograd():
             return overload(op)(*args)
@@ -152,9 +161,7 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 def builds_graph(*tensors) -> bool:
     """Whether autograd, a compiler or a torch.func transform has to see what happens to ``tensors`` (or None)."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+    return _transformed() or _wants_grad(tensors)
 
 
 def apply(function: type[torch.autograd.Function], fallback, *args):
@@ -163,9 +170,9 @@ def apply(function: type[torch.autograd.Function], fallback, *args):
     ``Function.apply`` binds its arguments with ``inspect.signature`` on every call of a setup_context Function: 150 to 180 µs
     on the host, more than a small kernel. Compilers and torch.func transforms need that entry; eager mode does not.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _transformed():
         return function.apply(*args)
-    if not torch.is_grad_enabled() or not any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
+    if not _wants_grad(args):
         with torch._C._AutoDispatchBelowAutograd():  # past the guard, which would only ask the same again
             return fallback(*args)
     return super(torch.autograd.Function, function).apply(*args)

@@ -118,7 +118,7 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _sum(x.to(y.dtype), y, convs, batchnorms, grid, P, backend)
-    return _sum(x if x.dtype == y.dtype else x.to(y.dtype), y, convs, batchnorms, grid, P, backend)
+    return _sum(x.to(y.dtype), y, convs, batchnorms, grid, P, backend)
 
 
 # ------------------------------------------------------------------------------------------------ modules
