@@ -1,123 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and input gradient of one task. Compiled once per instruction set (see vec.h).
 #pragma once
-#include "rows.h"
+#include "token_dwconv_store.h"
 
 namespace lifeops {
 namespace LIFEOPS_ISA {
 
 // Accumulators held in registers: 16 of 32 with AVX-512, 12 of 16 elsewhere; the rest holds the weights and the operands.
 constexpr int kTile = LIFEOPS_VEC_BYTES == 64 ? 16 : 12;
-
-// What happens around the convolution, for one vector of channels of a tile.
-template <class T> struct TileExtras {
-  const TokenDWConvExtras* steps;
-  const T* pre;                   // x of the derivative
-  int64_t pre_row, c;             // from row to row; channel of this vector
-  typename AccOf<T>::type* sums;  // of the task, at this vector
-  int64_t sums_stride;
-  bool first;                     // nothing has been summed yet
-};
-
-// Where one vector of channels of a tile goes.
-template <class T> struct TileTarget {
-  T* y;
-  const T* residual;
-  int64_t y_stride, r_stride;  // from token to token
-  int64_t y_row, r_row;        // from row to row
-  int64_t n;                   // channels left from this vector on
-  const TileExtras<T>* extras;  // or null
-};
-
-// What T keeps of a value.
-template <class T> inline __attribute__((always_inline)) auto rounded(vec_t<typename AccOf<T>::type> value) {
-  if constexpr (sizeof(T) == sizeof(typename AccOf<T>::type)) return value;
-  T lanes[Vec<typename AccOf<T>::type>::kLanes];
-  store(lanes, value);
-  return load(lanes);
-}
-
-// The tile's sums through the epilogue, to y; out of line, so that the plain convolution keeps its registers.
-template <class T, class A = typename AccOf<T>::type>
-__attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
-  const TileExtras<T>& extras = *out.extras;
-  const vec_t<A> one = splat(A(1)), zero = {};
-  const ChannelAffine* e = extras.steps->epilogue;
-  const vec_t<A> scale = e ? load_n(static_cast<const A*>(e->scale) + extras.c, out.n) : one;
-  const vec_t<A> shift = e ? load_n(static_cast<const A*>(e->shift) + extras.c, out.n) : zero;
-  vec_t<A> first = zero, sum = zero, square = zero;
-  if (extras.steps->sums && !extras.first)
-    first = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n),
-    square = load_n(extras.sums + 2 * extras.sums_stride, out.n);
-  with_act(e ? e->act : Act::none, [&](auto act) {
-    for (int r = 0; r < rows; ++r)
-      for (int t = 0; t < width; ++t) {
-        vec_t<A> value = activate<decltype(act)::value, A>(scale * acc[r * width + t] + shift);
-        if (extras.steps->sums) {
-          const vec_t<A> kept = rounded<T>(value);
-          if (extras.first && r == 0 && t == 0) first = kept;
-          sum += kept - first, square += (kept - first) * (kept - first);
-        }
-        if (out.residual) value = rounded<T>(value) + load_n(out.residual + r * out.r_row + t * out.r_stride, out.n);
-        store_n(out.y + r * out.y_row + t * out.y_stride, value, out.n);
-      }
-  });
-  if (!extras.steps->sums) return;
-  store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n);
-  store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
-}
-
-// The tile's sums through the prologue's derivative, to dx; kSums: sums of x dv and dv. kFull: all lanes are channels.
-template <class T, Act act, bool kFull, bool kSums, class A = typename AccOf<T>::type>
-inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
-  const TileExtras<T>& extras = *out.extras;
-  const TokenDWConvExtras& steps = *extras.steps;
-  const int64_t n = kFull ? Vec<A>::kLanes : out.n, pre_stride = steps.pre_stride_n, y_stride = out.y_stride;
-  const auto values = [&](const void* p) { return load_n(static_cast<const A*>(p) + extras.c, n); };
-  const vec_t<A> scale = values(steps.derivative->scale), shift = values(steps.derivative->shift), a = values(steps.a), b = values(steps.b);
-  vec_t<A> sum_x = {}, sum = {};
-  if (kSums && !extras.first) sum_x = load_n(extras.sums, n), sum = load_n(extras.sums + extras.sums_stride, n);
-  constexpr int kTogether = LIFEOPS_VEC_BYTES == 64 && act == Act::gelu_first ? 4 : 1;
-  for (int r = 0; r < rows; ++r) {
-    const T* pre = extras.pre + r * extras.pre_row;
-    T* y = out.y + r * out.y_row;
-    const auto some = [&](auto count) {
-      constexpr int N = decltype(count)::value;
-      vec_t<A> factor[N], slope[N];
-#pragma GCC unroll 4
-      for (int t = 0; t < N; ++t, pre += pre_stride) factor[t] = load_n(pre, n);
-      if constexpr (act == Act::gelu_first) gelu_both<A, N>(factor, slope);
-#pragma GCC unroll 4
-      for (int t = 0; t < N; ++t, y += y_stride) {
-        vec_t<A> dv = *acc++;
-        if constexpr (act != Act::gelu_first) dv *= derivative<act, A>(scale * factor[t] + shift);
-        if constexpr (kSums) sum_x += dv * factor[t], sum += dv;
-        vec_t<A> dx = scale * dv + (b * factor[t] + a);
-        if constexpr (act == Act::gelu_first) dx *= slope[t];
-        store_n(y, dx, n);
-      }
-    };
-    int t = 0;
-    for (; t + kTogether <= width; t += kTogether) some(Count<kTogether>{});
-    if constexpr (kTogether > 1) {
-      if (width - t == 3) some(Count<3>{});
-      else if (width - t == 2) some(Count<2>{});
-      else if (width - t == 1) some(Count<1>{});
-    }
-  }
-  if constexpr (kSums) store_n(extras.sums, sum_x, n), store_n(extras.sums + extras.sums_stride, sum, n);
-}
-template <class T, class A = typename AccOf<T>::type>
-__attribute__((noinline)) void store_through_derivative(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
-  with_prologue(out.extras->steps->derivative->act, [&](auto act) {
-    constexpr Act kAct = decltype(act)::value;
-    const bool full = out.n >= Vec<A>::kLanes, sums = out.extras->sums;
-    if (full && sums) through_derivative<T, kAct, true, true>(acc, rows, width, out);
-    else if (full) through_derivative<T, kAct, true, false>(acc, rows, width, out);
-    else if (sums) through_derivative<T, kAct, false, true>(acc, rows, width, out);
-    else through_derivative<T, kAct, false, false>(acc, rows, width, out);
-  });
-}
 
 // acc[t] += sum over one filter row of tap * x[t + j]; `add_two` does it for two output rows, which share every load of x.
 template <int kWidth, class A>
@@ -167,46 +57,6 @@ inline __attribute__((always_inline)) void add_two_window(vec_t<A>* acc, vec_t<A
     for (int j = 0; j < kTaps; ++j)
       if (m >= j && m - j < kWidth) acc[m - j] += tap[j] * value, below[m - j] += tap_below[j] * value;
   }
-}
-
-// The tile's sums, and the residual, to y.
-template <class T, bool kFull, bool kResidual, class A = typename AccOf<T>::type>
-inline __attribute__((always_inline)) void store_plainly(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out, Ahead* ahead) {
-  const int64_t n = kFull ? Vec<A>::kLanes : out.n, y_stride = out.y_stride, r_stride = out.r_stride;
-  Ahead next = *ahead;
-  for (int r = 0; r < rows; ++r) {
-    T* y = out.y + r * out.y_row;
-    const T* residual = kResidual ? out.residual + r * out.r_row : nullptr;
-    for (const vec_t<A>* end = acc + width; acc != end; ++acc, y += y_stride, residual += kResidual ? r_stride : 0) {
-      vec_t<A> value = *acc;
-      if constexpr (kResidual) value += load_n(residual, n);
-      store_n(y, value, n);
-      next.fetch<true>();
-    }
-  }
-  *ahead = next;
-}
-
-// What the sums meet at the end is asked for before the taps, which take about as long as it comes from the last-level cache.
-template <class T> inline __attribute__((always_inline)) void ask_beside(const TileTarget<T>& out, int rows, int width) {
-  const bool derived = out.extras && out.extras->pre;
-  const T* p = derived ? out.extras->pre : out.residual;
-  const int64_t row = derived ? out.extras->pre_row : out.r_row, stride = derived ? out.extras->steps->pre_stride_n : out.r_stride;
-  for (int r = 0; p && r < rows; ++r)
-    for (int t = 0; t < width; ++t) __builtin_prefetch(p + r * row + t * stride);
-}
-
-template <class T, class A = typename AccOf<T>::type> void store_tile(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out, Ahead* ahead) {
-  const bool full = out.n >= Vec<A>::kLanes;
-  if (!out.extras) {
-    if (!full) return out.residual ? store_plainly<T, false, true>(acc, rows, width, out, ahead) : store_plainly<T, false, false>(acc, rows, width, out, ahead);
-    return out.residual ? store_plainly<T, true, true>(acc, rows, width, out, ahead) : store_plainly<T, true, false>(acc, rows, width, out, ahead);
-  }
-  if (out.extras->steps->derivative) store_through_derivative<T>(acc, rows, width, out);
-  else store_through_epilogue<T>(acc, rows, width, out);
-  Ahead next = *ahead;
-  for (int k = 0; k < rows * width; ++k) next.fetch<true>();
-  *ahead = next;
 }
 
 // kRows (1 or 2) x kWidth neighbouring outputs of one vector of channels, from the input rows [k0, k1) of K + kRows - 1. kTaps: K where
