@@ -74,21 +74,31 @@ void load_row_through(const ChannelAffine& prologue, int64_t c0, const T* row, i
 // the next token. Asked for vector by vector instead, every request of a wide token is another page; asked for in one burst they fill
 // the line buffers and the core waits.
 struct Ahead {
-  const char *a, *b;
+  struct Lines {
+    const char* at;
+    int64_t skip;  // bytes from the end of a token's run to the start of the next
+  };
+  Lines a, b, c;            // c only where asked for
   int64_t step, run, left;  // bytes per request; requests per token, and how many of this token are left
-  int64_t a_skip, b_skip;   // bytes from the end of a token's run to the start of the next
 
   // Strides in elements of T, whose vectors have `lanes` elements; n channels.
-  template <class T> Ahead(const T* first, int64_t stride, const T* second, int64_t second_stride, int64_t n, int64_t lanes)
-      : a(reinterpret_cast<const char*>(first)), b(reinterpret_cast<const char*>(second)), step(lanes * int64_t(sizeof(T))),
-        run(ceil_div(n, lanes)), left(run), a_skip((stride - run * lanes) * int64_t(sizeof(T))),
-        b_skip((second_stride - run * lanes) * int64_t(sizeof(T))) {}
+  template <class T> Ahead(const T* first, int64_t stride, const T* second, int64_t second_stride, int64_t n, int64_t lanes,
+                           const T* third = nullptr, int64_t third_stride = 0)
+      : step(lanes * int64_t(sizeof(T))), run(ceil_div(n, lanes)), left(run) {
+    const auto lines = [&](const T* at, int64_t tokens) { return Lines{reinterpret_cast<const char*>(at), tokens * int64_t(sizeof(T)) - run * step}; };
+    a = lines(first, stride), b = lines(second, second_stride), c = lines(third, third_stride);
+  }
 
-  template <bool kWrite = false> inline __attribute__((always_inline)) void fetch() {
-    __builtin_prefetch(a, 0, 2);
-    __builtin_prefetch(b, kWrite, 2);
-    a += step, b += step;
-    if (--left == 0) left = run, a += a_skip, b += b_skip;
+  // kWrite: b is to be written. kThird: c too.
+  template <bool kWrite = false, bool kThird = false> inline __attribute__((always_inline)) void fetch() {
+    __builtin_prefetch(a.at, 0, 2);
+    __builtin_prefetch(b.at, kWrite, 2);
+    if constexpr (kThird) __builtin_prefetch(c.at, 0, 2);
+    a.at += step, b.at += step;
+    if constexpr (kThird) c.at += step;
+    if (--left > 0) return;
+    left = run, a.at += a.skip, b.at += b.skip;
+    if constexpr (kThird) c.at += c.skip;
   }
 };
 

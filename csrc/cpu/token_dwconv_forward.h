@@ -188,24 +188,45 @@ template <class T> struct Forward {
     const TokenDWConvExtras* e = task.extras;
     return !e || !(e->epilogue || e->sums || e->derivative);
   }
-  static TileExtras<T> tile_extras(const TokenDWConvParams& p, const ForwardTask& task, int64_t r, int64_t t0, int64_t c, bool first) {
+  static TileExtras<T> tile_extras(const TokenDWConvParams& p, const ForwardTask& task, const T* pre, int64_t t0, int64_t c, bool first) {
     const TokenDWConvExtras& e = *task.extras;
-    const T* pre = static_cast<const T*>(e.pre);
-    if (pre) pre += task.b * e.pre_stride_b + (r * p.W + task.q0 + t0) * e.pre_stride_n + task.c0 + c;
     A* sums = task.sums ? static_cast<A*>(task.sums) + task.c0 + c : nullptr;
-    return {&e, pre, p.W * e.pre_stride_n, task.c0 + c, sums, p.C, first};
+    return {&e, pre ? pre + t0 * e.pre_stride_n + c : nullptr, p.W * e.pre_stride_n, task.c0 + c, sums, p.C, first};
+  }
+
+  // What lies at the first column of row r of image b; null where there is none.
+  static const T* x_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t b, int64_t r) {
+    return static_cast<const T*>(p.x) + b * p.x_stride_b + (r * p.W + task.q0 + p.x_prefix) * p.x_stride_n + task.c0;
+  }
+  static T* y_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t b, int64_t r) {
+    return static_cast<T*>(p.y) + b * p.y_stride_b + (r * p.W + task.q0 + p.y_prefix) * p.y_stride_n + task.c0;
+  }
+  static const T* residual_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t b, int64_t r) {
+    if (!p.residual) return nullptr;
+    return static_cast<const T*>(p.residual) + b * p.r_stride_b + (r * p.W + task.q0 + p.y_prefix) * p.r_stride_n + task.c0;
+  }
+  static const T* pre_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t b, int64_t r) {  // x of a derivative
+    const TokenDWConvExtras* e = task.extras;
+    if (!e || !e->pre) return nullptr;
+    return static_cast<const T*>(e->pre) + b * e->pre_stride_b + (r * p.W + task.q0) * e->pre_stride_n + task.c0;
+  }
+
+  // What output row r reads and writes, or behind the last row the first of the image that probably comes next.
+  static Ahead look_ahead(const TokenDWConvParams& p, const ForwardTask& task, int64_t r, int64_t n) {
+    const bool inside = r < task.r1;
+    const int64_t b = inside ? task.b : task.next_b, row = inside ? r : task.r0, x_row = inside ? min64(r + p.K / 2, p.H - 1) : row;
+    const T *pre = pre_at(p, task, b, row), *residual = residual_at(p, task, b, row);
+    return Ahead(x_at(p, task, b, x_row), p.x_stride_n, static_cast<const T*>(y_at(p, task, b, row)), p.y_stride_n, n, L,
+                 pre ? pre : residual, pre ? task.extras->pre_stride_n : p.r_stride_n);
   }
 
   static void output_rows(const TokenDWConvParams& p, const ForwardTask& task, const Tiling& tiling, int64_t r, int height,
                           const A* const* rows, int k0, int k1, int64_t cols, const A* w, const A* b, int64_t n) {
     const SumTile<A>* tiles = sum_tiles<A>(height, p.K);
     const bool plain = stored_plainly(task);
-    const int64_t token = r * p.W + task.q0 + p.y_prefix;
-    T* y = static_cast<T*>(p.y) + task.b * p.y_stride_b + token * p.y_stride_n + task.c0;
-    const T* x_next = static_cast<const T*>(p.x) + task.b * p.x_stride_b + task.c0 +
-                      (min64(r + p.K / 2 + height, p.H - 1) * p.W + task.q0 + p.x_prefix) * p.x_stride_n;
-    Ahead ahead(x_next, p.x_stride_n, static_cast<const T*>(r + height < task.r1 ? y + height * p.W * p.y_stride_n : y), p.y_stride_n, n, L);
-    const T* res = p.residual ? static_cast<const T*>(p.residual) + task.b * p.r_stride_b + token * p.r_stride_n + task.c0 : nullptr;
+    T* y = y_at(p, task, task.b, r);
+    const T *res = residual_at(p, task, task.b, r), *pre = pre_at(p, task, task.b, r);
+    Ahead ahead = look_ahead(p, task, r + height, n);
     for (int tile = 0; tile < tiling.count; ++tile) {  // outermost: 32 columns of three tensors are more pages than the first TLB holds
       const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
       for (int64_t c = 0, v = 0; c < n; c += L, ++v) {
@@ -215,9 +236,8 @@ template <class T> struct Forward {
         for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * cols + t0) * L;
         TileTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr, p.y_stride_n,
                           p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c, nullptr};
-        const TileExtras<T> extras = plain ? TileExtras<T>{} : tile_extras(p, task, r, t0, c, r == task.r0 && tile == 0);
+        const TileExtras<T> extras = plain ? TileExtras<T>{} : tile_extras(p, task, pre, t0, c, r == task.r0 && tile == 0);
         if (!plain) out.extras = &extras;
-        ask_beside(out, height, int(t1 - t0));
         vec_t<A> sums[kTile];
         tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, sums);
         store_tile<T>(sums, height, int(t1 - t0), out, &ahead);

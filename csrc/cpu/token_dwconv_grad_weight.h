@@ -30,8 +30,8 @@ inline __attribute__((always_inline)) void grad_columns(vec_t<A>* acc, const vec
     }
 }
 
-// Sums of dy[r, q] * x[r + i, q + j] for the filter rows i in [i0, i0 + kRows).
-template <class A, int K, int kRows> void grad_taps(const GradRows<A>& rows, int i0, A* sums, Ahead* ahead) {
+// Sums of dy[r, q] * x[r + i, q + j] for the filter rows i in [i0, i0 + kRows). With kTotals the sum of dy over each output row too.
+template <class A, int K, int kRows, bool kTotals> void grad_taps(const GradRows<A>& rows, int i0, A* sums, vec_t<A>* totals, Ahead* ahead) {
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> acc[kRows * K];
 #pragma GCC unroll 32
@@ -42,40 +42,53 @@ template <class A, int K, int kRows> void grad_taps(const GradRows<A>& rows, int
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) x[i] = rows.x[r + i0 + i];
     const A* dy = rows.dy + r * rows.dy_row;
+    vec_t<A> total = {};
     int64_t q = 0;
     for (; q + 2 <= rows.width; q += 2, dy += 2 * rows.dy_column) {
       const vec_t<A> g[2] = {load_n(dy, rows.n), load_n(dy + rows.dy_column, rows.n)};
       if (i0 == 0) next.fetch(), next.fetch();
+      if constexpr (kTotals) total += g[0] + g[1];
       grad_columns<A, K, kRows, 2>(acc, g, x, q * L);
     }
     if (q < rows.width) {
       const vec_t<A> g = load_n(dy, rows.n);
       if (i0 == 0) next.fetch();
+      if constexpr (kTotals) total += g;
       grad_columns<A, K, kRows, 1>(acc, &g, x, q * L);
     }
+    if constexpr (kTotals) totals[r] = total;
   }
   if (i0 == 0) *ahead = next;
 #pragma GCC unroll 32
   for (int k = 0; k < kRows * K; ++k) store(sums + (i0 * K + k) * kBlock, acc[k]);
 }
 
-// All filter rows, as many at once as the registers hold.
-template <class A, int K> void grad_filter(const GradRows<A>& rows, A* sums, Ahead* ahead) {
-  constexpr int kRows = kGradTile / K < 1 ? 1 : (kGradTile / K > K ? K : kGradTile / K), kRest = K % kRows, kWhole = K - kRest;
-  for (int i = 0; i < kWhole; i += kRows) grad_taps<A, K, kRows>(rows, i, sums, ahead);
-  if constexpr (kRest > 0) grad_taps<A, K, kRest>(rows, kWhole, sums, ahead);
+// All filter rows, as many at once as the registers hold, the totals with the fewest.
+template <class A, int K> void grad_filter(const GradRows<A>& rows, A* sums, vec_t<A>* totals, Ahead* ahead) {
+  constexpr int kRows = kGradTile / K < 1 ? 1 : (kGradTile / K > K ? K : kGradTile / K), kLast = (K - 1) % kRows + 1;
+  for (int i = 0; i < K - kLast; i += kRows) grad_taps<A, K, kRows, false>(rows, i, sums, totals, ahead);
+  grad_taps<A, K, kLast, true>(rows, K - kLast, sums, totals, ahead);
 }
 
-template <class A> void grad_filter_any(int64_t K, const GradRows<A>& rows, A* sums, Ahead* ahead) {
+template <class A> void grad_filter_any(int64_t K, const GradRows<A>& rows, A* sums, vec_t<A>* totals, Ahead* ahead) {
   switch (K) {
-    case 1: return grad_filter<A, 1>(rows, sums, ahead);
-    case 3: return grad_filter<A, 3>(rows, sums, ahead);
-    case 5: return grad_filter<A, 5>(rows, sums, ahead);
-    case 7: return grad_filter<A, 7>(rows, sums, ahead);
-    case 9: return grad_filter<A, 9>(rows, sums, ahead);
-    case 11: return grad_filter<A, 11>(rows, sums, ahead);
-    case 13: return grad_filter<A, 13>(rows, sums, ahead);
-    default: return grad_filter<A, 15>(rows, sums, ahead);
+    case 1: return grad_filter<A, 1>(rows, sums, totals, ahead);
+    case 3: return grad_filter<A, 3>(rows, sums, totals, ahead);
+    case 5: return grad_filter<A, 5>(rows, sums, totals, ahead);
+    case 7: return grad_filter<A, 7>(rows, sums, totals, ahead);
+    case 9: return grad_filter<A, 9>(rows, sums, totals, ahead);
+    case 11: return grad_filter<A, 11>(rows, sums, totals, ahead);
+    case 13: return grad_filter<A, 13>(rows, sums, totals, ahead);
+    default: return grad_filter<A, 15>(rows, sums, totals, ahead);
+  }
+}
+
+// The totals alone.
+template <class A> void grad_totals(const GradRows<A>& rows, vec_t<A>* totals) {
+  for (int64_t r = 0; r < rows.height; ++r) {
+    vec_t<A> total = {};
+    for (int64_t q = 0; q < rows.width; ++q) total += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
+    totals[r] = total;
   }
 }
 
@@ -135,8 +148,9 @@ template <class T> struct GradWeight {
     GradWeight body(p, task, static_cast<A*>(scratch));
     for (int64_t k = 0; k < columns(p) * L; ++k) body.zeros[k] = 0;
     for (int64_t k = 0; k < ceil_div(body.n, kBlock) * grad_weight_rows(p) * kBlock; ++k) body.sums[k] = 0;
+    const int64_t units = p.B * task.strips * task.segments;
     for (int64_t index = task.unit0; index < task.unit1; ++index) {
-      const Unit unit(p, task, index), next(p, task, min64(index + 1, task.unit1 - 1));
+      const Unit unit(p, task, index), next(p, task, min64(index + 1, units - 1));  // maybe the next task's
       body.add(unit, next);
     }
   }
@@ -200,63 +214,50 @@ template <class T> struct GradWeight {
   void add_vector(GradRows<A> rows, int64_t c, int64_t r0, int64_t q0, Ahead* ahead) const {
     const int64_t taps = p.K * p.K, cols = rows.width + p.K - 1;
     A* out = sums + c / kBlock * kBlock * grad_weight_rows(p) + c % kBlock;
-    if (p.db) sum_rows(rows, out + taps * kBlock);
-    A* windows = out + (taps + 1) * kBlock;
-    if (p.windows) rows.n < L ? sum_windows<false>(rows, r0, q0, windows) : sum_windows<true>(rows, r0, q0, windows);
-    if (!p.x) return;
-    const A* x[kStepRows];
-    for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
-    rows.x = x;
-    grad_filter_any<A>(p.K, rows, out, ahead);
+    vec_t<A> totals[kStepRows];
+    if (p.x) {
+      const A* x[kStepRows];
+      for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
+      rows.x = x;
+      grad_filter_any<A>(p.K, rows, out, totals, ahead);
+    } else {
+      grad_totals(rows, totals);
+    }
+    if (p.db) add_to(out + taps * kBlock, sum_of(totals, 0, rows.height));
+    if (p.windows) sum_windows(rows, totals, r0, q0, out + (taps + 1) * kBlock);
   }
 
-  // Each dy counts for the taps that see the grid from there. Neighbouring rows whose windows lie inside the grid from top to bottom
-  // are summed together. kFull: all lanes are channels.
-  template <bool kFull> void sum_windows(const GradRows<A>& rows, int64_t r0, int64_t q0, A* out) const {
+  static vec_t<A> sum_of(const vec_t<A>* totals, int64_t r0, int64_t r1) {
+    vec_t<A> sum = {};
+    for (int64_t r = r0; r < r1; ++r) sum += totals[r];
+    return sum;
+  }
+  static void add_to(A* out, vec_t<A> sum) { store(out, load(out) + sum); }
+
+  // Each dy counts for the taps that see the grid from there: all but those that reach over its edge. Neighbouring rows whose windows
+  // lie inside the grid from top to bottom are summed together.
+  void sum_windows(const GradRows<A>& rows, const vec_t<A>* totals, int64_t r0, int64_t q0, A* out) const {
     const auto inside = [&](int64_t row) { return row >= half && row + half < p.H; };
-    for (int64_t r = 0, count; r < rows.height; r += count) {
-      count = 1;
-      while (inside(r0 + r) && r + count < rows.height && inside(r0 + r + count)) ++count;
-      sum_window_rows<kFull>(rows, r, count, r0 + r, q0, out);
-    }
-  }
-  template <bool kFull> void sum_window_rows(const GradRows<A>& rows, int64_t r, int64_t count, int64_t row, int64_t q0, A* out) const {
-    const int64_t left = max64(0, min64(rows.width, half - q0)), right = max64(left, min64(rows.width, p.W - half - q0));
-    const A* dy = rows.dy + r * rows.dy_row;
-    const auto add_columns = [&](vec_t<A> sum, int64_t first, int64_t last) {
-      vec_t<A> other = {};  // two chains of additions
-      for (int64_t k = 0; k < count; ++k) {
-        const A* token = dy + k * rows.dy_row + first * rows.dy_column;
-        int64_t q = first;
-        for (; q + 2 <= last; q += 2, token += 2 * rows.dy_column)
-          sum += value<kFull>(token, rows.n), other += value<kFull>(token + rows.dy_column, rows.n);
-        if (q < last) sum += value<kFull>(token, rows.n);
+    for (int64_t r = 0, end; r < rows.height; r = end) {
+      for (end = r + 1; inside(r0 + r) && end < rows.height && inside(r0 + end);) ++end;
+      const vec_t<A> total = sum_of(totals, r, end);
+      for (int64_t j = 0; j < p.K; ++j) {
+        const int64_t first = min64(rows.width, max64(0, half - j - q0)), last = max64(first, min64(rows.width, p.W + half - j - q0));
+        const vec_t<A> outside = sum_columns(rows, r, end, 0, first) + sum_columns(rows, r, end, last, rows.width);
+        add_window_row(first == last ? vec_t<A>{} : total - outside, r0 + r, j, out);
       }
-      return sum + other;
-    };
-    const vec_t<A> middle = add_columns(vec_t<A>{}, left, right);
-    for (int64_t j = 0; j < p.K; ++j) {
-      const int64_t first = max64(0, half - j - q0), last = min64(rows.width, p.W + half - j - q0);
-      add_window_row(add_columns(add_columns(middle, first, min64(left, last)), max64(first, right), last), row, j, out);
     }
   }
-  template <bool kFull> static inline __attribute__((always_inline)) vec_t<A> value(const A* token, int64_t n) {
-    return kFull ? load(token) : load_n(token, n);
+  static vec_t<A> sum_columns(const GradRows<A>& rows, int64_t r0, int64_t r1, int64_t q0, int64_t q1) {
+    vec_t<A> sum = {};
+    for (int64_t q = q0; q < q1; ++q)
+      for (int64_t r = r0; r < r1; ++r) sum += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
+    return sum;
   }
   void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
-    if (row >= half && row + half < p.H) return store(out + j * kBlock, load(out + j * kBlock) + sum);
+    if (row >= half && row + half < p.H) return add_to(out + j * kBlock, sum);
     A* taps = out + (p.K + j) * kBlock;
-    for (int64_t i = max64(0, half - row); i < min64(p.K, p.H + half - row); ++i) {
-      A* tap = taps + i * p.K * kBlock;
-      store(tap, load(tap) + sum);
-    }
-  }
-
-  static void sum_rows(const GradRows<A>& rows, A* out) {
-    vec_t<A> total = load(out);
-    for (int64_t r = 0; r < rows.height; ++r)
-      for (int64_t q = 0; q < rows.width; ++q) total += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
-    store(out, total);
+    for (int64_t i = max64(0, half - row); i < min64(p.K, p.H + half - row); ++i) add_to(taps + i * p.K * kBlock, sum);
   }
 };
 

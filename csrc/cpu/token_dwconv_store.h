@@ -128,19 +128,10 @@ inline __attribute__((always_inline)) void store_plainly(const vec_t<A>* acc, in
       vec_t<A> value = *acc;
       if constexpr (kResidual) value += load_n(residual, n);
       store_n(y, value, n);
-      next.fetch<true>();
+      next.fetch<true, kResidual>();
     }
   }
   *ahead = next;
-}
-
-// What the sums meet at the end is asked for before the taps, which take about as long as it comes from the last-level cache.
-template <class T> inline __attribute__((always_inline)) void ask_beside(const TileTarget<T>& out, int rows, int width) {
-  const bool derived = out.extras && out.extras->pre;
-  const T* p = derived ? out.extras->pre : out.residual;
-  const int64_t row = derived ? out.extras->pre_row : out.r_row, stride = derived ? out.extras->steps->pre_stride_n : out.r_stride;
-  for (int r = 0; p && r < rows; ++r)
-    for (int t = 0; t < width; ++t) __builtin_prefetch(p + r * row + t * stride);
 }
 
 template <class T, class A = typename AccOf<T>::type> void store_tile(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out, Ahead* ahead) {
@@ -152,7 +143,8 @@ template <class T, class A = typename AccOf<T>::type> void store_tile(const vec_
   if (out.extras->steps->derivative) store_through_derivative<T>(acc, rows, width, out);
   else store_through_epilogue<T>(acc, rows, width, out);
   Ahead next = *ahead;
-  for (int k = 0; k < rows * width; ++k) next.fetch<true>();
+  const bool third = next.c.at != nullptr;
+  for (int k = 0; k < rows * width; ++k) third ? next.fetch<true, true>() : next.fetch<true>();
   *ahead = next;
 }
 
