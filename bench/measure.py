@@ -1,5 +1,8 @@
 """Timing: variants interleaved call by call, so that a noisy moment hits all of them; medians and quartiles.
 
+The order is drawn anew each round: a variant that always followed the one that fills the caches most would look slower, by up to a
+tenth, even behind an untimed call of its own.
+
 Inputs are rotated: round n runs every variant on set n of its inputs. ``warm``: an untimed call on the same inputs comes right
 before the timed one (left out where a call takes longer than filling the caches would). ``cold``: a buffer larger than the last
 cache is read by all threads before every timed call.
@@ -7,6 +10,7 @@ cache is read by all threads before every timed call.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,10 +57,10 @@ def interleaved(
         if first[name] < LONG_MS:
             first[name] = min(_once(fn) for fn in runs)
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    start = time.perf_counter()
+    start, order = time.perf_counter(), random.Random(0)
     for n in range(most):
-        for name, runs in variants.items():
-            fn = runs[n % len(runs)]
+        for name in order.sample(list(variants), len(variants)):
+            fn = variants[name][n % len(variants[name])]
             if flush is not None:
                 flush.sum()
             elif first[name] < LONG_MS:

@@ -13,9 +13,10 @@ import torch
 from bench import ceilings, columns, device, systems
 from bench.case import Case, Inputs, check, inputs_of, runner
 from bench.measure import Timing, interleaved
-from bench.problems import Problem, cold_too
+from bench.problems import Problem, cold_too, level_of
 
 SETS = 2  # of inputs, used in turn
+ROUNDS = {"op": 5, "block": 15, "model": 5}  # at least: what a block costs with an op and without lies a few hundredths apart
 
 
 def wrong_on(case: Case, i: Inputs) -> dict[str, str]:
@@ -51,9 +52,9 @@ def checked(case: Case, seed: int, where: str) -> tuple[list[Inputs], dict[str, 
     return sets, wrong
 
 
-def timed(runs: dict, where: str, cache: str, seconds: float) -> dict[str, Timing]:
+def timed(runs: dict, where: str, cache: str, seconds: float, least: int) -> dict[str, Timing]:
     if where == "cpu":
-        return interleaved(runs, seconds, cache)
+        return interleaved(runs, seconds, cache, least)
     turning = {name: functools.partial(lambda turn: next(turn)(), cycle(of)) for name, of in runs.items()}
     return device.interleaved(turning, device.clock(where, seconds, cold=cache == "cold"))
 
@@ -74,7 +75,7 @@ def measured(p: Problem, args) -> list[dict]:
     costs["clone"] = columns.Facts(moved, 0, source.nbytes, None, 1)._asdict()
     found = []
     for cache in args.cache.split(",") if args.cache != "auto" else ("warm", "cold") if cold_too(p) else ("warm",):
-        times = timed(runs, args.device, cache, args.seconds)
+        times = timed(runs, args.device, cache, args.seconds, ROUNDS[level_of(p.system)])
         variants = {name: t._asdict() | costs[name] for name, t in times.items()}
         rates = {"clone_gbs": moved / times["clone"].median / 1e6, "gemm_tflops": ceilings.gemm_tflops(p.dtype, args.device)}
         found.append(shared | {"cache": cache, "variants": variants} | rates)

@@ -169,6 +169,7 @@ class DWShortcutStep(torch.autograd.Function):
         ctx.cfg, ctx.dtypes = cfg, [None if p is None else p.dtype for p in (weight, bias, gamma, beta)]
         ctx.save_for_backward(x, weight, mean, affine)
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # of mean and var, which have none
         return y, mean, var
 
     @staticmethod
