@@ -76,14 +76,16 @@ def test_quick_has_every_system_and_mode():
         assert {p.dtype for p in problems(system)} <= set(DTYPES)
 
 
-def test_inputs_are_rotated_and_a_cold_call_is_timed_alone():
+def test_inputs_are_rotated_a_cold_call_is_timed_alone_and_the_order_changes():
     calls = []
     runs = {"a": [lambda: calls.append("a0"), lambda: calls.append("a1")], "b": [lambda: calls.append("b0"), lambda: calls.append("b1")]}
-    measure.interleaved(runs, 0.0, "cold", least=3, most=3)
-    assert calls[8:] == ["a0", "b0", "a1", "b1", "a0", "b0"]  # behind two untimed calls of each
+    measure.interleaved(runs, 0.0, "cold", least=20, most=20)
+    rounds = list(zip(calls[8::2], calls[9::2], strict=True))  # behind two untimed calls of each
+    assert [sorted(r) for r in rounds] == [["a0", "b0"], ["a1", "b1"]] * 10
+    assert {r[0][0] for r in rounds} == {"a", "b"}
     calls.clear()
     measure.interleaved(runs, 0.0, "warm", least=2, most=2)
-    assert calls[8:] == ["a0", "a0", "b0", "b0", "a1", "a1", "b1", "b1"]
+    assert calls[8::2] == calls[9::2] and sorted(calls[8::2]) == ["a0", "a1", "b0", "b1"]
 
 
 # ------------------------------------------------------------------------------------------------ rows
