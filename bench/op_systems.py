@@ -11,7 +11,7 @@ import lifeops
 from bench import baselines
 from bench.case import Case, Variant, of_module
 from bench.problems import Problem
-from lifeops import config, registry
+from lifeops import config, registry, torchlib
 from lifeops.nn import DWShortcut, LifeQKV
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_life import EagerLifeAttention
@@ -78,9 +78,10 @@ def _weight_gradient(p: Problem) -> dict[str, Variant]:
     def reference(i):
         return dwconv.reference_bwd_dw(i["dy"], i["x"], p.K, p.H, p.W, p.P, "keep", i["x"].dtype, None, "")[0]
 
+    call = torchlib.caller(dwconv.bwd_dw_op)  # as a backward pass calls it
+
     def ours(i):
-        asked = config.requested_backend(None)
-        return torch.ops.lifeops.token_dwconv_bwd_dw(i["dy"], i["x"], p.K, p.H, p.W, p.P, "keep", dtype, None, asked)[0]
+        return call(i["dy"], i["x"], p.K, p.H, p.W, p.P, "keep", dtype, None, config.requested_backend(None))[0]
 
     def bare(i):
         conv = ([1, 1], [p.K // 2] * 2, [1, 1], False, [0, 0], p.C, [False, True, False])

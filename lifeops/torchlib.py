@@ -30,11 +30,14 @@ def overload(op: Op):
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.dtype, int, float, bool, str, type(None)}
+# Looked up once: behind a kernel that has used all of the caches every lookup on the way is a miss.
+_is_compiling, _functorch_active = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
+_dispatch_modes, _tracing, _profiling = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
 
 
 def _transformed() -> bool:
     """Whether a compiler or a torch.func transform is at work, which need the entry that torch documents."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return _is_compiling() or _functorch_active()
 
 
 def _wants_grad(args) -> bool:
@@ -44,12 +47,7 @@ def _wants_grad(args) -> bool:
 
 def _seen_by_torch() -> bool:
     """Whether something looks at operators as they pass the dispatcher: compilers, tracers, transforms, modes, the profiler."""
-    return (
-        _transformed()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-    )
+    return _is_compiling() or _functorch_active() or _dispatch_modes() > 0 or _tracing() is not None or _profiling()
 
 
 def caller(op: Op) -> Callable:
@@ -57,12 +55,14 @@ def caller(op: Op) -> Callable:
 
     Where nothing looks on, it is the kernel at once: the dispatcher calls Python twice for one operator, 30 to 60 µs on the host.
     """
-    operator, kernel = overload(op), _kernel(op)
+    operator = overload(op)
 
     def call(*args):
-        if _seen_by_torch() or not {*map(type, args)} <= _PLAIN or args[0].is_meta:
-            return operator(*args)
-        return kernel(*args)
+        if not _seen_by_torch():
+            key = _key(op.name, args)
+            if key in registry.plans or ({*map(type, args)} <= _PLAIN and not args[0].is_meta):
+                return _run(op, key, args)
+        return operator(*args)
 
     return call
 
@@ -95,16 +95,20 @@ def _plan(op: Op, args: tuple) -> tuple[str, Callable, tuple[int, ...]]:
     return impl.backend, impl.fn, () if impl.strided else sequences
 
 
-def _kernel(op: Op):
-    def run(*args):
-        key = (op.name, config.settings, *[(a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args])
-        plan = registry.plans.get(key)
-        if plan is None:
-            plan = registry.plans[key] = _plan(op, args)
-        last_backend[op.name], fn, sequences = plan
-        return fn(*_contiguous_channels(args, sequences))
+def _key(name: str, args: tuple) -> tuple:
+    return name, config.settings, *[(type(a), a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args]
 
-    return run
+
+def _run(op: Op, key: tuple, args: tuple):
+    plan = registry.plans.get(key)
+    if plan is None:
+        plan = registry.plans[key] = _plan(op, args)
+    last_backend[op.name], fn, sequences = plan
+    return fn(*(_contiguous_channels(args, sequences) if sequences else args))
+
+
+def _kernel(op: Op):
+    return lambda *args: _run(op, _key(op.name, args), args)
 
 
 def _guard(op: Op):

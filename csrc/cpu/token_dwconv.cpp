@@ -121,17 +121,20 @@ void token_dwconv(const Tensor& x, const Tensor& weight, const std::optional<Ten
   else run_forward<float>(p, kernels(isa));
 }
 
-// How the sum is cut: channels into chunks, units (see GradWeightTask) into groups; about 32 tasks, from the problem alone.
+// How the sum is cut: units (see GradWeightTask) into groups, from the problem alone; each group's sums are written, and read again,
+// so there are few. Channels into chunks, as many as there are threads for: no sum depends on them.
+constexpr int64_t kGroups = 8;
 struct GradPlan {
-  int64_t channels, chunks, blocks, strips, segments, units, units_per_group, groups;
+  int64_t blocks, strips, segments, units, units_per_group, groups, channels, chunks;
 
-  GradPlan(const GradWeightParams& p, const TokenDWConvKernels& kernel)
-      : channels(kernel.grad_weight_channels(p)), chunks(ceil_div(p.C, channels)), blocks(ceil_div(p.C, kBlock)) {
-    segments = ceil_div(p.W, kSegment);
-    strips = row_strips(p.H, p.K, p.B * chunks * segments);
+  GradPlan(const GradWeightParams& p, const TokenDWConvKernels& kernel) : blocks(ceil_div(p.C, kBlock)), segments(ceil_div(p.W, kSegment)) {
+    strips = row_strips(p.H, p.K, p.B * segments);
     units = p.B * strips * segments;
-    units_per_group = ceil_div(units, min64(units, ceil_div(32, chunks)));
+    units_per_group = ceil_div(units, min64(units, kGroups));
     groups = ceil_div(units, units_per_group);
+    const int64_t share = ceil_div(blocks, ceil_div(int64_t(torch::stable::get_num_threads()), groups)) * kBlock;
+    channels = min64(share, kernel.grad_weight_channels(p));
+    chunks = ceil_div(p.C, channels);
   }
 };
 

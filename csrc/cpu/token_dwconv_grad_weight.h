@@ -7,6 +7,7 @@ namespace lifeops {
 namespace LIFEOPS_ISA {
 
 constexpr int kGradTile = LIFEOPS_VEC_BYTES == 64 ? 28 : 12;  // sums held in registers
+constexpr int kNear = 6;  // columns of dy asked for into the first-level cache ahead of the sums: their tokens are far apart
 
 // One vector of channels of a few output rows, and the input rows from the topmost tap down.
 template <class A> struct GradRows {
@@ -46,6 +47,7 @@ template <class A, int K, int kRows, bool kTotals> void grad_taps(const GradRows
     int64_t q = 0;
     for (; q + 2 <= rows.width; q += 2, dy += 2 * rows.dy_column) {
       const vec_t<A> g[2] = {load_n(dy, rows.n), load_n(dy + rows.dy_column, rows.n)};
+      __builtin_prefetch(dy + kNear * rows.dy_column), __builtin_prefetch(dy + (kNear + 1) * rows.dy_column);
       if (i0 == 0) next.fetch(), next.fetch();
       if constexpr (kTotals) total += g[0] + g[1];
       grad_columns<A, K, kRows, 2>(acc, g, x, q * L);
