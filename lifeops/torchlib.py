@@ -32,7 +32,8 @@ def overload(op: Op):
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.dtype, int, float, bool, str, type(None)}
 # Looked up once: behind a kernel that has used all of the caches every lookup on the way is a miss.
 _is_compiling, _functorch_active = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
-_dispatch_modes, _tracing, _profiling = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state, torch._C._autograd._profiler_enabled
+_dispatch_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
+_profiling = torch._C._autograd._profiler_enabled
 
 
 def _transformed() -> bool:

@@ -85,7 +85,8 @@ def test_inputs_are_rotated_a_cold_call_is_timed_alone_and_the_order_changes():
     assert {r[0][0] for r in rounds} == {"a", "b"}
     calls.clear()
     measure.interleaved(runs, 0.0, "warm", least=2, most=2)
-    assert calls[8::2] == calls[9::2] and sorted(calls[8::2]) == ["a0", "a1", "b0", "b1"]
+    assert calls[8::2] == calls[9::2]
+    assert sorted(calls[8::2]) == ["a0", "a1", "b0", "b1"]
 
 
 # ------------------------------------------------------------------------------------------------ rows
