@@ -4,6 +4,7 @@
 (``cudnn`` on a GPU): the bare convolution on a ready channels-last map, a floor without any token handling. ``compiled``:
 torch.compile of ``eager``; ``compiled_shifts``: of the unrolled shift-and-add. ``plain_linear``, ``plain_conv1x1``: the ordinary
 C -> 3C projection, ``mlp``, ``block``, ``plain``: the plain Transformer's layer, block and model, the price of locality.
+``products``: life_qkv without its depth-wise steps, the floor of every way to write it on these products.
 ``sdpa``: torch's attention without a local term. ``clone``: a copy of the bytes the problem has to move.
 """
 

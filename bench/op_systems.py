@@ -16,6 +16,7 @@ from lifeops.nn import DWShortcut, LifeQKV
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.ops import token_dwconv as dwconv
+from lifeops.ops.life_qkv import scale_dims
 
 CHECKED_CHANNELS, CHECKED_IMAGES = 48, 2
 
@@ -114,6 +115,7 @@ def life_qkv(p: Problem, compile: bool) -> Case:
         "lifeops": of_module(ours, lambda m, i: m.scales(i["x"], grid), dy=_dy_by_scale, truth=scales),
         "eager": of_module(eager, lambda m, i: torch.cat(m(_view(i["x"]), grid), -1), truth=oracle),
         **_plain_projections(p),
+        "products": _products(p),
     }
     if compile:
         module = baselines.compiled(eager)
@@ -145,9 +147,24 @@ def _plain_projections(p: Problem) -> dict[str, Variant]:
     }
 
 
-def _wide(module, call, reads=("x",)) -> Variant:
+def _products(p: Problem) -> Variant:
+    """The three products alone, each of the one before: what life_qkv takes where depth-wise steps are free."""
+    a, b, c = (3 * d for d in scale_dims(p.C))
+    layers = [torch.nn.Linear(p.C, a), torch.nn.Linear(a, b, bias=False), torch.nn.Linear(b, c, bias=False)]
+
+    def cascade(m, i):
+        scales = [_view(i["x"])]
+        for layer in m:
+            scales.append(layer(scales[-1]))
+        return scales[1:]
+
+    module = torch.nn.ModuleList(layers).to(getattr(torch, p.dtype))
+    return of_module(module, cascade, dy=_dy_by_scale, truth=_wide(module, cascade, dy=_dy_by_scale))
+
+
+def _wide(module, call, reads=("x",), **options) -> Variant:
     """The truth of a plain module: its own float64 copy."""
-    return of_module(copy.deepcopy(module).double(), call, reads, own=of_module(module, call, reads))
+    return of_module(copy.deepcopy(module).double(), call, reads, own=of_module(module, call, reads, **options), **options)
 
 
 # ------------------------------------------------------------------------------------------------ local_attention, rollout

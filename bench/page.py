@@ -19,8 +19,9 @@ PICTURES = "performance"
 INTRO = """# Performance
 
 Written by `python -m bench page` from the rows in `bench/results/`. A baseline's figure is how many times slower it is than lifeops
-in the same run, variants interleaved call by call on the same rotated random inputs: the median over fresh processes, with the
-spread in brackets where there were several. A result that differs from the float64 oracle on the timed tensors gets no number.
+in the same run, variants interleaved call by call, in an order drawn anew each round, on the same rotated random inputs: the median
+over fresh processes, with the spread in brackets where there were several. A result that differs from the float64 oracle on the timed
+tensors gets no number.
 
 - Regimes: `warm` caches hold the inputs, before `cold` calls a buffer larger than the last cache is read. The `warm` allocator
   keeps glibc from returning freed memory, so that page faults stay out of the loop; `default` is glibc as it comes.
@@ -33,7 +34,8 @@ spread in brackets where there were several. A result that differs from the floa
   timm's own blocks as they are), `onednn` the bare convolution on a ready channels-last map, `compiled` torch.compile of `eager`,
   `compiled_shifts` of an unrolled shift-and-add, `naive` roll-out with the matrices written out.
 - Of less work, the price of locality: `plain` the ordinary C -> 3C projection by the better of two library paths, the plain attention
-  or the plain model, `block` the Transformer block without the shortcut, `mlp` the LayerNorm and MLP that LocalViT's feed-forward
+  or the plain model, `products` life_qkv's three products without depth-wise steps (eager / products is the most that any way to
+  write it can gain), `block` the Transformer block without the shortcut, `mlp` the LayerNorm and MLP that LocalViT's feed-forward
   replaces, `sdpa` attention without a local term, `product` the scores alone, `clone` a copy of the same bytes.
 - "promise": whether the library's own target for that row was met.
 """

@@ -14,8 +14,16 @@ from bench.case import check, inputs_of, runner
 from bench.problems import SYSTEMS, TIMM, Problem, problems
 
 QUICK = [p for system in SYSTEMS for p in problems(system, quick=True, dtypes=("float32",)) if p.mode != "bwd"]
-PLAIN = {"life_qkv": ("plain_linear", "plain_conv1x1"), "local_attention": ("sdpa",), "localvit_ffn": ("mlp",), "rollout": ("product",)}
-PLAIN |= {"life_attention": ("plain",), "dw_shortcut_block": ("block",)} | dict.fromkeys(("vit_life", "vit_localvit"), ("plain",))
+PLAIN = {
+    "life_qkv": ("plain_linear", "plain_conv1x1", "products"),
+    "local_attention": ("sdpa",),
+    "localvit_ffn": ("mlp",),
+    "rollout": ("product",),
+    "life_attention": ("plain",),
+    "dw_shortcut_block": ("block",),
+    "vit_life": ("plain",),
+    "vit_localvit": ("plain",),
+}
 
 
 def variants(p: Problem) -> tuple[str, ...]:
