@@ -48,7 +48,7 @@ def _wants_grad(args) -> bool:
 
 def _seen_by_torch() -> bool:
     """Whether something looks at operators as they pass the dispatcher: compilers, tracers, transforms, modes, the profiler."""
-    return _is_compiling() or _functorch_active() or _dispatch_modes() > 0 or _tracing() is not None or _profiling()
+    return _transformed() or _dispatch_modes() > 0 or _tracing() is not None or _profiling()
 
 
 def caller(op: Op) -> Callable:
@@ -56,14 +56,12 @@ def caller(op: Op) -> Callable:
 
     Where nothing looks on, it is the kernel at once: the dispatcher calls Python twice for one operator, 30 to 60 µs on the host.
     """
-    operator = overload(op)
+    operator, kernel = overload(op), _kernel(op)
 
     def call(*args):
-        if not _seen_by_torch():
-            key = _key(op.name, args)
-            if key in registry.plans or ({*map(type, args)} <= _PLAIN and not args[0].is_meta):
-                return _run(op, key, args)
-        return operator(*args)
+        if _seen_by_torch() or not {*map(type, args)} <= _PLAIN or args[0].is_meta:
+            return operator(*args)
+        return kernel(*args)
 
     return call
 
@@ -96,20 +94,16 @@ def _plan(op: Op, args: tuple) -> tuple[str, Callable, tuple[int, ...]]:
     return impl.backend, impl.fn, () if impl.strided else sequences
 
 
-def _key(name: str, args: tuple) -> tuple:
-    return name, config.settings, *[(type(a), a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args]
-
-
-def _run(op: Op, key: tuple, args: tuple):
-    plan = registry.plans.get(key)
-    if plan is None:
-        plan = registry.plans[key] = _plan(op, args)
-    last_backend[op.name], fn, sequences = plan
-    return fn(*(_contiguous_channels(args, sequences) if sequences else args))
-
-
 def _kernel(op: Op):
-    return lambda *args: _run(op, _key(op.name, args), args)
+    def run(*args):
+        key = (op.name, config.settings, *[(a.shape, a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args])
+        plan = registry.plans.get(key)
+        if plan is None:
+            plan = registry.plans[key] = _plan(op, args)
+        last_backend[op.name], fn, sequences = plan
+        return fn(*_contiguous_channels(args, sequences))
+
+    return run
 
 
 def _guard(op: Op):
