@@ -101,13 +101,18 @@ void run_forward(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, c
   const ForwardPlan plan(p, kernel);
   const int64_t task_bytes = max64(1, p.H * p.W * plan.channels * int64_t(sizeof(A)) / plan.parts()), scratch = kernel.forward_scratch(p);
   const bool backwards = extras && extras->backwards;
-  for_each_task(p.B * plan.parts() * plan.chunks, max64(1, kGrainBytes / task_bytes), [&](int64_t i) {  // chunks innermost: neighbours share pages
+  const int64_t tasks = p.B * plan.parts() * plan.chunks;
+  const auto task_at = [&](int64_t i) {  // chunks innermost: neighbours share pages
     const int64_t c0 = i % plan.chunks * plan.channels, part = i / plan.chunks, strip = part % plan.strips;
-    const int64_t segment = part / plan.strips % plan.segments, b = part / plan.parts();
-    const int64_t next_b = backwards ? max64(0, b - 1) : min64(p.B - 1, b + 1);
-    const ForwardTask task{b, c0, min64(p.C, c0 + plan.channels), strip * p.H / plan.strips,
-                           (strip + 1) * p.H / plan.strips, segment * p.W / plan.segments, (segment + 1) * p.W / plan.segments, next_b,
-                           strip == 0 && segment == 0, extras, sums ? sums + part * kTaskSums * p.C : nullptr};
+    const int64_t segment = part / plan.strips % plan.segments;
+    return ForwardTask{part / plan.parts(), c0, min64(p.C, c0 + plan.channels), strip * p.H / plan.strips,
+                       (strip + 1) * p.H / plan.strips, segment * p.W / plan.segments, (segment + 1) * p.W / plan.segments,
+                       strip == 0 && segment == 0, extras, sums ? sums + part * kTaskSums * p.C : nullptr, nullptr};
+  };
+  for_each_task(tasks, max64(1, kGrainBytes / task_bytes), [&](int64_t i) {
+    const ForwardTask next = task_at(backwards ? max64(0, i - 1) : min64(tasks - 1, i + 1));
+    ForwardTask task = task_at(i);
+    task.next = &next;
     kernel.forward(p, weight, bias, task, ring_scratch.get(scratch));
   }, backwards);
 }

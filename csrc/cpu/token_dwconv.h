@@ -45,10 +45,10 @@ constexpr int64_t kTaskSums = 3;
 // Output rows [r0, r1), columns [q0, q1) and channels [c0, c1) of image b.
 struct ForwardTask {
   int64_t b, c0, c1, r0, r1, q0, q1;
-  int64_t next_b;                   // the image that this thread probably takes up next
   bool prefix_rows;                 // this task also writes the prefix rows of its channels
   const TokenDWConvExtras* extras;  // or null
   void* sums;                       // (kTaskSums, C) of this task, at channel 0
+  const ForwardTask* next;          // what this thread probably takes up behind it
 };
 
 // windows[c, i, j], beside dw: what dw would be if every x were 1.

@@ -194,29 +194,30 @@ template <class T> struct Forward {
     return {&e, pre ? pre + t0 * e.pre_stride_n + c : nullptr, p.W * e.pre_stride_n, task.c0 + c, sums, p.C, first};
   }
 
-  // What lies at the first column of row r of image b; null where there is none.
-  static const T* x_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t b, int64_t r) {
-    return static_cast<const T*>(p.x) + b * p.x_stride_b + (r * p.W + task.q0 + p.x_prefix) * p.x_stride_n + task.c0;
+  // What lies at a task's first column of row r; null where there is none.
+  static const T* x_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t r) {
+    return static_cast<const T*>(p.x) + task.b * p.x_stride_b + (r * p.W + task.q0 + p.x_prefix) * p.x_stride_n + task.c0;
   }
-  static T* y_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t b, int64_t r) {
-    return static_cast<T*>(p.y) + b * p.y_stride_b + (r * p.W + task.q0 + p.y_prefix) * p.y_stride_n + task.c0;
+  static T* y_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t r) {
+    return static_cast<T*>(p.y) + task.b * p.y_stride_b + (r * p.W + task.q0 + p.y_prefix) * p.y_stride_n + task.c0;
   }
-  static const T* residual_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t b, int64_t r) {
+  static const T* residual_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t r) {
     if (!p.residual) return nullptr;
-    return static_cast<const T*>(p.residual) + b * p.r_stride_b + (r * p.W + task.q0 + p.y_prefix) * p.r_stride_n + task.c0;
+    return static_cast<const T*>(p.residual) + task.b * p.r_stride_b + (r * p.W + task.q0 + p.y_prefix) * p.r_stride_n + task.c0;
   }
-  static const T* pre_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t b, int64_t r) {  // x of a derivative
+  static const T* pre_at(const TokenDWConvParams& p, const ForwardTask& task, int64_t r) {  // x of a derivative
     const TokenDWConvExtras* e = task.extras;
     if (!e || !e->pre) return nullptr;
-    return static_cast<const T*>(e->pre) + b * e->pre_stride_b + (r * p.W + task.q0) * e->pre_stride_n + task.c0;
+    return static_cast<const T*>(e->pre) + task.b * e->pre_stride_b + (r * p.W + task.q0) * e->pre_stride_n + task.c0;
   }
 
-  // What output row r reads and writes, or behind the last row the first of the image that probably comes next.
-  static Ahead look_ahead(const TokenDWConvParams& p, const ForwardTask& task, int64_t r, int64_t n) {
-    const bool inside = r < task.r1;
-    const int64_t b = inside ? task.b : task.next_b, row = inside ? r : task.r0, x_row = inside ? min64(r + p.K / 2, p.H - 1) : row;
-    const T *pre = pre_at(p, task, b, row), *residual = residual_at(p, task, b, row);
-    return Ahead(x_at(p, task, b, x_row), p.x_stride_n, static_cast<const T*>(y_at(p, task, b, row)), p.y_stride_n, n, L,
+  // What output row r reads and writes, or behind the last row what the first of the next task does.
+  static Ahead look_ahead(const TokenDWConvParams& p, const ForwardTask& current, int64_t r, int64_t n) {
+    const bool inside = r < current.r1;
+    const ForwardTask& task = inside ? current : *current.next;
+    const int64_t row = inside ? r : task.r0, x_row = inside ? min64(r + p.K / 2, p.H - 1) : row;
+    const T *pre = pre_at(p, task, row), *residual = residual_at(p, task, row);
+    return Ahead(x_at(p, task, x_row), p.x_stride_n, static_cast<const T*>(y_at(p, task, row)), p.y_stride_n, n, L,
                  pre ? pre : residual, pre ? task.extras->pre_stride_n : p.r_stride_n);
   }
 
@@ -224,8 +225,8 @@ template <class T> struct Forward {
                           const A* const* rows, int k0, int k1, int64_t cols, const A* w, const A* b, int64_t n) {
     const SumTile<A>* tiles = sum_tiles<A>(height, p.K);
     const bool plain = stored_plainly(task);
-    T* y = y_at(p, task, task.b, r);
-    const T *res = residual_at(p, task, task.b, r), *pre = pre_at(p, task, task.b, r);
+    T* y = y_at(p, task, r);
+    const T *res = residual_at(p, task, r), *pre = pre_at(p, task, r);
     Ahead ahead = look_ahead(p, task, r + height, n);
     for (int tile = 0; tile < tiling.count; ++tile) {  // outermost: 32 columns of three tensors are more pages than the first TLB holds
       const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
