@@ -60,6 +60,8 @@ def saved(v: Variant, i: Inputs) -> int:
 class _Calls(TorchDispatchMode):
     """Counts operator calls. Views and allocations count too: each is a trip through the dispatcher."""
 
+    sees_lifeops = True
+
     def __init__(self):
         super().__init__()
         self.count = 0

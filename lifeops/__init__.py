@@ -9,6 +9,7 @@ from lifeops.explain import explain
 from lifeops.integrations import convert, load_official, revert
 from lifeops.integrations.fvcore import fvcore_handles
 from lifeops.nn.batch_norm import fuse_
+from lifeops.nn.grids import use_grid
 from lifeops.ops.life_qkv_function import life_qkv
 from lifeops.ops.local_attention_function import local_attention
 from lifeops.ops.rollout_step import rollout_step
@@ -37,4 +38,5 @@ __all__ = [
     "rollout_step",
     "token_dwconv",
     "use_backend",
+    "use_grid",
 ]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from torch import nn
+
 from lifeops import registry
+from lifeops.nn.plain import reasons
 from lifeops.ops import life_qkv_function, local_attention_function, rollout_step, token_dwconv_function
 
 _EXPLAINERS = {
@@ -22,12 +27,40 @@ class Report(list):
     __repr__ = __str__
 
 
-def explain(op: str, *args, **kwargs) -> Report:
+class Path(NamedTuple):
+    """How one fused module runs: ``fused`` or, for the ``reasons``, by calling its layers."""
+
+    path: str
+    module: str
+    fused: bool
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.path or 'the module itself'} ({self.module}): {'fused' if self.fused else 'calls its layers'}"
+        return "\n".join([head, *(f"  {why}" for why in self.reasons)])
+
+
+def _explain_module(module: nn.Module) -> Report:
+    found = [(path, m, tuple(reasons(m))) for path, m in module.named_modules() if hasattr(m, "fused_layers")]
+    if not found:
+        raise ValueError(f"explain: {type(module).__name__} has no module of lifeops inside")
+    return Report(Path(path, type(m).__name__, not why, why) for path, m, why in found)
+
+
+def explain(op: str | nn.Module, *args, **kwargs) -> Report:
     """Explain ``lifeops.<op>(*args, **kwargs)`` without running it: forward and backward operators, chosen backend, reasons
-    against each other one, copies that would be made.
+    against each other one, copies that would be made. Of a module: which of lifeops' modules in it run fused, and which call their
+    layers one by one, and why (exchanged layers, hooks, adapters, other paddings, quantised weights).
 
     >>> print(lifeops.explain("token_dwconv", x, weight, grid=(14, 14), num_prefix_tokens=1))
+    >>> print(lifeops.explain(model))
+
+    Raises ValueError for an unknown op, and for a module without any of lifeops'.
     """
+    if isinstance(op, nn.Module):
+        if args or kwargs:
+            raise TypeError("explain: a module is explained without further arguments")
+        return _explain_module(op)
     if op not in _EXPLAINERS:
         raise ValueError(f"explain: op must be one of {', '.join(map(repr, _EXPLAINERS))}, got {op!r}; all ops: {', '.join(registry.ops)}")
     return Report(_EXPLAINERS[op](*args, **kwargs))

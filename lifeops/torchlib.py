@@ -6,6 +6,8 @@ backend is chosen inside it. ``Library.define/impl`` costs about a third of ``to
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,7 +17,8 @@ from lifeops.after_import import after_import
 from lifeops.registry import Op
 
 _LIB = torch.library.Library("lifeops", "DEF")
-_DIFFERENTIABLE = "call lifeops.{name}(…) or lifeops.autograd instead: torch.ops.lifeops.{name} has no gradient of its own"
+_functions: dict[str, Callable] = {}
+"""Per op what ``torch.ops.lifeops.<op>`` is where a gradient is wanted; without one torch differentiates the reference."""
 
 copies = {"count": 0}
 """How many inputs were copied because their channels were not contiguous (see ``lifeops.explain``)."""
@@ -41,14 +44,41 @@ def _transformed() -> bool:
     return _is_compiling() or _functorch_active()
 
 
-def _wants_grad(args) -> bool:
+def wants_grad(args) -> bool:
     """Whether autograd records what happens to ``args``."""
     return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+
+
+def exporting() -> bool:
+    """Whether torch.export or an ONNX exporter writes down a program."""
+    if _is_compiling():
+        return torch.compiler.is_exporting()
+    return _tracing() is not None and torch.onnx.is_in_onnx_export()
+
+
+def captured() -> bool:
+    """Whether a program is being written down, by an exporter or by torch.jit.trace, that Python's autograd Functions cannot be in."""
+    return torch.compiler.is_exporting() if _is_compiling() else _tracing() is not None
 
 
 def _seen_by_torch() -> bool:
     """Whether something looks at operators as they pass the dispatcher: compilers, tracers, transforms, modes, the profiler."""
     return _transformed() or _dispatch_modes() > 0 or _tracing() is not None or _profiling()
+
+
+def _foreign_mode() -> bool:
+    """Whether a dispatch mode of another library looks on, which knows torch's operators alone: ptflops' counter, say. One that wants to
+    see lifeops' own says so with an attribute ``sees_lifeops``.
+    """
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(m).__module__.partition(".")[0] != "torch" and not hasattr(m, "sees_lifeops") for m in modes)
+
+
+def _by_torch(args) -> bool:
+    """Whether the call has to be written in torch's own operators: in programs, which then run where lifeops is not, and under modes that
+    know no others. A backend that was asked for is kept.
+    """
+    return not args[-1] and (exporting() or (not _is_compiling() and _dispatch_modes() > 0 and _foreign_mode()))
 
 
 def caller(op: Op) -> Callable:
@@ -60,6 +90,9 @@ def caller(op: Op) -> Callable:
 
     def call(*args):
         if _seen_by_torch() or not {*map(type, args)} <= _PLAIN or args[0].is_meta:
+            if _by_torch(args):
+                op.check(*args)
+                return op.reference(*args)
             return operator(*args)
         return kernel(*args)
 
@@ -106,16 +139,21 @@ def _kernel(op: Op):
     return run
 
 
-def _guard(op: Op):
-    """A direct call on inputs that need grad must not return a result whose gradient is silently missing."""
+def _autograd(op: Op):
+    """The operator where autograd records: its Function or, of those that have none, torch's derivative of the formula."""
 
     def run(*args):
-        if _wants_grad(args):
-            raise RuntimeError(_DIFFERENTIABLE.format(name=op.name))
+        if wants_grad(args):
+            return _functions.get(op.name, op.reference)(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(op)(*args)
 
     return run
+
+
+def set_autograd(op: Op, function: Callable) -> None:
+    """``function(*args)`` is ``torch.ops.lifeops.<op>`` with gradients: in programs that were exported or traced, and called directly."""
+    _functions[op.name] = function
 
 
 def _fake(op: Op):
@@ -135,11 +173,11 @@ def _register_flops(op: Op) -> None:
 
 
 def install(op: Op) -> None:
-    """Define the operator of ``op``: kernel, fake, autograd guard and FLOP formula."""
+    """Define the operator of ``op``: kernel, fake, gradient and FLOP formula."""
     registry.add(op)
     _LIB.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIB.impl(op.name, _kernel(op), "CompositeExplicitAutograd")
-    _LIB.impl(op.name, _guard(op), "Autograd")
+    _LIB.impl(op.name, _autograd(op), "Autograd")
     torch.library.register_fake(f"lifeops::{op.name}", _fake(op), lib=_LIB)
 
     after_import("torch.utils.flop_counter", lambda: _register_flops(op))
@@ -150,28 +188,93 @@ def set_vmap(op: Op, rule) -> None:
     torch.library.register_vmap(f"lifeops::{op.name}", rule, lib=_LIB)
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; devices that have none, such as meta, raise in torch."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(x: torch.Tensor):
+    """A context in which nothing on ``x``'s device is cast."""
+    if not autocast_enabled(x.device):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype conv2d would cast ``x`` to under the current autocast, or None (autocast off, or x is float64)."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64 or not x.is_floating_point():
+    if not autocast_enabled(x.device) or x.dtype == torch.float64 or not x.is_floating_point():
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def builds_graph(*tensors) -> bool:
     """Whether autograd, a compiler or a torch.func transform has to see what happens to ``tensors`` (or None)."""
-    return _transformed() or _wants_grad(tensors)
+    return _transformed() or wants_grad(tensors)
+
+
+def below_autograd(call: Callable, *args):
+    """``call(*args)`` where nothing is recorded: past the operators' autograd, which would only find that out again."""
+    if _transformed() or captured():  # compilers trace no such guard, and a program has to record
+        return call(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(*args)
 
 
 def apply(function: type[torch.autograd.Function], fallback, *args):
-    """``function.apply(*args)``, or ``fallback(*args)`` (the op alone) where no graph is being built.
+    """``function.apply(*args)``, or ``fallback(*args)`` (the op alone) where no graph is being built or a program written down.
 
     ``Function.apply`` binds its arguments with ``inspect.signature`` on every call of a setup_context Function: 150 to 180 µs
     on the host, more than a small kernel. Compilers and torch.func transforms need that entry; eager mode does not.
     """
+    if captured():
+        return fallback(*args)
     if _transformed():
         return function.apply(*args)
-    if not _wants_grad(args):
-        with torch._C._AutoDispatchBelowAutograd():  # past the guard, which would only ask the same again
-            return fallback(*args)
+    if not wants_grad(args):
+        return below_autograd(fallback, *args)
     return super(torch.autograd.Function, function).apply(*args)
+
+
+class _Once(torch.autograd.Function):
+    """The first ``count`` tensors; a gradient through them is an error."""
+
+    @staticmethod
+    def forward(ctx, message, count, *tensors):
+        ctx.message = message
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(ctx.message)
+
+
+def once_differentiable(name: str, instead: str) -> Callable:
+    """Decorates a Function's ``backward``: a derivative of what it returns raises. torch's decorator of that name drops it in silence
+    where the incoming gradient is a constant, as in a gradient penalty.
+    """
+    message = f"{name}: differentiable once, a second derivative was asked for; {instead}"
+
+    def decorate(backward):
+        @functools.wraps(backward)
+        def run(ctx, *grads):
+            with torch.no_grad():
+                out = backward(ctx, *grads)
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return out
+            found = [g for g in out if g is not None]
+            marked = iter(_Once.apply(message, len(found), *found, torch.empty(0, requires_grad=True)))
+            return tuple(None if g is None else next(marked) for g in out)
+
+        return run
+
+    return decorate
+
+
+def like_parameter(grad: torch.Tensor | None, shape, stride) -> torch.Tensor | None:
+    """``grad`` with the parameter's shape and strides, those of dimensions of size 1 too: DistributedDataParallel's buckets expect them."""
+    if grad is None:
+        return None
+    grad = grad.reshape(shape)
+    if _is_compiling() or grad.stride() == stride or 0 in stride:  # a compiler chooses layouts itself
+        return grad
+    return torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)

@@ -72,10 +72,12 @@ def test_distilled():
 
 def test_the_grid_follows_the_image():
     model = lifeops.convert(_model("dynamic"))
-    holder = model.blocks[0].attn.grid_holder
+    attn, seen = model.blocks[0].attn, []
+    attn.register_forward_hook(lambda module, args, output: seen.append(module.grid_holder.grid))
     for size, grid in (((32, 48), (4, 6)), ((48, 32), (6, 4)), ((32, 32), (4, 4))):
         y = model(torch.randn(1, 3, *size))
-        assert holder.grid == grid
+        assert seen.pop() == grid
+        assert attn.grid_holder.grid is None  # nothing is left of it
         assert y.shape == (1, 5)
 
 

@@ -44,12 +44,12 @@ def _groups(model):
     return [m for m in model.modules() if isinstance(m, ShortcutBlocks)]
 
 
-def _by_hand(group, x):
+def _by_hand(group, x, grid):
     """The blocks one after another and the authors' shortcut around them."""
     y, maps = x, x.dim() == 4
     for block in group.blocks:
         y = block(y)
-    shortcut, grid = group.shortcut, x.shape[1:3] if maps else group.shortcut.grid_holder.grid
+    shortcut, grid = group.shortcut, x.shape[1:3] if maps else grid
     eager = EagerDWShortcut(shortcut.dim, tuple(c.kernel_size[0] for c in shortcut.convs), shortcut.num_prefix_tokens).double()
     eager.load_state_dict(shortcut.state_dict())
     tokens = (t.flatten(1, 2) if maps else t for t in (x, y))
@@ -72,10 +72,11 @@ def test_convert_and_revert(name, every):
     assert {g.shortcut.num_prefix_tokens for g in groups} == {expected_prefix}
     seen = []
     for group in groups:
-        group.register_forward_hook(lambda module, args, output: seen.append((module, args[0], output)))
+        hook = lambda module, args, output: seen.append((module, args[0], module.shortcut.grid_holder.grid, output))  # noqa: E731
+        group.register_forward_hook(hook)
     model(x).sum().backward()
-    for group, start, output in seen:
-        _close(output, _by_hand(group, start))
+    for group, start, grid, output in seen:
+        _close(output, _by_hand(group, start, grid))
     assert len(seen) == len(groups)
     assert all(p.grad is not None for g in groups for p in g.shortcut.parameters())
     with torch.no_grad():
@@ -127,9 +128,12 @@ def test_checkpointing_in_timm(name):
 def test_the_grid_follows_the_image():
     model = lifeops.convert(timm.models.VisionTransformer(**SMALL, dynamic_img_size=True), "dw_shortcut")
     twin = copy.deepcopy(model)
+    shortcut, seen = _groups(model)[3].shortcut, []
+    shortcut.register_forward_hook(lambda module, args, output: seen.append(module.grid_holder.grid))
     for size, grid in (((32, 48), (4, 6)), ((48, 32), (6, 4))):
         assert model(torch.randn(1, 3, *size)).shape == (1, 5)
-        assert _groups(model)[3].shortcut.grid_holder.grid == grid
+        assert seen.pop() == grid
+        assert shortcut.grid_holder.grid is None  # nothing is left of it
     assert _groups(twin)[0].shortcut.grid_holder is _groups(twin)[3].shortcut.grid_holder
     assert _groups(twin)[0].shortcut.grid_holder is not _groups(model)[0].shortcut.grid_holder
     swin = lifeops.convert(_host("swin"), "dw_shortcut")

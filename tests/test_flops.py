@@ -117,6 +117,6 @@ def test_a_converted_model_counts_what_plain_operators_do(system):
 @pytest.mark.parametrize("act", ["relu6", "hs"])
 def test_the_fused_feed_forward_counts_what_its_layers_do(act):
     module, x = LocalityFeedForward(8, 4.0, act), torch.randn(2, 21, 8, requires_grad=True)
-    paths = (lambda: module(x, (4, 5))), (lambda: module._plain(x, (4, 5)))
+    paths = (lambda: module(x, (4, 5))), (lambda: module._composed(x, (4, 5)))
     fused, plain = (count_flops(lambda p=p: p().sum().backward()) for p in paths)
     assert fused == plain == 3 * 2 * 2 * 20 * (8 * 32 + 9 * 32 + 32 * 8)

@@ -42,7 +42,7 @@ def test_golden(name, backend, P):
     module = LocalityFeedForward(8, 4.0, d["act"], 4, num_prefix_tokens=P).double().train(bool(d["training"]))
     module.load_state_dict(_state(d, "param."))
     x, g = _tokens(d["x"], P).requires_grad_(), _tokens(d["g"], P)
-    assert module._fast(x)
+    assert module._fast(x, (3, 4))
     with lifeops.use_backend(backend):
         y = module(x, (5, 5))
     y.backward(g)
@@ -80,12 +80,12 @@ def _randomised(module):
 
 
 def _both(module, x, grid, g):
-    """(output, input gradient, parameter gradients, state) on the fast and on the plain path."""
+    """(output, input gradient, parameter gradients, state) on the fast and on the composed path."""
     out = []
-    for run in (module._run, module._plain):
+    for name in ("_run", "_composed"):
         m = copy.deepcopy(module)
         leaf = x.clone().requires_grad_()
-        y = (m._run if run == module._run else m._plain)(leaf, grid)
+        y = getattr(m, name)(leaf, grid)
         y.backward(g)
         out.append((y, leaf.grad, *[p.grad for p in m.parameters()], *m.state_dict().values()))
     return out
@@ -93,7 +93,7 @@ def _both(module, x, grid, g):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("act", ACTS)
-def test_fast_path_is_the_plain_path(act, training):
+def test_fast_path_is_the_composed_path(act, training):
     module = _module(act).train(training)
     x, g = torch.randn(3, 2 + 12, 12, dtype=torch.float64), torch.randn(3, 14, 12, dtype=torch.float64)
     for fast, plain in zip(*_both(module, x, (3, 4), g), strict=True):
@@ -155,9 +155,9 @@ def test_batch_norm_options(options, frozen):
             m._norms()[index].eval()
     for _ in range(3):
         x = torch.randn(2, 1 + 12, 12, dtype=torch.float64)
-        _close(module._run(x, (3, 4)), twin._plain(x, (3, 4)), 1e-11)
+        _close(module._run(x, (3, 4)), twin._composed(x, (3, 4)), 1e-11)
     module.eval(), twin.eval()
-    _close(module._run(x, (3, 4)), twin._plain(x, (3, 4)), 1e-11)
+    _close(module._run(x, (3, 4)), twin._composed(x, (3, 4)), 1e-11)
     for a, b in zip(module.state_dict().values(), twin.state_dict().values(), strict=True):
         _close(a, b, 1e-11)
 
@@ -188,11 +188,11 @@ def test_needs_input_grad():
 def test_double_backward_is_refused():
     x = torch.randn(2, 2 + 12, 12, dtype=torch.float64, requires_grad=True)
     (g,) = torch.autograd.grad(_module().train()(x, (3, 4)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="LocalityFeedForward: differentiable once, a second derivative was asked for"):
         g.sum().backward()
 
 
-def test_transforms_take_the_plain_path():
+def test_transforms_take_the_composed_path():
     module = _module().eval()
     x = torch.randn(3, 2, 2 + 12, 12, dtype=torch.float64)
     _close(torch.func.vmap(lambda t: module(t, (3, 4)))(x), torch.stack([module(t, (3, 4)) for t in x]), 1e-11)
@@ -213,7 +213,7 @@ def test_fuse(act):
     for name, parameter in fused.named_parameters():
         leaf = copy.deepcopy(fused)
         leaf.zero_grad()
-        leaf._plain(x, (3, 4)).sum().backward()
+        leaf._composed(x, (3, 4)).sum().backward()
         _close(parameter.grad, dict(leaf.named_parameters())[name].grad, 1e-10)
 
 

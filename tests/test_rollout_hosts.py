@@ -86,7 +86,7 @@ def test_converted_timm(timm, system):
         attentions = []
         for attn, tokens in seen:
             if system == "life":
-                q, k, _ = attn.qkv_heads(tokens)
+                q, k, _ = attn.qkv_heads(tokens, (4, 4))
             else:
                 q, k = attn.qkv(tokens).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)[:2]
             attentions.append((q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1))

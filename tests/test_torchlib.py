@@ -75,10 +75,36 @@ def test_weight_gradient_keeps_the_parameters_dtype_and_strides():
     assert weight.grad.stride() == weight.stride()
 
 
-def test_direct_call_on_inputs_that_need_grad_raises():
+def test_direct_calls_have_gradients():
     x, w, b = _problem()
-    with pytest.raises(RuntimeError, match=r"lifeops\.token_dwconv\(…\)"):
-        torch.ops.lifeops.token_dwconv(x, w, b, None, 4, 5, 2, "keep", "")
+    y = torch.ops.lifeops.token_dwconv(x, w, b, None, 4, 5, 2, "keep", "")
+    expected = lifeops.token_dwconv(x, w, b, grid=GRID, num_prefix_tokens=2)
+    for ours, theirs in zip(torch.autograd.grad(y.sum(), (x, w, b)), torch.autograd.grad(expected.sum(), (x, w, b)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _differentiable(args):
+    """The floating-point tensors among a call's arguments, and the call with leaves in their places."""
+    leaves = [a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+    return leaves, [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
+
+
+@pytest.mark.parametrize("name", [name for name in registry.ops if not name.endswith(("_bwd", "rollout_step"))])
+def test_operators_have_the_gradients_of_their_formulas(name):
+    """In exported and traced programs every operator is called on its own, with gradients: those of its reference."""
+    op = registry.ops[name]
+    for sample in op.samples():
+        if not sample.tiny or getattr(sample, "dropout_p", 0) or 0 in (sample.B, getattr(sample, "H", 1), getattr(sample, "patches", 1)):
+            continue
+        args, leaves = _differentiable(testing.make(op, sample, torch.float64, backend="reference"))
+        wanted, others = _differentiable(args)
+        ours, theirs = (testing.tensors(f(*a)) for f, a in ((torchlib.overload(op), args), (op.reference, wanted)))
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.requires_grad and b.requires_grad and a.numel()]
+        assert pairs
+        ours, theirs = (torch.autograd.grad(sum(t.square().sum() for t in column), where, allow_unused=True, materialize_grads=True)
+                        for column, where in zip(zip(*pairs, strict=True), (leaves, others), strict=True))  # fmt: skip
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text: f"{name} {sample.name}: {text}")  # noqa: B023
 
 
 def test_flops_equal_conv2d():
@@ -135,6 +161,8 @@ def _operators_seen(run):
     seen = []
 
     class Mode(TorchDispatchMode):
+        sees_lifeops = True
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             seen.append(func.name())
             return func(*args, **(kwargs or {}))

@@ -150,7 +150,10 @@ def _global_hook(records: list, path: str, read: Callable):
     def hook(module, args, kwargs):
         _check_call(path, args, kwargs)
         x = args[0] if args else kwargs["hidden_states"]
-        grid = next((a for a in (*args[1:], kwargs.get("grid")) if a is not None), None) if read is _read_life else None
+        grid = None
+        if read is _read_life:
+            given = (*args[1:2], kwargs.get("grid"))
+            grid = next((g for g in given if g is not None), module.grid_holder.grid)  # known while the model runs
         records.append(GlobalLayer(read, module, x, grid))
 
     return hook

@@ -2,29 +2,90 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import nn
 
 from lifeops.integrations import timm
+from lifeops.nn.dw_shortcut import ShortcutBlocks
+from lifeops.nn.grids import GridHolder
 
 RECORD = "_lifeops_conversion"
 SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit, "dw_shortcut": timm.convert_dw_shortcut}
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")) and name.find("hooks") > 0)
+
+
+class _State(NamedTuple):
+    """What a user may do to a whole model: mode, dtype, device, freezing."""
+
+    training: bool
+    dtype: torch.dtype | None
+    device: torch.device | None
+    trainable: frozenset[bool]
 
 
 class Conversion:
-    """What ``revert`` needs: the modules that were replaced, in place order, and the hook. Not a module: no state-dict keys."""
+    """What ``revert`` needs: which module stands for which, and the hooks. Not a module: no state-dict keys."""
 
-    def __init__(self, system: str):
-        self.system = system
-        self.replaced: list[tuple[str, nn.Module]] = []
-        self.hook_id: int | None = None
+    def __init__(self, system: str, swaps: list[tuple[nn.Module, nn.Module]]):
+        self.system, self.swaps = system, swaps
+        self.states = [_state(new, old) for old, new in swaps]
+        self.holder = GridHolder()
+        self.handles: list = []
+
+
+def _own(module: nn.Module, other: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``module`` that ``other`` does not hold too."""
+    shared = {id(p) for p in other.parameters()}
+    return [p for p in module.parameters() if id(p) not in shared]
+
+
+def _state(new: nn.Module, old: nn.Module) -> _State:
+    own = _own(new, old)
+    like = next((p for p in own if p.is_floating_point()), None)
+    place = (None, None) if like is None else (like.dtype, like.device)
+    return _State(new.training, *place, frozenset(p.requires_grad for p in own))
+
+
+def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
+    """Do to ``old`` what has been done to ``new``, which stood in its place."""
+    now, kept = _state(new, old), {id(m) for m in new.modules()}
+    if now.training != before.training:
+        for m in old.modules():
+            if id(m) not in kept:
+                m.training = now.training
+    if (now.dtype, now.device) != (before.dtype, before.device):
+        old.to(device=now.device, dtype=now.dtype)
+    if now.trainable != before.trainable and len(now.trainable) == 1:
+        for p in _own(old, new):
+            p.requires_grad_(*now.trainable)
+
+
+def _put(model: nn.Module, instead: dict[int, nn.Module]) -> None:
+    """Put modules in place of others, wherever the model holds them."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in instead:
+                parent._modules[name] = instead[id(child)]
+
+
+def _hook(model: nn.Module, record: Conversion, blocks: list[nn.Module]) -> None:
+    """Bind the grid of each forward pass: see lifeops.nn.grids."""
+    holder, handles = record.holder, record.handles
+    handles += [model.register_forward_pre_hook(holder.enter_model), model.register_forward_hook(holder.leave_model, always_call=True)]
+    for block in blocks:
+        handles += [block.register_forward_pre_hook(holder.enter_block), block.register_forward_hook(holder.leave_block, always_call=True)]
+    holder.watch(model.patch_embed)
 
 
 def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     """Give a timm ViT local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
 
     ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention` (cls, distilled and register tokens,
-    none, and ``dynamic_img_size`` all work; the grid comes from the patch embedding at every forward). ``proj`` keeps its
-    weights; q, k and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection.
+    none, and ``dynamic_img_size`` all work; the grid comes from the patch embedding at every forward and holds for that pass
+    alone, see :mod:`lifeops.nn.grids`). ``proj`` keeps its weights; q, k and v start from LIFE's own initialisation because its
+    cascade cannot express a pretrained qkv projection.
 
     ``system="localvit"`` replaces each block by a :class:`lifeops.nn.LocalViTBlock`: the same ``norm1`` and ``attn``, and
     :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``.
@@ -33,32 +94,73 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     blocks, or around the blocks of every Swin stage. ``blocks`` then holds groups of the same blocks, so that state-dict names
     change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again.
 
+    Blocks that the model holds several times stay shared, hooks on a replaced module act on its replacement, and a conversion that
+    fails changes nothing.
+
     Options: "life": ``qkv_norm``, ``aux_key``, ``recompute`` as in :class:`lifeops.nn.LifeQKV`; "localvit": ``act`` ("hs+se"),
     ``reduction`` (C, as the authors' tiny and small models), ``expand_ratio`` (the MLP's) as in
     :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut, and ``kernel_sizes`` (3), an odd
     int or several; all: ``num_prefix_tokens`` overrides the model's own.
 
     Raises:
-        ValueError: unknown system, a model converted before, or one that is not a ViT as looked for (the message lists it).
+        ValueError: unknown system, a model converted before, one that is not a ViT as looked for (the message lists it), or one whose
+            layers were adapted, quantised or sharded: convert it first. TypeError: no module, unknown options.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     if system not in SYSTEMS:
         raise ValueError(f"convert: system must be one of {', '.join(map(repr, SYSTEMS))}, got {system!r}")
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
-    record = Conversion(system)
-    SYSTEMS[system](model, record, **options)
+    plan = SYSTEMS[system](model, **options)
+    record = Conversion(system, plan.swaps)
+    for old, new in plan.swaps:
+        new.__dict__.update({name: old.__dict__[name] for name in _HOOKS})  # shared: who registers or removes one means both
+    for module in plan.asks:
+        module.grid_holder = record.holder
+    _put(model, {id(old): new for old, new in plan.swaps})
+    if plan.blocks:
+        _hook(model, record, plan.blocks)
     setattr(model, RECORD, record)
     return model
 
 
+def _without_shortcuts(model: nn.Module, record: Conversion) -> dict[int, nn.Module]:
+    """For every list of groups the list of their blocks: the original one, or a new one where groups were taken out."""
+    groups = {id(group) for _, new in record.swaps for group in new}
+    instead = {}
+    for m in model.modules():
+        if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) and all(id(group) in groups for group in m):
+            blocks = [block for group in m for block in group.blocks]
+            same = [old for old, _ in record.swaps if [*map(id, old)] == [*map(id, blocks)]]
+            new = same[0] if same else nn.Sequential(*blocks) if isinstance(m, nn.Sequential) else nn.ModuleList(blocks)
+            new.training = m.training
+            instead[id(m)] = new
+    return instead
+
+
 def revert(model: nn.Module) -> nn.Module:
-    """Put back the modules that ``convert`` replaced, the very same objects, and remove its hook. Returns ``model``."""
+    """Put back the modules that ``convert`` replaced, the very same objects, and remove its hooks. Returns ``model``.
+
+    What was done to the model meanwhile stays done: mode, dtype, device, freezing, hooks, blocks taken out. The weights are those of
+    before; what a replacement learned goes with it.
+
+    Raises ValueError if the model was not converted, TypeError for no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
     record = getattr(model, RECORD, None)
     if record is None:
         raise ValueError("revert: the model was not converted by lifeops.convert")
-    for path, module in record.replaced:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module)
-    model.patch_embed._forward_hooks.pop(record.hook_id, None)
+    if any(isinstance(group, ShortcutBlocks) for _, new in record.swaps for group in new.children()):
+        instead = _without_shortcuts(model, record)
+    else:
+        instead = {id(new): old for old, new in record.swaps}
+        for (old, new), before in zip(record.swaps, record.states, strict=True):
+            _follow(old, new, before)
+    for handle in record.handles:
+        handle.remove()
+    record.holder.unwatch(model)
+    _put(model, instead)
     delattr(model, RECORD)
     return model

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from lifeops.nn.dw_shortcut import ShortcutModule, wrap
-from lifeops.nn.life import GridHolder, LifeAttention
+from lifeops.nn.life import LifeAttention
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
+from lifeops.nn.plain import exactly, why_not
 
 _LOOKED_FOR = "a timm VisionTransformer: patch_embed with grid_size, num_prefix_tokens, and blocks[i].attn with qkv, proj, num_heads"
 
 
-class GridHook:
-    """Forward hook of the patch embedding: leaves each forward's grid where the attention modules find it."""
+class Plan(NamedTuple):
+    """What a conversion is going to do: nothing is changed before all of it is known.
 
-    def __init__(self, holder: GridHolder):
-        self.holder = holder
+    ``swaps``: (module, the one that takes its place). ``asks``: the new modules that ask for a grid. ``blocks``: the modules called with
+    the tokens, during each of which one grid holds; none where the modules see it themselves.
+    """
 
-    def __call__(self, module, args, output):
-        if output.dim() == 4:  # dynamic_img_size: NHWC unless told otherwise
-            nchw = str(getattr(module, "output_fmt", "NHWC")).endswith("NCHW")
-            height, width = output.shape[2:4] if nchw else output.shape[1:3]
-        elif hasattr(module, "dynamic_feat_size"):
-            height, width = module.dynamic_feat_size(tuple(args[0].shape[-2:]))
-        else:
-            height, width = module.grid_size
-        # torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones
-        self.holder.grid = tuple(int(n) if isinstance(n, torch.Tensor) else n for n in (height, width))
+    swaps: list[tuple[nn.Module, nn.Module]]
+    asks: list[nn.Module]
+    blocks: list[nn.Module]
+
+
+def _once(modules) -> list[nn.Module]:
+    """Each module once, in order: shared ones are converted once and stay shared."""
+    return list({id(m): m for m in modules}.values())
+
+
+def _readable(path: str, layer: nn.Module) -> None:
+    """Raise unless the parameters that a conversion copies or measures are what the layer computes with."""
+    wrong = why_not(layer, exactly(nn.Linear))
+    if wrong:
+        raise ValueError(f"convert: {path} cannot be read: {'; '.join(wrong)} (convert first, then adapt, quantise, prune or shard)")
 
 
 def _check_attention(path: str, attn: nn.Module) -> None:
@@ -39,6 +48,7 @@ def _check_attention(path: str, attn: nn.Module) -> None:
     odd += [n for n in ("gate", "rope") if getattr(attn, n, None) is not None]
     if odd:
         raise ValueError(f"convert: {path} has {', '.join(odd)}, which LIFE's attention does not know (use qkv_norm=True for its own norm)")
+    _readable(f"{path}.proj", attn.proj)
     dim = attn.proj.in_features
     if (attn.qkv.in_features, attn.proj.out_features) != (dim, dim):
         raise ValueError(f"convert: {path} must map {dim} channels to {dim}, got {attn.qkv.in_features} to {attn.proj.out_features}")
@@ -74,27 +84,18 @@ def _prefix_tokens(model: nn.Module, num_prefix_tokens: int | None) -> int:
     return prefix
 
 
-def _replace(model: nn.Module, record, replacements: list[tuple[str, nn.Module]], with_grid: list[nn.Module]) -> None:
-    """Put the new modules in place and let those of ``with_grid`` know the grid; ``record`` keeps what revert needs."""
-    holder = GridHolder()
-    for path, new in replacements:
-        parent, _, name = path.rpartition(".")
-        record.replaced.append((path, model.get_submodule(path)))
-        setattr(model.get_submodule(parent), name, new)
-    for module in with_grid:
-        module.grid_holder = holder
-    record.hook_id = model.patch_embed.register_forward_hook(GridHook(holder)).id
-
-
-def convert_life(model: nn.Module, record, *, num_prefix_tokens: int | None = None, **options) -> None:
-    """Replace the attention of every block; ``record`` keeps what revert needs."""
+def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **options) -> Plan:
+    """Replace the attention of every block."""
     _options(options, ("qkv_norm", "aux_key", "recompute"))
     prefix = _prefix_tokens(model, num_prefix_tokens)
-    found = [(f"blocks.{i}.attn", getattr(block, "attn", None)) for i, block in enumerate(model.blocks)]
-    for path, attn in found:
-        _check_attention(path, attn)
-    news = [(path, _replacement(attn, prefix, options)) for path, attn in found]
-    _replace(model, record, news, [new for _, new in news])
+    found = {}
+    for i, block in enumerate(model.blocks):
+        attn = getattr(block, "attn", None)
+        if id(attn) not in found:
+            _check_attention(f"blocks.{i}.attn", attn)
+            found[id(attn)] = attn
+    swaps = [(attn, _replacement(attn, prefix, options)) for attn in found.values()]
+    return Plan(swaps, [new for _, new in swaps], _once(model.blocks))
 
 
 def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reduction: int | None, expand_ratio: float | None) -> LocalViTBlock:
@@ -102,6 +103,7 @@ def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reductio
     if missing or not isinstance(getattr(block.mlp, "fc1", None), nn.Linear):
         lacks = ", ".join(missing) or "a Linear mlp.fc1"
         raise ValueError(f"convert: {path} is {type(block).__name__} without {lacks}; looked for a timm Block with norm1, attn, norm2, mlp")
+    _readable(f"{path}.mlp.fc1", block.mlp.fc1)
     weight = block.mlp.fc1.weight
     hidden, dim = weight.shape
     conv = LocalityFeedForward(
@@ -115,15 +117,18 @@ def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reductio
 
 
 def convert_localvit(
-    model: nn.Module, record, *, num_prefix_tokens: int | None = None, act: str = "hs+se", reduction: int | None = None,
+    model: nn.Module, *, num_prefix_tokens: int | None = None, act: str = "hs+se", reduction: int | None = None,
     expand_ratio: float | None = None, **options,
-) -> None:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Replace every block by one with the same attention and LocalViT's feed-forward instead of LayerNorm and MLP."""
     _options(options, ("act", "reduction", "expand_ratio"))
     prefix = _prefix_tokens(model, num_prefix_tokens)
-    blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
-    news = [(path, _localvit_block(path, block, prefix, act, reduction, expand_ratio)) for path, block in blocks]
-    _replace(model, record, news, [new.conv for _, new in news])
+    made: dict[int, tuple[nn.Module, nn.Module]] = {}
+    for i, block in enumerate(model.blocks):
+        if id(block) not in made:
+            made[id(block)] = block, _localvit_block(f"blocks.{i}", block, prefix, act, reduction, expand_ratio)
+    news = [new for _, new in made.values()]
+    return Plan(list(made.values()), [new.conv for new in news], news)
 
 
 def _stages(model: nn.Module, num_prefix_tokens: int | None) -> tuple[list[str], int]:
@@ -139,15 +144,17 @@ def _stages(model: nn.Module, num_prefix_tokens: int | None) -> tuple[list[str],
 
 
 def convert_dw_shortcut(
-    model: nn.Module, record, *, num_prefix_tokens: int | None = None, every: int = 1, kernel_sizes: int | tuple[int, ...] = 3, **options
-) -> None:
+    model: nn.Module, *, num_prefix_tokens: int | None = None, every: int = 1, kernel_sizes: int | tuple[int, ...] = 3, **options
+) -> Plan:
     """Put a shortcut around every ``every`` blocks, which stay what they are."""
     _options(options, ("every", "kernel_sizes"))
     paths, prefix = _stages(model, num_prefix_tokens)
-    news = []
+    swaps, groups = [], []
     for path in paths:
         blocks = model.get_submodule(path)
         wrapped = wrap(blocks, every, kernel_size=kernel_sizes, num_prefix_tokens=prefix)
-        news.append((path, nn.Sequential(*wrapped) if isinstance(blocks, nn.Sequential) else wrapped))
-        news[-1][1].training = blocks.training
-    _replace(model, record, news, [group.shortcut for _, new in news for group in new])
+        new = nn.Sequential(*wrapped) if isinstance(blocks, nn.Sequential) else wrapped
+        new.training = blocks.training
+        swaps.append((blocks, new))
+        groups += wrapped
+    return Plan(swaps, [group.shortcut for group in groups], groups if paths == ["blocks"] else [])

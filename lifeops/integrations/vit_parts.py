@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lifeops.integrations.timm import GridHook
-from lifeops.nn.life import GridHolder
+from lifeops.nn.grids import embedded_grid
 
 
 class Parts:
@@ -18,7 +17,7 @@ class Parts:
     def __init__(self, model: nn.Module, host: nn.Module, embed: nn.Module, images: Tensor, num_prefix_tokens: int | None):
         self.model, self.host, self.embed = model, host, embed
         self.batch, self.image_size = images.shape[0], tuple(images.shape[-2:])
-        self.holder, self.features = GridHolder(), None
+        self.embedded, self.features = None, None
         self.transformers = hasattr(host, "embeddings")
         self.num_prefix_tokens = _num_prefix_tokens(host) if num_prefix_tokens is None else num_prefix_tokens
 
@@ -33,7 +32,7 @@ class Parts:
             patch = self.embed.patch_size
             patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
             return self.image_size[0] // patch[0], self.image_size[1] // patch[1]
-        return tuple(self.holder.grid)
+        return tuple(self.embedded)
 
     def norm(self) -> nn.Module:
         """The module whose output the classifier reads."""
@@ -89,7 +88,10 @@ def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
 @contextlib.contextmanager
 def watched(parts: Parts, features: bool) -> Iterator[None]:
     """Notes the grid of the forward pass and, if asked for, the last tokens."""
-    handles = [] if parts.transformers else [parts.embed.register_forward_hook(GridHook(parts.holder))]
+    def embedded(module, args, output):
+        parts.embedded = embedded_grid(module, args, output)
+
+    handles = [] if parts.transformers else [parts.embed.register_forward_hook(embedded)]
     if features:
         handles.append(parts.norm().register_forward_hook(lambda module, args, output: setattr(parts, "features", output)))
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lifeops.models.deit import DropPath, Mlp, PatchEmbed, to_pair
-from lifeops.nn.dw_shortcut import ShortcutModule, check_every, dw_shortcut
+from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 
 
 def windows(x: Tensor, size: int) -> Tensor:
@@ -129,7 +129,7 @@ class SwinStage(ShortcutModule):
         for i, block in enumerate(self.blocks, 1):
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
             if self.every and i % self.every == 0:
-                x = start = dw_shortcut(start, x, *self.kernels(i // self.every - 1), self.resolution, 0)
+                x = start = self.add_shortcut(i // self.every - 1, start, x, self.resolution, 0)
         return x if self.downsample is None else self.downsample(x)
 
 

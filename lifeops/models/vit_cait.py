@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.models.deit import check_images, grid_of, to_pair
-from lifeops.nn.dw_shortcut import ShortcutModule, check_every, dw_shortcut
+from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 
 
 class Patches(nn.Module):
@@ -129,7 +129,7 @@ class Transformer(ShortcutModule):
         for i, layer in enumerate(self.layers, 1):
             x = _run(layer, x)
             if self.every and i % self.every == 0:
-                x = start = dw_shortcut(start, x, *self.kernels(i // self.every - 1), grid, self.num_prefix_tokens)
+                x = start = self.add_shortcut(i // self.every - 1, start, x, grid, self.num_prefix_tokens)
         return x
 
 

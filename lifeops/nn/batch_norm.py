@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lifeops.nn.plain import Rule, why_not
 from lifeops.ops.batch_norm import affine_of
 
 _FOLD = "fold_batch_norms_"
@@ -62,6 +63,13 @@ def check_constant(name: str, norm: nn.Module) -> None:
     """Raise unless the batch norm ``name`` can be folded."""
     if on_batch(norm):
         raise ValueError(f"fuse_: {name} takes its statistics from the batch: call .eval() first, with track_running_stats=True")
+
+
+def check_readable(name: str, layer: nn.Module, rule: Rule) -> None:
+    """Raise unless ``layer`` computes with the parameters that folding reads."""
+    wrong = why_not(layer, rule)
+    if wrong:
+        raise ValueError(f"fuse_: {name} cannot be folded: {'; '.join(wrong)} (merge adapters, remove parametrizations and hooks first)")
 
 
 def fuse_(module: nn.Module) -> nn.Module:

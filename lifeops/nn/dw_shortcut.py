@@ -6,15 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lifeops import config, geometry
-from lifeops.nn.batch_norm import check_constant, on_batch, sync_group, update_running
+from lifeops import config, geometry, torchlib
+from lifeops.nn.batch_norm import check_constant, check_readable, on_batch, sync_group, update_running
 from lifeops.nn.dw_shortcut_fold import BorderBias, ChannelAffine, merged
-from lifeops.nn.life import GridHolder
+from lifeops.nn.grids import GridHolder
+from lifeops.nn.maps import to_maps, to_tokens, unambiguous
+from lifeops.nn.plain import depthwise, exactly, is_fused, is_plain
+from lifeops.nn.scripting import NotScripted
 from lifeops.ops.dw_shortcut import dw_shortcut_eval, dw_shortcut_train
-from lifeops.ops.token_dwconv_function import token_dwconv
 
 NAME = "dw_shortcut"
 BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
+_NORM = exactly(*BATCH_NORMS, ChannelAffine, BorderBias)
 
 
 # ------------------------------------------------------------------------------------------------ the functional core
@@ -40,7 +43,7 @@ def _is_constant(norm) -> bool:
 def _fused_on_batch(x, norm) -> bool:
     """A batch norm whose statistics the fused training step computes; empty batches and torch.func are left to the norm itself."""
     known = type(norm) in BATCH_NORMS and on_batch(norm)
-    return known and x.numel() > 0 and not torch._C._are_functorch_transforms_active()
+    return known and x.numel() > 0 and not torch._C._are_functorch_transforms_active() and not torchlib.captured()
 
 
 def _train(x, y, pairs, group, grid, P, backend):
@@ -73,39 +76,47 @@ def _constant(x, y, conv, norm, grid, P, backend):
     return y
 
 
-def _plain(x, y, conv, norm, grid, P, backend):
-    """One kernel with the norm called as the module it is."""
-    t = F.gelu(x[:, P:]).transpose(1, 2).unsqueeze(3)
-    t = norm(t).squeeze(3).transpose(1, 2).to(y.dtype)
-    return torch.cat((y[:, :P], token_dwconv(t, conv.weight, conv.bias, grid=grid, residual=y[:, P:], backend=backend)), 1)
+def _composed(x, y, conv, norm, grid, P):
+    """One kernel with the norm and the convolution called as the modules they are, on (B, C, H, W) maps."""
+    if grid[0] * grid[1] == 0:  # zero gradients
+        return y + sum(p.flatten()[:0].sum().to(y.dtype) for m in (conv, norm) for p in m.parameters())
+    maps = unambiguous(to_maps(F.gelu(x[:, P:]), grid))
+    maps = maps.to(next((p.dtype for p in conv.parameters() if p.is_floating_point()), maps.dtype))
+    border = isinstance(norm, BorderBias)  # comes after the convolution
+    term = to_tokens(conv(maps if border else unambiguous(norm(maps))))
+    term = term + norm(grid) if border else term
+    return torch.cat((y[:, :P], y[:, P:] + term.to(y.dtype)), 1)
 
 
-def _sum(x, y, convs, batchnorms, grid, P, backend):
+def _sum(x, y, convs, batchnorms, grid, P, backend, fused):
     """The kernels one after another, those with the batch's statistics at once for each process group."""
     trained = {}
     for conv, norm in zip(convs, batchnorms, strict=True):
-        if _fused_on_batch(x, norm):
+        plain = fused or (is_plain(conv, depthwise) and is_plain(norm, _NORM))
+        if plain and _fused_on_batch(x, norm):
             trained.setdefault(sync_group(norm), []).append((conv, norm))
-        elif _is_constant(norm):
+        elif plain and _is_constant(norm):
             y = _constant(x, y, conv, norm, grid, P, backend)
         else:
-            y = _plain(x, y, conv, norm, grid, P, backend)
+            y = _composed(x, y, conv, norm, grid, P)
     for group, pairs in trained.items():
         y = _train(x, y, pairs, group, grid, P, backend)
     return y
 
 
-def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None):
+def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None, *, fused=False):
     """block_output + [0 for the prefix tokens | sum_k conv_k(batchnorm_k(GELU(x_patch)))].
 
     The convolutions zero-pad what the batch norms give. Training: the statistics of GELU(x_patch), the same for all kernels, are
     computed once, and every norm's running statistics follow as :class:`torch.nn.BatchNorm2d`'s would. Norms in evaluation mode
-    (also single ones) are constants. Norms of other types than BatchNorm2d and SyncBatchNorm are called on (B, C, H*W, 1) maps.
+    (also single ones) are constants. A convolution or norm that is not plainly the layer that this computes (another type, hooks,
+    reflected padding, adapters) is called with its partner on (B, C, H, W) maps.
 
     Args:
         x: (B, P + H*W, C), the input of the block(s). block_output: what came out, same shape; x is read in its dtype.
         convs: depth-wise nn.Conv2d, odd kernels, same padding. batchnorms: one for each.
         grid, num_prefix_tokens: (H, W), P. backend: as in :func:`lifeops.token_dwconv`.
+        fused: the caller knows that all of them are plain.
 
     Returns the sum with block_output's dtype, under autocast too: reading and writing is all this costs, a cast would cost more.
 
@@ -114,11 +125,8 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
     grid = _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens)
     backend = config.requested_backend(backend)
     y, P = block_output, num_prefix_tokens
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return _sum(x.to(y.dtype), y, convs, batchnorms, grid, P, backend)
-    return _sum(x.to(y.dtype), y, convs, batchnorms, grid, P, backend)
+    with torchlib.without_autocast(x):
+        return _sum(x.to(y.dtype), y, convs, batchnorms, grid, P, backend, fused)
 
 
 # ------------------------------------------------------------------------------------------------ modules
@@ -132,7 +140,7 @@ def kernel_sizes(kernel_size) -> tuple[int, ...]:
     return sizes
 
 
-class ShortcutModule(nn.Module):
+class ShortcutModule(NotScripted, nn.Module):
     """Holds ``convs`` and ``batchnorms`` of ``count`` shortcuts, those of one shortcut's parallel kernels side by side."""
 
     def __init__(self, dim: int, count: int, kernel_size: int | tuple[int, ...], **dd):
@@ -149,6 +157,14 @@ class ShortcutModule(nn.Module):
         n = len(self.convs) // self.count
         return [self.convs[j] for j in range(i * n, (i + 1) * n)], [self.batchnorms[j] for j in range(i * n, (i + 1) * n)]
 
+    def fused_layers(self):
+        kinds = ("convs", depthwise), ("batchnorms", _NORM)
+        return [(f"{name}.{j}", rule) for name, rule in kinds for j in range(len(self.convs))]
+
+    def add_shortcut(self, i: int, x, block_output, grid: tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
+        """``block_output`` with shortcut ``i`` of ``x`` added."""
+        return dw_shortcut(x, block_output, *self.kernels(i), grid, num_prefix_tokens, fused=is_fused(self))
+
     def fold_batch_norms_(self, check: bool) -> None:
         """Merge each shortcut's kernels and norms into one of each, or only ``check`` that it can be done."""
         new = []
@@ -161,6 +177,9 @@ class ShortcutModule(nn.Module):
                 if type(norm) not in BATCH_NORMS:
                     raise ValueError(f"fuse_: batchnorms.{j} must be a BatchNorm2d or SyncBatchNorm, got {type(norm).__name__}")
                 check_constant(f"batchnorms.{j}", norm)
+                check_readable(f"batchnorms.{j}", norm, exactly(*BATCH_NORMS))
+                if len(convs) > 1:
+                    check_readable(f"convs.{j}", convs[j - i * len(norms)], depthwise)
             new.append(None if check else merged(convs, norms))
         if new and not check:
             self.convs, self.batchnorms = (nn.ModuleList(column) for column in zip(*new, strict=True))
@@ -183,16 +202,14 @@ class DWShortcut(ShortcutModule):
     def __init__(self, dim, kernel_size=3, num_prefix_tokens=1, *, grid=None, device=None, dtype=None):
         super().__init__(dim, 1, kernel_size, device=device, dtype=dtype)
         self.dim, self.num_prefix_tokens = dim, num_prefix_tokens
-        self.grid_holder = GridHolder(None if grid is None else tuple(grid))
+        self.grid_holder = GridHolder(grid)
 
     def forward(self, x: torch.Tensor, block_output: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x, block_output (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
-        grid = self.grid_holder.grid if grid is None else grid
-        if grid is None:
-            raise ValueError("DWShortcut: the grid is unknown: give it to forward(x, block_output, grid=(H, W)) or to the constructor")
+        grid = self.grid_holder.of("DWShortcut", grid)
         if x.shape[-1] != self.dim:
             raise ValueError(f"DWShortcut: x must have shape (B, N, {self.dim}), got {tuple(x.shape)}")
-        return dw_shortcut(x, block_output, *self.kernels(0), grid, self.num_prefix_tokens)
+        return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_prefix_tokens={self.num_prefix_tokens}"

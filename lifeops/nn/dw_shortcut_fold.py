@@ -25,6 +25,10 @@ class ChannelAffine(nn.Module):
         super().__init__()
         self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
 
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """On maps (B, C, H, W)."""
+        return (maps * self.scale[:, None, None] + self.shift[:, None, None]).to(maps.dtype)
+
 
 class BorderBias(nn.Module):
     """What ``fuse_`` leaves of several batch norms: the sum over the kernels of DW_k(shift_k on the grid, 0 around it).

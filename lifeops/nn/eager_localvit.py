@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lifeops.nn.life import GridHolder
+from lifeops.nn.grids import GridHolder
 
 
 class HSwish(nn.Module):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lifeops import config
-from lifeops.ops.life_qkv import scale_dims
+from lifeops import geometry
+from lifeops.nn.attend import DROPOUT, attend
+from lifeops.nn.grids import GridHolder
+from lifeops.nn.maps import on_patches, to_maps, to_tokens
+from lifeops.nn.plain import depthwise, exactly, is_fused, pointwise
+from lifeops.nn.scripting import NotScripted
+from lifeops.ops.life_qkv import scale1_keys, scale_dims
 from lifeops.ops.life_qkv_function import join_scales, life_qkv
-from lifeops.ops.local_attention_function import local_attention
-from lifeops.ops.local_attention_math import causal_mask
 from lifeops.ops.project_scales import project_scales
 
 
@@ -20,15 +22,20 @@ def _check_heads(name: str, dim: int, num_heads: int) -> None:
 
 
 class _Scale(nn.Module):
-    """Parameters of one deeper scale: ``depthwise.weight`` (C_in, 1, K, K) and ``pointwise.weight`` (C_out, C_in, 1, 1)."""
+    """One deeper scale: ``depthwise.weight`` (C_in, 1, K, K) and ``pointwise.weight`` (C_out, C_in, 1, 1). Called on the composed path."""
 
     def __init__(self, dim_in: int, dim_out: int, kernel_size: int, **dd):
         super().__init__()
         self.depthwise = nn.Conv2d(dim_in, dim_in, kernel_size, padding=kernel_size // 2, groups=dim_in, bias=False, **dd)
         self.pointwise = nn.Conv2d(dim_in, dim_out, 1, bias=False, **dd)
 
+    def forward(self, z: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
+        """z (B, P + H*W, C_in) -> (B, P + H*W, C_out): DW over the patches, then the product over all tokens."""
+        z = on_patches(self.depthwise, z, grid, num_prefix_tokens)
+        return to_tokens(self.pointwise(to_maps(z, (z.shape[1], 1))))
 
-class LifeQKV(nn.Module):
+
+class LifeQKV(NotScripted, nn.Module):
     """Multi-scale q, k, v of (B, N, C) tokens: see :func:`lifeops.life_qkv`.
 
     Args:
@@ -65,14 +72,30 @@ class LifeQKV(nn.Module):
         """Every head lies inside one scale (h % 3 == 0 and C % 3 == 0), so no channels need to be joined."""
         return self.num_heads % 3 == 0 and self.dim % 3 == 0
 
+    def fused_layers(self):
+        scales = [(f"scale{s}.{name}", rule) for s in (2, 3) for name, rule in (("depthwise", depthwise), ("pointwise", pointwise))]
+        return [("scale1", exactly(nn.Linear)), ("scale2", exactly(_Scale)), ("scale3", exactly(_Scale)), *scales]
+
     def scales(self, x, grid):
         """z1, z2, z3, each (B, N, 3·d_s) holding q|k|v of its scale; before any qkv_norm."""
+        if not is_fused(self):
+            return self._composed(x, grid)
         s2, s3 = self.scale2, self.scale3
         weights = s2.depthwise.weight, s2.pointwise.weight, s3.depthwise.weight, s3.pointwise.weight
         return life_qkv(
             x, self.scale1.weight, self.scale1.bias, *weights, grid=grid, num_prefix_tokens=self.num_prefix_tokens,
             aux_key=self.aux_key, layout="scales", recompute=self.recompute,
         )  # fmt: skip
+
+    def _composed(self, x, grid):
+        """The scales by calling every layer."""
+        P = self.num_prefix_tokens
+        g = geometry.to_grid("LifeQKV", grid, P)
+        geometry.check_tokens("LifeQKV", "x", x.shape[1], g.height, g.width, P)
+        z1 = self.scale1(x)
+        z2 = self.scale2(z1, grid, P)
+        z3 = self.scale3(z2, grid, P)
+        return scale1_keys(z1, z2, z3, P) if self.aux_key == "scale1" and P else (z1, z2, z3)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, P + H*W, C), grid (H, W) -> q, k, v, each (B, N, C) with channels ordered by scale."""
@@ -90,31 +113,7 @@ def _mask_per_scale(mask, num_heads):
     return mask.split(num_heads // 3, -3)
 
 
-def attend(module, q, k, v, attn_mask, is_causal, weight=None, bias=None, *, grid, num_prefix_tokens):
-    """local_attention with a module's ``attn_drop``, (B, N, C). There are no CUDA C++ kernels of it: who asks for them gets the best.
-
-    Without a local term other devices than the CPU take torch's own attention, which measured kernels have yet to beat there.
-    """
-    if is_causal:
-        if attn_mask is not None:
-            raise ValueError(f"{type(module).__name__}: attn_mask must be None where is_causal is set")
-        attn_mask = causal_mask(q.shape[2], q.device)
-    backend = "" if config.requested_backend(None) == "cuda" else None
-    drop = module.attn_drop.p if module.training else 0.0
-    if weight is None and q.device.type != "cpu" and config.requested_backend(None) in ("", "cuda"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop).transpose(1, 2).flatten(2)
-    place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens}
-    return local_attention(q, k, v, weight, bias, **place, attn_mask=attn_mask, dropout_p=drop, backend=backend)
-
-
-class GridHolder:
-    """Where a converted model's patch embedding leaves the grid for its attention modules."""
-
-    def __init__(self, grid: tuple[int, int] | None = None):
-        self.grid = grid
-
-
-class LifeAttention(nn.Module):
+class LifeAttention(NotScripted, nn.Module):
     """Multi-head self-attention over LIFE's multi-scale q, k, v; a drop-in for timm's ``Attention`` once it knows the grid.
 
     ``softmax(q kᵀ / sqrt(d)) v``, then ``proj``. Where heads lie inside one scale (h % 3 == 0), each scale is attended as a
@@ -142,7 +141,7 @@ class LifeAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.grid_holder = GridHolder(None if grid is None else tuple(grid))
+        self.grid_holder = GridHolder(grid)
         nn.init.trunc_normal_(self.proj.weight, std=0.02)
         if proj_bias:
             nn.init.zeros_(self.proj.bias)
@@ -155,30 +154,29 @@ class LifeAttention(nn.Module):
         """(B, N, n·d) -> (B, n, N, d), a view."""
         return t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def _attend(self, q, k, v, grid, attn_mask, is_causal):
+    def _attend(self, q, k, v, grid, attn_mask, is_causal, fused):
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
-        return attend(self, q, k, v, attn_mask, is_causal, grid=grid, num_prefix_tokens=self.num_prefix_tokens)
+        place = {"grid": grid, "num_prefix_tokens": self.num_prefix_tokens}
+        return attend(self, q, k, v, attn_mask, is_causal, fused=fused, **place)
 
     def qkv_heads(self, x: torch.Tensor, grid: tuple[int, int] | None = None):
         """q, k, v as (B, h, N, d): what an attention map is computed from."""
-        return tuple(self._heads(t) for t in self.qkv(x, self._grid(grid)))
+        return tuple(self._heads(t) for t in self.qkv(x, self.grid_holder.of("LifeAttention", grid)))
 
-    def _grid(self, grid):
-        grid = self.grid_holder.grid if grid is None else grid
-        if grid is None:
-            raise ValueError("LifeAttention: the grid is unknown: give forward(x, grid=(H, W)) or LifeAttention(…, grid=(H, W))")
-        return grid
+    def fused_layers(self):
+        return [("qkv", exactly(LifeQKV)), ("attn_drop", DROPOUT), ("proj", exactly(nn.Linear))]
 
     def forward(
         self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
         """x (B, P + H*W, C) -> (B, P + H*W, C). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention."""
-        grid = self._grid(grid)
-        if self.qkv.aligned and self.qkv.norm is None:
+        grid = self.grid_holder.of("LifeAttention", grid)
+        fused = is_fused(self)
+        if fused and self.qkv.aligned and self.qkv.norm is None:
             masks = _mask_per_scale(attn_mask, self.num_heads)
             scales = zip(self.qkv.scales(x, grid), masks, strict=True)
-            parts = [self._attend(*z.chunk(3, -1), grid, mask, is_causal) for z, mask in scales]
+            parts = [self._attend(*z.chunk(3, -1), grid, mask, is_causal, fused) for z, mask in scales]
             y = project_scales(parts, self.proj.weight, self.proj.bias)
         else:
-            y = self.proj(self._attend(*self.qkv(x, grid), grid, attn_mask, is_causal))
+            y = self.proj(self._attend(*self.qkv(x, grid), grid, attn_mask, is_causal, fused))
         return self.proj_drop(y)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lifeops.nn.life import GridHolder, attend
+from lifeops.nn.attend import DROPOUT, attend
+from lifeops.nn.grids import GridHolder
+from lifeops.nn.plain import depthwise, is_fused
+from lifeops.nn.scripting import NotScripted
 
 
-class LocalAttention(nn.Module):
+class LocalAttention(NotScripted, nn.Module):
     """timm's ``Attention`` plus a depth-wise convolution of the values over the patch grid (:func:`lifeops.local_attention`).
 
     ``proj(norm(softmax(q kᵀ / sqrt(d)) v + [0 for the prefix ; DW_K(v_patch)]) · gate)``. Keys are timm's (``qkv``, ``q_norm``,
@@ -51,20 +54,19 @@ class LocalAttention(nn.Module):
         self.gate = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **dd) if gated else None
         self.proj = nn.Linear(self.attn_dim, dim if dim_out is None else dim_out, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.grid_holder = GridHolder(None if grid is None else tuple(grid))
+        self.grid_holder = GridHolder(grid)
+
+    def fused_layers(self):
+        return [("attn_drop", DROPOUT), ("local", depthwise)]
 
     def forward(
         self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
         """x (B, P + H*W, dim) -> (B, P + H*W, dim_out). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention."""
-        grid = self.grid_holder.grid if grid is None else grid
-        if grid is None:
-            raise ValueError("LocalAttention: the grid is unknown: give forward(x, grid=(H, W)) or LocalAttention(…, grid=(H, W))")
+        grid = self.grid_holder.of("LocalAttention", grid)
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        y = attend(
-            self, self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal, self.local.weight, self.local.bias, grid=grid,
-            num_prefix_tokens=self.num_prefix_tokens,
-        )  # fmt: skip
+        place = {"grid": grid, "num_prefix_tokens": self.num_prefix_tokens}
+        y = attend(self, self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal, self.local, fused=is_fused(self), **place)
         y = self.norm(y)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()

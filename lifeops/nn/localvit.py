@@ -2,73 +2,34 @@
 
 from __future__ import annotations
 
-import math
+import copy
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config, geometry, torchlib
-from lifeops.nn.batch_norm import check_constant, constants, on_batch, sync_group, total_count, update_running
-from lifeops.nn.life import GridHolder
+from lifeops.nn.batch_norm import check_constant, check_readable, constants, on_batch, sync_group, total_count, update_running
+from lifeops.nn.channel_attention import ECALayer, SELayer
+from lifeops.nn.grids import GridHolder
+from lifeops.nn.maps import to_maps, to_tokens, unambiguous
+from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, pointwise
+from lifeops.nn.scripting import NotScripted
 from lifeops.ops import locality_ffn as chain
 from lifeops.ops.channel_act import accumulate_dtype
-from lifeops.ops.channel_gate import GATES, gate
-from lifeops.ops.token_dwconv_function import token_dwconv
+from lifeops.ops.channel_gate import GATES
 
 ACTS = {"relu6": ("relu6", "")} | {"hs" + f"+{kind}" * bool(kind): ("hardswish", kind) for kind in GATES}
 """The authors' names: activation and channel attention."""
 
 
-class SELayer(nn.Module):
-    """Squeeze and excitation of (B, N, C) tokens; ``fc.0`` and ``fc.2`` as the authors'."""
-
-    def __init__(self, channels: int, reduction: int, **dd):
-        super().__init__()
-        if reduction < 1 or reduction > channels:
-            raise ValueError(f"SELayer: reduction must be between 1 and the {channels} hidden channels, got {reduction}")
-        width = channels // reduction
-        self.fc = nn.Sequential(nn.Linear(channels, width, **dd), nn.ReLU(), nn.Linear(width, channels, **dd), nn.Hardsigmoid())
-        self.kind = "se"
-
-    def gate_params(self):
-        return self.fc[0].weight, self.fc[0].bias, self.fc[2].weight, self.fc[2].bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _gate_tokens(self, x)
-
-
-class ECALayer(nn.Module):
-    """Efficient channel attention of (B, N, C) tokens; ``conv.weight`` (1, 1, k), k the odd number from (log2 C + 1) / 2."""
-
-    def __init__(self, channels: int, hard: bool, **dd):
-        super().__init__()
-        size = int(abs((math.log2(channels) + 1) / 2))
-        size = size if size % 2 else size + 1
-        self.conv = nn.Conv1d(1, 1, size, padding=size // 2, bias=False, **dd)
-        self.kind = "ecah" if hard else "eca"
-
-    def gate_params(self):
-        return (self.conv.weight,)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _gate_tokens(self, x)
-
-
-def _gate_tokens(layer, x):
-    """x * gate(mean over the tokens); the gate is computed in float32 or wider."""
-    dtype = accumulate_dtype(x.dtype)
-    s = gate(layer.kind, x.to(dtype).mean(1), tuple(p.to(dtype) for p in layer.gate_params()))
-    return x * s[:, None].to(x.dtype)
-
-
-class LocalityFeedForward(nn.Module):
+class LocalityFeedForward(NotScripted, nn.Module):
     """x + [0 for the prefix tokens | conv(patch tokens)]: LocalViT's inverted-residual feed-forward on (B, P + H*W, C) tokens.
 
     ``conv``: 1x1 C -> H_, BN, f, depth-wise 3x3, BN, f, channel attention, 1x1 H_ -> C, BN; H_ = int(C * expand_ratio), f = ReLU6
     or h-swish, no biases. On the fast path no normalised or activated hidden tensor is stored; batch statistics, running
-    statistics, ``momentum``, ``track_running_stats``, evaluation mode and SyncBatchNorm are as in ``nn.BatchNorm2d``. The layers
-    inside ``conv`` are not called one by one there, so their forward hooks do not run.
+    statistics, ``momentum``, ``track_running_stats``, evaluation mode and SyncBatchNorm are as in ``nn.BatchNorm2d``. Where a layer of
+    ``conv`` was exchanged, hooked or wrapped, and under torch.func, the layers are called on (B, channels, H, W) maps instead
+    (``lifeops.explain(module)`` says why).
 
     Args:
         dim: C. expand_ratio: H_ / C.
@@ -111,67 +72,64 @@ class LocalityFeedForward(nn.Module):
         layers = [*product(dim, hidden), activation()]
         if not wo_dp_conv:
             layers = [*local(dim), *layers] if dp_first else [*layers, *local(hidden)]
-        self.standard = not (wo_dp_conv or dp_first)
         if self.attention == "se":
             layers.append(SELayer(hidden, reduction, **dd))
         elif self.attention:
             layers.append(ECALayer(hidden, self.attention == "ecah", **dd))
         self.conv = nn.Sequential(*layers, *product(hidden, dim))
-        self.grid_holder = GridHolder(None if grid is None else tuple(grid))
+        self.grid_holder = GridHolder(grid)
 
-    # ------------------------------------------------------------------------------------------------ the plain path
+    # ------------------------------------------------------------------------------------------------ the composed path
 
-    def _layer(self, layer, t, grid):
-        if isinstance(layer, nn.Conv2d) and layer.groups == 1:
-            return F.linear(t, layer.weight[:, :, 0, 0], layer.bias)
-        if isinstance(layer, nn.Conv2d):
-            return token_dwconv(t, layer.weight, layer.bias, grid=grid)
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            return layer(t.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
-        return layer(t)
-
-    def _plain(self, x, grid):
-        """Layer by layer with torch's own operators: what the fast path is checked against, and what transforms see."""
+    def _composed(self, x, grid):
+        """Layer by layer: what transforms see, and what runs where a layer is not the one that the fast path computes."""
         P = self.num_prefix_tokens
-        t = x[:, P:]
+        if grid[0] * grid[1] == 0:
+            return _no_patches(self, x)
+        maps = to_maps(x[:, P:], grid)
         for layer in self.conv:
-            t = self._layer(layer, t, grid)
-        return torch.cat((x[:, :P], x[:, P:] + t), 1)
+            maps = layer(unambiguous(maps))
+        return torch.cat((x[:, :P], x[:, P:] + to_tokens(maps)), 1)
 
     # ------------------------------------------------------------------------------------------------ the fast path
+
+    def fused_layers(self):
+        act = exactly(nn.ReLU6 if self.act == "relu6" else nn.Hardswish)
+        gates = [_CHANNEL_ATTENTION] * bool(self.attention)
+        kinds = [pointwise, batch_norm, act, depthwise, batch_norm, act, *gates, pointwise, batch_norm]
+        layers = [("conv", _sequence_of(len(kinds))), *((f"conv.{i}", rule) for i, rule in enumerate(kinds))]
+        gate = self.conv[6] if self.attention and len(self.conv) == len(kinds) else None
+        return [*layers, *((f"conv.6.{path}", rule) for path, rule in getattr(gate, "fused_layers", list)())]
 
     def _norms(self):
         return self.conv[1], self.conv[4], self.conv[-1]
 
-    def _fast(self, x) -> bool:
-        known = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)
+    def _fast(self, x, grid) -> bool:
         return (
-            self.standard
+            x.shape[0] * grid[0] * grid[1] > 0
             and not torch._C._are_functorch_transforms_active()
-            and x.shape[0] * x.shape[1] > 0
-            and all(type(n) in known and getattr(n, "affine", True) for n in self._norms())
-        )
+            and not torchlib.exporting()
+            and not (torchlib.captured() and (self.training or torchlib.wants_grad((x, *self.parameters()))))
+            and is_fused(self)
+        )  # fmt: skip
 
-    def _config(self, x, grid, norms, backend) -> chain.Config:
+    def _config(self, dtype, grid, norms, backend) -> chain.Config:
         groups = tuple(sync_group(n) for n in norms)
         eps = tuple(getattr(n, "eps", 0.0) for n in norms)
-        return chain.Config(self.act, self.attention, *grid, self.num_prefix_tokens, eps, groups, backend)
+        kind = self.conv[6].kind if self.attention else ""
+        return chain.Config(dtype, self.act, kind, *grid, self.num_prefix_tokens, eps, groups, backend)
 
     def _run(self, x, grid):
         dtype = torchlib.autocast_dtype(x) or x.dtype
         wide = accumulate_dtype(dtype)
         expand, local, project, norms = self.conv[0], self.conv[3], self.conv[-2], self._norms()
-        cfg = self._config(x, grid, norms, config.requested_backend(None))
+        cfg = self._config(dtype, grid, norms, config.requested_backend(None))
         values = [_norm_values(n, wide) for n in norms]
         if any(chain.on_batch(v) for v in values):
             _check_batch(x.shape[0] * chain.patches(cfg), x, cfg)
         gates = tuple(p.to(wide) for p in self.conv[6].gate_params()) if self.attention else ()
 
-        def weights(conv, cast):
-            w = conv.weight[:, :, 0, 0] if conv.groups == 1 else conv.weight
-            return (w.to(dtype), None if conv.bias is None else conv.bias.to(dtype)) if cast else (w, conv.bias)
-
-        parts = (*weights(expand, True), values[0]), (*weights(local, False), values[1]), (*weights(project, True), values[2])
+        parts = [(conv.weight, conv.bias, value) for conv, value in zip((expand, local, project), values, strict=True)]
         if not torch.is_grad_enabled() and not any(chain.on_batch(v) for v in values):
             return chain.infer(x, *parts[0], *parts[1], gates, *parts[2], cfg)
         (w1, b1, n1), (dw, bd, n2), (w2, b2, n3) = parts
@@ -185,21 +143,21 @@ class LocalityFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
-        grid = self.grid_holder.grid if grid is None else grid
-        if grid is None:
-            raise ValueError("LocalityFeedForward: the grid is unknown: give it to forward(x, grid=(H, W)) or to the constructor")
+        grid = self.grid_holder.of("LocalityFeedForward", grid)
         g = geometry.to_grid("LocalityFeedForward", grid, self.num_prefix_tokens)
         if x.dim() != 3 or x.shape[2] != self.dim:
             raise ValueError(f"LocalityFeedForward: x must have shape (B, N, {self.dim}), got {tuple(x.shape)}")
         geometry.check_tokens("LocalityFeedForward", "x", x.shape[1], g.height, g.width, g.prefix)
         grid = g.height, g.width
-        return self._run(x, grid) if self._fast(x) else self._plain(x, grid)
+        return self._run(x, grid) if self._fast(x, grid) else self._composed(x, grid)
 
     def fold_batch_norms_(self, check: bool) -> None:
         """Put folded convolutions and ``nn.Identity`` in place of convolutions and norms, or only ``check`` that it can be done."""
         for i, norm in enumerate(self.conv):
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 check_constant(f"conv.{i}", norm)
+                check_readable(f"conv.{i - 1}", self.conv[i - 1], exactly(nn.Conv2d))
+                check_readable(f"conv.{i}", norm, batch_norm)
                 if not check:
                     self.conv[i - 1], self.conv[i] = _folded(self.conv[i - 1], norm), nn.Identity()
 
@@ -227,6 +185,24 @@ class LocalViTBlock(nn.Module):
         return self.conv(x, grid)
 
 
+_CHANNEL_ATTENTION = exactly(SELayer, ECALayer)
+
+
+def _sequence_of(count: int):
+    def rule(layers):
+        wrong = exactly(nn.Sequential)(layers)
+        return wrong or ([] if len(layers) == count else [f"it has {len(layers)} layers, the kernel computes {count}"])
+
+    return rule
+
+
+def _no_patches(module, x):
+    """x, and zero gradients for the parameters."""
+    if any(on_batch(m) for m in module.conv if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {tuple(x.shape)} without patches")
+    return x + sum(p.flatten()[:0].sum().to(x.dtype) for p in module.parameters())
+
+
 def _norm_values(norm, dtype) -> chain.Norm:
     """gamma, beta and, unless the batch is to be used, the running statistics, in the accumulation dtype."""
     if isinstance(norm, nn.Identity):
@@ -246,10 +222,7 @@ def _check_batch(count, x, cfg):
 @torch.no_grad()
 def _folded(conv, norm):
     scale, shift = constants(norm, torch.float64)
-    new = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups,
-        device=conv.weight.device, dtype=conv.weight.dtype,
-    )  # fmt: skip
+    new = copy.deepcopy(conv)
     new.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-    new.bias.copy_(shift if conv.bias is None else shift + conv.bias.double() * scale)
-    return new.train(conv.training)
+    new.bias = nn.Parameter((shift if conv.bias is None else shift + conv.bias.double() * scale).to(conv.weight.dtype))
+    return new

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from lifeops import torchlib
+
 GATES = ("", "se", "eca", "ecah")
 
 
@@ -31,14 +33,14 @@ def _preactivation(kind, m, params):
 
 def gate(kind: str, m: torch.Tensor, params: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """s (B, C). ``params``: (V1, c1, V2, c2) of "se", (w,) with w (1, 1, k) of the others, in m's dtype, autocast or not."""
-    with torch.autocast(m.device.type, enabled=False):
+    with torchlib.without_autocast(m):
         p, _ = _preactivation(kind, m, params)
     return torch.sigmoid(p) if kind == "eca" else F.relu6(p + 3) / 6  # F.hardsigmoid multiplies by a float32 1/6
 
 
 def gate_backward(kind, ds, m, params):
     """(dm, gradients of ``params``) from ds."""
-    with torch.autocast(m.device.type, enabled=False):
+    with torchlib.without_autocast(m):
         return _backward(kind, ds, m, params)
 
 

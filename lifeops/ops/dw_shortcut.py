@@ -31,12 +31,15 @@ from lifeops.ops import token_dwconv_act as dwconv
 from lifeops.ops.activations import GELU_FIRST
 from lifeops.ops.batch_norm import Affine, affine_of, merge, norm_backward
 from lifeops.ops.token_dwconv_act_function import ChannelAct
-from lifeops.ops.token_dwconv_function import _like_parameter, token_dwconv
+from lifeops.ops.token_dwconv_function import token_dwconv
 
 _stats = torchlib.caller(rows.stats_op)
 _step, _step_bwd, _eval = map(torchlib.caller, (step.fwd_op, step.bwd_op, step.eval_op))
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.caller, (dwconv.fwd_op, dwconv.bwd_dx_op, dwconv.bwd_dw_op))
 _plain_bwd_dw = torchlib.caller(token_dwconv_ops.bwd_dw_op)
+
+
+_once = torchlib.once_differentiable(step.NAME, "for one, use torch.func, under which the shortcut's layers are called one by one")
 
 
 class Config(NamedTuple):
@@ -62,8 +65,7 @@ def dw_shortcut_eval(x, block_output, weight, bias, norm, grid, num_prefix_token
     gamma is the scale and beta the shift.
     """
     if _one_op(x, None, backend) and not torchlib.builds_graph(x, block_output, weight, bias, *norm[:4]):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _eval(x, block_output, weight, bias, *norm, *grid, num_prefix_tokens, backend)
+        return torchlib.below_autograd(_eval, x, block_output, weight, bias, *norm, *grid, num_prefix_tokens, backend)
     scale, shift = step.eval_affine(rows.accumulate_dtype(x.dtype), *norm)
     place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens, "prefix": "zero", "backend": backend or None}
     return token_dwconv(x, weight, bias, residual=block_output, prologue=ChannelAct(scale, shift, GELU_FIRST), **place)
@@ -132,7 +134,7 @@ class DWShortcut(torch.autograd.Function):
         return _forward(x, block_output, weights, biases, affines, cfg), mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx, dy, *_):
         x, mean, *rest = ctx.saved_tensors
         cfg, count = ctx.cfg, len(ctx.cfg.eps)
@@ -148,7 +150,7 @@ class DWShortcut(torch.autograd.Function):
             dgamma, dbeta, a_j, b_j = norm_backward(affine, dscale, dshift, True, ctx.n, cfg.group)
             a, b = a + a_j, b + b_j
             dw = affine.scale[:, None, None, None] * g + affine.shift[:, None, None, None] * one
-            dw = _like_parameter(dw.to(weight.dtype).contiguous(), weight.stride())
+            dw = torchlib.like_parameter(dw.to(weight.dtype), weight.shape, weight.stride())
             some = dw, _centre(sums_1, 1).flatten(), dgamma, dbeta
             dtypes = ctx.dtypes[4 * j : 4 * j + 4]
             grads += [None if dtype is None else grad.to(dtype) for grad, dtype in zip(some, dtypes, strict=True)]
@@ -173,13 +175,13 @@ class DWShortcutStep(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx, dy, *_):
         x, weight, *values = ctx.saved_tensors
         cfg, need = ctx.cfg, ctx.needs_input_grad
         dx, *some = _step_bwd(dy, x, weight, *values, cfg.H, cfg.W, cfg.P, need[1], cfg.backend)
         some = [g if dtype in (None, g.dtype) else g.to(dtype) for g, dtype in zip(some, ctx.dtypes, strict=True)]
-        some[0] = _like_parameter(some[0], weight.stride())
+        some[0] = torchlib.like_parameter(some[0], weight.shape, weight.stride())
         return tuple(g if wanted else None for g, wanted in zip((None, dx, dy, *some), need, strict=True))
 
 

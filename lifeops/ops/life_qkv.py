@@ -69,11 +69,20 @@ def _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, keep, P, convolve, produc
     z3 = product(d3, pw3)
     if not keep:
         d3 = x.new_empty(0)
-    if scale1_key and P:
+    if scale1_key and P and torchlib.wants_grad((z1,)):
+        z2, z3 = scale1_keys(z1, z2, z3, P)[1:]
+    elif scale1_key and P:
         d = x.shape[2] // 3
         for z in (z2, z3):
             z[:, :P, d : 2 * d] = z1[:, :P, d : 2 * d]
     return z1, z2, z3, d2, d3
+
+
+def scale1_keys(z1, z2, z3, P):
+    """The scales with scale 1's prefix keys in all of them: aux_key="scale1". Out of place, differentiable."""
+    rows = torch.arange(z1.shape[1], device=z1.device)[:, None] < P
+    columns = torch.arange(z1.shape[2], device=z1.device) // (z1.shape[2] // 3) == 1
+    return z1, *(torch.where(rows & columns, z1, z) for z in (z2, z3))
 
 
 def reference(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):

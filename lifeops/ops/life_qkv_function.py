@@ -100,11 +100,11 @@ class LifeQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
-        return _op(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend)
+        return _op(x, w1, b1, dw2, pw2.flatten(1), dw3, pw3.flatten(1), H, W, P, scale1_key, keep, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend = inputs
+        x, w1, _, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend = inputs
         z1, z2, _, d2, d3 = output
         ctx.set_materialize_grads(False)
         ctx.recompute = not keep
@@ -112,11 +112,13 @@ class LifeQKV(torch.autograd.Function):
             ctx.mark_non_differentiable(d2, d3)
             d2 = d3 = None
         ctx.save_for_backward(x, w1, dw2, pw2, dw3, pw3, z1, z2, d2, d3)
-        ctx.geometry, ctx.scale1_key, ctx.has_bias = (H, W, P, "keep", backend), scale1_key, b1 is not None
+        ctx.geometry, ctx.scale1_key = (H, W, P, "keep", backend), scale1_key
+        ctx.like = [(w.shape, w.stride()) for w in (dw2, pw2, dw3, pw3)]
 
     @staticmethod
     def backward(ctx, *grads):
         x, w1, dw2, pw2, dw3, pw3, z1, z2, d2, d3 = ctx.saved_tensors
+        pw2, pw3 = pw2.flatten(1), pw3.flatten(1)
         need, geo = ctx.needs_input_grad, ctx.geometry
         maths = _Differentiable if torch.is_grad_enabled() or torch.compiler.is_compiling() else _Raw
         *z_grads, g_d2, g_d3 = grads
@@ -134,7 +136,11 @@ class LifeQKV(torch.autograd.Function):
             gx = maths.dx(g1, w1) if need[0] else None
             gw1 = maths.dw(g1, x) if need[1] else None
             gb1 = g1.sum((0, 1)) if need[2] else None
-        return gx, gw1, gb1, g_dw2, g_pw2, g_dw3, g_pw3, None, None, None, None, None, None
+        deeper = (torchlib.like_parameter(g, *like) for g, like in zip((g_dw2, g_pw2, g_dw3, g_pw3), ctx.like, strict=True))
+        return gx, gw1, gb1, *deeper, None, None, None, None, None, None
+
+
+torchlib.set_autograd(spec.op, LifeQKV.apply)
 
 
 def _recompute(maths, z1, z2, dw2, pw2, dw3, geo, scale1_key):
@@ -151,14 +157,9 @@ def _differentiable_scales(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, k
         return token_dwconv(z, weight, grid=(H, W), num_prefix_tokens=P, backend=backend or None)
 
     z1 = F.linear(x, w1, b1)
-    z2 = F.linear(convolve(z1, dw2), pw2)
-    z3 = F.linear(convolve(z2, dw3), pw3)
-    if scale1_key and P:
-        d = x.shape[2] // 3
-        rows = torch.arange(x.shape[1], device=x.device)[:, None] < P
-        cols = torch.arange(x.shape[2], device=x.device) // d == 1
-        z2, z3 = (torch.where(rows & cols, z1, z) for z in (z2, z3))
-    return z1, z2, z3
+    z2 = F.linear(convolve(z1, dw2), pw2.flatten(1))
+    z3 = F.linear(convolve(z2, dw3), pw3.flatten(1))
+    return spec.scale1_keys(z1, z2, z3, P) if scale1_key and P else (z1, z2, z3)
 
 
 def _check_weights(w1, pw2, pw3):
@@ -194,16 +195,18 @@ def life_qkv(
     """
     args = _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend)
     if torch._C._are_functorch_transforms_active():
-        spec.check(*args)
+        spec.check(*_flat(args))
         scales = _differentiable_scales(*args)
-    else:
+    elif torchlib.builds_graph(*args[:7]) and not torchlib.captured():
         scales = torchlib.apply(LifeQKV, _op, *args)[:3]
+    else:
+        scales = torchlib.below_autograd(_op, *_flat(args))[:3]
     return scales if layout == "scales" else join_scales(scales)
 
 
 def explain(x, w1, b1, dw2, pw2, dw3, pw3, *, grid, num_prefix_tokens=1, aux_key="multiscale", layout="qkv", recompute=False, backend=None):
     """Which backend the chain and its depth-wise gradients take, and why not the others."""
-    *args, request = _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend)
+    *args, request = _flat(_arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend))
     spec.check(*args, request)
     problem = spec.op.problem(*args)
     steps = [dwconv.Problem(*problem, K=dw.shape[-1]) for dw in (dw2, dw3)]
@@ -219,7 +222,6 @@ def _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, 
     if layout not in ("qkv", "scales"):
         raise ValueError(f"{spec.NAME}: layout must be 'qkv' or 'scales', got {layout!r}")
     _check_weights(w1, pw2, pw3)
-    pw2, pw3 = pw2.flatten(1), pw3.flatten(1)
     dtype = torchlib.autocast_dtype(x)
     if dtype is not None:
         x, w1, pw2, pw3 = (t.to(dtype) for t in (x, w1, pw2, pw3))
@@ -227,6 +229,12 @@ def _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, 
     place = g.height, g.width, g.prefix, aux_key == "scale1"
     keep = torch.is_grad_enabled() and not recompute
     return x, w1, b1, dw2, pw2, dw3, pw3, *place, keep, config.requested_backend(backend)
+
+
+def _flat(args):
+    """The arguments with the point-wise weights in two dimensions, as the operator takes them; the Function takes parameters."""
+    x, w1, b1, dw2, pw2, dw3, pw3, *rest = args
+    return x, w1, b1, dw2, pw2.flatten(1), dw3, pw3.flatten(1), *rest
 
 
 def join_scales(scales):

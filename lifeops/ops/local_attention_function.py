@@ -11,24 +11,9 @@ from lifeops import config, geometry, registry, torchlib
 from lifeops.ops import local_attention as spec
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.local_attention_math import kept, log_sum_exp, scores, sequence
-from lifeops.ops.token_dwconv_function import _bwd_db, _bwd_dw, _like_parameter, token_dwconv
+from lifeops.ops.token_dwconv_function import _bwd_db, _bwd_dw, token_dwconv
 
 _fwd, _bwd = torchlib.caller(spec.fwd_op), torchlib.caller(spec.bwd_op)
-
-
-class _Once(torch.autograd.Function):
-    """The first ``count`` tensors; a gradient through them is an error."""
-
-    @staticmethod
-    def forward(ctx, count, *tensors):
-        return tensors[:count]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"{spec.NAME}: differentiable once, a second derivative was asked for; for one, write the attention with torch's"
-            " matmul and softmax and its local term with lifeops.token_dwconv"
-        )
 
 
 class LocalAttention(torch.autograd.Function):
@@ -51,21 +36,20 @@ class LocalAttention(torch.autograd.Function):
         saved = (q, k, v, attn if weight is not None else y, lse, attn_mask, key_mask, seed)
         ctx.save_for_backward(weight if need[2] else None, *(saved if ctx.attention else (None, None, v, *[None] * 5)))
         if weight is not None:
-            ctx.K, ctx.weight_stride, ctx.weight_dtype = weight.shape[-1], weight.stride(), weight.dtype
+            ctx.K, ctx.like, ctx.weight_dtype = weight.shape[-1], (weight.shape, weight.stride()), weight.dtype
         ctx.bias_dtype = bias.dtype if bias is not None and need[4] else None
 
     @staticmethod
+    @torchlib.once_differentiable(
+        spec.NAME, "for one, write the attention with torch's matmul and softmax and its local term with lifeops.token_dwconv"
+    )
     def backward(ctx, dy, *_):
-        nothing = (*[None] * 6,)
         if dy is None:
-            return *[None] * 8, *nothing
-        with torch.no_grad():
-            grads = _gradients(ctx, dy)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = [g for g in grads if g is not None]
-            marked = iter(_Once.apply(len(found), *found, dy, *(t for t in ctx.saved_tensors if t is not None)))
-            grads = [None if g is None else next(marked) for g in grads]
-        return *grads, None, None, *nothing
+            return (*[None] * 14,)
+        return *_gradients(ctx, dy), *[None] * 8
+
+
+torchlib.set_autograd(spec.fwd_op, LocalAttention.apply)
 
 
 def _gradients(ctx, dy):
@@ -79,7 +63,7 @@ def _gradients(ctx, dy):
     place = H, W, P, "zero"
     if need[3]:
         dw, db = _bwd_dw(dy, sequence(v), ctx.K, *place, ctx.weight_dtype, ctx.bias_dtype, backend)
-        dw = _like_parameter(dw, ctx.weight_stride)
+        dw = torchlib.like_parameter(dw, *ctx.like)
     elif need[4]:
         db = _bwd_db(dy, *place, ctx.bias_dtype, backend)
     grads = dq, dk, dv, dw, db, dmask
@@ -94,6 +78,21 @@ def _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, 
     if weight is None:
         return attn
     return token_dwconv(sequence(v), weight, bias, grid=(H, W), num_prefix_tokens=P, prefix="zero", residual=attn, backend=backend or None)
+
+
+def _exported(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+    """What exporters write down: torch's own attention, which they know, and which draws dropout itself."""
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(q.dtype)
+    if key_mask is not None:
+        seen = key_mask[:, None, None]
+        if attn_mask is not None:
+            seen = attn_mask & seen if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~seen, -torch.inf)
+        attn_mask = seen
+    attn = sequence(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale))
+    if weight is None:
+        return attn
+    return token_dwconv(sequence(v), weight, bias, grid=(H, W), num_prefix_tokens=P, prefix="zero", residual=attn)
 
 
 def _four(name, attn_mask, q):
@@ -176,6 +175,9 @@ def local_attention(
     if torch._C._are_functorch_transforms_active():
         spec.check(*args)
         return _by_torch(*args)
+    if torchlib.exporting() and not args[-1]:
+        spec.check(*args)
+        return _exported(*args)
     return torchlib.apply(LocalAttention, _fwd, *args)[0]
 
 

@@ -26,8 +26,9 @@ _dwconv, _dwconv_bwd_dx, _dwconv_bwd_dw = map(torchlib.caller, (dwconv.fwd_op, d
 
 
 class Config(NamedTuple):
-    """What is not a tensor. ``groups``: per norm the process group its statistics are shared in, or None."""
+    """What is not a tensor. ``dtype``: of the products. ``groups``: per norm the process group its statistics are shared in, or None."""
 
+    dtype: torch.dtype
     act: str
     gate: str
     H: int
@@ -97,12 +98,18 @@ def _gated(z2, n2: Affine, s, cfg: Config):
     return _act(z2, n2.scale, n2.shift, s, None, cfg.act, patches(cfg), cfg.backend)
 
 
+def _product(weight, bias, cfg: Config):
+    """A 1x1 convolution's parameters as a product takes them."""
+    return weight.flatten(1).to(cfg.dtype), None if bias is None else bias.to(cfg.dtype)
+
+
 def infer(x, w1, b1, norm1: Norm, dw, bd, norm2: Norm, gate_params, w2, b2, norm3: Norm, cfg: Config):
     """The chain without gradients, all norms on constants: the second activation is an epilogue of the convolution."""
     geo = cfg.H, cfg.W, 0, "keep"
     n1, n2, n3 = (_affine(norm, None, 0, eps, None)[0] for norm, eps in zip((norm1, norm2, norm3), cfg.eps, strict=True))
+    (w1, b1), (w2, b2) = _product(w1, b1, cfg), _product(w2, b2, cfg)
     n1, n3 = _with_bias(n1, b1), _with_bias(n3, b2)  # the consumer adds it on the way; a product would read its output again
-    z1 = pointwise(_patches(x, cfg, w1.dtype), w1)
+    z1 = pointwise(_patches(x, cfg, cfg.dtype), w1)
     u, pool, _, _ = _dwconv(
         z1, dw, bd, n1.scale, n1.shift, cfg.act, n2.scale, n2.shift, cfg.act, None, *geo, bool(cfg.gate), False, cfg.backend
     )
@@ -112,6 +119,15 @@ def infer(x, w1, b1, norm1: Norm, dw, bd, norm2: Norm, gate_params, w2, b2, norm
     return _add_rows(x, pointwise(u, w2), n3, cfg)
 
 
+def _like(grad, like):
+    shape, stride, dtype = like
+    return torchlib.like_parameter(grad.to(dtype), shape, stride)
+
+
+def _to(grad, dtype):
+    return None if grad is None or dtype is None else grad.to(dtype)
+
+
 class LocalityFFN(torch.autograd.Function):
     """(y, mean1, var1, mean2, var2, mean3, var3): the batch statistics are None where a norm does not use them."""
 
@@ -119,7 +135,10 @@ class LocalityFFN(torch.autograd.Function):
     def forward(ctx, cfg: Config, x, w1, b1, g1, be1, m1, v1, dw, bd, g2, be2, m2, v2, q0, q1, q2, q3, w2, b2, g3, be3, m3, v3):
         norms = Norm(g1, be1, m1, v1), Norm(g2, be2, m2, v2), Norm(g3, be3, m3, v3)
         n = x.shape[0] * patches(cfg)
-        t = _patches(x, cfg, w1.dtype)
+        ctx.like = [(w.shape, w.stride(), w.dtype) for w in (w1, dw, w2)]
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in (b1, bd, b2)]
+        (w1, b1), (w2, b2) = _product(w1, b1, cfg), _product(w2, b2, cfg)
+        t = _patches(x, cfg, cfg.dtype)
         z1 = pointwise(t, w1, b1)
         n1, *batch1, count1 = _affine(norms[0], lambda: _stats(z1, "none", patches(cfg), cfg.backend), n, cfg.eps[0], cfg.groups[0])
         geo = cfg.H, cfg.W, 0, "keep"
@@ -135,14 +154,15 @@ class LocalityFFN(torch.autograd.Function):
         n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, "none", patches(cfg), cfg.backend), n, cfg.eps[2], cfg.groups[2])
         y = _add_rows(x, z3, n3, cfg)
         ctx.cfg, ctx.counts, ctx.on_batch = cfg, (count1, count2, count3), tuple(on_batch(norm) for norm in norms)
-        ctx.bias_dtype = None if bd is None else bd.dtype
         ctx.save_for_backward(t, z1, z2, z3, m, w1, dw, w2, *n1, *n2, *n3, q0, q1, q2, q3)
         batch = [value if on_batch(norm) else None for norm, pair in zip(norms, (batch1, batch2, batch3), strict=True) for value in pair]
         ctx.mark_non_differentiable(*(value for value in batch if value is not None))
         return y, *batch
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @torchlib.once_differentiable(
+        "LocalityFeedForward", "for one, use torch.func, under which the module's layers are called one by one"
+    )
     def backward(ctx, dy, *_):
         t, z1, z2, z3, m, w1, dw, w2, *rest = ctx.saved_tensors
         n1, n2, n3 = Affine(*rest[0:4]), Affine(*rest[4:8]), Affine(*rest[8:12])
@@ -176,7 +196,7 @@ class LocalityFFN(torch.autograd.Function):
         # the depth-wise convolution and N1
         geo = cfg.H, cfg.W, 0, "keep"
         prologue = n1.scale, n1.shift, cfg.act
-        ddw, dbd = _dwconv_bwd_dw(dz2, z1, dw.shape[-1], *prologue, *geo, dw.dtype, ctx.bias_dtype, cfg.backend)
+        ddw, dbd = _dwconv_bwd_dw(dz2, z1, dw.shape[-1], *prologue, *geo, dw.dtype, ctx.bias_dtypes[1], cfg.backend)
         dz1, dscale, dshift = _dwconv_bwd_dx(dz2, z1, dw, *prologue, None, None, *geo, cfg.backend)
         if n1.scale is not None:
             dg1, dbe1, a, b = norm_backward(n1, dscale, dshift, *sums1)
@@ -186,8 +206,9 @@ class LocalityFFN(torch.autograd.Function):
         dw1 = pointwise_bwd_dw(dz1, t)
         dx = _add_rows(dy, pointwise_bwd_dx(dz1, w1), Affine(), cfg) if ctx.needs_input_grad[1] else None
         dq = (*dgate, None, None, None, None)[:4]
+        dw1, ddw, dw2 = (_like(g, like) for g, like in zip((dw1, ddw, dw2), ctx.like, strict=True))
+        db1, dbd, db2 = (_to(g, dtype) for g, dtype in zip((db1, dbd, db2), ctx.bias_dtypes, strict=True))
         grads = [
-            None, dx, dw1, db1, dg1, dbe1, None, None, ddw, None if ctx.bias_dtype is None else dbd, dg2, dbe2, None, None, *dq,
-            dw2, db2, dg3, dbe3, None, None,
+            None, dx, dw1, db1, dg1, dbe1, None, None, ddw, dbd, dg2, dbe2, None, None, *dq, dw2, db2, dg3, dbe3, None, None,
         ]  # fmt: skip
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))

@@ -14,9 +14,12 @@ from lifeops import torchlib
 from lifeops.ops import activations, channel_act
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops import token_dwconv_act as spec
-from lifeops.ops.token_dwconv_function import _bwd_db, _like_parameter, token_dwconv
+from lifeops.ops.token_dwconv_function import _bwd_db, token_dwconv
 
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.caller, (spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op))
+_once = torchlib.once_differentiable(
+    "token_dwconv with a prologue or an epilogue", "for one, apply torch's own operators around lifeops.token_dwconv"
+)
 _act, _sums, _grad = map(torchlib.caller, (channel_act.act_op, channel_act.sums_op, channel_act.grad_op))
 
 
@@ -47,12 +50,12 @@ class TokenDWConvAct(torch.autograd.Function):
         need = ctx.needs_input_grad
         ctx.save_for_backward(x, weight if need[0] or need[3] or need[4] else None, scale, shift)
         ctx.act, ctx.geometry, ctx.backend = act, (H, W, P, prefix), backend
-        ctx.K, ctx.weight_stride, ctx.weight_dtype = weight.shape[-1], weight.stride(), weight.dtype
+        ctx.K, ctx.like, ctx.weight_dtype = weight.shape[-1], (weight.shape, weight.stride()), weight.dtype
         ctx.bias_dtype = bias.dtype if bias is not None and need[2] else None
         return _fwd(x, weight, bias, scale, shift, act, None, None, "none", residual, H, W, P, prefix, False, False, backend)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx, dy):
         x, weight, scale, shift = ctx.saved_tensors
         need, prologue, dx, dw, db, dscale, dshift = ctx.needs_input_grad, (scale, shift, ctx.act), *[None] * 5
@@ -60,7 +63,7 @@ class TokenDWConvAct(torch.autograd.Function):
             dx, dscale, dshift = _bwd_dx(dy, x, weight, *prologue, None, None, *ctx.geometry, ctx.backend)
         if need[1]:
             dw, db = _bwd_dw(dy, x, ctx.K, *prologue, *ctx.geometry, ctx.weight_dtype, ctx.bias_dtype, ctx.backend)
-            dw = _like_parameter(dw, ctx.weight_stride)
+            dw = torchlib.like_parameter(dw, *ctx.like)
         elif need[2]:
             db = _bwd_db(dy, *ctx.geometry, ctx.bias_dtype, ctx.backend)
         grads = dx, dw, db, dscale, dshift, dy
@@ -77,7 +80,7 @@ class ChannelActivation(torch.autograd.Function):
         return _act(x, scale, shift, None, None, act, x.shape[1], backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once
     def backward(ctx, dy):
         x, scale, shift = ctx.saved_tensors
         place, dx, dscale, dshift = (x.shape[1], ctx.backend), None, None, None
@@ -119,28 +122,42 @@ def _summed(y, pool, stats):
     return wide.sum(1) if pool else None, *(channel_act.stats_of(wide) if stats else (None, None))
 
 
+def _graph(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend):
+    """The operator's outputs with gradients, None where a sum was not asked for."""
+    after = ChannelAct(out_scale, out_shift, out_act)
+    if after == ChannelAct() and not (pool or stats):
+        y = TokenDWConvAct.apply(x, weight, bias, scale, shift, residual, act, H, W, P, prefix, backend)
+        return y, None, None, None
+    y = TokenDWConvAct.apply(x, weight, bias, scale, shift, None, act, H, W, P, "drop", backend)
+    if after != ChannelAct():
+        y = ChannelActivation.apply(y, *after, backend)
+    return _assembled(y, x, residual, P, prefix), *_summed(y, pool, stats)
+
+
+def _operator(*args):
+    """The same with empty tensors for the sums that were not asked for, as the schema has it."""
+    y, *sums = _graph(*args)
+    return y, *(args[0].new_empty(0, dtype=channel_act.accumulate_dtype(args[0].dtype)) if t is None else t for t in sums)
+
+
+torchlib.set_autograd(spec.fwd_op, _operator)
+
+
 def convolve(args, prologue, epilogue, pool, stats):
     """token_dwconv with the rest: ``args`` are the schema arguments of the plain operator."""
     x, weight, bias, residual, H, W, P, prefix, backend = args
     before, after = _values("prologue", x, prologue), _values("epilogue", x, epilogue)
-    spec.check(x, weight, bias, *before, *after, residual, H, W, P, prefix, pool, stats, backend)
-    tensors = (x, weight, bias, residual, *before[:2], *after[:2])
+    full = (x, weight, bias, *before, *after, residual, H, W, P, prefix, pool, stats, backend)
+    spec.check(*full)
+    asked = pool, stats, stats
     if torch._C._are_functorch_transforms_active():
         y = _transformed(args, before, after)
-    elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, *sums = _fwd(x, weight, bias, *before, *after, residual, H, W, P, prefix, pool, stats, backend)
-        sums = [t if asked else None for t, asked in zip(sums, (pool, stats, stats), strict=True)]
-        return Convolved(y, *sums) if pool or stats else y
-    elif after == ChannelAct() and not (pool or stats):
-        return TokenDWConvAct.apply(x, weight, bias, *before[:2], residual, before.act, H, W, P, prefix, backend)
+        y, *sums = _assembled(y, x, residual, P, prefix), *_summed(y, pool, stats)
+    elif torchlib.captured() or not torchlib.wants_grad((x, weight, bias, residual, *before[:2], *after[:2])):
+        y, *sums = torchlib.below_autograd(_fwd, *full)
     else:
-        y = TokenDWConvAct.apply(x, weight, bias, *before[:2], None, before.act, H, W, P, "drop", backend)
-        if after != ChannelAct():
-            y = ChannelActivation.apply(y, *after, backend)
-    sums = _summed(y, pool, stats)
-    y = _assembled(y, x, residual, P, prefix)
-    return Convolved(y, *sums) if pool or stats else y
+        y, *sums = _graph(*full)
+    return Convolved(y, *(t if a else None for t, a in zip(sums, asked, strict=True))) if pool or stats else y
 
 
 def explain_ops(x, weight, prologue, epilogue):

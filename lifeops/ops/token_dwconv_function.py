@@ -22,13 +22,6 @@ def _filter_only(prefix):
     return "zero" if prefix == "keep" else prefix
 
 
-def _like_parameter(dw, stride):
-    """``dw`` (contiguous) with the parameter's strides, which DistributedDataParallel's buckets expect."""
-    if dw is None or dw.stride() == stride or 0 in stride:
-        return dw
-    return torch.empty_strided(dw.shape, stride, dtype=dw.dtype, device=dw.device).copy_(dw)
-
-
 class TokenDWConv(torch.autograd.Function):
     """y = token_dwconv(x, weight, bias, residual): see :func:`lifeops.token_dwconv`."""
 
@@ -43,7 +36,7 @@ class TokenDWConv(torch.autograd.Function):
         x, weight, bias, _, *ctx.geometry = inputs
         need = ctx.needs_input_grad
         ctx.save_for_backward(x if need[1] else None, weight if need[0] else None)
-        ctx.K, ctx.weight_stride, ctx.weight_dtype = weight.shape[-1], weight.stride(), weight.dtype
+        ctx.K, ctx.like, ctx.weight_dtype = weight.shape[-1], (weight.shape, weight.stride()), weight.dtype
         ctx.bias_dtype = bias.dtype if bias is not None and need[2] else None
 
     @staticmethod
@@ -56,7 +49,7 @@ class TokenDWConv(torch.autograd.Function):
             *geo, backend = ctx.geometry
             args = (dy, x, ctx.K, *geo, ctx.weight_dtype, ctx.bias_dtype, backend)
             dw, db = torchlib.apply(TokenDWConvWeightGrad, _bwd_dw, *args)
-            dw = _like_parameter(dw, ctx.weight_stride)
+            dw = torchlib.like_parameter(dw, *ctx.like)
         elif need[2]:
             *geo, backend = ctx.geometry
             db = torchlib.apply(TokenDWConvBiasGrad, _bwd_db, dy, *geo, ctx.bias_dtype, backend)
@@ -185,6 +178,9 @@ def _vmap_bwd_db(info, in_dims, dy, *rest):
     return _bwd_db(_fold(dy, in_dims[0], info.batch_size), *rest).unflatten(0, (info.batch_size, -1)), 0
 
 
+_FUNCTIONS = (TokenDWConv, TokenDWConvInputGrad, TokenDWConvWeightGrad, TokenDWConvBiasGrad)
+for _spec, _function in zip((spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op, spec.bwd_db_op), _FUNCTIONS, strict=True):
+    torchlib.set_autograd(_spec, _function.apply)
 torchlib.set_vmap(spec.fwd_op, _vmap_fwd)
 torchlib.set_vmap(spec.bwd_dx_op, _vmap_bwd_dx)
 torchlib.set_vmap(spec.bwd_dw_op, _vmap_bwd_dw)

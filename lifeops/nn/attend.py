@@ -1,0 +1,57 @@
+"""Attention over a module's queries, keys and values, with its ``attn_drop`` and, if it has one, its local term."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lifeops import config
+from lifeops.nn.maps import to_maps, to_tokens, unambiguous
+from lifeops.nn.plain import exactly, is_plain
+from lifeops.ops.local_attention_function import local_attention
+from lifeops.ops.local_attention_math import causal_mask, sequence
+
+DROPOUT = exactly(nn.Dropout, nn.Identity)
+
+
+def attend(module, q, k, v, attn_mask, is_causal, local=None, *, grid, num_prefix_tokens, fused):
+    """softmax(q kᵀ / sqrt(d) + attn_mask) v (+ the convolution ``local`` of the values), (B, N, C); q, k, v (B, h, N, d).
+
+    ``fused``: ``attn_drop`` and ``local`` are what the op computes; else each is called where the op cannot stand for it. There are no
+    CUDA C++ kernels of it: who asks for them gets the best. Without a local term other devices than the CPU take torch's own attention,
+    which measured kernels have yet to beat there.
+    """
+    if is_causal:
+        if attn_mask is not None:
+            raise ValueError(f"{type(module).__name__}: attn_mask must be None where is_causal is set")
+        attn_mask = causal_mask(q.shape[2], q.device)
+    drop = module.attn_drop
+    if not fused and not is_plain(drop, DROPOUT):
+        y, own = sequence(_by_layer(drop, q, k, v, attn_mask)), False
+    else:
+        own = local is not None and fused
+        y = _by_op(q, k, v, local if own else None, attn_mask, getattr(drop, "p", 0.0) if drop.training else 0.0, grid, num_prefix_tokens)
+    if local is None or own:
+        return y
+    term = to_tokens(local(unambiguous(to_maps(sequence(v)[:, num_prefix_tokens:], grid))))
+    return y + F.pad(term, (0, 0, num_prefix_tokens, 0))
+
+
+def _by_op(q, k, v, local, attn_mask, drop, grid, num_prefix_tokens):
+    request = config.requested_backend(None)
+    if local is None and q.device.type != "cpu" and request in ("", "cuda"):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop).transpose(1, 2).flatten(2)
+    parameters = (None, None) if local is None else (local.weight, local.bias)
+    place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens, "backend": "" if request == "cuda" else None}
+    return local_attention(q, k, v, *parameters, attn_mask=attn_mask, dropout_p=drop, **place)
+
+
+def _by_layer(drop, q, k, v, attn_mask):
+    """With the probabilities (B, h, N, N) written out and ``drop`` called on them."""
+    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if attn_mask is not None:
+        s = s.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else s + attn_mask
+        nothing = (s == -torch.inf).all(-1, keepdim=True)
+        return drop(s.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0).to(v.dtype)) @ v
+    return drop(s.softmax(-1).to(v.dtype)) @ v

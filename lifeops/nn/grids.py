@@ -1,0 +1,290 @@
+"""Which patch grid the tokens of a converted model have: bound to the forward pass that runs, never left on the model.
+
+timm's blocks hand no grid down. So a converted model has hooks, and each thread keeps a stack of scopes for it:
+
+* the model opens a scope, its patch embedding fills in the grid, the scope ends with the call;
+* a block opens a scope of its own with the grid of its tokens: the enclosing scope's, or the one its tokens' storage carries. The
+  storage carries it because activation checkpointing calls a block again, during backward, with the same tokens and nothing else.
+
+A scope belongs to the Python frame that opened it and counts only while that frame runs, so that one which an exception or Ctrl-C
+left behind cannot be read. Compilers see plain ints or SymInts: they trace the hooks of the model and of the embedding, and what they
+read is the thread's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from lifeops import geometry
+
+Grid = tuple[int, int]
+_CARRIED = "lifeops_grids"
+_MODULE_FILE = torch.nn.modules.module.__file__
+
+
+class _Scope(NamedTuple):
+    """``frame`` and ``code``: the id and the code of the frame that opened it, together no other frame's while it runs; None: a
+    ``with`` ends it. ``waits``: the grid is still to come from the patch embedding.
+    """
+
+    opener: object
+    grid: Grid | None
+    frame: int = 0
+    code: object = None
+    waits: bool = False
+
+
+class _Thread(threading.local):
+    scopes: tuple[_Scope, ...] = ()
+    traced: Grid | None = None  # of the program that a compiler is tracing in this thread
+
+
+def _caller(skip: int):
+    """The frame that called the module whose hook this is, past torch's own."""
+    frame = sys._getframe(skip)
+    while frame.f_back is not None and frame.f_code.co_filename == _MODULE_FILE:
+        frame = frame.f_back
+    return frame
+
+
+def _runs(scope: _Scope) -> bool:
+    if scope.code is None:
+        return True
+    frame = sys._getframe(1)
+    while frame is not None:
+        if id(frame) == scope.frame and frame.f_code is scope.code:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor) -> Grid:
+    """(H, W) of what a patch embedding gave out: maps tell it, timm's and lifeops' flat tokens come from one that says it."""
+    if output.dim() == 4:  # dynamic_img_size: NHWC unless told otherwise
+        nchw = str(getattr(embed, "output_fmt", "NHWC")).endswith("NCHW")
+        grid = output.shape[2:4] if nchw else output.shape[1:3]
+    else:
+        grid = _flat_grid(embed, args, output)
+    # torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones
+    return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in grid)
+
+
+def _flat_grid(embed, args, output):
+    size = tuple(args[0].shape[-2:]) if args and args[0].dim() == 4 else None
+    patch = getattr(embed, "patch_size", None)
+    patch = (patch, patch) if isinstance(patch, int) else patch
+    found = []
+    if size is not None and hasattr(embed, "dynamic_feat_size"):
+        found.append(embed.dynamic_feat_size(size))
+    elif size is not None and patch is not None:
+        found.append((size[0] // patch[0], size[1] // patch[1]))
+    if getattr(embed, "grid_size", None) is not None:
+        found.append(embed.grid_size)
+    for grid in found:
+        if grid[0] * grid[1] == output.shape[1]:
+            return grid
+    raise ValueError(
+        f"lifeops: {type(embed).__name__}, the model's patch embedding, gives {tuple(output.shape)}, whose {output.shape[1]} tokens are no"
+        f" grid that it tells ({', '.join(map(str, found)) or 'it has neither grid_size nor patch_size'}); give maps of four dimensions,"
+        " or grid_size=(H, W)"
+    )
+
+
+class GridHolder:
+    """The grid of a module: the one it was built with, or that of the forward pass that runs now in this thread.
+
+    A converted model's modules share one, whose methods are the hooks. Copies and pickles start without open scopes.
+    """
+
+    def __init__(self, grid: Grid | None = None):
+        self.fixed = None if grid is None else tuple(grid)
+        self._thread = _Thread()
+        self._seen: set[Grid] = set()
+        self._embed_hook: int | None = None
+
+    def __getstate__(self):
+        return {"fixed": self.fixed, "_embed_hook": self._embed_hook}
+
+    def __setstate__(self, state):
+        self.__init__()
+        self.__dict__.update(state)
+
+    # -------------------------------------------------------------------------------------------- reading
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid that a module has to use now; None if there is none."""
+        if self.fixed is not None:
+            return self.fixed
+        if torch.compiler.is_compiling():
+            return self._traced()
+        scope = self._scope()
+        return None if scope is None else scope.grid
+
+    def _traced(self) -> Grid | None:
+        """What a compiler reads: the traced program's own, an enclosing eager call's, or the only one there ever was, which is what a
+        recomputation of a compiled block can know.
+        """
+        thread = self._thread
+        if thread.traced is not None:
+            return thread.traced
+        if thread.scopes:
+            return thread.scopes[-1].grid
+        return next(iter(self._seen)) if len(self._seen) == 1 else None
+
+    def of(self, module: str, grid: Grid | None) -> Grid:
+        """``grid``, or else the one that is bound. Raises ValueError if there is neither."""
+        grid = self.grid if grid is None else grid
+        if grid is None:
+            raise ValueError(
+                f"{module}: the grid is unknown: give forward(…, grid=(H, W)) or {module}(…, grid=(H, W)). A converted model knows it while"
+                " model(images), forward_features or forward_intermediates runs; for blocks called on their own say it with"
+                " `with lifeops.use_grid(model, (H, W)):`"
+            )
+        return grid
+
+    # -------------------------------------------------------------------------------------------- scopes
+
+    def _scope(self) -> _Scope | None:
+        """The innermost scope whose frame runs."""
+        thread = self._thread
+        while thread.scopes:
+            scope = thread.scopes[-1]
+            if _runs(scope):
+                return scope
+            thread.scopes = thread.scopes[:-1]
+        return None
+
+    def _open(self, opener, grid: Grid | None, frame=None, waits: bool = False) -> None:
+        self._scope()  # forgets those that an exception has left behind
+        place = (0, None) if frame is None else (id(frame), frame.f_code)
+        self._thread.scopes = (*self._thread.scopes, _Scope(opener, grid, *place, waits))
+
+    def _close(self, opener) -> _Scope | None:
+        scopes = self._thread.scopes
+        for i in range(len(scopes) - 1, -1, -1):
+            if scopes[i].opener is opener:
+                self._thread.scopes = scopes[:i]
+                return scopes[i]
+        return None
+
+    @contextlib.contextmanager
+    def use(self, grid: Grid) -> Iterator[None]:
+        """Bind ``grid`` in this thread, for blocks that are called on their own."""
+        opener = object()
+        self._seen.add(grid)
+        self._open(opener, grid)
+        try:
+            yield
+        finally:
+            self._close(opener)
+
+    # -------------------------------------------------------------------------------------------- hooks
+
+    def enter_model(self, model, args):
+        if torch.compiler.is_compiling():
+            return
+        if self._embed_hook not in model.patch_embed._forward_hooks:  # the embedding was exchanged
+            self.watch(model.patch_embed)
+        self._open(model, None, sys._getframe(1), waits=True)
+
+    def leave_model(self, model, args, output):
+        if torch.compiler.is_compiling():
+            self._thread.traced = None
+        else:
+            self._close(model)
+
+    def embedded(self, embed, args, output):
+        grid = embedded_grid(embed, args, output)
+        thread = self._thread
+        if torch.compiler.is_compiling():
+            thread.traced = grid
+            return
+        self._seen.add(grid)
+        scope = self._scope()
+        if scope is not None and scope.waits:
+            thread.scopes = (*thread.scopes[:-1], scope._replace(grid=grid))
+        else:  # forward_features and the like, called past model(images): the grid is that of the method that runs
+            self._open(embed, grid, _caller(2))
+
+    def enter_block(self, block, args):
+        if torch.compiler.is_compiling():
+            return
+        x = args[0] if args else None
+        again = torch._C._current_graph_task_id() != -1  # inside backward
+        grid, carried = self.grid, _carried(x, self)
+        if carried is not None and (again or grid is None):
+            grid = carried
+        elif grid is None and again and len(self._seen) == 1:  # tokens that went to another memory and back
+            grid = next(iter(self._seen))
+        _carry(x, self, grid)
+        self._open(block, grid, sys._getframe(1))
+
+    def leave_block(self, block, args, output):
+        if torch.compiler.is_compiling():
+            return
+        scope = self._close(block)
+        if scope is not None:
+            _carry(output, self, scope.grid)
+
+    def watch(self, embed: nn.Module) -> None:
+        """Hook the patch embedding."""
+        self._embed_hook = embed.register_forward_hook(self.embedded).id
+
+    def unwatch(self, model: nn.Module) -> None:
+        """Take the hook off every patch embedding that is still there."""
+        for m in model.modules():
+            for key in [key for key, hook in m._forward_hooks.items() if getattr(hook, "__self__", None) is self]:
+                del m._forward_hooks[key]
+
+
+# ------------------------------------------------------------------------------------------------ grids that tokens carry
+
+
+def _has_memory(x) -> bool:
+    return type(x) is torch.Tensor and not torch._C._are_functorch_transforms_active()
+
+
+def _carried(x, holder: GridHolder) -> Grid | None:
+    return getattr(x.untyped_storage(), _CARRIED, {}).get(holder) if _has_memory(x) else None
+
+
+def _carry(x, holder: GridHolder, grid: Grid | None) -> None:
+    if grid is None or not _has_memory(x):
+        return
+    storage = x.untyped_storage()
+    if not hasattr(storage, _CARRIED):
+        setattr(storage, _CARRIED, {})
+    getattr(storage, _CARRIED)[holder] = grid
+
+
+def holders(module: nn.Module) -> list[GridHolder]:
+    """The holders of the modules inside ``module``, each once."""
+    found = [m.__dict__.get("grid_holder") for m in module.modules()]
+    return list({id(h): h for h in found if h is not None}.values())
+
+
+@contextlib.contextmanager
+def use_grid(model: nn.Module, grid: Grid) -> Iterator[None]:
+    """Inside the ``with``, in this thread, the tokens given to lifeops' modules in ``model`` lie on ``grid`` (H, W).
+
+    For parts of a converted model that are called on their own: ``with lifeops.use_grid(model, (14, 14)): model.blocks[0](tokens)``.
+    A grid given to ``forward`` or at construction, and that of a forward pass of the model inside the ``with``, come first.
+
+    Raises ValueError if no module of ``model`` asks for a grid, TypeError or ValueError for what is no grid.
+    """
+    g = geometry.to_grid("use_grid", grid, 0)
+    found = holders(model)
+    if not found:
+        raise ValueError(f"use_grid: {type(model).__name__} has no module of lifeops that asks for a grid")
+    with contextlib.ExitStack() as stack:
+        for holder in found:
+            stack.enter_context(holder.use((g.height, g.width)))
+        yield

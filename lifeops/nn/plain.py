@@ -1,0 +1,192 @@
+"""Whether the layers inside a fused module are the ones that its kernels compute.
+
+A fused module reads the parameters of its layers without calling them. That is right only as long as each of them is exactly the
+layer that the kernel stands for; else the module calls its layers one after another (its composed path), which is what any
+exchanged, wrapped, hooked, parametrised, quantised, pruned, sharded or offloaded layer needs. A module lists its layers in
+``fused_layers()``: (path, rule), and a rule says why a layer is not what is computed. :func:`is_fused` is asked at every call: it
+looks whether anything has changed since the rules were read, in about 2 µs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from operator import itemgetter
+
+import torch
+import torch.nn.modules.module as torch_module
+from torch import nn
+
+Rule = Callable[[nn.Module], list[str]]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
+_CONVS = (nn.Conv1d, nn.Conv2d)
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, type(None))
+_TRACED = "torch._subclasses"  # fake and functional tensors stand for plain ones
+_geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_WATCH = "_lifeops_watch"
+
+
+# ------------------------------------------------------------------------------------------------ rules
+
+
+def exactly(*types: type) -> Rule:
+    """The layer is of one of these types, not of a subclass."""
+
+    def rule(layer):
+        names = " or ".join(t.__name__ for t in types)
+        return [] if type(layer) in types else [f"it is a {type(layer).__name__}, the kernel computes a {names}"]
+
+    return rule
+
+
+def _conv_reasons(layer, wanted: dict) -> list[str]:
+    values = [(name, getattr(layer, name), kinds) for name, kinds in wanted.items()]
+    return [f"{name} is {value!r}, the kernel computes {kinds[0]!r}" for name, value, kinds in values if value not in kinds]
+
+
+def pointwise(layer) -> list[str]:
+    """A 1x1 convolution of all channels."""
+    if type(layer) is not nn.Conv2d:
+        return exactly(nn.Conv2d)(layer)
+    return _conv_reasons(layer, {"kernel_size": ((1, 1),), "stride": ((1, 1),), "padding": ((0, 0), "same", "valid"), "groups": (1,)})
+
+
+def depthwise(layer) -> list[str]:
+    """A K x K depth-wise convolution, odd K, stride 1, zero 'same' padding."""
+    if type(layer) is not nn.Conv2d:
+        return exactly(nn.Conv2d)(layer)
+    K = layer.kernel_size[0]
+    wanted = {
+        "kernel_size": ((K, K),) if K % 2 else ("an odd size",), "stride": ((1, 1),), "padding": ((K // 2, K // 2), "same"),
+        "dilation": ((1, 1),), "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",),
+    }  # fmt: skip
+    return _conv_reasons(layer, wanted)
+
+
+def channel_conv(layer) -> list[str]:
+    """A convolution over neighbouring channels, (1, 1, k), without a bias."""
+    if type(layer) is not nn.Conv1d:
+        return exactly(nn.Conv1d)(layer)
+    k = layer.kernel_size[0]
+    wanted = {
+        "in_channels": (1,), "out_channels": (1,), "stride": ((1,),), "padding": ((k // 2,), "same"), "dilation": ((1,),),
+        "padding_mode": ("zeros",), "bias": (None,),
+    }  # fmt: skip
+    return _conv_reasons(layer, wanted)
+
+
+def batch_norm(layer) -> list[str]:
+    """A batch norm, or what ``fuse_`` leaves of it."""
+    wrong = exactly(nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)(layer)
+    if not wrong and type(layer) is not nn.Identity and not layer.affine:
+        return ["it has no weight and bias"]
+    return wrong
+
+
+# ------------------------------------------------------------------------------------------------ any layer
+
+
+def _keeps_names_only(hook) -> bool:
+    """torch.utils.module_tracker's, which FlopCounterMode registers: they see that a module runs and change nothing."""
+    return type(getattr(hook, "__self__", None)).__module__ == "torch.utils.module_tracker"
+
+
+def global_hooks() -> list[str]:
+    """Hooks registered for all modules that need every layer to be called."""
+    found = [hook for hooks in _GLOBAL_HOOKS for hook in hooks.values() if not _keeps_names_only(hook)]
+    return [f"{len(found)} hooks are registered for all modules"] if found else []
+
+
+def _touched(layer: nn.Module) -> list[str]:
+    """What was done to a layer beside exchanging it."""
+    found = [f"it has {name.strip('_').replace('_', ' ')}" for name in _HOOKS if getattr(layer, name)]
+    if "forward" in layer.__dict__:
+        found.append("its forward was replaced (offloaded, patched)")
+    tensors = [(name, getattr(layer, name, None)) for name in ("weight", "bias")]
+    for name, t in tensors:
+        if not callable(t) and type(t) not in _PLAIN_TENSORS and not type(t).__module__.startswith(_TRACED):
+            found.append(f"its {name} is a {type(t).__name__}")
+    return found
+
+
+def _resolve(module: nn.Module, path: str):
+    """The layer at ``path`` and the modules on the way to it, the layer left out; None where a name is missing."""
+    way, layer = [], module
+    for name in path.split("."):
+        way.append(layer)
+        layer = getattr(layer, "_modules", {}).get(name)
+        if layer is None:
+            return way, None
+    return way, layer
+
+
+def reasons(module: nn.Module) -> list[str]:
+    """Why ``module`` calls its layers one by one; empty if its fused path computes what they do."""
+    found = global_hooks()
+    for path, rule in module.fused_layers():
+        _, layer = _resolve(module, path)
+        wrong = ["it is missing"] if layer is None else why_not(layer, rule)
+        found += [f"{path}: {why}" for why in wrong]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ asked at every call
+
+
+class _Watch:
+    """What the answer depends on, flat, so that asking whether it is still so is a few calls into C."""
+
+    def __init__(self, module: nn.Module):
+        found = [_resolve(module, path) for path, _ in module.fused_layers()]
+        containers = list({id(m): m for way, _ in found for m in way}.values())
+        layers = [layer for _, layer in found if layer is not None]
+        nodes = list({id(m): m for m in (*containers[1:], *layers)}.values())
+        self.owner = module._modules
+        self.fused = not reasons(module)
+        self.hooks = [*_GLOBAL_HOOKS, *(getattr(m, name) for m in layers for name in _HOOKS)]
+        self.containers = [m._modules for m in containers]
+        self.dicts = [m.__dict__ for m in nodes]
+        self.parameters = [m._parameters for m in layers]
+        self.convs = [m.__dict__ for m in layers if isinstance(m, _CONVS)]
+        self.nodes, self.state = nodes, None
+        self.state = self._look()
+
+    def _look(self):
+        return (
+            [*chain.from_iterable(map(dict.values, self.containers))],
+            [*map(type, self.nodes)],
+            [*map(len, self.dicts)],
+            [*map(type, chain.from_iterable(map(dict.values, self.parameters)))],
+            [*map(_geometry, self.convs)],
+        )
+
+    def holds(self) -> bool:
+        return not any(self.hooks) and self._look() == self.state
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether ``module`` may compute what its layers compute without calling them."""
+    if torch.compiler.is_compiling():
+        return not reasons(module)
+    watch = module.__dict__.get(_WATCH)
+    if watch is not None and watch.owner is module._modules and watch.holds():
+        return watch.fused
+    watch = module.__dict__[_WATCH] = _Watch(module)  # past nn.Module.__setattr__
+    return watch.fused
+
+
+def why_not(layer: nn.Module, rule: Rule) -> list[str]:
+    """Why one layer is not plainly what ``rule`` describes, hooks for all modules left out."""
+    return [*rule(layer), *_touched(layer)]
+
+
+def is_plain(layer: nn.Module, rule: Rule) -> bool:
+    """:func:`is_fused` for one layer, read afresh."""
+    return not (why_not(layer, rule) or global_hooks())
