@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config
-from lifeops.nn.maps import to_maps, to_tokens, unambiguous
-from lifeops.nn.plain import exactly, is_plain
+from lifeops.nn.maps import call, to_maps, to_tokens
+from lifeops.nn.plain import depthwise, exactly, is_plain
 from lifeops.ops.local_attention_function import local_attention
 from lifeops.ops.local_attention_math import causal_mask, sequence
 
@@ -34,7 +34,7 @@ def attend(module, q, k, v, attn_mask, is_causal, local=None, *, grid, num_prefi
         y = _by_op(q, k, v, local if own else None, attn_mask, getattr(drop, "p", 0.0) if drop.training else 0.0, grid, num_prefix_tokens)
     if local is None or own:
         return y
-    term = to_tokens(local(unambiguous(to_maps(sequence(v)[:, num_prefix_tokens:], grid))))
+    term = to_tokens(call(f"{type(module).__name__}: local", local, to_maps(sequence(v)[:, num_prefix_tokens:], grid), depthwise))
     return y + F.pad(term, (0, 0, num_prefix_tokens, 0))
 
 

@@ -10,7 +10,7 @@ from lifeops import config, geometry, torchlib
 from lifeops.nn.batch_norm import check_constant, check_readable, on_batch, sync_group, update_running
 from lifeops.nn.dw_shortcut_fold import BorderBias, ChannelAffine, merged
 from lifeops.nn.grids import GridHolder
-from lifeops.nn.maps import to_maps, to_tokens, unambiguous
+from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, is_plain
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.dw_shortcut import dw_shortcut_eval, dw_shortcut_train
@@ -78,12 +78,11 @@ def _constant(x, y, conv, norm, grid, P, backend):
 
 def _composed(x, y, conv, norm, grid, P):
     """One kernel with the norm and the convolution called as the modules they are, on (B, C, H, W) maps."""
-    if grid[0] * grid[1] == 0:  # zero gradients
-        return y + sum(p.flatten()[:0].sum().to(y.dtype) for m in (conv, norm) for p in m.parameters())
-    maps = unambiguous(to_maps(F.gelu(x[:, P:]), grid))
+    maps = to_maps(F.gelu(x[:, P:]), grid)
     maps = maps.to(next((p.dtype for p in conv.parameters() if p.is_floating_point()), maps.dtype))
     border = isinstance(norm, BorderBias)  # comes after the convolution
-    term = to_tokens(conv(maps if border else unambiguous(norm(maps))))
+    maps = maps if border else call("DWShortcut: batchnorms", norm, maps, _NORM)
+    term = to_tokens(call("DWShortcut: convs", conv, maps, depthwise))
     term = term + norm(grid) if border else term
     return torch.cat((y[:, :P], y[:, P:] + term.to(y.dtype)), 1)
 

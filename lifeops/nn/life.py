@@ -8,8 +8,8 @@ from torch import nn
 from lifeops import geometry
 from lifeops.nn.attend import DROPOUT, attend
 from lifeops.nn.grids import GridHolder
-from lifeops.nn.maps import on_patches, to_maps, to_tokens
-from lifeops.nn.plain import depthwise, exactly, is_fused, pointwise
+from lifeops.nn.maps import call, on_patches, to_maps, to_tokens
+from lifeops.nn.plain import depthwise, exactly, is_fused, pointwise, without_bias
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.life_qkv import scale1_keys, scale_dims
 from lifeops.ops.life_qkv_function import join_scales, life_qkv
@@ -31,8 +31,8 @@ class _Scale(nn.Module):
 
     def forward(self, z: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
         """z (B, P + H*W, C_in) -> (B, P + H*W, C_out): DW over the patches, then the product over all tokens."""
-        z = on_patches(self.depthwise, z, grid, num_prefix_tokens)
-        return to_tokens(self.pointwise(to_maps(z, (z.shape[1], 1))))
+        z = on_patches("LifeQKV: depthwise", self.depthwise, z, grid, num_prefix_tokens, depthwise)
+        return to_tokens(call("LifeQKV: pointwise", self.pointwise, to_maps(z, (z.shape[1], 1)), pointwise))
 
 
 class LifeQKV(NotScripted, nn.Module):
@@ -73,8 +73,9 @@ class LifeQKV(NotScripted, nn.Module):
         return self.num_heads % 3 == 0 and self.dim % 3 == 0
 
     def fused_layers(self):
-        scales = [(f"scale{s}.{name}", rule) for s in (2, 3) for name, rule in (("depthwise", depthwise), ("pointwise", pointwise))]
-        return [("scale1", exactly(nn.Linear)), ("scale2", exactly(_Scale)), ("scale3", exactly(_Scale)), *scales]
+        scales, steps = ("scale2", "scale3"), (("depthwise", without_bias(depthwise)), ("pointwise", without_bias(pointwise)))
+        layers = [(f"{scale}.{name}", rule) for scale in scales for name, rule in steps]
+        return [("scale1", exactly(nn.Linear)), *((scale, exactly(_Scale)) for scale in scales), *layers]
 
     def scales(self, x, grid):
         """z1, z2, z3, each (B, N, 3·d_s) holding q|k|v of its scale; before any qkv_norm."""

@@ -11,8 +11,8 @@ from lifeops import config, geometry, torchlib
 from lifeops.nn.batch_norm import check_constant, check_readable, constants, on_batch, sync_group, total_count, update_running
 from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
-from lifeops.nn.maps import to_maps, to_tokens, unambiguous
-from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, pointwise
+from lifeops.nn.maps import call, to_maps, to_tokens
+from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, is_plain, pointwise, reasons
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops import locality_ffn as chain
 from lifeops.ops.channel_act import accumulate_dtype
@@ -84,11 +84,13 @@ class LocalityFeedForward(NotScripted, nn.Module):
     def _composed(self, x, grid):
         """Layer by layer: what transforms see, and what runs where a layer is not the one that the fast path computes."""
         P = self.num_prefix_tokens
-        if grid[0] * grid[1] == 0:
-            return _no_patches(self, x)
+        if 0 in grid and any(on_batch(m) for m in self.conv if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {tuple(x.shape)}, no patches")
+        one_by_one = 1 in grid and is_plain(self.conv, exactly(nn.Sequential))  # each of them is unsafe for ambiguous strides
+        layers = [(f"conv.{name}", layer) for name, layer in self.conv.named_children()] if one_by_one else [("conv", self.conv)]
         maps = to_maps(x[:, P:], grid)
-        for layer in self.conv:
-            maps = layer(unambiguous(maps))
+        for name, layer in layers:
+            maps = call(f"LocalityFeedForward: {name}", layer, maps, lambda _: reasons(self))
         return torch.cat((x[:, :P], x[:, P:] + to_tokens(maps)), 1)
 
     # ------------------------------------------------------------------------------------------------ the fast path
@@ -98,7 +100,7 @@ class LocalityFeedForward(NotScripted, nn.Module):
         gates = [_CHANNEL_ATTENTION] * bool(self.attention)
         kinds = [pointwise, batch_norm, act, depthwise, batch_norm, act, *gates, pointwise, batch_norm]
         layers = [("conv", _sequence_of(len(kinds))), *((f"conv.{i}", rule) for i, rule in enumerate(kinds))]
-        gate = self.conv[6] if self.attention and len(self.conv) == len(kinds) else None
+        gate = self.conv._modules.get("6") if self.attention else None
         return [*layers, *((f"conv.6.{path}", rule) for path, rule in getattr(gate, "fused_layers", list)())]
 
     def _norms(self):
@@ -108,8 +110,7 @@ class LocalityFeedForward(NotScripted, nn.Module):
         return (
             x.shape[0] * grid[0] * grid[1] > 0
             and not torch._C._are_functorch_transforms_active()
-            and not torchlib.exporting()
-            and not (torchlib.captured() and (self.training or torchlib.wants_grad((x, *self.parameters()))))
+            and not torchlib.captured()
             and is_fused(self)
         )  # fmt: skip
 
@@ -194,13 +195,6 @@ def _sequence_of(count: int):
         return wrong or ([] if len(layers) == count else [f"it has {len(layers)} layers, the kernel computes {count}"])
 
     return rule
-
-
-def _no_patches(module, x):
-    """x, and zero gradients for the parameters."""
-    if any(on_batch(m) for m in module.conv if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-        raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {tuple(x.shape)} without patches")
-    return x + sum(p.flatten()[:0].sum().to(x.dtype) for p in module.parameters())
 
 
 def _norm_values(norm, dtype) -> chain.Norm:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from lifeops.nn.plain import Rule
+
 
 def to_maps(t: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """(B, H*W, C) -> (B, C, H, W), channels last in memory."""
@@ -17,14 +19,31 @@ def to_tokens(maps: torch.Tensor) -> torch.Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
-def on_patches(layer: Callable, t: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
-    """``t`` (B, P + H*W, C) with ``layer`` called on the map of its patches; the prefix tokens stay."""
-    patches = to_tokens(layer(unambiguous(to_maps(t[:, num_prefix_tokens:], grid))))
-    return torch.cat((t[:, :num_prefix_tokens].to(patches.dtype), patches), 1) if num_prefix_tokens else patches
-
-
 def unambiguous(maps: torch.Tensor) -> torch.Tensor:
     """``maps``, copied where their strides fit both of torch's layouts: its CPU batch norm takes a (B, C, N, 1) view of tokens for channels
     last and then reads a contiguous gradient in the wrong order.
     """
     return maps.contiguous() if 1 in maps.shape[2:] else maps
+
+
+def call(name: str, layer: Callable, maps: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """``layer(maps)``; maps without a pixel give themselves, and parameters zero gradients.
+
+    Raises ValueError unless a map of the same height and width comes out; ``rule`` is what the layer was expected to be.
+    """
+    if 0 in maps.shape[2:]:
+        return maps + sum(p.flatten()[:0].sum().to(maps.dtype) for p in layer.parameters())
+    out = layer(unambiguous(maps))
+    if out.dim() != 4 or out.shape[2:] != maps.shape[2:]:
+        why = "; ".join(rule(layer)) or "a layer inside it"
+        raise ValueError(
+            f"{name} makes {tuple(out.shape)} of {tuple(maps.shape)}, and every patch token needs its value: use stride 1 and padding that"
+            f" keeps the size ({why})"
+        )
+    return out
+
+
+def on_patches(name: str, layer: Callable, t: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int, rule: Rule) -> torch.Tensor:
+    """``t`` (B, P + H*W, C) with ``layer`` called on the map of its patches; the prefix tokens stay."""
+    patches = to_tokens(call(name, layer, to_maps(t[:, num_prefix_tokens:], grid), rule))
+    return torch.cat((t[:, :num_prefix_tokens].to(patches.dtype), patches), 1) if num_prefix_tokens else patches

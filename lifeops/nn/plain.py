@@ -64,6 +64,15 @@ def depthwise(layer) -> list[str]:
     return _conv_reasons(layer, wanted)
 
 
+def without_bias(rule: Rule) -> Rule:
+    """``rule``, and there is no bias."""
+
+    def both(layer):
+        return [*rule(layer), *["it has a bias, which the kernel does not add"] * (layer._parameters.get("bias") is not None)]
+
+    return both
+
+
 def channel_conv(layer) -> list[str]:
     """A convolution over neighbouring channels, (1, 1, k), without a bias."""
     if type(layer) is not nn.Conv1d:
@@ -103,8 +112,8 @@ def _touched(layer: nn.Module) -> list[str]:
     found = [f"it has {name.strip('_').replace('_', ' ')}" for name in _HOOKS if getattr(layer, name)]
     if "forward" in layer.__dict__:
         found.append("its forward was replaced (offloaded, patched)")
-    tensors = [(name, getattr(layer, name, None)) for name in ("weight", "bias")]
-    for name, t in tensors:
+    for name in ("weight", "bias"):
+        t = layer._parameters.get(name, layer.__dict__.get(name))  # reading a parametrised attribute would compute it
         if not callable(t) and type(t) not in _PLAIN_TENSORS and not type(t).__module__.startswith(_TRACED):
             found.append(f"its {name} is a {type(t).__name__}")
     return found
@@ -178,7 +187,8 @@ def is_fused(module: nn.Module) -> bool:
     watch = module.__dict__.get(_WATCH)
     if watch is not None and watch.owner is module._modules and watch.holds():
         return watch.fused
-    watch = module.__dict__[_WATCH] = _Watch(module)  # past nn.Module.__setattr__
+    watch = _Watch(module)
+    module.__dict__[_WATCH] = None if any(watch.hooks) else watch  # hooks come and go; past nn.Module.__setattr__
     return watch.fused
 
 

@@ -227,7 +227,7 @@ def _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, 
         x, w1, pw2, pw3 = (t.to(dtype) for t in (x, w1, pw2, pw3))
         b1 = None if b1 is None else b1.to(dtype)
     place = g.height, g.width, g.prefix, aux_key == "scale1"
-    keep = torch.is_grad_enabled() and not recompute
+    keep = torch.is_grad_enabled() and not recompute and not torchlib.captured()  # a program is the same with and without gradients
     return x, w1, b1, dw2, pw2, dw3, pw3, *place, keep, config.requested_backend(backend)
 
 
