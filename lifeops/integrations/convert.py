@@ -158,9 +158,8 @@ def revert(model: nn.Module) -> nn.Module:
         instead = {id(new): old for old, new in record.swaps}
         for (old, new), before in zip(record.swaps, record.states, strict=True):
             _follow(old, new, before)
-    for handle in record.handles:
+    for handle in (*record.handles, *record.holder.handles):
         handle.remove()
-    record.holder.unwatch(model)
     _put(model, instead)
     delattr(model, RECORD)
     return model

@@ -30,14 +30,15 @@ _MODULE_FILE = torch.nn.modules.module.__file__
 
 
 class _Scope(NamedTuple):
-    """``frame`` and ``code``: the id and the code of the frame that opened it, together no other frame's while it runs; None: a
-    ``with`` ends it. ``waits``: the grid is still to come from the patch embedding.
+    """``frame``: the Python frame in which it holds, None where a ``with`` ends it. ``method``: instead of a frame the id and the code of
+    a method's frame, which nothing closes and which must not be kept alive; no other call of the method can be taken for it, since each
+    opens its own scope first. ``waits``: the grid is still to come from the patch embedding.
     """
 
     opener: object
     grid: Grid | None
-    frame: int = 0
-    code: object = None
+    frame: object = None
+    method: tuple[int, object] | None = None
     waits: bool = False
 
 
@@ -55,11 +56,11 @@ def _caller(skip: int):
 
 
 def _runs(scope: _Scope) -> bool:
-    if scope.code is None:
+    if scope.frame is None and scope.method is None:
         return True
     frame = sys._getframe(1)
     while frame is not None:
-        if id(frame) == scope.frame and frame.f_code is scope.code:
+        if frame is scope.frame or (id(frame), frame.f_code) == scope.method:
             return True
         frame = frame.f_back
     return False
@@ -107,10 +108,10 @@ class GridHolder:
         self.fixed = None if grid is None else tuple(grid)
         self._thread = _Thread()
         self._seen: set[Grid] = set()
-        self._embed_hook: int | None = None
+        self.handles: list = []  # of the patch embeddings that were hooked, the last one is the model's
 
     def __getstate__(self):
-        return {"fixed": self.fixed, "_embed_hook": self._embed_hook}
+        return {"fixed": self.fixed, "handles": self.handles}
 
     def __setstate__(self, state):
         self.__init__()
@@ -162,10 +163,9 @@ class GridHolder:
             thread.scopes = thread.scopes[:-1]
         return None
 
-    def _open(self, opener, grid: Grid | None, frame=None, waits: bool = False) -> None:
+    def _open(self, opener, grid: Grid | None, frame=None, **options) -> None:
         self._scope()  # forgets those that an exception has left behind
-        place = (0, None) if frame is None else (id(frame), frame.f_code)
-        self._thread.scopes = (*self._thread.scopes, _Scope(opener, grid, *place, waits))
+        self._thread.scopes = (*self._thread.scopes, _Scope(opener, grid, frame, **options))
 
     def _close(self, opener) -> _Scope | None:
         scopes = self._thread.scopes
@@ -191,7 +191,7 @@ class GridHolder:
     def enter_model(self, model, args):
         if torch.compiler.is_compiling():
             return
-        if self._embed_hook not in model.patch_embed._forward_hooks:  # the embedding was exchanged
+        if self.handles[-1].id not in model.patch_embed._forward_hooks:  # the embedding was exchanged
             self.watch(model.patch_embed)
         self._open(model, None, sys._getframe(1), waits=True)
 
@@ -212,18 +212,20 @@ class GridHolder:
         if scope is not None and scope.waits:
             thread.scopes = (*thread.scopes[:-1], scope._replace(grid=grid))
         else:  # forward_features and the like, called past model(images): the grid is that of the method that runs
-            self._open(embed, grid, _caller(2))
+            frame = _caller(2)
+            self._open(embed, grid, method=(id(frame), frame.f_code))
 
     def enter_block(self, block, args):
         if torch.compiler.is_compiling():
             return
         x = args[0] if args else None
-        again = torch._C._current_graph_task_id() != -1  # inside backward
-        grid, carried = self.grid, _carried(x, self)
-        if carried is not None and (again or grid is None):
-            grid = carried
-        elif grid is None and again and len(self._seen) == 1:  # tokens that went to another memory and back
-            grid = next(iter(self._seen))
+        grid = self.grid
+        if torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
+            carried = _carried(x, self)
+            if carried is not None:
+                grid = carried
+            elif grid is None and len(self._seen) == 1:  # tokens that went to another memory and back
+                grid = next(iter(self._seen))
         _carry(x, self, grid)
         self._open(block, grid, sys._getframe(1))
 
@@ -236,13 +238,7 @@ class GridHolder:
 
     def watch(self, embed: nn.Module) -> None:
         """Hook the patch embedding."""
-        self._embed_hook = embed.register_forward_hook(self.embedded).id
-
-    def unwatch(self, model: nn.Module) -> None:
-        """Take the hook off every patch embedding that is still there."""
-        for m in model.modules():
-            for key in [key for key, hook in m._forward_hooks.items() if getattr(hook, "__self__", None) is self]:
-                del m._forward_hooks[key]
+        self.handles.append(embed.register_forward_hook(self.embedded))
 
 
 # ------------------------------------------------------------------------------------------------ grids that tokens carry
