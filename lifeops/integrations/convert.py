@@ -13,7 +13,7 @@ from lifeops.nn.grids import GridHolder
 
 RECORD = "_lifeops_conversion"
 SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit, "dw_shortcut": timm.convert_dw_shortcut}
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")) and name.find("hooks") > 0)
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")) and "hooks" in name)
 
 
 class _State(NamedTuple):
@@ -45,7 +45,7 @@ def _state(new: nn.Module, old: nn.Module) -> _State:
     own = _own(new, old)
     like = next((p for p in own if p.is_floating_point()), None)
     place = (None, None) if like is None else (like.dtype, like.device)
-    return _State(new.training, *place, frozenset(p.requires_grad for p in own))
+    return _State(new.training, *place, frozenset(p.requires_grad for p in new.parameters()))
 
 
 def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
@@ -57,6 +57,7 @@ def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
                 m.training = now.training
     if (now.dtype, now.device) != (before.dtype, before.device):
         old.to(device=now.device, dtype=now.dtype)
+    old._is_full_backward_hook = new._is_full_backward_hook
     if now.trainable != before.trainable and len(now.trainable) == 1:
         for p in _own(old, new):
             p.requires_grad_(*now.trainable)
@@ -116,6 +117,7 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     record = Conversion(system, plan.swaps)
     for old, new in plan.swaps:
         new.__dict__.update({name: old.__dict__[name] for name in _HOOKS})  # shared: who registers or removes one means both
+        new._is_full_backward_hook = old._is_full_backward_hook
     for module in plan.asks:
         module.grid_holder = record.holder
     _put(model, {id(old): new for old, new in plan.swaps})

@@ -81,6 +81,8 @@ def _prefix_tokens(model: nn.Module, num_prefix_tokens: int | None) -> int:
     prefix = getattr(model, "num_prefix_tokens", None) if num_prefix_tokens is None else num_prefix_tokens
     if prefix is None:
         raise ValueError(f"convert: {type(model).__name__} does not say num_prefix_tokens; pass num_prefix_tokens=…")
+    if not isinstance(prefix, int) or prefix < 0:
+        raise ValueError(f"convert: num_prefix_tokens must be an int >= 0, got {prefix!r}")
     return prefix
 
 
