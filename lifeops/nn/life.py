@@ -12,6 +12,7 @@ from lifeops.ops.life_qkv_function import join_scales, life_qkv
 from lifeops.ops.local_attention_function import local_attention
 from lifeops.ops.local_attention_math import causal_mask
 from lifeops.ops.project_scales import project_scales
+from lifeops.told import ToldInMetadata
 
 
 def _check_heads(name: str, dim: int, num_heads: int) -> None:
@@ -28,7 +29,7 @@ class _Scale(nn.Module):
         self.pointwise = nn.Conv2d(dim_in, dim_out, 1, bias=False, **dd)
 
 
-class LifeQKV(nn.Module):
+class LifeQKV(ToldInMetadata):
     """Multi-scale q, k, v of (B, N, C) tokens: see :func:`lifeops.life_qkv`.
 
     Args:
@@ -38,7 +39,11 @@ class LifeQKV(nn.Module):
         qkv_norm: one LayerNorm(C), eps 1e-5, shared by q, k and v.
         aux_key: "multiscale" or "scale1" (the authors' checkpoints).
         recompute: keep less for backward, run the depth-wise steps again there.
+
+    State dicts say ``num_heads`` and ``aux_key`` in their metadata; loading one that says others is an error.
     """
+
+    told = "num_heads", "aux_key"
 
     def __init__(
         self, dim, num_heads, num_prefix_tokens=1, qkv_norm=False, aux_key="multiscale", *, recompute=False, device=None, dtype=None
