@@ -195,7 +195,7 @@ def test_official_errors():
         lifeops.load_official({"fc.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="cannot tell the heads of a model of width 24; pass num_heads"):
         lifeops.load_official(state)
-    with pytest.raises(ValueError, match="does not tell LIFE's aux_key; pass aux_key='scale1' .* or 'multiscale'"):
+    with pytest.raises(ValueError, match=r"does not tell LIFE's aux_key; pass aux_key='scale1' .* or 'multiscale'"):
         lifeops.load_official(state, num_heads=3)
     told = {"num_heads": 3, "aux_key": "scale1"}
     for kind in (ValueError, RuntimeError):  # as other bad input, and as load_state_dict
