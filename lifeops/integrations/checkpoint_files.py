@@ -144,9 +144,10 @@ def _pickles(path: str) -> Iterator[dict]:
     with open(path, "rb") as file:
         if file.read(len(_ZIP)) == _ZIP:
             with zipfile.ZipFile(file) as archive:
-                for name in archive.namelist():
-                    if name.rpartition("/")[2] == "data.pkl":
-                        yield foreign_globals(archive.read(name))
+                pickles = {name.rpartition("/")[2]: name for name in archive.namelist() if name.endswith(".pkl")}
+                if "constants.pkl" in pickles or "data.pkl" not in pickles:
+                    raise CheckpointError("a TorchScript archive" if pickles else "a zip archive that torch.save did not write")
+                yield foreign_globals(archive.read(pickles["data.pkl"]))
             return
         file.seek(0)
         for _ in range(4):  # magic number, protocol, system, the object
@@ -157,8 +158,9 @@ def _torch_load(path: str):
     kinds = {name: kind for found in _pickles(path) for name, kind in found.items()}
     known = {f"{f.__module__}.{f.__qualname__}" for f in torch.serialization.get_safe_globals() if not isinstance(f, tuple)}
     stand_ins = [(_stand_in(name, kind), name) for name, kind in kinds.items() if name not in known]
-    with _LOCK, torch.serialization.safe_globals([*stand_ins, (Inert, "type of the stand-ins")]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    allowed = torch.serialization.safe_globals([*stand_ins, (Inert, "type of the stand-ins")])
+    with _LOCK, allowed, open(path, "rb") as file:  # of a path torch.load believes the ending .safetensors
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _safetensors_load(path: str):
@@ -183,6 +185,8 @@ def read(path: str):
         return load(path)
     except ModuleNotFoundError:
         raise
+    except CheckpointError as error:
+        raise CheckpointError(f"expected a torch file, found {error}") from error
     except Exception as error:  # damaged bytes raise anything: KeyError, struct.error, SafetensorError, miniz' RuntimeError, …
         why = str(error.__context__ or error).partition("\n")[0].strip()
         kind = "safetensors" if load is _safetensors_load else "torch"

@@ -58,8 +58,7 @@ def _windows(facts: Facts, stages: int) -> list[int]:
 def _side(facts: Facts, depths: list[int], windows: list[int]) -> int | None:
     """Patches per side of the checkpoint's images, None where nothing tells.
 
-    A shifted block's mask counts its stage's windows. A window smaller than the first stage's is its stage's whole grid. The
-    masks being there, a last stage without one has one window.
+    A shifted block's mask counts its stage's windows. A window smaller than the first stage's is its stage's whole grid.
     """
     for s, window in enumerate(windows):
         masks = [k for k in (f"layers.{s}.blocks.{i}.attn_mask" for i in range(depths[s])) if k in facts.state]
@@ -67,10 +66,7 @@ def _side(facts: Facts, depths: list[int], windows: list[int]) -> int | None:
             return window * facts.side("attn_mask", facts.shape(masks[0], 3)[0]) << s
         if window < windows[0]:
             return window << s
-    stripped = not any(k.endswith("relative_position_index") for k in facts.state)
-    if stripped or depths[-1] < 2 or max(depths[:-1], default=0) > 1:
-        return None
-    return windows[-1] << (len(windows) - 1)
+    return None
 
 
 def _window_size(facts: Facts, window: int, old: int | None, sides: tuple[int, int], stages: int) -> int:
