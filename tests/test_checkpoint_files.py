@@ -207,7 +207,7 @@ BROKEN = {
     "gz.pth": "found gzip",
     "cut.safetensors": "expected a safetensors file, found one that is damaged",
     "noise.pth": "damaged, cut short",
-    "pickle.pth": "damaged, cut short",
+    "pickle.pth": "found a pickle of protocol",
     "magic.pth": "damaged, cut short",
     "utf8.pth": "found text",
     "folder.pth": "found a folder",
@@ -239,6 +239,24 @@ def test_every_cut_of_a_file(tmp_path):
         (tmp_path / "cut.pth").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"cut\.pth"):
             lifeops.load_official(tmp_path / "cut.pth")
+
+
+def test_checksums(tmp_path):
+    """A byte of a tensor that has changed is found; files without checksums are taken."""
+    model = life()
+    torch.save(model.state_dict(), tmp_path / "whole.pth")
+    content = bytearray((tmp_path / "whole.pth").read_bytes())
+    at = content.find(model.pos_embed.detach().numpy().tobytes())
+    content[at + 10] ^= 0xFF
+    (tmp_path / "changed.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"changed\.pth: expected a torch file, found one that is damaged: the checksum of 'whole/data/"):
+        lifeops.load_official(tmp_path / "changed.pth")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model.state_dict(), tmp_path / "none.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    same(quiet(lifeops.load_official, tmp_path / "none.pth"), model)
 
 
 def test_absent_file(tmp_path):

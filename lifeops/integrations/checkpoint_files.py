@@ -8,6 +8,7 @@ an inert stand-in under that name, so that no foreign code is looked up, let alo
 from __future__ import annotations
 
 import os
+import pickle as pickle_module
 import pickletools
 import threading
 import zipfile
@@ -107,6 +108,8 @@ def foreign_globals(pickle: BinaryIO | bytes) -> dict[str, str | None]:
     """
     stack = _Stack()
     for opcode, arg, _ in pickletools.genops(pickle):
+        if opcode.name == "PROTO" and 3 < arg <= pickle_module.HIGHEST_PROTOCOL:
+            raise CheckpointError(f"a pickle of protocol {arg}; weights_only=True reads torch.save's default, 2")
         stack.step(opcode.name, arg, opcode)
     return stack.kinds
 
@@ -139,15 +142,26 @@ def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= 100_000_000
 
 
+def _data_pickle(archive: zipfile.ZipFile) -> bytes:
+    """The pickle of a torch archive, all of whose checksums are right: torch.save writes and torch.load ignores them."""
+    pickles = {name.rpartition("/")[2]: name for name in archive.namelist() if name.endswith(".pkl")}
+    if "constants.pkl" in pickles or "data.pkl" not in pickles:
+        raise CheckpointError("a TorchScript archive" if pickles else "a zip archive that torch.save did not write")
+    for info in archive.infolist():
+        if info.CRC == 0:  # none, by torch.serialization.set_crc32_options(False)
+            del info.CRC
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise CheckpointError(f"one that is damaged: the checksum of {damaged!r} is wrong")
+    return archive.read(pickles["data.pkl"])
+
+
 def _pickles(path: str) -> Iterator[dict]:
     """What the pickles of a torch file name."""
     with open(path, "rb") as file:
         if file.read(len(_ZIP)) == _ZIP:
             with zipfile.ZipFile(file) as archive:
-                pickles = {name.rpartition("/")[2]: name for name in archive.namelist() if name.endswith(".pkl")}
-                if "constants.pkl" in pickles or "data.pkl" not in pickles:
-                    raise CheckpointError("a TorchScript archive" if pickles else "a zip archive that torch.save did not write")
-                yield foreign_globals(archive.read(pickles["data.pkl"]))
+                yield foreign_globals(_data_pickle(archive))
             return
         file.seek(0)
         for _ in range(4):  # magic number, protocol, system, the object

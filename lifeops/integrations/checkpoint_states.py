@@ -31,13 +31,13 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _mappings(content: Mapping, path: str = "", depth: int = 3) -> Iterator[tuple[str, Mapping]]:
+def _mappings(content: Mapping, path: str = "", inside: tuple[int, ...] = ()) -> Iterator[tuple[str, Mapping]]:
     """Every mapping with tensors by name, and the names that lead to it, joined by dots."""
     if any(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
         yield path, content
-    for key, value in content.items() if depth else ():
-        if isinstance(key, str) and isinstance(value, Mapping):
-            yield from _mappings(value, f"{path}.{key}" if path else key, depth - 1)
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Mapping) and id(value) not in inside:
+            yield from _mappings(value, f"{path}.{key}" if path else key, (*inside, id(content)))
 
 
 def _prefixes(names: Sequence[str], anchors: Sequence[str]) -> list[str]:
@@ -90,7 +90,9 @@ def _contents(content) -> str:
         return f"a {type(content).__name__}, not a dict"
     objects = [f"{k!r} is a pickled {v.__name__} object" for k, v in content.items() if isinstance(v, Inert) and k in _FIRST]
     largest = max((mapping for _, mapping in _mappings(content)), key=len, default=content)
-    return "; ".join([f"keys such as {sorted(map(str, largest))[:5]}", *objects])
+    kinds = sorted({v.__name__ if isinstance(v, Inert) else type(v).__name__ for v in content.values()})
+    values = "" if largest is not content or "Tensor" in kinds else f" with values of type {', '.join(kinds[:5])}"
+    return "; ".join([f"keys such as {sorted(map(str, largest))[:5]}{values}", *objects])
 
 
 def choose(checkpoint, anchors: Sequence[str], looked_for: str, key: str | None = None) -> Chosen:

@@ -62,7 +62,7 @@ def load_official(
         of no known family, missing or unexpected keys, sizes that do not fit, and what the checkpoint does not tell (the message
         names the argument). TypeError: neither a path nor a dict. FileNotFoundError: no such file.
     """
-    given = _given("load_official", num_heads, aux_key, act, img_size, num_classes, window_size)
+    given = _given("load_official", key, num_heads, aux_key, act, img_size, num_classes, window_size)
     families = (
         Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", facts.shape(_LIFE_KEY, 2)[1] in _deit_heads())),
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),
@@ -79,7 +79,7 @@ def lifeops_deit(
     sizes its tensors tell; in eval mode. Arguments, warnings and errors as :func:`load_official`'s, but ``aux_key`` is taken for
     "multiscale", this library's default, where neither metadata nor the caller says.
     """
-    given = _given("lifeops_deit", num_heads, aux_key, act, img_size, num_classes)
+    given = _given("lifeops_deit", key, num_heads, aux_key, act, img_size, num_classes)
     families = (
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit),
         Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "multiscale", True)),
@@ -88,10 +88,14 @@ def lifeops_deit(
     return _load("lifeops_deit", checkpoint, key, given, families)
 
 
-def _given(caller, num_heads, aux_key, act, img_size, num_classes, window_size=None) -> Given:
+def _given(caller, key, num_heads, aux_key, act, img_size, num_classes, window_size=None) -> Given:
     """The arguments, checked."""
     from lifeops.models.deit import to_pair
 
+    names = {"key": key, "aux_key": aux_key, "act": act}
+    for name, value in names.items():
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{caller}: {name} must be a str, got {value!r}")
     counts = {"num_heads": (num_heads, 1), "num_classes": (num_classes, 0), "window_size": (window_size, 1)}
     for name, (value, least) in counts.items():
         if value is not None and (not isinstance(value, int) or value < least):
@@ -109,6 +113,8 @@ def _load(caller: str, checkpoint, key: str | None, given: Given, families: tupl
         family = next(family for family in families if family.key in chosen.state)
         facts = Facts(family.name, chosen.state, given)
         facts.shape(family.key, family.dims)
+        if not chosen.state[family.key].is_floating_point():
+            raise CheckpointError(f"{family.key!r} must be floating point, got {chosen.state[family.key].dtype}")
         model = family.build(facts).to(chosen.state[family.key].dtype)
         load_strictly(model, fit(facts, model))
     for note in (*chosen.notes, *facts.warnings()):

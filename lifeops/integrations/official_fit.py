@@ -32,8 +32,14 @@ def resample_positions(t: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
 def resample_table(t: Tensor, rows: int) -> Tensor:
     """((2w - 1)², heads) relative position table to another window: bicubic, as Swin's authors and timm do it."""
     old, new = math.isqrt(t.shape[0]), math.isqrt(rows)
+    if old == new:
+        return t
     maps = _resample(t.T.unflatten(1, (old, old))[None], (new, new), antialias=False)
     return maps[0].flatten(1).T.contiguous()
+
+
+def _is_table(t: Tensor | None, heads: int) -> bool:
+    return t is not None and t.ndim == 2 and t.shape[1] == heads and t.shape[0] == math.isqrt(t.shape[0]) ** 2 > 0
 
 
 def _positions(t: Tensor, own: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -67,7 +73,7 @@ def fit(facts: Facts, model: nn.Module) -> OrderedDict[str, Tensor]:
         elif resized and last in _POSITIONS and name in state:
             grid = model.patch_embed.grid_size if hasattr(model, "patch_embed") else model.grid_size
             state[name] = _positions(state[name], t, grid)
-        elif resized and last == "relative_position_bias_table" and name in state and state[name].shape != t.shape:
+        elif resized and last == "relative_position_bias_table" and _is_table(state.get(name), t.shape[1]):
             state[name] = resample_table(state[name], t.shape[0])
     for name in [name for name in state if resized and name.rpartition(".")[2] == "attn_mask" and name not in own]:
         del state[name]  # of windows that this image size has no second of
