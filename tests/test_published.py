@@ -156,7 +156,8 @@ def _registered(monkeypatch, build):
 
     def mine(pretrained=False, num_classes=10, **kwargs):
         model = build(num_classes)
-        model.pretrained_cfg = model.default_cfg = {"input_size": (3, 32, 32), "num_classes": num_classes}
+        if not hasattr(model, "patch_embed"):  # whose image size tells itself
+            model.pretrained_cfg = {"input_size": (3, 32, 32), "num_classes": num_classes}
         return model
 
     mine.__module__ = __name__
@@ -205,6 +206,21 @@ def test_flops_command_names_the_system_that_a_model_comes_with(system, capsys, 
         cli.main(["flops", "mine", "--system", "plain"])
     assert stop.value.code == 2
     assert f"named: mine comes with the system '{system}', so its system must be that, got 'plain'" in capsys.readouterr().err
+
+
+def test_flops_command_of_timm_models_that_are_none(capsys):
+    pytest.importorskip("rich")
+    declare_torchvision_ops()
+    pytest.importorskip("timm")
+    for arguments, message in (
+        (["vit_none"], "or a timm model, got 'vit_none'"),
+        (["resnet18", "--img-size", "64"], "resnet18 does not take"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["flops", *arguments])
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_flops_command_of_a_reverted_model(capsys, monkeypatch):

@@ -133,7 +133,7 @@ def _deit_heads() -> dict[int, int]:
 
 
 def _heads(facts: Facts, module: str) -> int:
-    return facts.heads(facts.shape("patch_embed.proj.weight", 4)[0], module, _deit_heads())
+    return facts.heads(facts.shape("patch_embed.proj.weight", 4)[0], [module], _deit_heads())
 
 
 def _sizes(facts: Facts, num_heads: int) -> dict:
@@ -162,7 +162,7 @@ def _life_deit(facts: Facts, aux_key: str, assume: bool) -> nn.Module:
     from lifeops.nn.life import LifeAttention
 
     num_heads = _heads(facts, "blocks.0.attn.qkv")
-    aux_key = facts.tell("aux_key", "blocks.0.attn.qkv", aux_key if assume else None)
+    aux_key = facts.tell("aux_key", ["blocks.0.attn.qkv"], aux_key if assume else None)
     if aux_key is None:
         raise CheckpointError("the checkpoint does not tell LIFE's aux_key; pass aux_key='scale1' (the authors') or 'multiscale'")
     qkv_norm = "blocks.0.attn.qkv.norm.weight" in facts.state
@@ -176,9 +176,9 @@ def _life_deit(facts: Facts, aux_key: str, assume: bool) -> nn.Module:
 def _localvit_act(facts: Facts) -> str:
     """Of SE there is one activation among the authors' models, of ECA and of none there are two."""
     if "blocks.0.conv.conv.6.fc.0.weight" in facts.state:
-        return facts.given.act or "hs+se"
+        return facts.tell("act", ["blocks.0.conv"]) or "hs+se"
     eca = "blocks.0.conv.conv.6.conv.weight" in facts.state
-    return facts.tell("act", "blocks.0.conv", "hs+eca" if eca else "relu6")
+    return facts.tell("act", ["blocks.0.conv"], "hs+eca" if eca else "relu6")
 
 
 def _localvit_deit(facts: Facts) -> nn.Module:
@@ -187,7 +187,7 @@ def _localvit_deit(facts: Facts) -> nn.Module:
     dim = facts.shape("patch_embed.proj.weight", 4)[0]
     hidden, squeeze = facts.shape(_LOCALVIT_KEY, 4)[0], "blocks.0.conv.conv.6.fc.0.weight"
     reduction = hidden // facts.shape(squeeze, 2)[0] if squeeze in facts.state else 1
-    heads = facts.heads(dim, "blocks.0.attn", {v.embed_dim: v.num_heads for v in VARIANTS.values()})
+    heads = facts.heads(dim, ["blocks.0.attn", "blocks.0"], {v.embed_dim: v.num_heads for v in VARIANTS.values()})
     qkv_bias = "blocks.0.attn.qkv.bias" in facts.state
     sizes = _sizes(facts, heads)
     return localvit(mlp_ratio=hidden / dim, act=_localvit_act(facts), reduction=reduction, qkv_bias=qkv_bias, **sizes)

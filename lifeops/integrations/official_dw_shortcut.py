@@ -30,7 +30,7 @@ def vit(facts: Facts) -> nn.Module:
     layer = "transformer.layers.0"
     inner = facts.shape(f"{layer}.0.fn.to_qkv.weight", 2)[0] // 3
     published = {options["embed_dim"]: options["num_heads"] for host, options in VARIANTS.values() if host is ViT}
-    heads = facts.heads(inner, f"{layer}.0.fn", published)
+    heads = facts.heads(inner, [f"{layer}.0.fn"], published)
     mlp_ratio = facts.shape(f"{layer}.1.fn.net.0.weight", 2)[0] / sizes["embed_dim"]
     return ViT(**sizes, num_heads=heads, head_dim=inner // heads, mlp_ratio=mlp_ratio)
 

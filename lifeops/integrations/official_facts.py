@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -72,9 +72,10 @@ class Facts:
                 self.notes.append(f"read {name} as that of {side} x {side} patches and resampled it to {H} x {W}")
         return self.given.img_size
 
-    def tell(self, name: str, module: str, assumption=None):
-        """What metadata of ``module`` or the caller says of ``name``, else the noted assumption; None if there is none."""
-        told, given = getattr(self.state, "_metadata", {}).get(module, {}).get(name), getattr(self.given, name)
+    def tell(self, name: str, modules: Sequence[str], assumption=None):
+        """What metadata of one of ``modules`` or the caller says of ``name``, else the noted assumption; None if there is none."""
+        metadata, given = getattr(self.state, "_metadata", {}), getattr(self.given, name)
+        told = next((metadata[m][name] for m in modules if name in metadata.get(m, ())), None)
         if told is not None and given not in (None, told):
             raise CheckpointError(f"{name} must be the model's own, {told!r} by the checkpoint's metadata, got {given!r}")
         if told is None and given is None and assumption is not None:
@@ -82,9 +83,9 @@ class Facts:
             return assumption
         return given if told is None else told
 
-    def heads(self, width: int, module: str, published: Mapping[int, int]) -> int:
+    def heads(self, width: int, modules: Sequence[str], published: Mapping[int, int]) -> int:
         """Of attention ``width`` wide; ``published`` maps the widths of published models to their heads."""
-        heads = self.tell("num_heads", module, published.get(width))
+        heads = self.tell("num_heads", modules, published.get(width))
         if not isinstance(heads, int) or heads < 1 or width % heads:
             got = "" if heads is None else f", got {heads!r}"
             raise CheckpointError(f"cannot tell the heads of a model of width {width}; pass num_heads=…, which divides it{got}")

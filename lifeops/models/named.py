@@ -68,7 +68,10 @@ def _timm_model(name: str, host: dict) -> nn.Module:
 
     if not timm.is_model(name):
         raise ValueError(f"named: the model must be one of {', '.join(NAMES)} or a timm model, got {name!r}")
-    return timm.create_model(name, **host)
+    try:
+        return timm.create_model(name, **host)
+    except TypeError as error:
+        raise ValueError(f"named: {name} does not take all of {', '.join(host)}: {error}") from error
 
 
 def _timm(name: str, system: str, host: dict) -> nn.Module:
@@ -115,4 +118,8 @@ def image_size(name: str, img_size: tuple[int, int] | None = None) -> tuple[int,
     import timm
 
     with torch.device("meta"):
-        return timm.data.resolve_model_data_config(timm.create_model(name))["input_size"]
+        model = _timm_model(name, {})
+    embed = getattr(model, "patch_embed", None)
+    if not getattr(model, "pretrained_cfg", None) and hasattr(embed, "img_size"):  # a model that somebody registered
+        return (embed.proj.in_channels, *embed.img_size)
+    return timm.data.resolve_model_data_config(model)["input_size"]
