@@ -22,8 +22,8 @@ def make_folder(path: Path, option: str = "--out") -> Path:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Where to write what ``path`` shall hold: beside it, under another name of the same ending, renamed when all is written."""
-    part = path.with_name(f".{uuid.uuid4().hex[:12]}{path.suffix}")
+    """Where to write what ``path`` shall hold: a file beside it that ends in ".part", renamed when all is written."""
+    part = path.with_name(f".{uuid.uuid4().hex[:12]}.part")
     try:
         yield part
         os.replace(part, path)

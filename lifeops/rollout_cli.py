@@ -157,7 +157,7 @@ def draw(path: Path, picture: np.ndarray, map_: np.ndarray, title: str) -> None:
     heat = right.imshow(share, cmap="viridis", alpha=0.7, vmin=0, vmax=top, extent=box, interpolation="bilinear")
     figure.colorbar(heat, ax=right, label="times the even share", shrink=0.9)
     figure.suptitle(title, fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, format="png")
 
 
 def _names(path: Path | None) -> list[str]:
@@ -214,8 +214,8 @@ def run_image(path: Path, name: str, loaded: Loaded, args: argparse.Namespace) -
     slugs = [_slug(text) or _slug(label) for text, label in zip(shown, found.labels, strict=True)]
     inputs = {p.resolve() for p in (*args.images, args.checkpoint, args.class_names) if p is not None}
     targets = _targets(args.out, name, slugs, inputs)
-    with written(targets[0]) as part:
-        np.save(part, maps)
+    with written(targets[0]) as part, part.open("wb") as file:
+        np.save(file, maps)
     for target, text, map_ in zip(targets[1:], shown, maps, strict=True):
         with written(target) as part:
             draw(part, picture, map_, f"{path.name}: {text}{predicted}")

@@ -191,7 +191,7 @@ def test_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
     assert target.read_text() == "old"
     with written(target) as part:
-        assert (part.parent, part.suffix) == (tmp_path, ".csv")
+        assert (part.parent, part.suffix) == (tmp_path, ".part")
         part.write_text("new")
         assert target.read_text() == "old"
     assert target.read_text() == "new"

@@ -116,4 +116,4 @@ def plot_heads(path: Path, recipe: Recipe, radius: int = 2) -> None:
     figure.colorbar(drawn, ax=axes, shrink=0.6, label="attention")
     figure.suptitle("Initial attention on the position embedding alone, by displacement (down, right) of the key", fontsize=9)
     with written(path) as part:
-        figure.savefig(part, dpi=120)
+        figure.savefig(part, dpi=120, format="png")

@@ -113,7 +113,7 @@ def plot_curves(path: Path, system: System, runs: Sequence[Run]) -> None:
     axes[0][0].set_ylabel("test accuracy, %")
     axes[0][-1].legend(loc="lower right")
     with written(path) as part:
-        figure.savefig(part, dpi=120)
+        figure.savefig(part, dpi=120, format="png")
 
 
 def plot_attention(path: Path, system: System, runs: Sequence[Run], recipe: Recipe, count: int = 6) -> None:
@@ -132,4 +132,4 @@ def plot_attention(path: Path, system: System, runs: Sequence[Run], recipe: Reci
             axis.set(xticks=[], yticks=[])
     figure.suptitle(f"Attention of the class token, last block ({kept[system.name].size} training images)", fontsize=9)
     with written(path) as part:
-        figure.savefig(part, dpi=120)
+        figure.savefig(part, dpi=120, format="png")
