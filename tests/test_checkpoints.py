@@ -160,6 +160,8 @@ def test_unpublished_sizes_must_be_told():
         same(quiet(lifeops.load_official, model.state_dict()), model.eval())
     with pytest.raises(ValueError, match="load_official: the checkpoint does not tell LIFE's aux_key; pass aux_key="):
         lifeops.load_official(dict(life().state_dict()), num_heads=3)
+    with pytest.raises(ValueError, match="does not tell LIFE's aux_key"):  # nobody published 192 channels in 6 heads
+        lifeops.load_official(dict(life(embed_dim=192, depth=1).state_dict()), num_heads=6)
     with pytest.warns(UserWarning, match="lifeops_deit: the checkpoint does not tell, so assumed aux_key='multiscale'"):
         same(lifeops_deit(dict(life("multiscale").state_dict()), num_heads=3), life("multiscale"))
 

@@ -41,7 +41,7 @@ def load_official(
         key: which state dict, where there are several: "model_ema", …; default the model itself before averages of it.
         num_heads, aux_key: attention heads and, for LIFE, "scale1" or "multiscale" (:class:`lifeops.nn.LifeQKV`). The tensors do
             not tell them; state dicts of this library's models do, in their metadata, unless a script copied them into plain dicts.
-            Else models of a published width are taken for the authors' (LIFE: "scale1").
+            Else models of a published width (and heads) are taken for the authors' (LIFE: "scale1").
         act: LocalViT's activation; default "hs+se" with squeeze and excitation, else "hs+eca" with ECA or "relu6" (the authors'
             mlp6_act1).
         img_size: of the model, if not the checkpoint's: position embeddings are resampled bicubically, the prefix tokens' kept, as
@@ -64,7 +64,7 @@ def load_official(
     """
     given = _given("load_official", key, num_heads, aux_key, act, img_size, num_classes, window_size)
     families = (
-        Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", facts.shape(_LIFE_KEY, 2)[1] in _deit_heads())),
+        Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", published=True)),
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),
         Family("DW shortcut CaiT", shortcut.CAIT_KEY, 4, shortcut.cait), Family("DW shortcut Swin", shortcut.SWIN_KEY, 4, shortcut.swin),
     )  # fmt: skip
@@ -82,7 +82,7 @@ def lifeops_deit(
     given = _given("lifeops_deit", key, num_heads, aux_key, act, img_size, num_classes)
     families = (
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit),
-        Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "multiscale", True)),
+        Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "multiscale", published=False)),
         Family("DeiT", _PLAIN_KEY, 2, lambda facts: _deit(facts, _heads(facts, "blocks.0.attn"))),
     )
     return _load("lifeops_deit", checkpoint, key, given, families)
@@ -157,12 +157,13 @@ def _deit(facts: Facts, num_heads: int, attn=None) -> nn.Module:
     return VisionTransformer(**sizes, mlp_ratio=mlp_ratio, attn=attn, qkv_bias="blocks.0.attn.qkv.bias" in facts.state)
 
 
-def _life_deit(facts: Facts, aux_key: str, assume: bool) -> nn.Module:
-    """``aux_key`` where neither metadata nor the caller says, if one may ``assume`` it."""
+def _life_deit(facts: Facts, aux_key: str, published: bool) -> nn.Module:
+    """``aux_key`` where neither metadata nor the caller says, of a model of any width and heads or only of ``published`` ones."""
     from lifeops.nn.life import LifeAttention
 
     num_heads = _heads(facts, "blocks.0.attn.qkv")
-    aux_key = facts.tell("aux_key", ["blocks.0.attn.qkv"], aux_key if assume else None)
+    known = not published or (facts.shape(_LIFE_KEY, 2)[1], num_heads) in _deit_heads().items()
+    aux_key = facts.tell("aux_key", ["blocks.0.attn.qkv"], aux_key if known else None)
     if aux_key is None:
         raise CheckpointError("the checkpoint does not tell LIFE's aux_key; pass aux_key='scale1' (the authors') or 'multiscale'")
     qkv_norm = "blocks.0.attn.qkv.norm.weight" in facts.state
