@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
 
 # command -> (module whose ``main(argv)`` runs it, imported only then; what it does)
 COMMANDS = {
@@ -13,6 +16,35 @@ COMMANDS = {
     "flops": ("lifeops.flops_cli", "parameters, multiply-accumulates and activation memory of a model, beside published sizes"),
     "demo": ("lifeops.demo.run", "train plain against LIFE, LocalViT, the DW shortcut or initialisations on small real images"),
 }
+
+
+_MENDABLE = ValueError, OSError, ModuleNotFoundError  # wrong input, files, missing packages
+
+
+def image_pair(given: Sequence[int] | None) -> tuple[int, int] | None:
+    """--img-size as (height, width)."""
+    if given is None:
+        return None
+    if len(given) > 2 or min(given) < 1:
+        raise ValueError(f"--img-size must be one or two positive numbers, got {' '.join(map(str, given))}")
+    return (given[0], given[-1])
+
+
+@contextlib.contextmanager
+def told_plainly(parser: argparse.ArgumentParser, kinds: tuple[type[Exception], ...] = _MENDABLE) -> Iterator[None]:
+    """What users can mend is one line on stderr: warnings, and errors of ``kinds``, which exit with 2."""
+
+    def line(kind: str, message) -> str:
+        return f"{parser.prog}: {kind}: {' '.join(str(message).split())}\n"
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *place: sys.stderr.write(line("warning", message))
+            yield
+    except kinds as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("lifeops"):
+            raise
+        parser.exit(2, line("error", error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,3 +17,7 @@ class NotSupported(RuntimeError):
 
 class FallbackWarning(UserWarning):
     """A slower implementation than the preferred one runs; ``LIFEOPS_STRICT=1`` makes it an error."""
+
+
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that cannot be read or does not fit: a ValueError as for other bad input, and load_state_dict's RuntimeError."""

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lifeops import published
+from lifeops.cli import image_pair, told_plainly
 from lifeops.model_cost import ModelCost, model_cost
 from lifeops.models.named import NAMES, SYSTEMS, image_size, named, systems_of
 
@@ -63,8 +64,9 @@ def costs(args: argparse.Namespace, img_size: tuple[int, int] | None) -> dict[st
     size = image_size(args.model, img_size)
     if args.system != "all":
         return {args.system: model_cost(lambda: named(args.model, args.system, **host), size, args.batch)}
-    found = {"plain": model_cost(lambda: named(args.model, **host), size, args.batch)}
-    for system in systems_of(args.model)[1:]:
+    first, *others = systems_of(args.model, **host)
+    found = {first: model_cost(lambda: named(args.model, first, **host), size, args.batch)}
+    for system in others:
         try:
             found[system] = model_cost(lambda s=system: named(args.model, s, **host), size, args.batch)
         except ValueError as error:  # a host that the conversion does not know
@@ -108,14 +110,6 @@ def print_published() -> None:
     _print("MODEL: " + ", ".join(NAMES) + ", or a timm name", columns, lines, [])
 
 
-def _image(given: Sequence[int] | None) -> tuple[int, int] | None:
-    if given is None:
-        return None
-    if len(given) > 2 or min(given) < 1:
-        raise ValueError(f"--img-size must be one or two positive numbers, got {' '.join(map(str, given))}")
-    return (given[0], given[-1])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -125,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.model is None:
         print_published()
         return 0
-    try:
+    with told_plainly(parser):
         if args.batch < 1 or args.num_classes < 1:
             raise ValueError(f"--batch and --num-classes must be positive, got {args.batch} and {args.num_classes}")
-        print_costs(args, _image(args.img_size))
-    except (ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+        if args.patch_size is not None and args.patch_size < 1:
+            raise ValueError(f"--patch-size must be positive, got {args.patch_size}")
+        print_costs(args, image_pair(args.img_size))
     return 0

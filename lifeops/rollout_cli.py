@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lifeops.attention_maps import PREFIX, rollout
+from lifeops.cli import image_pair, told_plainly
+from lifeops.files import distinct, make_folder, written
 from lifeops.integrations import convert, load_official
-from lifeops.integrations.official import lifeops_deit, state_dict_of
+from lifeops.integrations.checkpoint_states import load_into
+from lifeops.integrations.official import lifeops_deit
 from lifeops.ops.rollout_step import FUSIONS
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,15 +40,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lifeops rollout",
         description="Which patches an image model's output draws on. For every image writes OUT/<image>.npy, the maps (R, H, W), and"
-        " OUT/<image>_<label>.png, the image beside each map laid over it, as multiples of a patch's even share.",
+        " OUT/<image>_<label>.png, the image beside each map laid over it, as multiples of a patch's even share. Of images with equal"
+        " names the second's files are named <image>-2, and so on.",
     )
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--model", required=True, help="a timm name; lifeops (a plain, LIFE or LocalViT DeiT of the checkpoint's sizes);"
                         " official (the authors' checkpoints); transformers:FOLDER")  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, help="weights: .safetensors, or a torch file (read with weights_only=True)")
+    parser.add_argument("--key", help="which of several state dicts in the checkpoint, such as model_ema (default: the model itself)")
     parser.add_argument("--pretrained", action="store_true", help="timm's own weights (downloads them)")
     parser.add_argument("--convert", choices=("life", "localvit"), help="lifeops.convert a timm model before its checkpoint is loaded")
-    parser.add_argument("--num-heads", type=int, help="of --model lifeops or official, where the checkpoint does not tell")
+    untold = "of --model lifeops or official, where the checkpoint does not tell"
+    parser.add_argument("--num-heads", type=int, help=untold)
+    parser.add_argument("--aux-key", choices=("scale1", "multiscale"), help=f"LIFE's, {untold}")
+    parser.add_argument("--act", help=f"LocalViT's activation, {untold}")
+    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="of --model lifeops or official, if not the checkpoint's")
     parser.add_argument("--target", default=None, help="cls, mean, hard, soft, a token's index or a patch ROW,COLUMN (default: cls)")
     parser.add_argument("--classes", type=int, nargs="+", help="of --target hard or soft (default: the class that the model predicts)")
     parser.add_argument("--class-names", type=Path, help="a text file with one name per line")
@@ -61,27 +70,41 @@ def make_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------ models and images
 
 
-def load(name: str, checkpoint: Path | None, *, pretrained=False, system: str | None = None, num_heads: int | None = None) -> Loaded:
-    """The model that ``name`` means, in eval mode."""
+def load(name: str, checkpoint: Path | None, *, pretrained=False, system: str | None = None, key: str | None = None, **told) -> Loaded:
+    """The model that ``name`` means, in eval mode; ``told``: what :func:`lifeops.load_official` is told of a checkpoint."""
     if name in ("lifeops", "official"):
         if checkpoint is None:
             raise ValueError(f"--model {name} reads its sizes from --checkpoint")
-        model = lifeops_deit(checkpoint, num_heads=num_heads) if name == "lifeops" else load_official(checkpoint, num_heads=num_heads)
-        embed = model.patch_embed
-        return Loaded(model.eval(), (embed.proj.in_channels, *embed.img_size), *(_HALF if name == "lifeops" else _IMAGENET))
-    if name.startswith("transformers:"):
-        from transformers import AutoModelForImageClassification
-
-        model = AutoModelForImageClassification.from_pretrained(name.removeprefix("transformers:"), local_files_only=True)
-        side = model.config.image_size
-        size = (side, side) if isinstance(side, int) else tuple(side)
-        loaded = Loaded(model, (model.config.num_channels, *size), *_HALF)
-    else:
-        loaded = _timm(name, pretrained, system)
+        model = (lifeops_deit if name == "lifeops" else load_official)(checkpoint, key=key, **told)
+        return Loaded(model.eval(), _image_shape(model), *(_HALF if name == "lifeops" else _IMAGENET))
+    folder = name.startswith("transformers:")
+    loaded = _transformers(name.removeprefix("transformers:")) if folder else _timm(name, pretrained, system)
     if checkpoint is not None:
-        loaded.model.load_state_dict(state_dict_of(checkpoint), strict=True)
+        load_into(loaded.model, checkpoint, key, "load")
     loaded.model.eval()
     return loaded
+
+
+def _image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images of a model of this library."""
+    if hasattr(model, "patch_embed"):
+        return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    patches = model.to_patch_embedding[0]
+    return (patches.in_chans, *patches.img_size)
+
+
+def _transformers(folder: str) -> Loaded:
+    from transformers import AutoModelForImageClassification
+
+    try:
+        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # damaged files raise anything
+        raise ValueError(f"--model transformers:{folder} cannot be loaded ({type(error).__name__}: {error})") from error
+    side = getattr(model.config, "image_size", None)
+    if side is None:
+        raise ValueError(f"--model transformers:{folder} does not tell its image size")
+    size = (side, side) if isinstance(side, int) else tuple(side)
+    return Loaded(model, (model.config.num_channels, *size), *_HALF)
 
 
 def _timm(name: str, pretrained: bool, system: str | None) -> Loaded:
@@ -89,7 +112,12 @@ def _timm(name: str, pretrained: bool, system: str | None) -> Loaded:
 
     if not timm.is_model(name):
         raise ValueError(f"--model must be lifeops, official, transformers:FOLDER or a timm model, got {name!r}")
-    model = timm.create_model(name, pretrained=pretrained)
+    try:
+        model = timm.create_model(name, pretrained=pretrained)
+    except RuntimeError as error:  # timm has no weights of it
+        if not pretrained:
+            raise
+        raise ValueError(f"--pretrained: {error}") from error
     config = timm.data.resolve_model_data_config(model)
     if system is not None:
         convert(model, system)
@@ -101,8 +129,11 @@ def read_image(path: Path, loaded: Loaded) -> tuple[Tensor, np.ndarray]:
     from PIL import Image, ImageOps
 
     channels, height, width = loaded.size
-    with Image.open(path) as image:
-        image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC)
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height), Image.Resampling.BICUBIC)
+    except Exception as error:  # damaged files raise anything: OSError, SyntaxError, struct.error, …
+        raise ValueError(f"{path} cannot be read as an image ({type(error).__name__}: {error})") from error
     pixels = np.asarray(image, dtype=np.float32).reshape(height, width, -1) / 255
     mean, std = (torch.tensor(list(values)[:channels]).view(1, -1, 1, 1) for values in (loaded.mean, loaded.std))
     return (torch.from_numpy(pixels).permute(2, 0, 1)[None] - mean) / std, pixels.squeeze()
@@ -125,12 +156,15 @@ def draw(path: Path, picture: np.ndarray, map_: np.ndarray, title: str) -> None:
     top = max(float(share.max()), 1e-9)
     heat = right.imshow(share, cmap="viridis", alpha=0.7, vmin=0, vmax=top, extent=box, interpolation="bilinear")
     figure.colorbar(heat, ax=right, label="times the even share", shrink=0.9)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=90)
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.savefig(path, dpi=90, format="png")
 
 
 def _names(path: Path | None) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path else []
+    try:
+        return path.read_text(encoding="utf-8").splitlines() if path else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--class-names must be a UTF-8 text file, got {path}: {error.reason}") from error
 
 
 def _named(label: str, names: list[str]) -> str:
@@ -151,8 +185,21 @@ def _target(text: str | None):
     return numbers if len(numbers) == 2 else numbers[0]
 
 
-def run_image(path: Path, loaded: Loaded, args: argparse.Namespace) -> list[Path]:
-    """Roll out one image; returns the files written."""
+def _slug(text: str) -> str:
+    return re.sub(r"[^0-9A-Za-z]+", "-", text).strip("-")
+
+
+def _targets(out: Path, name: str, labels: Sequence[str], inputs: set[Path]) -> list[Path]:
+    """The array and each label's picture. ValueError where one of them is an input."""
+    targets = [out / f"{name}.npy", *(out / f"{name}_{slug}.png" for slug in distinct(labels))]
+    hit = next((path for path in targets if path.resolve() in inputs), None)
+    if hit is not None:
+        raise ValueError(f"{hit} is an input that the output would overwrite; choose another --out")
+    return targets
+
+
+def run_image(path: Path, name: str, loaded: Loaded, args: argparse.Namespace) -> list[Path]:
+    """Roll out one image into files that begin with ``name``; returns them."""
     x, picture = read_image(path, loaded)
     names, target, classes = _names(args.class_names), _target(args.target), args.classes
     if target in ("hard", "soft") and classes is None:
@@ -163,14 +210,29 @@ def run_image(path: Path, loaded: Loaded, args: argparse.Namespace) -> list[Path
     found = rollout(loaded.model, x, target, classes=classes, **options)
     logits = _logits(found.output)
     predicted = "" if logits is None else f", predicted: {_named(f'class {int(logits.argmax())}', names)}"
-    maps = found.maps[0].numpy()
-    np.save(args.out / f"{path.stem}.npy", maps)
-    written = [args.out / f"{path.stem}.npy"]
-    for label, map_ in zip(found.labels, maps, strict=True):
-        shown = _named(label, names)
-        written.append(args.out / f"{path.stem}_{re.sub(r'[^0-9A-Za-z]+', '-', shown).strip('-')}.png")
-        draw(written[-1], picture, map_, f"{path.name}: {shown}{predicted}")
-    return written
+    maps, shown = found.maps[0].numpy(), [_named(label, names) for label in found.labels]
+    slugs = [_slug(text) or _slug(label) for text, label in zip(shown, found.labels, strict=True)]
+    inputs = {p.resolve() for p in (*args.images, args.checkpoint, args.class_names) if p is not None}
+    targets = _targets(args.out, name, slugs, inputs)
+    with written(targets[0]) as part, part.open("wb") as file:
+        np.save(file, maps)
+    for target, text, map_ in zip(targets[1:], shown, maps, strict=True):
+        with written(target) as part:
+            draw(part, picture, map_, f"{path.name}: {text}{predicted}")
+    return targets
+
+
+def run(args: argparse.Namespace) -> None:
+    absent = [path for path in (*args.images, args.checkpoint, args.class_names) if path is not None and not path.is_file()]
+    if absent:
+        raise ValueError(f"no such file: {', '.join(map(str, absent))}")
+    told = {"num_heads": args.num_heads, "aux_key": args.aux_key, "act": args.act, "img_size": image_pair(args.img_size)}
+    loaded = load(args.model, args.checkpoint, pretrained=args.pretrained, system=args.convert, key=args.key, **told)
+    make_folder(args.out)
+    for path, name in zip(args.images, distinct([path.stem for path in args.images]), strict=True):
+        if name != path.stem:
+            print(f"the files of {path} are named {name}: another image is named {path.stem}", file=sys.stderr)
+        print(*run_image(path, name, loaded, args), sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,14 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         print(f"lifeops rollout needs {', '.join(missing)}: pip install lifeops[demo]", file=sys.stderr)
         return 1
-    absent = [path for path in (*args.images, args.checkpoint, args.class_names) if path is not None and not path.is_file()]
-    if absent:
-        parser.error(f"no such file: {', '.join(map(str, absent))}")
-    try:
-        loaded = load(args.model, args.checkpoint, pretrained=args.pretrained, system=args.convert, num_heads=args.num_heads)
-        args.out.mkdir(parents=True, exist_ok=True)
-        for path in args.images:
-            print(*run_image(path, loaded, args), sep="\n")
-    except (ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+    with told_plainly(parser):
+        run(args)
     return 0

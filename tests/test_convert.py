@@ -179,14 +179,14 @@ def test_official_life_checkpoint(form, tmp_path):
 
         checkpoint = tmp_path / "checkpoint.safetensors"
         save_file(state, checkpoint)
-    model = lifeops.load_official(checkpoint, num_heads=3)
+    model = lifeops.load_official(checkpoint, num_heads=3, aux_key="scale1")
     assert model.blocks[0].attn.qkv.aux_key == "scale1"
     assert not model.training
     torch.testing.assert_close(model(d["x"]), d["y"], rtol=0, atol=1e-10)
 
 
 def test_official_distilled_checkpoint():
-    model = lifeops.load_official(_checkpoint(dist=True)[0], num_heads=3)
+    model = lifeops.load_official(_checkpoint(dist=True)[0], num_heads=3, aux_key="scale1")
     assert model.num_prefix_tokens == 2
     assert model(torch.randn(1, 3, 32, 32, dtype=torch.float64)).shape == (1, 7)
 
@@ -197,11 +197,15 @@ def test_official_errors():
         lifeops.load_official({"fc.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="cannot tell the heads of a model of width 24; pass num_heads"):
         lifeops.load_official(state)
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        lifeops.load_official({**state, "extra": torch.zeros(1)}, num_heads=3)
+    with pytest.raises(ValueError, match=r"does not tell LIFE's aux_key; pass aux_key='scale1' .* or 'multiscale'"):
+        lifeops.load_official(state, num_heads=3)
+    told = {"num_heads": 3, "aux_key": "scale1"}
+    for kind in (ValueError, RuntimeError):  # as other bad input, and as load_state_dict
+        with pytest.raises(kind, match=r"load_official: .*Unexpected key"):
+            lifeops.load_official({**state, "extra": torch.zeros(1)}, **told)
     with pytest.raises(ValueError, match=r"has no 'head\.weight'"):
-        lifeops.load_official({k: v for k, v in state.items() if k != "head.weight"}, num_heads=3)
-    with pytest.raises(ValueError, match="square grids"):
-        lifeops.load_official({**state, "pos_embed": torch.zeros(1, 16, 24)}, num_heads=3)
+        lifeops.load_official({k: v for k, v in state.items() if k != "head.weight"}, **told)
+    with pytest.raises(ValueError, match="models are square, got pos_embed for 15; pass img_size"):
+        lifeops.load_official({**state, "pos_embed": torch.zeros(1, 16, 24)}, **told)
     with pytest.raises(TypeError, match="must be a path or a dict, got int"):
         lifeops.load_official(3)

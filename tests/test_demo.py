@@ -12,6 +12,7 @@ from lifeops import cli
 from lifeops.demo import data, measure
 from lifeops.demo.attention import cls_attention
 from lifeops.demo.train import Recipe, Run, accuracy, build, fit
+from lifeops.integrations.official import lifeops_deit
 from lifeops.models.deit import VisionTransformer
 from lifeops.nn.eager_life import EagerLifeAttention, EagerLifeQKV
 from test_life import golden
@@ -30,7 +31,7 @@ def demo_output(tmp_path_factory):
         pytest.importorskip(package)
     out = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "lifeops", "demo", "--quick", "--sizes", "100", "--epochs", "40", "--seeds", "2", "--jobs", "2"]
-    result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return result, out / "life"
 
@@ -42,6 +43,12 @@ def test_demo_writes_its_files_and_says_where(demo_output):
     assert str(folder) in result.stdout.splitlines()[-1]
     assert len(result.stdout.splitlines()) < 40  # no progress bars outside a terminal
     assert "profiler_start" not in result.stderr
+
+
+@pytest.mark.filterwarnings("error")
+def test_demo_keeps_models_that_tell_their_heads(demo_output):
+    attns = [lifeops_deit(demo_output[1] / f"{name}.pt").blocks[0].attn for name in ("plain", "life")]
+    assert ([a.num_heads for a in attns], attns[1].qkv.aux_key) == ([Recipe().num_heads] * 2, "multiscale")
 
 
 def test_every_system_is_tried():

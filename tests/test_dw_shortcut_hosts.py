@@ -1,7 +1,6 @@
 """The DW shortcut's models: the authors' numbers and sizes, their checkpoints."""
 
 import copy
-import pickle
 import sys
 import types
 
@@ -231,9 +230,6 @@ def test_a_checkpoint_with_its_training_settings(tmp_path, monkeypatch):
         torch.save({"model": model.state_dict(), "epoch": 3, "config": settings}, tmp_path / "checkpoint.pth")
     twin = lifeops.load_official(tmp_path / "checkpoint.pth")
     assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), model.state_dict().values(), strict=True))
-    torch.save({"model": model.state_dict(), "config": types.SimpleNamespace()}, tmp_path / "other.pth")
-    with pytest.raises(pickle.UnpicklingError, match="SimpleNamespace"):
-        lifeops.load_official(tmp_path / "other.pth")
 
 
 def test_checkpoint_errors():
@@ -247,7 +243,7 @@ def test_checkpoint_errors():
     with pytest.raises(RuntimeError, match="Unexpected key"):
         lifeops.load_official({**state, "transformer.convs.2.bias": torch.zeros(192)})
     swin = SwinTransformer(32, 4, num_classes=5, embed_dim=12, depths=(1,), num_heads=(2,), window_size=4).state_dict()
-    with pytest.raises(ValueError, match="cannot tell the image size of a DW shortcut Swin model from one block per stage"):
+    with pytest.raises(ValueError, match="cannot tell the image size of a DW shortcut Swin model from one block per stage; pass img_size"):
         lifeops.load_official(swin)
 
 

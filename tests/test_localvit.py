@@ -313,7 +313,7 @@ def test_official_checkpoint(backend):
     """The authors' logits to 1e-10; sizes, activation and reduction come from the tensors."""
     d = golden_with_act("localvit_deit_c16_d2")
     model = lifeops.load_official({"model": _state(d, "param.")}, num_heads=4)
-    assert (model.blocks[0].conv.act, model.blocks[0].conv.attention, model.num_prefix_tokens) == ("hardswish", "se", 1)
+    assert (model.blocks[0].conv.act, model.blocks[0].conv.attention, model.num_prefix_tokens) == ("hs+se", "se", 1)
     with lifeops.use_backend(backend):
         _close(model(d["x"]), d["y"])
         with torch.no_grad():

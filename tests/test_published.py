@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+import lifeops
 from conftest import declare_torchvision_ops
 from lifeops import cli, flops_cli, model_cost, published, use_backend
 from lifeops.models import named
-from lifeops.models.named import NAMES, SYSTEMS, systems_of
+from lifeops.models.named import NAMES, SYSTEMS, system_in, systems_of
+from lifeops.nn import wrap
 
 ROWS = [(row, model) for row in published.rows() for model in row.models if model in NAMES]
 IDS = [f"{model}-{row.system}-{row.num_classes}" for row, model in ROWS]
@@ -147,6 +149,90 @@ def test_flops_command_leaves_out_systems_that_a_host_cannot_have(capsys, monkey
     assert "life: convert: SwinTransformer is not a known ViT" in printed.err
 
 
+def _registered(monkeypatch, build):
+    """``build`` as a timm model "mine"."""
+    declare_torchvision_ops()
+    registry = pytest.importorskip("timm.models._registry")
+
+    def mine(pretrained=False, num_classes=10, **kwargs):
+        model = build(num_classes)
+        if not hasattr(model, "patch_embed"):  # whose image size tells itself
+            model.pretrained_cfg = {"input_size": (3, 32, 32), "num_classes": num_classes}
+        return model
+
+    mine.__module__ = __name__
+    monkeypatch.setitem(registry._model_entrypoints, "mine", mine)
+
+
+def _vit(num_classes):
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=num_classes)
+
+
+def _nested(num_classes):
+    model = torch.nn.Sequential(lifeops.convert(_vit(num_classes), "localvit"))
+    model.num_classes = num_classes
+    return model
+
+
+BUILT = {
+    "life": lambda n: lifeops.convert(_vit(n), "life"),
+    "dw_shortcut": lambda n: lifeops.convert(_vit(n), "dw_shortcut"),
+    "localvit": _nested,
+    "life + dw_shortcut": lambda n: named("deit_tiny", "life", img_size=32, depth=2, num_classes=n),
+}
+
+
+def _with_shortcuts(num_classes):
+    model = BUILT["life + dw_shortcut"](num_classes)
+    model.blocks = wrap(model.blocks)
+    return model
+
+
+@pytest.mark.parametrize("system", BUILT)
+def test_flops_command_names_the_system_that_a_model_comes_with(system, capsys, monkeypatch):
+    """Converted before, inside another module, or never plain: one row, named as what it is, and nothing to say about others."""
+    pytest.importorskip("rich")
+    build = _with_shortcuts if "+" in system else BUILT[system]
+    _registered(monkeypatch, build)
+    assert cli.main(["flops", "mine", "--num-classes", "10"]) == 0
+    printed = capsys.readouterr()
+    rows = [line.split("│")[1:3] for line in printed.out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [[system, f"{model_cost.count_params(build(10)) / 1e6:.3f}"]]
+    assert not printed.err
+    assert model_cost.count_params(named("mine", system)) == model_cost.count_params(build(10))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["flops", "mine", "--system", "plain"])
+    assert stop.value.code == 2
+    assert f"named: mine comes with the system '{system}', so its system must be that, got 'plain'" in capsys.readouterr().err
+
+
+def test_flops_command_of_timm_models_that_are_none(capsys):
+    pytest.importorskip("rich")
+    declare_torchvision_ops()
+    pytest.importorskip("timm")
+    for arguments, message in (
+        (["vit_none"], "or a timm model, got 'vit_none'"),
+        (["resnet18", "--img-size", "64"], "resnet18 does not take"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["flops", *arguments])
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+def test_flops_command_of_a_reverted_model(capsys, monkeypatch):
+    pytest.importorskip("rich")
+    _registered(monkeypatch, lambda n: lifeops.revert(BUILT["life"](n)))
+    assert cli.main(["flops", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert [s for s in SYSTEMS if f"│ {s} " in out] == list(SYSTEMS)
+    assert system_in(_vit(3)) == system_in(named("vit_tiny", depth=1)) == "plain"
+    assert system_in(named("vit_tiny", "dw_shortcut", depth=1)) == "dw_shortcut"
+
+
 def test_flops_command_lists_what_is_published(capsys):
     pytest.importorskip("rich")
     assert cli.main(["flops"]) == 0
@@ -161,6 +247,7 @@ def test_flops_command_lists_what_is_published(capsys):
     [
         (["deit_tiny", "--img-size", "1", "2", "3"], "--img-size must be one or two positive numbers, got 1 2 3"),
         (["deit_tiny", "--batch", "0"], "--batch and --num-classes must be positive, got 0 and 1000"),
+        (["deit_tiny", "--patch-size", "0"], "--patch-size must be positive, got 0"),
         (["deit_tiny", "--img-size", "30"], "img_size must be a multiple of patch_size"),
         (["vit_tiny", "--system", "localvit"], "named: the system of vit_tiny must be one of 'plain', 'dw_shortcut', got 'localvit'"),
     ],

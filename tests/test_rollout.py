@@ -257,6 +257,7 @@ def test_command_line(files, kind, capsys):
 
 def test_command_line_errors(files, capsys):
     image, plain = str(files / "grey.png"), str(files / "plain.pt")
+    torch.save(dict(torch.load(plain)["model"]), plain)  # without metadata, which would tell the heads
     for arguments, message in (
         ([image, "--model", "lifeops"], "--model lifeops reads its sizes from --checkpoint"),
         ([image, "--model", "lifeops", "--checkpoint", plain], "cannot tell the heads of a model of width 24; pass num_heads"),

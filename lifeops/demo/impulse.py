@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lifeops.demo import report
 from lifeops.demo.train import INITIALISATIONS, Recipe, Run, System, build
+from lifeops.files import make_folder, written
 from lifeops.init import projections
 from lifeops.init.offsets import shift_targets
 from lifeops.init.report import initial_attention
@@ -42,14 +43,13 @@ def recipe_of(recipe: Recipe) -> Recipe:
 
 
 def run(args, console, recipe: Recipe, train_all, jobs: int) -> None:
-    recipe, folder = recipe_of(recipe), args.out / SYSTEM.name
-    folder.mkdir(parents=True, exist_ok=True)
+    recipe, folder = recipe_of(recipe), make_folder(args.out / SYSTEM.name)
     console.print(_initial_report(recipe), highlight=False, soft_wrap=True)
     runs = train_all(console, SYSTEM, args.sizes, args.seeds, recipe, jobs)
     table = accuracy_table(runs)
     table.print(console)
     report.write_csv(folder / "table.csv", SYSTEM, runs, {})
-    (folder / "table.md").write_text(table.markdown(), encoding="utf-8")
+    report.write_markdown(folder / "table.md", [table])
     report.plot_curves(folder / "curves.png", SYSTEM, runs)
     plot_heads(folder / "heads.png", recipe)
     console.print(f"The table, curves and each head's initial attention are in {folder}{os.sep}", soft_wrap=True)
@@ -115,4 +115,5 @@ def plot_heads(path: Path, recipe: Recipe, radius: int = 2) -> None:
     axes[-1][0].set_ylabel("impulse:\nquery patch")
     figure.colorbar(drawn, ax=axes, shrink=0.6, label="attention")
     figure.suptitle("Initial attention on the position embedding alone, by displacement (down, right) of the key", fontsize=9)
-    figure.savefig(path, dpi=120)
+    with written(path) as part:
+        figure.savefig(part, dpi=120, format="png")

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import rich.table
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from lifeops.demo import data
 from lifeops.demo.attention import cls_attention
 from lifeops.demo.measure import Cost
-from lifeops.demo.train import Recipe, Run, System, build
+from lifeops.demo.train import Recipe, Run, System, trained
+from lifeops.files import written
 
 _COLORS = "tab:gray", "tab:orange", "tab:green", "tab:blue"
 
@@ -75,9 +75,14 @@ def cost_table(system: System, setting: str, costs: Mapping[str, Cost]) -> Table
     return Table(f"Cost of {setting}", ("model", "params", "MMACs/image", "ms", "peak MiB"), rows)
 
 
+def write_markdown(path: Path, tables: Sequence[Table]) -> None:
+    with written(path) as part:
+        part.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+
+
 def write_csv(path: Path, system: System, runs: Sequence[Run], costs: Mapping[str, Mapping[str, Cost]]) -> None:
     """One number per row: setting, model, quantity, value, sd."""
-    with path.open("w", newline="") as file:
+    with written(path) as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("setting", "model", "quantity", "value", "sd"))
         for size in sorted({r.size for r in runs}):
@@ -107,7 +112,8 @@ def plot_curves(path: Path, system: System, runs: Sequence[Run]) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy, %")
     axes[0][-1].legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    with written(path) as part:
+        figure.savefig(part, dpi=120, format="png")
 
 
 def plot_attention(path: Path, system: System, runs: Sequence[Run], recipe: Recipe, count: int = 6) -> None:
@@ -116,9 +122,7 @@ def plot_attention(path: Path, system: System, runs: Sequence[Run], recipe: Reci
     x = data.load()[1].x[:count]
     rows = {"digit": x[:, 0]}
     for name in system.trained:
-        model = build(name, recipe)
-        model.load_state_dict({k: torch.from_numpy(v) for k, v in kept[name].weights.items()})
-        rows[system.label if name == system.name else name] = cls_attention(model, x)
+        rows[system.label if name == system.name else name] = cls_attention(trained(kept[name], recipe), x)
     figure = Figure(figsize=(1.3 * count, 1.4 * len(rows)), layout="constrained")  # no pyplot: nothing global, no display needed
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (label, images) in zip(axes, rows.items(), strict=True):
@@ -127,4 +131,5 @@ def plot_attention(path: Path, system: System, runs: Sequence[Run], recipe: Reci
             axis.imshow(image, cmap="gray" if label == "digit" else "viridis")
             axis.set(xticks=[], yticks=[])
     figure.suptitle(f"Attention of the class token, last block ({kept[system.name].size} training images)", fontsize=9)
-    figure.savefig(path, dpi=120)
+    with written(path) as part:
+        figure.savefig(part, dpi=120, format="png")

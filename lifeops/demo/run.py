@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
+from lifeops.cli import told_plainly
 from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.demo.measure import compare
-from lifeops.demo.train import MODELS, SYSTEMS, Recipe, Run, System, build, make_optimizer, run_one, training_loss
+from lifeops.demo.train import MODELS, SYSTEMS, Recipe, Run, System, build, make_optimizer, run_one, trained, training_loss
+from lifeops.files import make_folder, written
 from lifeops.models.deit import VisionTransformer
 
 SIZES, QUICK_SIZES = (50, 100, 300, 1000), (50, 300)
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.sizes = sorted(set(args.sizes or (QUICK_SIZES if args.quick else IMPULSE_SIZES if args.system == "impulse" else SIZES)))
     if not data.MIN_SIZE <= args.sizes[0] <= args.sizes[-1] <= data.MAX_SIZE:
         parser.error(f"--sizes must be between {data.MIN_SIZE} and {data.MAX_SIZE}, got {args.sizes}")
-    run(args)
+    with told_plainly(parser, (OSError,)):
+        run(args)
     return 0
 
 
@@ -71,19 +74,19 @@ def run(args: argparse.Namespace) -> None:
 
         return impulse.run(args, console, recipe, train_all, args.jobs or _num_cores())
     system = SYSTEMS[args.system]
-    folder = args.out / system.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(args.out / system.name)
     runs = train_all(console, system, args.sizes, args.seeds, recipe, args.jobs or _num_cores())
     costs = measure_all(console, system, recipe, quick=args.quick)
     tables = [report.accuracy_table(system, runs), *(report.cost_table(system, setting, models) for setting, models in costs.items())]
     for table in tables:
         table.print(console)
     report.write_csv(folder / "table.csv", system, runs, costs)
-    (folder / "table.md").write_text("\n".join(t.markdown() for t in tables), encoding="utf-8")
+    report.write_markdown(folder / "table.md", tables)
     report.plot_curves(folder / "curves.png", system, runs)
     report.plot_attention(folder / "attention.png", system, runs, recipe)
     for kept in (r for r in runs if r.weights is not None):
-        torch.save({"model": {name: torch.from_numpy(value) for name, value in kept.weights.items()}}, folder / f"{kept.model}.pt")
+        with written(folder / f"{kept.model}.pt") as part:
+            torch.save({"model": trained(kept, recipe).state_dict()}, part)
     console.print(f"Tables, curves and attention maps are in {folder}{os.sep}", soft_wrap=True)
 
 

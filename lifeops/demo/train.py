@@ -204,6 +204,13 @@ def fit(model: VisionTransformer, images: Images, recipe: Recipe, seed: int, run
             run.accuracies.append(accuracy(model, test))
 
 
+def trained(run: Run, recipe: Recipe) -> torch.nn.Module:
+    """The model of a run whose weights were kept."""
+    model = build(run.model, recipe)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in run.weights.items()})
+    return model
+
+
 def run_one(name: str, size: int, seed: int, recipe: Recipe, keep_weights: bool = False) -> Run:
     """One training run of the demo, start to end, in this process."""
     pool, test = data.load()

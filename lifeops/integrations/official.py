@@ -1,158 +1,194 @@
-"""The authors' checkpoints, recognised by their keys, as models of this library."""
+"""The authors' checkpoints, recognised by their keys, as models of this library; and checkpoints of this library's own DeiT models."""
 
 from __future__ import annotations
 
-import math
-import os
-from collections import OrderedDict
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
+from lifeops.errors import CheckpointError
 from lifeops.integrations import official_dw_shortcut as shortcut
+from lifeops.integrations.checkpoint_states import choose, errors_of, load_strictly
+from lifeops.integrations.official_facts import Facts, Given
+from lifeops.integrations.official_fit import fit
 
 _LIFE_KEY = "blocks.0.attn.qkv.scale1.weight"
 _LOCALVIT_KEY = "blocks.0.conv.conv.0.weight"
+_PLAIN_KEY = "blocks.0.attn.qkv.weight"
 
 
-def load_official(checkpoint, *, num_heads: int | None = None, act: str | None = None) -> nn.Module:
+class Family(NamedTuple):
+    """Models with the same keys: the one that tells them, the number of its dimensions, and what builds one."""
+
+    name: str
+    key: str
+    dims: int
+    build: Callable[[Facts], nn.Module]
+
+
+def load_official(
+    checkpoint, *, key: str | None = None, num_heads: int | None = None, aux_key: str | None = None, act: str | None = None,
+    img_size: int | tuple[int, int] | None = None, num_classes: int | None = None, window_size: int | None = None,
+) -> nn.Module:  # fmt: skip
     """Build the model that an official checkpoint is for, at the sizes its tensors tell, and load it strictly; in eval mode.
 
     Args:
-        checkpoint: a path (``.safetensors``, or a torch file, read with ``weights_only=True``) or a loaded dict; with or
-            without the outer "model" key.
-        num_heads: attention heads where the tensors do not tell; default C // 64 for LIFE's DeiT models and the DW shortcut's ViT,
-            C // 48 for LocalViT's.
-        act: LocalViT's activation where the tensors do not tell; default "relu6" without channel attention (the authors'
-            mlp6_act1), "hs+se" with squeeze and excitation, "hs+eca" with ECA.
+        checkpoint: a path (a torch or safetensors file; nothing but tensors and plain containers is built of it, foreign objects
+            beside the model are passed over) or a loaded dict. The state dict may lie under any key, its names behind any prefix
+            (``module.``, ``_orig_mod.``, ``model.`` …).
+        key: which state dict, where there are several: "model_ema", …; default the model itself before averages of it.
+        num_heads, aux_key: attention heads and, for LIFE, "scale1" or "multiscale" (:class:`lifeops.nn.LifeQKV`). The tensors do
+            not tell them; state dicts of this library's models do, in their metadata, unless a script copied them into plain dicts.
+            Else models of a published width (and heads) are taken for the authors' (LIFE: "scale1").
+        act: LocalViT's activation; default "hs+se" with squeeze and excitation, else "hs+eca" with ECA or "relu6" (the authors'
+            mlp6_act1).
+        img_size: of the model, if not the checkpoint's: position embeddings are resampled bicubically, the prefix tokens' kept, as
+            timm does it; and where the checkpoint does not tell its own (Swin without ``attn_mask``, grids that are no square).
+        num_classes: of the model, if not the checkpoint's: then with a new, untrained head (truncated normal, std 0.02; zero bias).
+        window_size: of Swin, if not the checkpoint's: tables are resampled. By default it stays, or where it does not divide every
+            stage's grid at another ``img_size``, grows in proportion.
 
-    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``; returned with ``aux_key="scale1"``, as they were trained),
-    LocalViT DeiT (``blocks.0.conv.conv.0.weight``), and the DW shortcut's ViT (``transformer.convs.0.weight``), CaiT
-    (``patch_transformer.convs.0.weight``) and Swin (``layers.0.convs.0.weight``).
+    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``), LocalViT DeiT (``blocks.0.conv.conv.0.weight``), and the DW
+    shortcut's ViT (``transformer.convs.0.weight``), CaiT (``patch_transformer.convs.0.weight``) and Swin
+    (``layers.0.convs.0.weight``). Buffers that can be computed (``attn_mask``, ``relative_position_index``,
+    ``num_batches_tracked``) may be missing.
+
+    Warns (UserWarning) of every assumption: which of several state dicts, heads, ``aux_key``, activation, a new head.
 
     Raises:
-        ValueError: keys of no known family, or sizes that do not fit together. RuntimeError: unexpected or missing keys.
+        lifeops.errors.CheckpointError, a ValueError (and RuntimeError): a file that cannot be read (what was found is named), keys
+        of no known family, missing or unexpected keys, sizes that do not fit, and what the checkpoint does not tell (the message
+        names the argument). TypeError: neither a path nor a dict. FileNotFoundError: no such file.
     """
-    state = state_dict_of(checkpoint)
-    for key, _, build in _families(num_heads, act):
-        if key in state:
-            model = build(state).to(state[key].dtype)
-            model.load_state_dict(state, strict=True)
-            return model.eval()
-    known = ", ".join(f"{name} ({key!r})" for key, name, _ in _families(num_heads, act))
-    raise ValueError(f"load_official: no known checkpoint; looked for {known}, got keys such as {sorted(state)[:5]}")
+    given = _given("load_official", key, num_heads, aux_key, act, img_size, num_classes, window_size)
+    families = (
+        Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", published=True)),
+        Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),
+        Family("DW shortcut CaiT", shortcut.CAIT_KEY, 4, shortcut.cait), Family("DW shortcut Swin", shortcut.SWIN_KEY, 4, shortcut.swin),
+    )  # fmt: skip
+    return _load("load_official", checkpoint, key, given, families)
 
 
-def _families(num_heads, act):
-    """The key that tells a family, its name, and what builds its model from a state dict."""
-    return (
-        (_LIFE_KEY, "LIFE DeiT", lambda state: _life_deit(state, num_heads, "scale1")),
-        (_LOCALVIT_KEY, "LocalViT DeiT", lambda state: _localvit_deit(state, num_heads, act)),
-        (shortcut.VIT_KEY, "DW shortcut ViT", lambda state: shortcut.vit(state, num_heads)),
-        (shortcut.CAIT_KEY, "DW shortcut CaiT", lambda state: shortcut.cait(state, num_heads)),
-        (shortcut.SWIN_KEY, "DW shortcut Swin", lambda state: shortcut.swin(state, num_heads)),
+def lifeops_deit(
+    checkpoint, *, key: str | None = None, num_heads: int | None = None, aux_key: str | None = None, act: str | None = None,
+    img_size: int | tuple[int, int] | None = None, num_classes: int | None = None,
+) -> nn.Module:  # fmt: skip
+    """A :class:`lifeops.models.VisionTransformer` that this library trained, plain, with LIFE or with LocalViT's feed-forward, at the
+    sizes its tensors tell; in eval mode. Arguments, warnings and errors as :func:`load_official`'s, but ``aux_key`` is taken for
+    "multiscale", this library's default, where neither metadata nor the caller says.
+    """
+    given = _given("lifeops_deit", key, num_heads, aux_key, act, img_size, num_classes)
+    families = (
+        Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit),
+        Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "multiscale", published=False)),
+        Family("DeiT", _PLAIN_KEY, 2, lambda facts: _deit(facts, _heads(facts, "blocks.0.attn"))),
     )
+    return _load("lifeops_deit", checkpoint, key, given, families)
 
 
-class _Settings:
-    """Stands in for yacs' CfgNode, which checkpoints of Swin-style training scripts hold beside the model: an inert dict."""
+def _given(caller, key, num_heads, aux_key, act, img_size, num_classes, window_size=None) -> Given:
+    """The arguments, checked."""
+    from lifeops.models.deit import to_pair
 
-    def __new__(cls, *args):
-        return OrderedDict()
-
-
-def _load(path: str):
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    with torch.serialization.safe_globals([(_Settings, "yacs.config.CfgNode")]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def state_dict_of(checkpoint) -> Mapping[str, torch.Tensor]:
-    """The tensors of a checkpoint by name: a path or a loaded dict, with or without the outer "model" key."""
-    if isinstance(checkpoint, (str, os.PathLike)):
-        checkpoint = _load(os.fspath(checkpoint))
-    if not isinstance(checkpoint, Mapping):
-        raise TypeError(f"load_official: the checkpoint must be a path or a dict, got {type(checkpoint).__name__}")
-    state = checkpoint.get("model", checkpoint)
-    wrong = [k for k, v in state.items() if not isinstance(v, torch.Tensor)] if isinstance(state, Mapping) else ["model"]
-    if wrong:
-        raise ValueError(f"load_official: the checkpoint must map names to tensors (perhaps under 'model'); {wrong[:3]} do not")
-    return state
+    names = {"key": key, "aux_key": aux_key, "act": act}
+    for name, value in names.items():
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{caller}: {name} must be a str, got {value!r}")
+    counts = {"num_heads": (num_heads, 1), "num_classes": (num_classes, 0), "window_size": (window_size, 1)}
+    for name, (value, least) in counts.items():
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise ValueError(f"{caller}: {name} must be an int of at least {least}, got {value!r}")
+    if img_size is not None and not isinstance(img_size, (int, tuple, list)):
+        raise TypeError(f"{caller}: img_size must be an int or (height, width), got {img_size!r}")
+    pair = None if img_size is None else to_pair(caller, "img_size", img_size)
+    return Given(num_heads, aux_key, act, pair, num_classes, window_size)
 
 
-class _Host:
-    """The sizes of a DeiT host, read from its tensors."""
-
-    def __init__(self, family: str, state: Mapping[str, torch.Tensor], num_heads: int | None, head_dim: int):
-        self.family, self.state = family, state
-        patch = self.need("patch_embed.proj.weight")
-        dim, in_chans, *patch_size = patch.shape
-        dist = "dist_token" in state
-        patches = self.need("pos_embed").shape[1] - 1 - dist
-        side = math.isqrt(patches)
-        if side * side != patches:
-            raise ValueError(f"load_official: the authors' models have square grids, got pos_embed for {patches} patches")
-        heads = num_heads or dim // head_dim
-        if heads < 1 or dim % heads:
-            raise ValueError(f"load_official: cannot tell the heads of a model of width {dim}; pass num_heads=…")
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        self.sizes = {
-            "img_size": (side * patch_size[0], side * patch_size[1]), "patch_size": tuple(patch_size), "in_chans": in_chans,
-            "num_classes": self.need("head.weight").shape[0], "embed_dim": dim, "depth": depth, "num_heads": heads, "dist_token": dist,
-        }  # fmt: skip
-
-    def need(self, name: str) -> torch.Tensor:
-        if name not in self.state:
-            raise ValueError(f"load_official: the {self.family} checkpoint has no {name!r}")
-        return self.state[name]
+def _load(caller: str, checkpoint, key: str | None, given: Given, families: tuple[Family, ...]) -> nn.Module:
+    with errors_of(caller, checkpoint):
+        looked_for = ", ".join(f"{family.name} ({family.key!r})" for family in families)
+        chosen = choose(checkpoint, [family.key for family in families], looked_for, key)
+        family = next(family for family in families if family.key in chosen.state)
+        facts = Facts(family.name, chosen.state, given)
+        facts.shape(family.key, family.dims)
+        if not chosen.state[family.key].is_floating_point():
+            raise CheckpointError(f"{family.key!r} must be floating point, got {chosen.state[family.key].dtype}")
+        model = family.build(facts).to(chosen.state[family.key].dtype)
+        load_strictly(model, fit(facts, model))
+    for note in (*chosen.notes, *facts.warnings()):
+        warnings.warn(f"{caller}: {note}", stacklevel=3)
+    return model.eval()
 
 
-def _deit(state: Mapping[str, torch.Tensor], family: str, num_heads: int | None, attn=None) -> nn.Module:
+# ------------------------------------------------------------------------------------------------ DeiT hosts
+
+
+def _deit_heads() -> dict[int, int]:
+    """Heads of DeiT, and of LIFE on it, by width."""
+    from lifeops.models.named import DEIT
+
+    return dict(DEIT.values())
+
+
+def _heads(facts: Facts, module: str) -> int:
+    return facts.heads(facts.shape("patch_embed.proj.weight", 4)[0], [module], _deit_heads())
+
+
+def _sizes(facts: Facts, num_heads: int) -> dict:
+    """A DeiT host's, read from its tensors."""
+    state = facts.state
+    dim, in_chans, *patch_size = facts.shape("patch_embed.proj.weight", 4)
+    registers = facts.shape("reg_token", 3)[1] if "reg_token" in state else 0
+    tokens = {"class_token": "cls_token" in state, "dist_token": "dist_token" in state, "num_reg_tokens": registers}
+    patches = facts.shape("pos_embed", 3)[1] - sum(tokens.values())
+    return {
+        "img_size": facts.image_size("pos_embed", patches, tuple(patch_size)), "patch_size": tuple(patch_size), "in_chans": in_chans,
+        "num_classes": facts.classes("head.weight", 0), "embed_dim": dim, "depth": facts.count("blocks."), "num_heads": num_heads, **tokens,
+    }  # fmt: skip
+
+
+def _deit(facts: Facts, num_heads: int, attn=None) -> nn.Module:
     from lifeops.models.deit import VisionTransformer
 
-    host = _Host(family, state, num_heads, 64)
-    mlp_ratio = host.need("blocks.0.mlp.fc1.weight").shape[0] / host.sizes["embed_dim"]
-    return VisionTransformer(**host.sizes, mlp_ratio=mlp_ratio, attn=attn)
+    sizes = _sizes(facts, num_heads)
+    mlp_ratio = facts.shape("blocks.0.mlp.fc1.weight", 2)[0] / sizes["embed_dim"]
+    return VisionTransformer(**sizes, mlp_ratio=mlp_ratio, attn=attn, qkv_bias="blocks.0.attn.qkv.bias" in facts.state)
 
 
-def _life_deit(state: Mapping[str, torch.Tensor], num_heads: int | None, aux_key: str = "scale1") -> nn.Module:
+def _life_deit(facts: Facts, aux_key: str, published: bool) -> nn.Module:
+    """``aux_key`` where neither metadata nor the caller says, of a model of any width and heads or only of ``published`` ones."""
     from lifeops.nn.life import LifeAttention
 
-    qkv_norm = "blocks.0.attn.qkv.norm.weight" in state
+    num_heads = _heads(facts, "blocks.0.attn.qkv")
+    known = not published or (facts.shape(_LIFE_KEY, 2)[1], num_heads) in _deit_heads().items()
+    aux_key = facts.tell("aux_key", ["blocks.0.attn.qkv"], aux_key if known else None)
+    if aux_key is None:
+        raise CheckpointError("the checkpoint does not tell LIFE's aux_key; pass aux_key='scale1' (the authors') or 'multiscale'")
+    qkv_norm = "blocks.0.attn.qkv.norm.weight" in facts.state
 
     def attention(dim, num_heads, num_prefix_tokens):
         return LifeAttention(dim, num_heads, num_prefix_tokens, qkv_norm=qkv_norm, aux_key=aux_key)
 
-    return _deit(state, "LIFE DeiT", num_heads, attention)
+    return _deit(facts, num_heads, attention)
 
 
-def lifeops_deit(checkpoint, *, num_heads: int | None = None) -> nn.Module:
-    """A :class:`lifeops.models.VisionTransformer` that this library trained, plain, with LIFE or with LocalViT's feed-forward, at the
-    sizes its tensors tell; in eval mode. ``checkpoint`` and ``num_heads`` as in :func:`load_official`; LIFE with its default key.
-    """
-    state = state_dict_of(checkpoint)
-    if _LOCALVIT_KEY in state:
-        model = _localvit_deit(state, num_heads, None)
-    elif _LIFE_KEY in state:
-        model = _life_deit(state, num_heads, "multiscale")
-    else:
-        model = _deit(state, "DeiT", num_heads)
-    model.to(state["patch_embed.proj.weight"].dtype).load_state_dict(state, strict=True)
-    return model.eval()
+def _localvit_act(facts: Facts) -> str:
+    """Of SE there is one activation among the authors' models, of ECA and of none there are two."""
+    if "blocks.0.conv.conv.6.fc.0.weight" in facts.state:
+        return facts.tell("act", ["blocks.0.conv"]) or "hs+se"
+    eca = "blocks.0.conv.conv.6.conv.weight" in facts.state
+    return facts.tell("act", ["blocks.0.conv"], "hs+eca" if eca else "relu6")
 
 
-def _localvit_deit(state: Mapping[str, torch.Tensor], num_heads: int | None, act: str | None) -> nn.Module:
-    from lifeops.models.localvit import localvit
+def _localvit_deit(facts: Facts) -> nn.Module:
+    from lifeops.models.localvit import VARIANTS, localvit
 
-    host = _Host("LocalViT DeiT", state, num_heads, 48)
-    hidden, dim = host.need(_LOCALVIT_KEY).shape[:2]
-    squeeze = state.get("blocks.0.conv.conv.6.fc.0.weight")
-    if act is None:
-        eca = squeeze is None and "blocks.0.conv.conv.6.conv.weight" in state
-        act = "hs+eca" if eca else "relu6" if squeeze is None else "hs+se"
-    reduction = 1 if squeeze is None else hidden // squeeze.shape[0]
-    return localvit(mlp_ratio=hidden / dim, act=act, reduction=reduction, **host.sizes)
+    dim = facts.shape("patch_embed.proj.weight", 4)[0]
+    hidden, squeeze = facts.shape(_LOCALVIT_KEY, 4)[0], "blocks.0.conv.conv.6.fc.0.weight"
+    reduction = hidden // facts.shape(squeeze, 2)[0] if squeeze in facts.state else 1
+    heads = facts.heads(dim, ["blocks.0.attn", "blocks.0"], {v.embed_dim: v.num_heads for v in VARIANTS.values()})
+    qkv_bias = "blocks.0.attn.qkv.bias" in facts.state
+    sizes = _sizes(facts, heads)
+    return localvit(mlp_ratio=hidden / dim, act=_localvit_act(facts), reduction=reduction, qkv_bias=qkv_bias, **sizes)

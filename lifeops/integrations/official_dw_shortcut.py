@@ -2,99 +2,105 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
-import torch
 from torch import nn
 
-State = Mapping[str, torch.Tensor]
+from lifeops.errors import CheckpointError
+from lifeops.integrations.official_facts import Facts
+
 VIT_KEY, CAIT_KEY, SWIN_KEY = "transformer.convs.0.weight", "patch_transformer.convs.0.weight", "layers.0.convs.0.weight"
 
 
-def _need(family: str, state: State, name: str) -> torch.Tensor:
-    if name not in state:
-        raise ValueError(f"load_official: the {family} checkpoint has no {name!r}")
-    return state[name]
-
-
-def _side(family: str, name: str, count: int) -> int:
-    """The side of a square of ``count``."""
-    side = math.isqrt(count)
-    if side * side != count:
-        raise ValueError(f"load_official: the {family} models are square, got {name} for {count}")
-    return side
-
-
-def _count(state: State, prefix: str) -> int:
-    """How many modules are listed under ``prefix``."""
-    return 1 + max((int(k[len(prefix) :].split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
-
-
-def _vit_sizes(family: str, state: State, stack: str, num_pos_prefix: int) -> dict:
+def _vit_sizes(facts: Facts, stack: str, num_pos_prefix: int) -> dict:
     """What ViT and CaiT share; images have three channels, as the authors'."""
-    patch = _need(family, state, "to_patch_embedding.1.weight")
-    dim = patch.shape[0]
-    side = _side(family, "pos_embedding", _need(family, state, "pos_embedding").shape[1] - num_pos_prefix)
-    patch_size = _side(family, "to_patch_embedding.1.weight", patch.shape[1] // 3)
+    dim, pixels = facts.shape("to_patch_embedding.1.weight", 2)
+    patch_size = facts.side("to_patch_embedding.1.weight", pixels // 3)
+    count = facts.shape("pos_embedding", 3)[1] - num_pos_prefix
     return {
-        "img_size": side * patch_size, "patch_size": patch_size, "num_classes": _need(family, state, "mlp_head.1.weight").shape[0],
-        "embed_dim": dim, "depth": _count(state, f"{stack}.layers."), "kernel_sizes": state[f"{stack}.convs.0.weight"].shape[-1],
+        "img_size": facts.image_size("pos_embedding", count, (patch_size, patch_size)), "patch_size": patch_size,
+        "num_classes": facts.classes("mlp_head.1.weight"), "embed_dim": dim, "depth": facts.count(f"{stack}.layers."),
+        "kernel_sizes": facts.shape(f"{stack}.convs.0.weight", 4)[-1],
     }  # fmt: skip
 
 
-def vit(state: State, num_heads: int | None) -> nn.Module:
+def vit(facts: Facts) -> nn.Module:
+    from lifeops.models.dw_shortcut import VARIANTS
     from lifeops.models.vit_cait import ViT
 
-    family = "DW shortcut ViT"
-    sizes = _vit_sizes(family, state, "transformer", 1)
+    sizes = _vit_sizes(facts, "transformer", 1)
     layer = "transformer.layers.0"
-    inner = _need(family, state, f"{layer}.0.fn.to_qkv.weight").shape[0] // 3
-    heads = num_heads or inner // 64
-    if heads < 1 or inner % heads:
-        raise ValueError(f"load_official: cannot tell the heads of a model of width {inner}; pass num_heads=…")
-    mlp_ratio = _need(family, state, f"{layer}.1.fn.net.0.weight").shape[0] / sizes["embed_dim"]
+    inner = facts.shape(f"{layer}.0.fn.to_qkv.weight", 2)[0] // 3
+    published = {options["embed_dim"]: options["num_heads"] for host, options in VARIANTS.values() if host is ViT}
+    heads = facts.heads(inner, [f"{layer}.0.fn"], published)
+    mlp_ratio = facts.shape(f"{layer}.1.fn.net.0.weight", 2)[0] / sizes["embed_dim"]
     return ViT(**sizes, num_heads=heads, head_dim=inner // heads, mlp_ratio=mlp_ratio)
 
 
-def cait(state: State, num_heads: int | None) -> nn.Module:
+def cait(facts: Facts) -> nn.Module:
     """Its talking-heads matrices tell the heads."""
     from lifeops.models.vit_cait import CaiT
 
-    family = "DW shortcut CaiT"
-    sizes = _vit_sizes(family, state, "patch_transformer", 0)
+    sizes = _vit_sizes(facts, "patch_transformer", 0)
     layer = "patch_transformer.layers.0"
-    heads = _need(family, state, f"{layer}.0.fn.fn.mix_heads_pre_attn").shape[0]
-    head_dim = _need(family, state, f"{layer}.0.fn.fn.to_q.weight").shape[0] // heads
-    mlp_ratio = _need(family, state, f"{layer}.1.fn.fn.net.0.weight").shape[0] / sizes["embed_dim"]
-    cls_depth = _count(state, "cls_transformer.layers.")
-    return CaiT(**sizes, cls_depth=cls_depth, num_heads=heads, head_dim=head_dim, mlp_ratio=mlp_ratio)
+    heads = facts.shape(f"{layer}.0.fn.fn.mix_heads_pre_attn", 2)[0]
+    head_dim = facts.shape(f"{layer}.0.fn.fn.to_q.weight", 2)[0] // heads
+    mlp_ratio = facts.shape(f"{layer}.1.fn.fn.net.0.weight", 2)[0] / sizes["embed_dim"]
+    return CaiT(**sizes, cls_depth=facts.count("cls_transformer.layers."), num_heads=heads, head_dim=head_dim, mlp_ratio=mlp_ratio)
 
 
-def _swin_side(family: str, state: State, stage: int, depth: int, window: int) -> int:
-    """Tokens per side of a stage: from its shifted blocks' masks, which only stages of several windows have."""
-    if depth < 2:
-        raise ValueError(f"load_official: cannot tell the image size of a {family} model from one block per stage")
-    mask = state.get(f"layers.{stage}.blocks.1.attn_mask")
-    return window if mask is None else window * _side(family, "attn_mask", mask.shape[0])
+# ------------------------------------------------------------------------------------------------ Swin
 
 
-def swin(state: State, num_heads: int | None) -> nn.Module:
+def _windows(facts: Facts, stages: int) -> list[int]:
+    tables = [facts.shape(f"layers.{s}.blocks.0.attn.relative_position_bias_table", 2)[0] for s in range(stages)]
+    return [(facts.side("relative_position_bias_table", rows) + 1) // 2 for rows in tables]
+
+
+def _side(facts: Facts, depths: list[int], windows: list[int]) -> int | None:
+    """Patches per side of the checkpoint's images, None where nothing tells.
+
+    A shifted block's mask counts its stage's windows. A window smaller than the first stage's is its stage's whole grid.
+    """
+    for s, window in enumerate(windows):
+        masks = [k for k in (f"layers.{s}.blocks.{i}.attn_mask" for i in range(depths[s])) if k in facts.state]
+        if masks:
+            return window * facts.side("attn_mask", facts.shape(masks[0], 3)[0]) << s
+        if window < windows[0]:
+            return window << s
+    return None
+
+
+def _window_size(facts: Facts, window: int, old: int | None, sides: tuple[int, int], stages: int) -> int:
+    """The window at another image size of ``sides`` patches: the checkpoint's, or in proportion where that does not divide a stage."""
+    if facts.given.window_size is not None:
+        return facts.given.window_size
+    grids = [(sides[0] >> s, sides[1] >> s) for s in range(stages)]
+    if old is None or all((min(grid) <= window and grid[0] == grid[1]) or not any(n % window for n in grid) for grid in grids):
+        return window
+    if sides[0] != sides[1] or window * sides[0] % old:
+        raise CheckpointError(f"the window {window} does not divide grids of {sides[0]} x {sides[1]} patches; pass window_size=…")
+    facts.notes.append(f"windows of {window * sides[0] // old} instead of {window} patches, in proportion to the image size")
+    return window * sides[0] // old
+
+
+def swin(facts: Facts) -> nn.Module:
     """Its bias tables tell heads and windows."""
     from lifeops.models.swin import SwinTransformer
 
-    family = "DW shortcut Swin"
-    patch = _need(family, state, "patch_embed.proj.weight")
-    depths = [_count(state, f"layers.{s}.blocks.") for s in range(_count(state, "layers."))]
-    tables = [_need(family, state, f"layers.{s}.blocks.0.attn.relative_position_bias_table") for s in range(len(depths))]
-    windows = [(_side(family, "relative_position_bias_table", len(table)) + 1) // 2 for table in tables]
-    stage = next((s for s, depth in enumerate(depths) if depth > 1), 0)
-    side = _swin_side(family, state, stage, depths[stage], windows[stage]) * 2**stage
-    block = "layers.0.blocks.0"
+    dim, in_chans, *patch = facts.shape("patch_embed.proj.weight", 4)
+    stages = facts.count("layers.")
+    depths = [facts.count(f"layers.{s}.blocks.") for s in range(stages)]
+    windows = _windows(facts, stages)
+    old, img_size = _side(facts, depths, windows), facts.given.img_size
+    if img_size is None:
+        if old is None:
+            what = "one block per stage" if max(depths, default=1) < 2 else "tensors without attn_mask"
+            raise CheckpointError(f"cannot tell the image size of a {facts.family} model from {what}; pass img_size=…")
+        img_size = (old * patch[0], old * patch[1])
+    block, sides = "layers.0.blocks.0", (img_size[0] // patch[0], img_size[1] // patch[1])
     return SwinTransformer(
-        img_size=(side * patch.shape[2], side * patch.shape[3]), patch_size=tuple(patch.shape[2:]), in_chans=patch.shape[1],
-        num_classes=_need(family, state, "head.weight").shape[0], embed_dim=patch.shape[0], depths=depths,
-        num_heads=[table.shape[1] for table in tables], window_size=windows[0],
-        mlp_ratio=_need(family, state, f"{block}.mlp.fc1.weight").shape[0] / patch.shape[0],
-        qkv_bias=f"{block}.attn.qkv.bias" in state, kernel_sizes=state[SWIN_KEY].shape[-1],
+        img_size=img_size, patch_size=tuple(patch), in_chans=in_chans, num_classes=facts.classes("head.weight"), embed_dim=dim,
+        depths=depths, num_heads=[facts.shape(f"layers.{s}.blocks.0.attn.relative_position_bias_table", 2)[1] for s in range(stages)],
+        window_size=_window_size(facts, windows[0], old, sides, stages),
+        mlp_ratio=facts.shape(f"{block}.mlp.fc1.weight", 2)[0] / dim, qkv_bias=f"{block}.attn.qkv.bias" in facts.state,
+        kernel_sizes=facts.shape(SWIN_KEY, 4)[-1],
     )  # fmt: skip

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifeops.told import ToldInMetadata
+
 AttentionFactory = Callable[[int, int, int], nn.Module]
 BlockFactory = Callable[[int, int, int, nn.Module], nn.Module]
 
@@ -51,7 +53,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class Attention(ToldInMetadata):
     """Multi-head self-attention over all tokens: softmax(q k^T / sqrt(C / h)) v, then ``proj``. (B, N, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):

@@ -10,8 +10,9 @@ from lifeops.models.dw_shortcut import VARIANTS as SHORTCUT_VARIANTS
 from lifeops.models.dw_shortcut import dw_shortcut
 from lifeops.models.localvit import VARIANTS as LOCALVIT_VARIANTS
 from lifeops.models.localvit import localvit
-from lifeops.nn.dw_shortcut import wrap
-from lifeops.nn.life import LifeAttention
+from lifeops.nn.dw_shortcut import ShortcutModule, wrap
+from lifeops.nn.life import LifeAttention, LifeQKV
+from lifeops.nn.localvit import LocalityFeedForward
 
 SYSTEMS = ("plain", "life", "localvit", "dw_shortcut")
 DEIT = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}
@@ -19,11 +20,27 @@ LOCALVIT = {f"localvit_{variant}": variant for variant in LOCALVIT_VARIANTS}
 NAMES = (*DEIT, *LOCALVIT, *SHORTCUT_VARIANTS)
 
 
-def systems_of(name: str) -> tuple[str, ...]:
-    """The systems that the model ``name`` can have; of a timm model all are tried."""
+def systems_of(name: str, **host) -> tuple[str, ...]:
+    """The systems that the model ``name`` can have; of a timm model all are tried, but only its own where it comes with one."""
     if name in LOCALVIT:
         return "plain", "localvit"
-    return ("plain", "dw_shortcut") if name in SHORTCUT_VARIANTS else SYSTEMS
+    if name in SHORTCUT_VARIANTS:
+        return "plain", "dw_shortcut"
+    if name in DEIT:
+        return SYSTEMS
+    with torch.device("meta"):
+        own = system_in(_timm_model(name, host))
+    return SYSTEMS if own == "plain" else (own,)
+
+
+def system_in(model: nn.Module) -> str:
+    """The system built into ``model``, converted or made with it: one of SYSTEMS, or several joined by " + "."""
+    built = {
+        "life": lambda m: isinstance(m, LifeQKV),
+        "localvit": lambda m: isinstance(m, LocalityFeedForward),
+        "dw_shortcut": lambda m: isinstance(m, ShortcutModule) and len(m.convs) > 0,
+    }
+    return " + ".join(name for name, has in built.items() if any(has(m) for m in model.modules())) or "plain"
 
 
 def _deit(name: str, system: str, host: dict) -> nn.Module:
@@ -46,15 +63,25 @@ def _localvit(name: str, system: str, host: dict) -> nn.Module:
     return VisionTransformer(embed_dim=v.embed_dim, num_heads=v.num_heads, mlp_ratio=v.mlp_ratio, **host)
 
 
-def _timm(name: str, system: str, host: dict) -> nn.Module:
+def _timm_model(name: str, host: dict) -> nn.Module:
     import timm
-
-    from lifeops.integrations import convert
 
     if not timm.is_model(name):
         raise ValueError(f"named: the model must be one of {', '.join(NAMES)} or a timm model, got {name!r}")
-    model = timm.create_model(name, **host)
-    return model if system == "plain" else convert(model, system)
+    try:
+        return timm.create_model(name, **host)
+    except TypeError as error:
+        raise ValueError(f"named: {name} does not take all of {', '.join(host)}: {error}") from error
+
+
+def _timm(name: str, system: str, host: dict) -> nn.Module:
+    from lifeops.integrations import convert
+
+    model = _timm_model(name, host)
+    own = system_in(model)
+    if own not in ("plain", system):
+        raise ValueError(f"named: {name} comes with the system {own!r}, so its system must be that, got {system!r}")
+    return model if own == system else convert(model, system)
 
 
 def named(name: str, system: str = "plain", **host) -> nn.Module:
@@ -63,14 +90,15 @@ def named(name: str, system: str = "plain", **host) -> nn.Module:
     Args:
         name: "deit_tiny", "deit_small", "deit_base"; "localvit_" and a variant of :func:`lifeops.models.localvit`; a variant of
             :func:`lifeops.models.dw_shortcut`; or a timm name, whose model :func:`lifeops.convert` then changes.
-        system: "plain", "life", "localvit" (h-swish, squeeze and excitation to one channel, as the authors' tiny and small), "dw_shortcut".
+        system: "plain", "life", "localvit" (h-swish, squeeze and excitation to one channel, as the authors' tiny and small), "dw_shortcut";
+            of a timm model that comes with one, that.
         host: img_size, patch_size, num_classes, ….
 
     Raises ValueError for an unknown name or system, and where the model cannot have the system.
     """
-    if system not in SYSTEMS:
+    if set(system.split(" + ")) - set(SYSTEMS):
         raise ValueError(f"named: system must be one of {', '.join(map(repr, SYSTEMS))}, got {system!r}")
-    if system not in systems_of(name):
+    if name in NAMES and system not in systems_of(name):
         raise ValueError(f"named: the system of {name} must be one of {', '.join(map(repr, systems_of(name)))}, got {system!r}")
     if name in DEIT:
         return _deit(name, system, host)
@@ -90,4 +118,8 @@ def image_size(name: str, img_size: tuple[int, int] | None = None) -> tuple[int,
     import timm
 
     with torch.device("meta"):
-        return timm.data.resolve_model_data_config(timm.create_model(name))["input_size"]
+        model = _timm_model(name, {})
+    embed = getattr(model, "patch_embed", None)
+    if not getattr(model, "pretrained_cfg", None) and hasattr(embed, "img_size"):  # a model that somebody registered
+        return (embed.proj.in_channels, *embed.img_size)
+    return timm.data.resolve_model_data_config(model)["input_size"]

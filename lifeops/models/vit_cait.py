@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lifeops.models.deit import check_images, grid_of, to_pair
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
+from lifeops.told import ToldInMetadata
 
 
 class Patches(nn.Module):
@@ -69,7 +70,7 @@ def _heads(t: Tensor, num_heads: int) -> Tensor:
     return t.unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class Attention(ToldInMetadata):
     """Self-attention without qkv bias; ``to_out`` is missing for one head of the model's width."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, drop_rate: float):

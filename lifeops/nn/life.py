@@ -14,6 +14,7 @@ from lifeops.nn.scripting import NotScripted
 from lifeops.ops.life_qkv import scale1_keys, scale_dims
 from lifeops.ops.life_qkv_function import join_scales, life_qkv
 from lifeops.ops.project_scales import project_scales
+from lifeops.told import ToldInMetadata
 
 
 def _check_heads(name: str, dim: int, num_heads: int) -> None:
@@ -35,7 +36,7 @@ class _Scale(nn.Module):
         return to_tokens(call("LifeQKV: pointwise", self.pointwise, to_maps(z, (z.shape[1], 1)), pointwise))
 
 
-class LifeQKV(NotScripted, nn.Module):
+class LifeQKV(NotScripted, ToldInMetadata):
     """Multi-scale q, k, v of (B, N, C) tokens: see :func:`lifeops.life_qkv`.
 
     Args:
@@ -45,7 +46,11 @@ class LifeQKV(NotScripted, nn.Module):
         qkv_norm: one LayerNorm(C), eps 1e-5, shared by q, k and v.
         aux_key: "multiscale" or "scale1" (the authors' checkpoints).
         recompute: keep less for backward, run the depth-wise steps again there.
+
+    State dicts say ``num_heads`` and ``aux_key`` in their metadata; loading one that says others is an error.
     """
+
+    told = "num_heads", "aux_key"
 
     def __init__(
         self, dim, num_heads, num_prefix_tokens=1, qkv_norm=False, aux_key="multiscale", *, recompute=False, device=None, dtype=None

@@ -17,12 +17,13 @@ from lifeops.nn.scripting import NotScripted
 from lifeops.ops import locality_ffn as chain
 from lifeops.ops.channel_act import accumulate_dtype
 from lifeops.ops.channel_gate import GATES
+from lifeops.told import ToldInMetadata
 
 ACTS = {"relu6": ("relu6", "")} | {"hs" + f"+{kind}" * bool(kind): ("hardswish", kind) for kind in GATES}
 """The authors' names: activation and channel attention."""
 
 
-class LocalityFeedForward(NotScripted, nn.Module):
+class LocalityFeedForward(NotScripted, ToldInMetadata):
     """x + [0 for the prefix tokens | conv(patch tokens)]: LocalViT's inverted-residual feed-forward on (B, P + H*W, C) tokens.
 
     ``conv``: 1x1 C -> H_, BN, f, depth-wise 3x3, BN, f, channel attention, 1x1 H_ -> C, BN; H_ = int(C * expand_ratio), f = ReLU6
@@ -44,6 +45,7 @@ class LocalityFeedForward(NotScripted, nn.Module):
     """
 
     needs_grid = True
+    told = ("act",)
 
     def __init__(
         self, dim, expand_ratio=4.0, act="hs+se", reduction=4, wo_dp_conv=False, dp_first=False, num_prefix_tokens=1, *, grid=None,
@@ -57,10 +59,10 @@ class LocalityFeedForward(NotScripted, nn.Module):
             raise ValueError(f"LocalityFeedForward: dim * expand_ratio must be at least 1, got {dim} * {expand_ratio}")
         dd = {"device": device, "dtype": dtype}
         self.dim, self.hidden_dim, self.num_prefix_tokens = dim, hidden, num_prefix_tokens
-        self.act, self.attention = ACTS[act]
+        self.act, (self.activation, self.attention) = act, ACTS[act]
 
         def activation():
-            return nn.ReLU6() if self.act == "relu6" else nn.Hardswish()
+            return nn.ReLU6() if self.activation == "relu6" else nn.Hardswish()
 
         def product(inputs, outputs):
             return [nn.Conv2d(inputs, outputs, 1, bias=False, **dd), nn.BatchNorm2d(outputs, **dd)]
@@ -96,7 +98,7 @@ class LocalityFeedForward(NotScripted, nn.Module):
     # ------------------------------------------------------------------------------------------------ the fast path
 
     def fused_layers(self):
-        act = exactly(nn.ReLU6 if self.act == "relu6" else nn.Hardswish)
+        act = exactly(nn.ReLU6 if self.activation == "relu6" else nn.Hardswish)
         gates = [_CHANNEL_ATTENTION] * bool(self.attention)
         kinds = [pointwise, batch_norm, act, depthwise, batch_norm, act, *gates, pointwise, batch_norm]
         layers = [("conv", _sequence_of(len(kinds))), *((f"conv.{i}", rule) for i, rule in enumerate(kinds))]
@@ -118,7 +120,7 @@ class LocalityFeedForward(NotScripted, nn.Module):
         groups = tuple(sync_group(n) for n in norms)
         eps = tuple(getattr(n, "eps", 0.0) for n in norms)
         kind = self.conv[6].kind if self.attention else ""
-        return chain.Config(dtype, self.act, kind, *grid, self.num_prefix_tokens, eps, groups, backend)
+        return chain.Config(dtype, self.activation, kind, *grid, self.num_prefix_tokens, eps, groups, backend)
 
     def _run(self, x, grid):
         dtype = torchlib.autocast_dtype(x) or x.dtype
@@ -166,7 +168,7 @@ class LocalityFeedForward(NotScripted, nn.Module):
         return f"dim={self.dim}, hidden_dim={self.hidden_dim}, num_prefix_tokens={self.num_prefix_tokens}"
 
 
-class LocalViTBlock(nn.Module):
+class LocalViTBlock(ToldInMetadata):
     """x + drop_path(attn(norm1(x))), then the locality feed-forward ``conv``, which has its own residual and no drop_path.
 
     There is no second LayerNorm. ``attn`` gets the grid if it asks for it (``needs_grid``); other arguments of ``forward``, such as
@@ -178,6 +180,11 @@ class LocalViTBlock(nn.Module):
         self.norm1, self.attn, self.conv = norm1, attn, conv
         self.ls1 = nn.Identity() if ls1 is None else ls1
         self.drop_path1 = nn.Identity() if drop_path1 is None else drop_path1
+
+    @property
+    def num_heads(self) -> int | None:
+        """Of ``attn``, which its tensors do not tell."""
+        return getattr(self.attn, "num_heads", None)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, **options) -> torch.Tensor:
         if getattr(self.attn, "needs_grid", False) and grid is not None:
