@@ -13,6 +13,8 @@ def _maps(t, grid):
 
 
 def _tokens(maps):
+    if maps.shape[0] == 1:  # torch's CPU batch norm reads the gradient of one image in the wrong order where it is a view of tokens
+        maps = maps.index_select(0, torch.zeros(1, dtype=torch.long))  # its gradient is added to fresh zeros
     return maps.flatten(2).transpose(1, 2)
 
 

@@ -11,7 +11,7 @@ from lifeops import config, geometry, torchlib
 from lifeops.nn.batch_norm import check_constant, check_readable, constants, on_batch, sync_group, total_count, update_running
 from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
-from lifeops.nn.maps import call, to_maps, to_tokens
+from lifeops.nn.maps import call, orderly, to_maps, to_tokens
 from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, is_plain, pointwise, reasons
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops import locality_ffn as chain
@@ -93,7 +93,7 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
         maps = to_maps(x[:, P:], grid)
         for name, layer in layers:
             maps = call(f"LocalityFeedForward: {name}", layer, maps, lambda _: reasons(self))
-        return torch.cat((x[:, :P], x[:, P:] + to_tokens(maps)), 1)
+        return torch.cat((x[:, :P], x[:, P:] + to_tokens(orderly(maps))), 1)
 
     # ------------------------------------------------------------------------------------------------ the fast path
 

@@ -26,6 +26,15 @@ def unambiguous(maps: torch.Tensor) -> torch.Tensor:
     return maps.contiguous() if 1 in maps.shape[2:] else maps
 
 
+def orderly(maps: torch.Tensor) -> torch.Tensor:
+    """``maps``, whose gradient has the strides of a whole tensor: torch's CPU batch norm reads that of one image in the wrong order where
+    it is a view of tokens, whose batch stride may then be any number (torch 2.13).
+    """
+    if maps.shape[0] != 1 or not maps.requires_grad:
+        return maps
+    return maps.index_select(0, torch.zeros(1, dtype=torch.long, device=maps.device))  # its gradient is added to fresh zeros
+
+
 def call(name: str, layer: Callable, maps: torch.Tensor, rule: Rule) -> torch.Tensor:
     """``layer(maps)``; maps without a pixel give themselves, and parameters zero gradients.
 
