@@ -36,6 +36,7 @@ else
 	$(BIN)/python -m bench --out $(ROWS)
 	$(BIN)/python -m bench --system life_qkv,life_attention --mode fwd,fwdbwd --dtype float32 --allocator default --out $(ROWS)
 	$(BIN)/python -m bench.rollout --skip-time --level layers --out $(dir $(ROWS))rollout_memory.json
+	$(BIN)/python -m bench module_check --out $(dir $(ROWS))module_check.json
 	$(BIN)/python -m bench scaling --repeats 2
 	$(BIN)/python -m bench page
 endif

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench import optional, rows, tables
+from bench import module_check, optional, rows, tables
 from bench.collect import Options, collect
 from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, TIMM, Problem, compiles, level_of, modes_of, named, problems
 
-COMMANDS = ("compare", "page", "scaling", "tune")
+COMMANDS = ("compare", "module_check", "page", "scaling", "tune")
 MORE = """commands:
   python -m bench compare A B    two files of rows, problem by problem, with what changed by more than the quartiles
   python -m bench scaling        cost against grid, batch, channels and threads
+  python -m bench module_check   what it costs a fused module to see that its layers are plain
   python -m bench page           docs/performance.md and its figures, from bench/results/
   python -m bench tune           the table of CPU GEMM paths
 """
@@ -100,6 +101,8 @@ def measure(args) -> int:
     start = time.perf_counter()
     found = collect(todo, o, console, lambda so_far: [rows.save(so_far, path) for path in args.out])
     tables.report(found, console)
+    if not args.system and args.level in (None, "block") and args.device == "cpu":
+        console.print(module_check.table(module_check.measured()))
     if args.figures:
         from bench import figures
 

@@ -7,8 +7,8 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
+from bench import module_check, scaling_page
 from bench import rows as store
-from bench import scaling_page
 from bench.problems import targets
 from bench.tables import Key, faster, losing, measured, missed, ratios, spread, wrong
 
@@ -139,6 +139,8 @@ def page() -> str:
             lines += _section(path, [row for row in rows if row["machine"] == machine])
     for path in sorted(RESULTS.glob("rollout_memory*.json")):
         lines += _rollout_memory(path)
+    if module_check.RESULTS.exists():
+        lines += module_check.lines(json.loads(module_check.RESULTS.read_text()))
     return "\n".join(lines).rstrip() + "\n"
 
 

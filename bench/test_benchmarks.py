@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 
-from bench import columns, optional, systems
+from bench import columns, module_check, optional, systems
 from bench.case import check, inputs_of, runner
 from bench.problems import SYSTEMS, TIMM, Problem, problems
 
@@ -61,3 +61,11 @@ def test_speed(benchmark, problem, variant):
     benchmark.group = f"{problem.system} {problem.mode} {problem.name}"
     benchmark.extra_info.update(columns.facts(case, variant, inputs)._asdict())
     benchmark.pedantic(runner(case.variants[variant], problem.mode, inputs), rounds=9, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("name", module_check.modules())
+def test_module_check(benchmark, name):
+    """What a fused module pays at every call to see that its layers are plain."""
+    module = module_check.modules()[name]
+    benchmark.group = "module_check"
+    assert benchmark(module_check.is_fused, module)

@@ -24,6 +24,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, type(None))
 _TRACED = "torch._subclasses"  # fake and functional tensors stand for plain ones
 _geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_values = dict.values
 _WATCH = "_lifeops_watch"
 
 
@@ -156,19 +157,19 @@ class _Watch:
         self.hooks = [*_GLOBAL_HOOKS, *(getattr(m, name) for m in layers for name in _HOOKS)]
         self.containers = [m._modules for m in containers]
         self.dicts = [m.__dict__ for m in nodes]
-        self.parameters = [m._parameters for m in layers]
+        self.parameters = [m._parameters for m in layers if m._parameters]
         self.convs = [m.__dict__ for m in layers if isinstance(m, _CONVS)]
         self.nodes, self.state = nodes, None
         self.state = self._look()
 
     def _look(self):
-        return (
-            [*chain.from_iterable(map(dict.values, self.containers))],
-            [*map(type, self.nodes)],
-            [*map(len, self.dicts)],
-            [*map(type, chain.from_iterable(map(dict.values, self.parameters)))],
-            [*map(_geometry, self.convs)],
-        )
+        """One list, which a call makes anew and compares with the one that was kept."""
+        found = [*chain.from_iterable(map(_values, self.containers))]
+        found += map(type, self.nodes)
+        found += map(len, self.dicts)
+        found += map(type, chain.from_iterable(map(_values, self.parameters)))
+        found += map(_geometry, self.convs)
+        return found
 
     def holds(self) -> bool:
         return not any(self.hooks) and self._look() == self.state
