@@ -9,7 +9,7 @@ GRID, P, C = (4, 5), 2, 12
 
 
 def _maps(t, grid):
-    return t.transpose(1, 2).reshape(t.shape[0], t.shape[2], *grid)
+    return t.transpose(1, 2).reshape(t.shape[0], t.shape[2], *grid).clone(memory_format=torch.contiguous_format)
 
 
 def _tokens(maps):

@@ -11,7 +11,7 @@ from lifeops import config, geometry, torchlib
 from lifeops.nn.batch_norm import check_constant, check_readable, constants, on_batch, sync_group, total_count, update_running
 from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
-from lifeops.nn.maps import call, orderly, to_maps, to_tokens
+from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, is_plain, pointwise, reasons
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops import locality_ffn as chain
@@ -88,12 +88,12 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
         P = self.num_prefix_tokens
         if 0 in grid and any(on_batch(m) for m in self.conv if isinstance(m, nn.modules.batchnorm._BatchNorm)):
             raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {tuple(x.shape)}, no patches")
-        one_by_one = 1 in grid and is_plain(self.conv, exactly(nn.Sequential))  # each of them is unsafe for ambiguous strides
+        one_by_one = 1 in grid and is_plain(self.conv, exactly(nn.Sequential))  # each of them needs call()
         layers = [(f"conv.{name}", layer) for name, layer in self.conv.named_children()] if one_by_one else [("conv", self.conv)]
         maps = to_maps(x[:, P:], grid)
         for name, layer in layers:
             maps = call(f"LocalityFeedForward: {name}", layer, maps, lambda _: reasons(self))
-        return torch.cat((x[:, :P], x[:, P:] + to_tokens(orderly(maps))), 1)
+        return torch.cat((x[:, :P], x[:, P:] + to_tokens(maps)), 1)
 
     # ------------------------------------------------------------------------------------------------ the fast path
 

@@ -19,20 +19,21 @@ def to_tokens(maps: torch.Tensor) -> torch.Tensor:
     return maps.flatten(2).transpose(1, 2)
 
 
-def unambiguous(maps: torch.Tensor) -> torch.Tensor:
-    """``maps``, copied where their strides fit both of torch's layouts: its CPU batch norm takes a (B, C, N, 1) view of tokens for channels
-    last and then reads a contiguous gradient in the wrong order.
-    """
-    return maps.contiguous() if 1 in maps.shape[2:] else maps
-
-
 def orderly(maps: torch.Tensor) -> torch.Tensor:
-    """``maps``, whose gradient has the strides of a whole tensor: torch's CPU batch norm reads that of one image in the wrong order where
-    it is a view of tokens, whose batch stride may then be any number (torch 2.13).
+    """``maps`` with the strides of a whole tensor where a dimension of size 1 leaves them open.
+
+    torch's CPU batch norm (2.13) takes some such tensors for channels last and others for contiguous, its backward not the same ones:
+    the gradient is then read in the wrong order. A view of tokens has them for one image, whose batch stride may be any number, and for
+    a grid one patch wide.
     """
+    return maps.contiguous() if 1 in (maps.shape[0], *maps.shape[2:]) else maps
+
+
+def orderly_gradient(maps: torch.Tensor) -> torch.Tensor:
+    """``maps``, whose gradient has such strides, too: it is added to fresh zeros."""
     if maps.shape[0] != 1 or not maps.requires_grad:
         return maps
-    return maps.index_select(0, torch.zeros(1, dtype=torch.long, device=maps.device))  # its gradient is added to fresh zeros
+    return maps.index_select(0, torch.zeros(1, dtype=torch.long, device=maps.device))
 
 
 def call(name: str, layer: Callable, maps: torch.Tensor, rule: Rule) -> torch.Tensor:
@@ -42,14 +43,14 @@ def call(name: str, layer: Callable, maps: torch.Tensor, rule: Rule) -> torch.Te
     """
     if 0 in maps.shape[2:]:
         return maps + sum(p.flatten()[:0].sum().to(maps.dtype) for p in layer.parameters())
-    out = layer(unambiguous(maps))
+    out = layer(orderly(maps))
     if out.dim() != 4 or out.shape[2:] != maps.shape[2:]:
         why = "; ".join(rule(layer)) or "a layer inside it"
         raise ValueError(
             f"{name} makes {tuple(out.shape)} of {tuple(maps.shape)}, and every patch token needs its value: use stride 1 and padding that"
             f" keeps the size ({why})"
         )
-    return out
+    return orderly_gradient(out)
 
 
 def on_patches(name: str, layer: Callable, t: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int, rule: Rule) -> torch.Tensor:
