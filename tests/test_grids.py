@@ -316,3 +316,29 @@ def test_compiled_parts(system):
         for size in (WIDE, TALL, WIDE):
             torch.testing.assert_close(model(_images(size)), twin(_images(size)), rtol=0, atol=1e-5)
             torch.testing.assert_close(model.forward_features(_images(size)), twin.forward_features(_images(size)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_one_memory_on_two_grids(system):
+    """The same tokens checkpointed on two grids: which of them a recomputation is for cannot be known, and is not guessed."""
+    model, tokens = _model(system).train(), torch.randn(2, 17, 24, requires_grad=True)
+    outputs = []
+    for grid in ((2, 8), (8, 2)):
+        with lifeops.use_grid(model, grid):
+            outputs.append(checkpoint(model.blocks[0], tokens, use_reentrant=False))
+    with pytest.raises(ValueError, match=UNKNOWN):
+        sum(y.sum() for y in outputs).backward()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_compiled_with_an_embedding_that_tells_no_grid(system):
+    torch._dynamo.reset()
+    model = _model(system, pos_embed="none")
+    model(_images(WIDE))
+    old = model.patch_embed
+    model.patch_embed = _Embed(old.proj)  # not hooked before an eager call
+    with pytest.raises(Exception, match=UNKNOWN):
+        torch.compile(model, backend="eager")(_images(TALL))
+    expected = model(_images(TALL))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(_images(TALL)), expected, rtol=0, atol=1e-5)

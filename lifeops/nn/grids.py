@@ -26,6 +26,7 @@ from lifeops import geometry
 
 Grid = tuple[int, int]
 _CARRIED = "lifeops_grids"
+_NONE = ()  # a program whose embedding has not run yet; tokens that were called on several grids
 _MODULE_FILE = torch.nn.modules.module.__file__
 
 
@@ -44,7 +45,7 @@ class _Scope(NamedTuple):
 
 class _Thread(threading.local):
     scopes: tuple[_Scope, ...] = ()
-    traced: Grid | None = None  # of the program that a compiler is tracing in this thread
+    traced: Grid | tuple[()] | None = None  # of the program that a compiler is tracing in this thread
 
 
 def _caller(skip: int):
@@ -135,7 +136,7 @@ class GridHolder:
         """
         thread = self._thread
         if thread.traced is not None:
-            return thread.traced
+            return thread.traced or None
         if thread.scopes:
             return thread.scopes[-1].grid
         return next(iter(self._seen)) if len(self._seen) == 1 else None
@@ -189,7 +190,9 @@ class GridHolder:
     # -------------------------------------------------------------------------------------------- hooks
 
     def enter_model(self, model, args):
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        self._thread.traced = _NONE if compiling else None
+        if compiling:
             return
         if self.handles[-1].id not in model.patch_embed._forward_hooks:  # the embedding was exchanged
             self.watch(model.patch_embed)
@@ -223,7 +226,7 @@ class GridHolder:
         if torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
             carried = _carried(x, self)
             if carried is not None:
-                grid = carried
+                grid = carried or None
             elif grid is None and len(self._seen) == 1:  # tokens that went to another memory and back
                 grid = next(iter(self._seen))
         _carry(x, self, grid)
@@ -258,7 +261,8 @@ def _carry(x, holder: GridHolder, grid: Grid | None) -> None:
     storage = x.untyped_storage()
     if not hasattr(storage, _CARRIED):
         setattr(storage, _CARRIED, {})
-    getattr(storage, _CARRIED)[holder] = grid
+    grids = getattr(storage, _CARRIED)
+    grids[holder] = grid if grids.get(holder, grid) == grid else _NONE
 
 
 def holders(module: nn.Module) -> list[GridHolder]:
