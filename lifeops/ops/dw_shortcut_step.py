@@ -21,7 +21,7 @@ from lifeops import torchlib
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops import token_dwconv_act as act
 from lifeops.ops import token_dwconv_samples as cases
-from lifeops.ops.activations import GELU_FIRST
+from lifeops.ops.activations import GELU_FIRST, value
 from lifeops.ops.batch_norm import Affine, affine_of, norm_backward
 from lifeops.ops.channel_act import accumulate_dtype, check_values, stats_of
 from lifeops.registry import Op
@@ -69,7 +69,7 @@ def check_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
 
 
 def reference(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
-    mean, m2 = stats_of(torch.nn.functional.gelu(x[:, P:].to(accumulate_dtype(x.dtype))))
+    mean, m2 = stats_of(value(x[:, P:].to(accumulate_dtype(x.dtype)), "gelu"))
     n = max(1, x.shape[0] * H * W)
     norm = affine_of(mean, m2 / n, gamma, beta, eps)
     affine = norm.scale, norm.shift, GELU_FIRST, None, None, "none"
