@@ -8,7 +8,8 @@
 
 r (B, R, N): R weightings of the N tokens per image; q, k (B, h, N, d) in any strides. r and out are float32 (float64 for float64 q);
 scores, softmax and sums are float32 or wider. The reference and the CPU kernel hold one block of queries against all keys, Triton's
-kernel one tile, so the memory is O(B (N C + R N)), C = h d. Sum over the tokens: out has the sum of r. Not differentiable.
+kernel one tile, so the memory is O(B (N C + R N)), C = h d. Sum over the tokens: out has the sum of r. A query to which no map gives
+weight adds nothing, whatever lies in it (NaN). Not differentiable.
 
 Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (2020), multiplied from the left.
 """
@@ -100,9 +101,11 @@ def roll(r, attention, first, head_fusion, residual, discard_ratio):
 def reference(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     (B, h, N, _), out = q.shape, torch.zeros(r.shape, dtype=r.dtype, device=r.device)
     q, k = q.to(r.dtype), k.to(r.dtype).transpose(-2, -1)
-    block = max(1, _BLOCK // max(1, B * h * N))
+    block, wanted = max(1, _BLOCK // max(1, B * h * N)), (r != 0).any(1)[:, None, :, None]
     for first in range(0, N, block):
-        attention = (scale * q[:, :, first : first + block] @ k).softmax(-1)
+        rows = slice(first, first + block)
+        attention = (scale * q[:, :, rows] @ k).softmax(-1)
+        attention = torch.where(wanted[:, :, rows], attention, 0)
         out += roll(r, attention, first, head_fusion, residual, discard_ratio)
     return out
 
