@@ -110,6 +110,15 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
     }
   }
 
+  // An infinity that a block started with has made its sum NaN: what a plain sum is, one by one.
+  void sum_plainly(const ChannelTask& task, int64_t c, int64_t n) const {
+    const V sum = load_n(partial + C + c, n);
+    if (!any_set(sum != sum)) return;
+    V plain = {};
+    for (int64_t token = task.n0; token < task.n1; ++token) plain += activate<act, A>(load_n(x.at(token) + c, n)) - load_n(partial + c, n);
+    store_n(partial + C + c, sum == sum ? sum : plain, n);
+  }
+
   static void run(const ChannelActParams& p, const ChannelTask& task) {
     const ChannelBody body(p, task);
     for (int64_t token = task.n0, count; token < task.n1; token += count) {
@@ -123,6 +132,8 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
         for (int64_t c = 0; c < whole; c += L) body.vector(token, 4, first, join, c, L);
       for (int64_t c = whole; c < body.C; c += L) body.vector(token, count, first, join, c, body.C - c);
     }
+    if constexpr (pass == ChannelPass::stats)
+      for (int64_t c = 0; c < body.C; c += L) body.sum_plainly(task, c, body.C - c);
   }
 };
 
