@@ -110,14 +110,10 @@ def _place(t, patches):
     return (0, 0, 0) if t is None else (*t.stride()[:2], t.shape[1] - patches)
 
 
-def _contiguous(t):
-    return None if t is None else t.contiguous()
-
-
 def _map(x, dy, scale, shift, gate, pool_grad, a, b, residual, act, patches):
     (B, _, C), lead = x.shape, 0 if residual is None else residual.shape[1] - patches
     y = x.new_empty((B, lead + patches, C))
-    values = map(_contiguous, (scale, shift, gate, pool_grad, a, b))
+    values = map(_tile.contiguous, (scale, shift, gate, pool_grad, a, b))
     (xb, xn, x_first), (db, dn, dy_first), (rb, rn, _) = (_place(t, patches) for t in (x, dy, residual))
     block_c, tiles = _tile.block_of_channels(C, 256), -(-(lead + patches) // ROWS)
     names = "scale_ptr", "shift_ptr", "gate_ptr", "pool_ptr", "a_ptr", "b_ptr"
@@ -137,8 +133,8 @@ def _sums(x, dy, scale, shift, act, patches, sums):
     (xb, xn, x_first), (db, dn, dy_first) = (_place(t, patches) for t in (x, dy))
     block_c = _tile.block_of_channels(C, 128)
     arguments = dict(
-        x_ptr=x, dy_ptr=dy, scale_ptr=_contiguous(scale), shift_ptr=_contiguous(shift), partial_ptr=partial, parts=parts, patches=patches,
-        x_first=x_first, dy_first=dy_first, stride_xb=xb, stride_xn=xn, stride_db=db, stride_dn=dn, C=C, SUMS=sums, ACT=act,
+        x_ptr=x, dy_ptr=dy, scale_ptr=_tile.contiguous(scale), shift_ptr=_tile.contiguous(shift), partial_ptr=partial,
+        parts=parts, patches=patches, x_first=x_first, dy_first=dy_first, stride_xb=xb, stride_xn=xn, stride_db=db, stride_dn=dn, C=C, SUMS=sums, ACT=act,
         ACC=_tile.accumulator(x.dtype), ROWS=ROWS, TOKENS=SUM_TOKENS, BLOCK_C=block_c,
     )  # fmt: skip
     _tile.launch(channel_sums_kernel, B * parts * -(-C // block_c), x, arguments)

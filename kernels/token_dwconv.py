@@ -393,7 +393,7 @@ def forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_
     stride_pb, stride_pn = (0, 0) if around["pre_ptr"] is None else around["pre_ptr"].stride()[:2]
     align = _tile.alignment(C, x.stride(0), x.stride(1), stride_rb, stride_rn, stride_pb, stride_pn)
     arguments = dict(
-        x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=bias, residual_ptr=residual, y_ptr=y,
+        x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=_tile.contiguous(bias), residual_ptr=residual, y_ptr=y,
         B=B, H=H, W=W, x_prefix=x_prefix, y_prefix=y_prefix, copied=B if copy_prefix else 0, pairs=pairs,
         conv_tiles=conv_tiles, stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
         stride_rb=stride_rb // align, stride_rn=stride_rn // align, stride_pb=stride_pb // align, stride_pn=stride_pn // align,
