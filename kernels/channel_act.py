@@ -134,8 +134,8 @@ def _sums(x, dy, scale, shift, act, patches, sums):
     block_c = _tile.block_of_channels(C, 128)
     arguments = dict(
         x_ptr=x, dy_ptr=dy, scale_ptr=_tile.contiguous(scale), shift_ptr=_tile.contiguous(shift), partial_ptr=partial,
-        parts=parts, patches=patches, x_first=x_first, dy_first=dy_first, stride_xb=xb, stride_xn=xn, stride_db=db, stride_dn=dn, C=C, SUMS=sums, ACT=act,
-        ACC=_tile.accumulator(x.dtype), ROWS=ROWS, TOKENS=SUM_TOKENS, BLOCK_C=block_c,
+        parts=parts, patches=patches, x_first=x_first, dy_first=dy_first, stride_xb=xb, stride_xn=xn, stride_db=db, stride_dn=dn,
+        C=C, SUMS=sums, ACT=act, ACC=_tile.accumulator(x.dtype), ROWS=ROWS, TOKENS=SUM_TOKENS, BLOCK_C=block_c,
     )  # fmt: skip
     _tile.launch(channel_sums_kernel, B * parts * -(-C // block_c), x, arguments)
     return partial
