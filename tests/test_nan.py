@@ -4,7 +4,6 @@ Weights are left out: torch's own conv2d multiplies the zero padding with a NaN 
 """
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -181,42 +180,3 @@ def test_in_triton():
 
     selection = "(activations and float32) or (reaches and 3) or (keeps_nan and max and 1) or (shows and float32) or test_every_operator"
     assert _interpreted("test_nan.py", selection) >= 20
-
-
-@pytest.mark.skipif(INTERPRETED, reason="runs beside the cpu backend")
-def test_cuda_on_the_host(tmp_path):
-    """The CUDA channel passes and convolutions through the shim, at every edge."""
-    import ctypes
-
-    import test_cuda_act_host as convolution
-    import test_cuda_channel_host as channels
-
-    x = torch.tensor(EDGES)[None, :, None].repeat(1, 1, 20)
-    ones = torch.ones_like(x)
-    libraries = []
-    for name in ("channel_act", "token_dwconv_act"):
-        out = Path(tmp_path) / f"{name}.so"
-        convolution.compile_shim(out, "-Og", "-shared", "-fPIC", f"{name}.cpp")
-        libraries.append(ctypes.CDLL(str(out)))
-    for act in activations.ACTS:
-        for name, kwargs in {"act": {}, "grad": {"dy": ones}}.items():
-            got, _ = channels.run(libraries[0], name, x, len(EDGES), act=act, **kwargs)
-            _same(got, channels.wanted(name, x, len(EDGES), act=act, **kwargs).float(), torch.float32)
-        s = convolution.Problem(1, 2, 7, 0, 20, 1, "keep", False, False, 0)
-        weight, none = torch.ones(20, 1, 1, 1), convolution.Step()
-        y, *_ = convolution.forward(libraries[1], s, x, weight, None, None, none, convolution.Step(act=act), False, False)
-        _same(y, activations.value(x.double(), act).float(), torch.float32)
-        dx, *_ = convolution.grad_input(libraries[1], s, ones, x, weight, convolution.Step(act=act))
-        _same(dx, activations.derivative(x.double(), act).float(), torch.float32)
-    for K in (3, 5, 7):
-        s = convolution.Problem(2, 9, 15, 1, 64, K, "keep", False, False, 0)
-        x = torch.randn(2, 1 + 9 * 15, 64)
-        x[1, 1 + 4 * 15 + 7, 33] = nan
-        expected = torch.zeros(2, 9, 15, 64, dtype=torch.bool)
-        expected[1, 4 - K // 2 : 5 + K // 2, 7 - K // 2 : 8 + K // 2, 33] = True
-        act = convolution.Step(act="relu6")
-        y, pool, stats, vec = convolution.forward(libraries[1], s, x, torch.ones(64, 1, K, K), None, None, act, act)
-        assert vec > 0
-        assert torch.equal(y[:, 1:].isnan(), expected.flatten(1, 2))
-        assert torch.equal(pool.isnan(), expected.any(1).any(1))
-        assert torch.equal(stats.isnan(), expected.any(0).any(0).any(0).expand(2, 64))
