@@ -162,13 +162,13 @@ def test_rollout_keeps_nan(fusion, value, head, isa):
 @pytest.mark.parametrize("N", [1, 7, 17, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_attention_shows_nan(N, dtype):
-    """torch's CPU kernel gives 0 for a query of NaN where few keys are left behind its last whole vector."""
+    """torch's CPU kernel gives 0 for a query of NaN among fewer than 16 keys, and for scores of inf in half precision."""
     if dtype == torch.float64 and INTERPRETED:
         pytest.skip("no kernel")
     torch.manual_seed(0)
-    for which in range(3):
+    for which, value in ((0, nan), (1, nan), (2, nan), (0, inf), (1, inf), (1, -inf)):
         qkv = [torch.randn(2, 2, N, 16).to(dtype) for _ in range(3)]
-        qkv[which][1, 0, N // 2, 3] = nan
+        qkv[which][1, 0, N // 2, 3] = value
         y, expected = (lifeops.local_attention(*qkv, grid=(1, N), backend=b) for b in (BACKEND, "reference"))
         assert torch.equal(y.isnan(), expected.isnan())
 

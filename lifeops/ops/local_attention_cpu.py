@@ -1,8 +1,7 @@
 """local_attention on CPU: torch's own flash kernel, and token_dwconv's compiled one with the attention as its residual.
 
 torch's kernel writes (B, N, h, d), so that its output is the sequence (B, N, C) without a copy. It knows neither dropout nor the
-gradient of a mask; those calls take the explicit formulas, and so do calls whose NaN it would hide: where no more than a few keys
-are left behind its last whole vector, a query of NaN gets 0 from it as if it were masked.
+gradient of a mask; those calls take the explicit formulas, and so do calls whose NaN it would hide (see ``_hides``).
 
 Its gradients are products by MKL, whose last bits may depend on how many threads there are (one image and head: seen at N = 1030) and
 where the tensors lie. Every other operator gives the same bits at any number of threads.
@@ -44,10 +43,12 @@ def _mask(q, k, v, attn_mask, key_mask):
 
 
 def _hides(q, k, lse) -> bool:
-    """Whether NaN may have gone lost: a query whose lse is 0 or infinite, and values that are not finite."""
-    if math.isfinite((lse + lse.reciprocal()).sum().item()):
-        return False
-    return not (q.isfinite().all() and k.isfinite().all())
+    """Whether torch's kernel may have put 0 where NaN belongs: in half precision for a score of inf, whose lse is inf too; of fewer
+    keys than a vector has lanes for a query of NaN, as if it were masked (lse = 0).
+    """
+    if q.dtype in (torch.float16, torch.bfloat16) and not math.isfinite(lse.sum().item()):
+        return True
+    return q.shape[2] < 16 and not lse.all() and not (q.isfinite().all() and k.isfinite().all())
 
 
 def _attention(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
