@@ -117,3 +117,11 @@ def _quiet():
     import contextlib
 
     return contextlib.nullcontext()
+
+
+@pytest.mark.skipif(BACKEND == "triton", reason="a process of its own runs these")
+def test_strided_parameters_in_triton():
+    pytest.importorskip("triton")
+    from test_triton_ops import _interpreted
+
+    assert _interpreted("test_edges.py", "strided_parameters and float32 and token_dwconv and not bwd") == 2
