@@ -166,7 +166,8 @@ def test_attention_shows_nan(N, dtype):
     if dtype == torch.float64 and INTERPRETED:
         pytest.skip("no kernel")
     torch.manual_seed(0)
-    for which, value in ((0, nan), (1, nan), (2, nan), (0, inf), (1, inf), (1, -inf)):
+    cases = (0, nan), (1, nan), (2, nan), (0, inf), (1, inf), (1, -inf)
+    for which, value in cases[:1] if INTERPRETED else cases:
         qkv = [torch.randn(2, 2, N, 16).to(dtype) for _ in range(3)]
         qkv[which][1, 0, N // 2, 3] = value
         y, expected = (lifeops.local_attention(*qkv, grid=(1, N), backend=b) for b in (BACKEND, "reference"))
@@ -178,5 +179,5 @@ def test_in_triton():
     pytest.importorskip("triton")
     from test_triton_ops import _interpreted
 
-    selection = "(activations and float32) or (reaches and 3) or (keeps_nan and max and 1) or (shows and float32) or test_every_operator"
-    assert _interpreted("test_nan.py", selection) >= 20
+    selection = "(activations and float32) or (reaches and 3) or 1-nan-max or (shows and float32) or test_every_operator"
+    assert _interpreted("test_nan.py", selection) >= 18
