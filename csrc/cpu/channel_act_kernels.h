@@ -100,7 +100,7 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
       V value[4], slope[4];
 #pragma GCC unroll 4
       for (int64_t t = 0; t < 4; ++t) value[t] = t < count ? value_at(t) : V{}, slope[t] = s * value[t] + m;
-      derive_all<act, A, 4>(slope);
+      derive_all<act, A, 2>(slope), derive_all<act, A, 2>(slope + 2);  // four together spill
 #pragma GCC unroll 4
       for (int64_t t = 0; t < count; ++t) {
         V dx = s * ((grad_at(t) * g + of_pool) * slope[t]) + a0;
