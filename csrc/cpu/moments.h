@@ -5,8 +5,9 @@
 // values behind n others is joined with Chan's formula: m2 += m2 of the block + (mean of the block - mean so far)² n c / (n + c).
 //
 // Error: with u = 2^-24, y - k is off by u |y - k|, and since k is one of the values, (mean - k)² <= m2: by Cauchy and Schwarz this is
-// 3 sqrt(n) u of m2 at most, whatever the mean and wherever outliers lie; the at most 128 blocks that a task adds up cost what rounding
-// adds to their sum, some sqrt(128) u. Tasks are joined in double. Tests hold m2 to 2 sqrt(n) 2^-23, relative.
+// 3 sqrt(n) u of m2 at most, whatever the mean and wherever outliers lie; the blocks that a task adds up (128 at most in a channel pass, of
+// a convolution an image's or a strip's tiles) cost what rounding adds to their sum, some sqrt(blocks) u. Tasks are joined in double. Tests
+// hold m2 to 2 sqrt(n) 2^-23, relative.
 #pragma once
 #include "activations.h"
 
@@ -31,7 +32,8 @@ template <class A> struct JoinBlock {
 };
 
 // N values, from the first of them: Σ (y - mean)² = Σ d² - (Σ d)² / N with d = y - first loses a factor of N at most.
-template <class A, int N> inline __attribute__((always_inline)) void join_block(const vec_t<A>* v, vec_t<A> k, const JoinBlock<A>& join, vec_t<A>* sum, vec_t<A>* m2) {
+template <class A, int N>
+inline __attribute__((always_inline)) void join_block(const vec_t<A>* v, vec_t<A> k, const JoinBlock<A>& join, vec_t<A>* sum, vec_t<A>* m2) {
   vec_t<A> d = v[1] - v[0], all = d, squares = d * d;
 #pragma GCC unroll 8
   for (int i = 2; i < N; ++i) d = v[i] - v[0], all += d, squares += d * d;
@@ -47,7 +49,8 @@ template <class V, class F> inline __attribute__((always_inline)) V sum_of(int64
 }
 
 // Any number of values, which become y - k.
-template <class A> inline __attribute__((always_inline)) void join_any(vec_t<A>* v, int64_t count, vec_t<A> k, const JoinBlock<A>& join, vec_t<A>* sum, vec_t<A>* m2) {
+template <class A>
+inline __attribute__((always_inline)) void join_any(vec_t<A>* v, int64_t count, vec_t<A> k, const JoinBlock<A>& join, vec_t<A>* sum, vec_t<A>* m2) {
   const vec_t<A> block = sum_of<vec_t<A>>(count, [&](int64_t i) { return v[i] -= k; }), mean = block * (1 / A(count));
   join(block, sum_of<vec_t<A>>(count, [&](int64_t i) { return (v[i] - mean) * (v[i] - mean); }), sum, m2);
 }

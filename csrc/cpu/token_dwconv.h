@@ -38,7 +38,8 @@ struct TokenDWConvExtras {
   bool sums;
   bool backwards;  // the images were read just before, in order
 };
-// Values per channel that a task with sums writes: forward (k, sum of y - k, m2 of y), see moments.h, input gradient (sum of x dv, sum of dv, unused), with gelu_first (sum of gelu(x) du, sum of du, unused).
+// Values per channel that a task with sums writes: forward (k, sum of y - k, m2 of y), see moments.h, input gradient (sum of x dv, sum of
+// dv, unused), with gelu_first (sum of gelu(x) du, sum of du, unused).
 constexpr int64_t kTaskSums = 3;
 
 // Output rows [r0, r1), columns [q0, q1) and channels [c0, c1) of image b.
