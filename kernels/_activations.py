@@ -36,16 +36,18 @@ def _log_slope(a):
 
 @triton.jit
 def activate(v, ACT: tl.constexpr):
-    """f(v). h-swish is v * clamp(v/6 + 1/2, 0, 1): the clamp to [0, 1] is free in an FMA."""
+    """f(v). h-swish is v * clamp(v/6 + 1/2, 0, 1): the clamp to [0, 1] is free in an FMA. NaN stays."""
     if ACT == "relu6":
-        v = _clamped(v, 0.0, 6.0)
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.minimum(v, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "hardswish":
         v = v * _clamped(v * (1 / 6) + 0.5, 0.0, 1.0)
     elif ACT == "gelu":
         if v.dtype == tl.float64:
             v = v * (0.5 + 0.5 * tl.erf(v * 0.7071067811865476))
         else:
-            v = tl.maximum(v, 0.0) - tl.abs(v) * _lower_tail(tl.abs(v))
+            t = _lower_tail(tl.abs(v))
+            v = v * tl.where(v < 0, t, 1.0 - t)
     return v
 
 
@@ -65,12 +67,12 @@ def derivative(v, ACT: tl.constexpr):
     if ACT == "relu6":
         d = tl.where((v > 0) & (v < 6), 1.0, 0.0).to(v.dtype)
     elif ACT == "hardswish":
-        d = tl.where(v <= -3, 0.0, tl.where(v < 3, v * (1 / 3) + 0.5, 1.0)).to(v.dtype)
+        d = tl.where(v <= -3, 0.0, tl.where(v >= 3, 1.0, v * (1 / 3) + 0.5)).to(v.dtype)
     elif ACT == "gelu":
         if v.dtype == tl.float64:
             d = 0.5 + 0.5 * tl.erf(v * 0.7071067811865476) + v * tl.exp(-0.5 * v * v) * 0.3989422804014327
         else:
             t = _lower_tail(tl.abs(v))
-            t += tl.abs(v) * t * _log_slope(tl.abs(v))
-            d = tl.where(v < 0, t, 1.0 - t)
+            t += tl.abs(v) * t * _log_slope(tl.minimum(tl.abs(v), 16.0))  # which would overflow where the tail is 0
+            d = tl.where(v < 0, t, 1.0 - t)  # NaN at the infinities, as torch's
     return d

@@ -66,7 +66,7 @@ def scores(b_left, b_right, o_i, o_j, N, scale, p_mask, stride_mi, stride_mj, p_
             m = m & (tl.load(p_mask, mask=m_inside, other=0) != 0)
         else:
             b_mask = tl.load(p_mask, mask=m_inside, other=float("-inf")).to(tl.float32) * LOG2E
-            m = m & (b_mask > float("-inf"))
+            m = m & (b_mask != float("-inf"))
             b_s += b_mask
     return tl.where(m, b_s, float("-inf"))
 

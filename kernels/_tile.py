@@ -77,6 +77,11 @@ def divide(o_a, d):
     return o_q, o_a - o_q * d
 
 
+def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    """Per-channel values as the kernels read them: a strided or expanded view is copied."""
+    return None if t is None else t.contiguous()
+
+
 def interpreted(kernel) -> bool:
     """Whether ``kernel`` was made with TRITON_INTERPRET=1, which runs on CPU tensors."""
     return not isinstance(kernel, triton.JITFunction)

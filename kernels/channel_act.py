@@ -59,7 +59,8 @@ def channel_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Partial sums (B, parts, SUMS, C) over TOKENS tokens: SUMS 1 the pool, 5 the backward sums, 3 the statistics: k = f of the
-    part's first token, the sums of f - k and (f - k)².
+    part's first token (0 where it is not finite), the sum of f - k and m2 of f. Each row of the tile joins its values one by one, then
+    the rows are joined (csrc/cpu/moments.h says why).
     """
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     o_c = ((tl.program_id(0) % BLOCKS_C) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
@@ -72,13 +73,16 @@ def channel_sums_kernel(
     acc = (b_zero,) * SUMS
     if SUMS == 3:
         b_first = activate(load_block(x_ptr + row_offset(i_b, x_first + first, stride_xb, stride_xn) + o_c, m_c, True, ACC), ACT)
+        b_first = tl.where(b_first - b_first == 0.0, b_first, 0.0)
     for i in range(0, TOKENS, ROWS):
         o_n = first + i + tl.arange(0, ROWS)
         m = (o_n < patches)[:, None] & m_c
         b_x = load_block(x_ptr + row_offset(i_b, x_first + o_n, stride_xb, stride_xn)[:, None] + o_c, m, True, ACC)
         if SUMS == 3:
-            b_d = tl.where(m, activate(b_x, ACT) - b_first, 0.0)
-            acc = (acc[0], acc[1] + b_d, acc[2] + b_d * b_d)
+            n = tl.full([], 1.0 / ROWS, ACC) * i  # values that each row has seen
+            b_d = activate(b_x, ACT) - b_first
+            b_gap = b_d - acc[1] * tl.where(n > 0.0, 1.0 / tl.maximum(n, 1.0), 0.0)
+            acc = (acc[0], acc[1] + tl.where(m, b_d, 0.0), acc[2] + tl.where(m, b_gap * b_gap * (n / (n + 1.0)), 0.0))
         else:
             b_v = b_scale * b_x + b_shift
             b_f = tl.where(m, activate(b_v, ACT), 0.0)
@@ -88,6 +92,11 @@ def channel_sums_kernel(
                 b_dy = load_block(dy_ptr + row_offset(i_b, dy_first + o_n, stride_db, stride_dn)[:, None] + o_c, m, True, ACC)
                 b_df = tl.where(m, derivative(b_v, ACT), 0.0)
                 acc = (acc[0] + b_dy * b_f, acc[1] + b_dy * b_df, acc[2] + b_dy * b_df * b_x, acc[3] + b_df, acc[4] + b_df * b_x)
+    if SUMS == 3:
+        b_n = ((patches - first - tl.arange(0, ROWS) + ROWS - 1) // ROWS).to(ACC)[:, None]
+        b_n = tl.minimum(tl.maximum(b_n, 0.0), TOKENS // ROWS)
+        b_gap = acc[1] - b_n * (tl.sum(acc[1], 0) / tl.sum(b_n, 0))[None, :]
+        acc = (acc[0], acc[1], acc[2] + b_gap * b_gap / tl.maximum(b_n, 1.0))
     o_c = tl.reshape(o_c, [BLOCK_C])
     for k in tl.static_range(SUMS):
         b_sum = tl.sum(acc[k], 0)
@@ -101,14 +110,10 @@ def _place(t, patches):
     return (0, 0, 0) if t is None else (*t.stride()[:2], t.shape[1] - patches)
 
 
-def _contiguous(t):
-    return None if t is None else t.contiguous()
-
-
 def _map(x, dy, scale, shift, gate, pool_grad, a, b, residual, act, patches):
     (B, _, C), lead = x.shape, 0 if residual is None else residual.shape[1] - patches
     y = x.new_empty((B, lead + patches, C))
-    values = map(_contiguous, (scale, shift, gate, pool_grad, a, b))
+    values = map(_tile.contiguous, (scale, shift, gate, pool_grad, a, b))
     (xb, xn, x_first), (db, dn, dy_first), (rb, rn, _) = (_place(t, patches) for t in (x, dy, residual))
     block_c, tiles = _tile.block_of_channels(C, 256), -(-(lead + patches) // ROWS)
     names = "scale_ptr", "shift_ptr", "gate_ptr", "pool_ptr", "a_ptr", "b_ptr"
@@ -128,23 +133,22 @@ def _sums(x, dy, scale, shift, act, patches, sums):
     (xb, xn, x_first), (db, dn, dy_first) = (_place(t, patches) for t in (x, dy))
     block_c = _tile.block_of_channels(C, 128)
     arguments = dict(
-        x_ptr=x, dy_ptr=dy, scale_ptr=_contiguous(scale), shift_ptr=_contiguous(shift), partial_ptr=partial, parts=parts, patches=patches,
-        x_first=x_first, dy_first=dy_first, stride_xb=xb, stride_xn=xn, stride_db=db, stride_dn=dn, C=C, SUMS=sums, ACT=act,
-        ACC=_tile.accumulator(x.dtype), ROWS=ROWS, TOKENS=SUM_TOKENS, BLOCK_C=block_c,
+        x_ptr=x, dy_ptr=dy, scale_ptr=_tile.contiguous(scale), shift_ptr=_tile.contiguous(shift), partial_ptr=partial,
+        parts=parts, patches=patches, x_first=x_first, dy_first=dy_first, stride_xb=xb, stride_xn=xn, stride_db=db, stride_dn=dn,
+        C=C, SUMS=sums, ACT=act, ACC=_tile.accumulator(x.dtype), ROWS=ROWS, TOKENS=SUM_TOKENS, BLOCK_C=block_c,
     )  # fmt: skip
     _tile.launch(channel_sums_kernel, B * parts * -(-C // block_c), x, arguments)
     return partial
 
 
 def channel_stats(x, act, patches, backend):
-    """Each part's mean and m2 from its shifted sums, merged in float64: numbers of the size of C."""
+    """The parts' means and m2 merged in float64: numbers of the size of C."""
     partial = _sums(x, None, None, None, act, patches, 3).double()
     starts = torch.arange(0, patches, SUM_TOKENS, device=x.device)
     n = (patches - starts).clamp_max(SUM_TOKENS).double()[None, :, None]
-    shift = partial[:, :, 1] / n
-    means = partial[:, :, 0] + shift
+    means = partial[:, :, 0] + partial[:, :, 1] / n
     mean = (means * n).sum((0, 1)) / (x.shape[0] * patches)
-    m2 = (partial[:, :, 2] - partial[:, :, 1] * shift + n * (means - mean).square()).sum((0, 1))
+    m2 = (partial[:, :, 2] + n * (means - mean).square()).sum((0, 1))
     dtype = accumulate_dtype(x.dtype)
     return mean.to(dtype), m2.to(dtype)
 

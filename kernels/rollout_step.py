@@ -60,9 +60,9 @@ def fused_tile(
         if FUSION == "mean":
             b_f += b_a
         elif FUSION == "max":
-            b_f = tl.maximum(b_f, b_a)
+            b_f = tl.maximum(b_f, b_a, propagate_nan=tl.PropagateNan.ALL)
         else:
-            b_f = tl.minimum(b_f, b_a)
+            b_f = tl.minimum(b_f, b_a, propagate_nan=tl.PropagateNan.ALL)
         p_q, p_k, p_lse = p_q + stride_qh, p_k + stride_kh, p_lse + N
     if FUSION == "mean":
         b_f = b_f / heads
@@ -96,7 +96,8 @@ def rollout_stats_kernel(
         first_n = tl.full([], BLOCK_N, tl.int32) * i
         b_s = tile_scores(p_q, p_k, first_m, first_n, stride_qn, stride_kn, N, SCALE, D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WIDE)
         b_new = tl.maximum(b_most, tl.max(b_s, 1))
-        b_sum = b_sum * tl.exp(b_most - b_new) + tl.sum(tl.exp(b_s - b_new[:, None]), 1)
+        b_off = tl.where(b_new == float("-inf"), 0.0, b_new)  # scores of -inf so far
+        b_sum = b_sum * tl.exp(b_most - b_off) + tl.sum(tl.exp(b_s - b_off[:, None]), 1)
         b_most = b_new
     o_m = first_m + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + i_bh * N + o_m, b_most + tl.log(b_sum), mask=o_m < N)
@@ -145,7 +146,7 @@ def rollout_sums_kernel(
             b_f = discard(b_f, threshold_ptr + i_b * N, o_m, N)
         b_sum += tl.sum(b_f, 1)
     b_sum = (1 - RESIDUAL) * b_sum + RESIDUAL
-    tl.store(inverse_ptr + i_b * N + o_m, 1 / tl.maximum(b_sum, LEAST), mask=o_m < N)
+    tl.store(inverse_ptr + i_b * N + o_m, 1 / tl.maximum(b_sum, LEAST, propagate_nan=tl.PropagateNan.ALL), mask=o_m < N)
 
 
 @triton.jit(do_not_specialize=["N", "heads", "maps"])
@@ -173,8 +174,10 @@ def rollout_step_kernel(
         if threshold_ptr is not None:
             b_f = discard(b_f, threshold_ptr + i_b * N, o_m, N)
         b_r = tl.load(p_r + o_m[None, :], mask=(o_r < maps)[:, None] & (o_m < N)[None, :], other=0.0)
+        m_wanted = tl.max((b_r != 0.0).to(tl.int32), 0) != 0
+        b_f = tl.where(m_wanted[:, None], b_f, 0.0)  # a query without weight adds nothing, NaN neither
         if inverse_ptr is not None:
-            b_r = b_r * tl.load(inverse_ptr + i_b * N + o_m, mask=o_m < N, other=0.0)[None, :]
+            b_r = b_r * tl.load(inverse_ptr + i_b * N + o_m, mask=m_wanted & (o_m < N), other=0.0)[None, :]
         if BLOCK_R == 1:
             acc += tl.reshape(b_r, [BLOCK_M, 1]) * b_f
         else:
@@ -185,7 +188,8 @@ def rollout_step_kernel(
     m_out = (o_r < maps)[:, None] & (o_n < N)[None, :]
     b_own = tl.load(p_r + o_n[None, :], mask=m_out, other=0.0)
     if inverse_ptr is not None:
-        b_own = b_own * tl.load(inverse_ptr + i_b * N + o_n, mask=o_n < N, other=0.0)[None, :]
+        b_inverse = tl.load(inverse_ptr + i_b * N + o_n, mask=o_n < N, other=0.0)[None, :]
+        b_own = tl.where(b_own == 0.0, 0.0, b_own * b_inverse)
     p_out = out_ptr + (i_b * maps + o_r.to(tl.int64)[:, None]) * N + o_n[None, :]
     store_block(p_out, (1 - RESIDUAL) * acc + RESIDUAL * b_own, m_out, True)
 

@@ -65,8 +65,9 @@ def _store_output(y, residual, around, sums, b_y, m, r: tl.constexpr, q: tl.cons
                   ACC: tl.constexpr, ACT: tl.constexpr, OUT_ACT: tl.constexpr, DERIVATIVE: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Output row ``r``, column ``q`` of every job through the epilogue; returns the sums with it.
 
-    Sums of a job: forward (k, sum of y - k, sum of (y - k)²) with k its first output, input gradient (0, sum of dv, sum of dv x),
-    with gelu_first (0, sum of du, sum of du gelu(x)). The input gradient has a and b where the forward has the epilogue's values.
+    Sums of a job: forward k, its first output (0 where it is not finite), and for each row the sum of y - k and m2 of y, value by value
+    (csrc/cpu/moments.h says why): columns that do not exist are the last. Input gradient: for each row, behind nothing, the sum of dv
+    and that of dv x, with gelu_first of du and du gelu(x). It has a and b where the forward has the epilogue's values.
     """
     if DERIVATIVE:
         b_x = load_block(around[4] + r * around[5] + q * around[6], m, MASKED, ACC)
@@ -75,11 +76,15 @@ def _store_output(y, residual, around, sums, b_y, m, r: tl.constexpr, q: tl.cons
             b_factor, b_slope = activate(b_x, "gelu"), derivative(b_x, "gelu")
         else:
             b_y = b_y * derivative(around[0] * b_x + around[1], ACT)
-        b_counted = tl.where(m & around[7 + r], b_y, 0.0)
-        sums = (sums[0], sums[1] + b_counted, sums[2] + b_counted * b_factor)
+        b_counted = b_y
+        if MASKED:
+            b_counted = tl.where(m, b_y, 0.0)
+        sums = sums[: 1 + 2 * r] + (sums[1 + 2 * r] + b_counted, tl.fma(b_counted, b_factor, sums[2 + 2 * r])) + sums[3 + 2 * r :]
         b_y = around[0] * b_y
-        if OUT_ACT != "":
+        if OUT_ACT == "none":
             b_y += around[2] * b_factor + around[3]
+        elif OUT_ACT == "shift":  # 0 times an infinite factor would be NaN
+            b_y += around[3]
         if ACT == "gelu_first":
             b_y = b_y * b_slope
     else:
@@ -88,13 +93,37 @@ def _store_output(y, residual, around, sums, b_y, m, r: tl.constexpr, q: tl.cons
         if SUMS:
             b_stored = b_y.to(y[0].dtype.element_ty).to(ACC)
             if r == 0 and q == 0:
-                sums = (b_stored, sums[1], sums[2])
-            b_d = tl.where(m & around[7 + r], b_stored - sums[0], 0.0)
-            sums = (sums[0], sums[1] + b_d, sums[2] + b_d * b_d)
+                sums = (tl.where(b_stored - b_stored == 0.0, b_stored, 0.0),) + sums[1:]
+            b_d, b_m2 = b_stored - sums[0], sums[2 + 2 * r]
+            b_sum = sums[1 + 2 * r] + b_d
+            if q > 0:
+                b_gap = b_d - sums[1 + 2 * r] * (1 / q)
+                b_m2 = tl.fma(b_gap * (q / (q + 1)), b_gap, b_m2)
+            if MASKED:
+                b_sum, b_m2 = tl.where(m, b_sum, sums[1 + 2 * r]), tl.where(m, b_m2, sums[2 + 2 * r])
+            sums = sums[: 1 + 2 * r] + (b_sum, b_m2) + sums[3 + 2 * r :]
     if residual is not None:
         b_y += load_block(residual[0] + r * residual[1] + q * residual[2], m, MASKED, ACC)
     store_block(y[0] + r * y[1] + q * y[2], b_y, m, MASKED)
     return sums
+
+
+@triton.jit
+def _no_sums(b_none):
+    """What a job's sums start from, see _store_output."""
+    b_zero = tl.zeros(b_none.shape, b_none.dtype)
+    return (b_zero,) * 5
+
+
+@triton.jit
+def _joined(sums, m_first, m_second, n, MOMENTS: tl.constexpr):
+    """The sums of both rows of a job where they count; MOMENTS: (k, sum, m2) of n values each."""
+    b_first = tl.where(m_first, sums[1], 0.0) + tl.where(m_second, sums[3], 0.0)
+    b_second = tl.where(m_first, sums[2], 0.0) + tl.where(m_second, sums[4], 0.0)
+    if MOMENTS:
+        b_gap = sums[1] - sums[3]
+        b_second += tl.where(m_first & m_second, b_gap * b_gap * (0.5 / n), 0.0)
+    return sums[0], b_first, b_second
 
 
 @triton.jit
@@ -108,7 +137,7 @@ def _window(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K: tl.cons
     for j in tl.static_range(K + ROWS - 1):
         m_rows = m_rows + (_row_mask(o_r + (j - HP), H, m_c, TAIL),)
     acc = (b_bias,) * (K * ROWS)
-    sums = (b_bias, b_bias * 0, b_bias * 0)
+    sums = _no_sums(b_bias)
     for col in tl.static_range(-HP, SEGMENT + HP):
         if (not WHOLE) or (col >= 0 and col < SEGMENT):
             for j in tl.static_range(K + ROWS - 1):
@@ -193,7 +222,7 @@ def _rolling(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K: tl.con
         (p_x, x[1], x[2]), _row_mask(o_r + (K - HP), H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE
     )
     acc = upper + _add_row(lower, row, taps, K, SEGMENT, WHOLE)
-    sums = (b_bias, b_bias * 0, b_bias * 0)
+    sums = _no_sums(b_bias)
     for r in tl.static_range(ROWS):
         m = _row_mask(o_r + r, H, m_c, TAIL)
         for q in tl.static_range(SEGMENT):
@@ -298,7 +327,7 @@ def token_dwconv_fwd_kernel(
             per_channel(scale_ptr, o_c, m_c, 1.0, ACC), per_channel(shift_ptr, o_c, m_c, 0.0, ACC),
             per_channel(out_scale_ptr, o_c, m_c, 1.0, ACC), per_channel(out_shift_ptr, o_c, m_c, 0.0, ACC),
             p_pre, pre_row, pre_col,
-        ) + counted  # fmt: skip
+        )  # fmt: skip
         p_w = weight_ptr + o_c * (K * K)
         if K <= 5:
             sums = _window(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K, FLIP, ROWS, SEGMENT, WHOLE, TAIL, ACC,
@@ -307,6 +336,8 @@ def token_dwconv_fwd_kernel(
             sums = _rolling(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K, FLIP, ROWS, SEGMENT, WHOLE, TAIL, ACC,
                             ACT, OUT_ACT, DERIVATIVE, SUMS)  # fmt: skip
         if SUMS:
+            n = tl.minimum(W - o_q, SEGMENT).to(ACC)[:, None]
+            sums = _joined(sums, counted[0] & inside(o_r, H), counted[1] & inside(o_r + 1, H), n, not DERIVATIVE)
             o_sum = o_job.to(tl.int64) * tl.cdiv(W, SEGMENT) + i_cut
             p_sum = sums_ptr + (o_sum * (3 * C))[:, None] + o_c
             m = (o_job < B * pairs)[:, None] & m_c
@@ -362,7 +393,7 @@ def forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_
     stride_pb, stride_pn = (0, 0) if around["pre_ptr"] is None else around["pre_ptr"].stride()[:2]
     align = _tile.alignment(C, x.stride(0), x.stride(1), stride_rb, stride_rn, stride_pb, stride_pn)
     arguments = dict(
-        x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=bias, residual_ptr=residual, y_ptr=y,
+        x_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=_tile.contiguous(bias), residual_ptr=residual, y_ptr=y,
         B=B, H=H, W=W, x_prefix=x_prefix, y_prefix=y_prefix, copied=B if copy_prefix else 0, pairs=pairs,
         conv_tiles=conv_tiles, stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
         stride_rb=stride_rb // align, stride_rn=stride_rn // align, stride_pb=stride_pb // align, stride_pn=stride_pn // align,

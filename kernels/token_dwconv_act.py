@@ -9,15 +9,6 @@ from lifeops.kernels.token_dwconv_grad import grad_weight
 from lifeops.ops.channel_act import accumulate_dtype
 
 
-def _contiguous(t):
-    return None if t is None else t.contiguous()
-
-
-def _filled(t, like):
-    """``t``, or zeros where only its partner is there: an absent factor is 1 to the kernel."""
-    return torch.zeros_like(like) if t is None and like is not None else _contiguous(t)
-
-
 def _step(scale, shift, act) -> str:
     """The kernel's name of an affine step and an activation: "" where nothing happens."""
     return "" if scale is None and shift is None and act == "none" else act
@@ -38,12 +29,11 @@ def _job_sizes(H, W, K, device):
 
 
 def merge(sums, n):
-    """Mean and m2 over all jobs from (k, sum of y - k, sum of (y - k)²) of n values each, in float64."""
+    """Mean and m2 over all jobs from (k, sum of y - k, m2) of n values each, in float64."""
     k, first, second = sums.double().unbind(-2)
-    shift = first / n
-    means, total = k + shift, n.sum() * len(sums)
+    means, total = k + first / n, n.sum() * len(sums)
     mean = (means * n).sum((0, 1, 2)) / total
-    m2 = (second - first * shift + n * (means - mean).square()).sum((0, 1, 2))
+    m2 = (second + n * (means - mean).square()).sum((0, 1, 2))
     return mean.to(sums.dtype), m2.to(sums.dtype)
 
 
@@ -51,8 +41,8 @@ def token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, o
     K = weight.shape[-1]
     sums = _job_sums(x, H, W, K) if pool or stats else None
     around = PLAIN | dict(
-        scale_ptr=_contiguous(scale), shift_ptr=_contiguous(shift), ACT=_step(scale, shift, act),
-        out_scale_ptr=_contiguous(out_scale), out_shift_ptr=_contiguous(out_shift), OUT_ACT=_step(out_scale, out_shift, out_act),
+        scale_ptr=_tile.contiguous(scale), shift_ptr=_tile.contiguous(shift), ACT=_step(scale, shift, act),
+        out_scale_ptr=_tile.contiguous(out_scale), out_shift_ptr=_tile.contiguous(out_shift), OUT_ACT=_step(out_scale, out_shift, out_act),
         sums_ptr=sums, SUMS=sums is not None,
     )  # fmt: skip
     y = forward(x, weight, bias, residual, H, W, P, 0 if prefix == "drop" else P, prefix == "keep", False, around)
@@ -67,8 +57,9 @@ def token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, o
 def token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
     sums = _job_sums(x, H, W, weight.shape[-1])
     around = PLAIN | dict(
-        scale_ptr=_contiguous(scale), shift_ptr=_contiguous(shift), ACT=act, DERIVATIVE=True, pre_ptr=x, pre_prefix=P,
-        out_scale_ptr=_filled(b, a), out_shift_ptr=_contiguous(a), OUT_ACT=_step(a, b, "none"), sums_ptr=sums, SUMS=True,
+        scale_ptr=_tile.contiguous(scale), shift_ptr=_tile.contiguous(shift), ACT=act, DERIVATIVE=True, pre_ptr=x, pre_prefix=P,
+        out_scale_ptr=_tile.contiguous(b), out_shift_ptr=_tile.contiguous(a), sums_ptr=sums, SUMS=True,
+        OUT_ACT="none" if b is not None else "shift" if a is not None else "",
     )  # fmt: skip
     dx = forward(dy, weight, None, None, H, W, 0 if prefix == "drop" else P, P, prefix == "keep", True, around)
     _, dshift, dscale = sums.double().sum((0, 1, 2)).to(sums.dtype)
@@ -76,7 +67,7 @@ def token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, pre
 
 
 def token_dwconv_act_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weight_dtype, bias_dtype, backend):
-    prologue = _contiguous(scale), _contiguous(shift), _step(scale, shift, act)
+    prologue = _tile.contiguous(scale), _tile.contiguous(shift), _step(scale, shift, act)
     return grad_weight(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, *prologue)
 
 

@@ -100,7 +100,7 @@ def _rows(P, prefix):
 def _token_dwconv(x, weight, bias, residual, H, W, P, prefix, backend):
     rows = _rows(P, prefix)
     y = x.new_empty((x.shape[0], rows + H * W, x.shape[2]))
-    _fwd(x, weight.contiguous(), bias, residual, y, H, W, P, rows, int(prefix != "keep"), False, _isa())
+    _fwd(x, weight.contiguous(), _contiguous(bias), residual, y, H, W, P, rows, int(prefix != "keep"), False, _isa())
     return y
 
 

@@ -128,10 +128,10 @@ def test_the_operator_passes_opcheck():
 
 _Q, _R = torch.randn(2, 3, 9, 4), torch.rand(2, 1, 9)
 STEP_ERRORS = {
-    "rank": ((_R, _Q[0], _Q[0]), {}, ValueError, "q must have shape (B, h, N, d) with h > 0, got (3, 9, 4)"),
+    "rank": ((_R, _Q[0], _Q[0]), {}, ValueError, "q must have shape (B, h, N, d) with h > 0 and d > 0, got (3, 9, 4)"),
     "k": ((_R, _Q, _Q[:, :, :8]), {}, ValueError, "k must be like q, (2, 3, 9, 4), torch.float32 on cpu, got (2, 3, 8, 4)"),
     "r": ((_R[:, :, :8], _Q, _Q), {}, ValueError, "r must have shape (B, R, N) = (2, R, 9), got (2, 1, 8)"),
-    "r_dtype": ((_R.double(), _Q, _Q), {}, TypeError, "r must be torch.float32 on cpu beside torch.float32 q, got torch.float64"),
+    "r_dtype": ((_R.double(), _Q, _Q), {}, TypeError, "r.dtype must be torch.float32 beside torch.float32 q, got torch.float64"),
     "dtype": ((_R, _Q.int(), _Q.int()), {}, TypeError, "q.dtype must be float64, float32, float16 or bfloat16, got torch.int32"),
     "fusion": ((_R, _Q, _Q), {"head_fusion": "sum"}, ValueError, "head_fusion must be one of 'mean', 'max', 'min', got 'sum'"),
     "residual": ((_R, _Q, _Q), {"residual": 1.5}, ValueError, "residual must be between 0 and 1, got 1.5"),

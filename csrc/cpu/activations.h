@@ -19,6 +19,19 @@ inline __attribute__((always_inline)) vec_t<float> vmin(vec_t<float> a, vec_t<fl
 inline __attribute__((always_inline)) vec_t<float> vmax(vec_t<float> a, vec_t<float> b) { return (vec_t<float>)_mm256_max_ps((__m256)a, (__m256)b); }
 #endif
 
+// Whether a comparison holds for any lane.
+template <class M> inline __attribute__((always_inline)) bool any_set(M mask) {
+#if LIFEOPS_VEC_BYTES == 64
+  return _mm512_test_epi64_mask(load_bits<__m512i>(&mask), load_bits<__m512i>(&mask)) != 0;
+#elif LIFEOPS_VEC_BYTES == 32
+  return !_mm256_testz_si256(load_bits<__m256i>(&mask), load_bits<__m256i>(&mask));
+#else
+  uint64_t words[LIFEOPS_VEC_BYTES / 8];
+  __builtin_memcpy(words, &mask, sizeof(words));
+  return (words[0] | words[1]) != 0;
+#endif
+}
+
 // 2^q for -126 <= q <= 0: the integer part becomes the exponent's bits, the rest goes through a minimax polynomial, error 8e-8.
 inline __attribute__((always_inline)) vec_t<float> exp2_negative(vec_t<float> q) {
   const vec_t<float> shifted = q + 12582912.0f;  // 1.5 * 2^23: the integer part ends in the low bits
@@ -57,6 +70,9 @@ inline __attribute__((always_inline)) vec_t<float> absolute(vec_t<float> v) {
 }
 inline __attribute__((always_inline)) vec_t<double> absolute(vec_t<double> v) { return v < vec_t<double>{} ? -v : v; }
 
+// max(v, 0), and NaN where v is -inf: what GELU is where its tail is 0, since torch's -inf * Φ(-inf) is NaN.
+template <class V> inline __attribute__((always_inline)) V positive_part(V v) { return v - vmin(V{}, v); }
+
 // |v|, at most where the tail is all but 0: infinities stay out of the products, NaN goes through.
 template <class A> inline __attribute__((always_inline)) vec_t<A> bounded_abs(vec_t<A> v, A bound = sizeof(A) == 8 ? 37 : 10.25) {
   return vmin(splat(bound), absolute(v));
@@ -67,15 +83,20 @@ template <class A> inline __attribute__((always_inline)) vec_t<A> bounded_abs(ve
 // together: one after another, their long chains fill the scheduler before the next vector's gets in.
 constexpr float kTableBound = 31.4f * kGeluStep;
 
+// a * b + c; asked for by name, since gcc makes two instructions of it where it unrolls late (1.2 times the time of GELU).
+inline __attribute__((always_inline)) vec_t<float> fused(vec_t<float> a, vec_t<float> b, vec_t<float> c) {
+  return (vec_t<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
 template <int N> struct TailPieces {
   __m512i k[N];
   vec_t<float> r[N];
   explicit inline __attribute__((always_inline)) TailPieces(const vec_t<float>* v) {
 #pragma GCC unroll 4
     for (int t = 0; t < N; ++t) {
-      const vec_t<float> scaled = bounded_abs<float>(v[t], kTableBound) * (1 / kGeluStep), shifted = scaled + 12582912.0f;  // as in exp2_negative
+      const vec_t<float> a = bounded_abs<float>(v[t], kTableBound), shifted = a * (1 / kGeluStep) + 12582912.0f;  // as in exp2_negative
       k[t] = _mm512_castps_si512((__m512)shifted);  // of which the permutation reads five bits
-      r[t] = scaled - (shifted - 12582912.0f);
+      r[t] = a * (1 / kGeluStep) - (shifted - 12582912.0f);
     }
   }
   inline __attribute__((always_inline)) vec_t<float> at(int t, const float* coefficients) const {
@@ -91,9 +112,9 @@ template <int N> inline __attribute__((always_inline)) void gelu_by_table(vec_t<
 #pragma GCC unroll 4
   for (int i = 3; i >= 0; --i)
 #pragma GCC unroll 4
-    for (int t = 0; t < N; ++t) tail[t] = tail[t] * pieces.r[t] + pieces.at(t, kGeluTail4[i]);
+    for (int t = 0; t < N; ++t) tail[t] = fused(tail[t], pieces.r[t], pieces.at(t, kGeluTail4[i]));
 #pragma GCC unroll 4
-  for (int t = 0; t < N; ++t) v[t] = vmax(v[t], vec_t<float>{}) - tail[t];
+  for (int t = 0; t < N; ++t) v[t] = positive_part(v[t]) - tail[t];
 }
 
 // And its derivative, by Horner's scheme for both.
@@ -101,16 +122,17 @@ template <int N> inline __attribute__((always_inline)) void gelu_both_by_table(v
   const TailPieces<N> pieces(v);
   vec_t<float> tail[N], change[N];
 #pragma GCC unroll 4
-  for (int t = 0; t < N; ++t) change[t] = pieces.at(t, kGeluTail5[5]), tail[t] = change[t] * pieces.r[t] + pieces.at(t, kGeluTail5[4]);
+  for (int t = 0; t < N; ++t) change[t] = pieces.at(t, kGeluTail5[5]), tail[t] = fused(change[t], pieces.r[t], pieces.at(t, kGeluTail5[4]));
 #pragma GCC unroll 4
   for (int i = 3; i >= 0; --i)
 #pragma GCC unroll 4
-    for (int t = 0; t < N; ++t) change[t] = change[t] * pieces.r[t] + tail[t], tail[t] = tail[t] * pieces.r[t] + pieces.at(t, kGeluTail5[i]);
+    for (int t = 0; t < N; ++t)
+      change[t] = fused(change[t], pieces.r[t], tail[t]), tail[t] = fused(tail[t], pieces.r[t], pieces.at(t, kGeluTail5[i]));
 #pragma GCC unroll 4
   for (int t = 0; t < N; ++t) {
-    change[t] *= 1 / kGeluStep;
-    slope[t] = v[t] < vec_t<float>{} ? change[t] : 1.0f - change[t];
-    v[t] = vmax(v[t], vec_t<float>{}) - tail[t];
+    const vec_t<float> half = v[t] * 0.0f + 0.5f, upper = 0.5f - change[t] * (1 / kGeluStep);  // NaN at the infinities, as torch's
+    slope[t] = half + (vec_t<float>)_mm512_ternarylogic_epi32((__m512i)upper, (__m512i)v[t], _mm512_set1_epi32(int(0x80000000)), 0x78);  // v's sign
+    v[t] = positive_part(v[t]) - tail[t];
   }
 }
 #endif
@@ -125,21 +147,21 @@ template <class A, int N> inline __attribute__((always_inline)) void gelu_both(v
     const vec_t<A> a = bounded_abs<A>(v[t]);
     vec_t<A> log_slope;
     const vec_t<A> tail = lower_tail(a, &log_slope), change = tail * (a * log_slope + A(1));
-    slope[t] = v[t] < vec_t<A>{} ? change : A(1) - change;
-    v[t] = vmax(v[t], vec_t<A>{}) - a * tail;
+    slope[t] = (v[t] < vec_t<A>{} ? change : A(1) - change) + v[t] * A(0);  // NaN at the infinities, as torch's
+    v[t] = positive_part(v[t]) - a * tail;
   }
 }
 
 template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> activate(vec_t<A> v) {
   const vec_t<A> zero = {};
-  if constexpr (act == Act::relu6) return vmin(vmax(v, zero), splat(A(6)));
-  if constexpr (act == Act::hardswish) return v * vmin(vmax(v + A(3), zero), splat(A(6))) * A(1.0 / 6);
+  if constexpr (act == Act::relu6) return vmin(splat(A(6)), vmax(zero, v));  // NaN goes through
+  if constexpr (act == Act::hardswish) return v * vmin(splat(A(1)), vmax(zero, v * A(1.0 / 6) + A(0.5)));
   if constexpr (act == Act::gelu) {
 #if LIFEOPS_VEC_BYTES == 64
     if constexpr (sizeof(A) == 4) return gelu_by_table<1>(&v), v;
 #endif
     const vec_t<A> a = bounded_abs<A>(v);
-    return vmax(v, zero) - a * lower_tail(a, static_cast<vec_t<A>*>(nullptr));
+    return positive_part(v) - a * lower_tail(a, static_cast<vec_t<A>*>(nullptr));
   }
   return v;
 }
@@ -155,13 +177,25 @@ template <Act act, class A, int N> inline __attribute__((always_inline)) void ac
 template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> derivative(vec_t<A> v) {
   const vec_t<A> zero = {}, one = splat(A(1));
   if constexpr (act == Act::relu6) return v > zero ? (v < splat(A(6)) ? one : zero) : zero;
-  if constexpr (act == Act::hardswish) return v > splat(A(-3)) ? (v < splat(A(3)) ? v * A(1.0 / 3) + A(0.5) : one) : zero;
+  if constexpr (act == Act::hardswish) return v <= splat(A(-3)) ? zero : v >= splat(A(3)) ? one : v * A(1.0 / 3) + A(0.5);
   if constexpr (act == Act::gelu) {
     vec_t<A> slope;
     gelu_both<A, 1>(&v, &slope);
     return slope;
   }
   return one;
+}
+
+// Of N vectors, in place.
+template <Act act, class A, int N> inline __attribute__((always_inline)) void derive_all(vec_t<A>* v) {
+  if constexpr (act == Act::gelu) {
+    vec_t<A> value[N];
+#pragma GCC unroll 4
+    for (int t = 0; t < N; ++t) value[t] = v[t];
+    return gelu_both<A, N>(value, v);
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < N; ++t) v[t] = derivative<act, A>(v[t]);
 }
 
 // A prologue, of N vectors.

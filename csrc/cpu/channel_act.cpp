@@ -2,6 +2,7 @@
 // CPU launcher of the channel passes: images cut into strips of tokens, partial sums merged in a fixed order.
 #include "channel_act.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "../tensor_args.h"
@@ -39,11 +40,15 @@ const void* values(const std::optional<Tensor>& t, const char* name, int64_t num
   return t->const_data_ptr();
 }
 
-// Few tasks when there are many images; the cut depends on the problem only.
+// Few tasks when there are many images, but none of more than 1024 tokens, whose float sums would lose too much; the cut depends on the
+// problem only.
 int64_t strips_of(const ChannelActParams& p) {
-  const int64_t wanted = (16 + p.B - 1) / p.B, most = p.n / 16 > 0 ? p.n / 16 : 1;
+  const int64_t wanted = std::max((16 + p.B - 1) / p.B, (p.n + 1023) / 1024), most = p.n / 16 > 0 ? p.n / 16 : 1;
   return wanted < most ? wanted : most;
 }
+
+// Strips of an image start at multiples of eight tokens, which are summed together.
+int64_t start_of(const ChannelActParams& p, int64_t strip, int64_t strips) { return strip < strips ? strip * p.n / strips / 8 * 8 : p.n; }
 
 // out[k][b][c] = sum over the strips of image b.
 template <class A> void merge_images(const ChannelActParams& p, const A* partial, int64_t strips, A* out) {
@@ -71,9 +76,9 @@ template <class A> void run(const ChannelActParams& p, ChannelActKernel kernel, 
   A* partial = static_cast<A*>(partial_scratch.get(p.B * strips * sums * int64_t(sizeof(A))));
   const int64_t task_bytes = p.n * p.C * int64_t(sizeof(A)) / strips + 1, grain = kGrainBytes / task_bytes + 1;
   for_each_task(p.B * strips, grain, [&](int64_t i) {
-    kernel(p, ChannelTask{i / strips, i % strips * p.n / strips, (i % strips + 1) * p.n / strips, partial + i * sums});
+    kernel(p, ChannelTask{i / strips, start_of(p, i % strips, strips), start_of(p, i % strips + 1, strips), partial + i * sums});
   });
-  const auto count = [&](int64_t i) { return (i % strips + 1) * p.n / strips - i % strips * p.n / strips; };
+  const auto count = [&](int64_t i) { return start_of(p, i % strips + 1, strips) - start_of(p, i % strips, strips); };
   if (p.pass == ChannelPass::stats) merge_stats(partial, p.B * strips, p.C, count, out);
   else if (sums) merge_images(p, partial, strips, out);
 }

@@ -7,7 +7,7 @@ namespace lifeops {
 
 enum class ChannelPass : int32_t { stats = 0, act = 1, pool = 2, sums = 3, grad = 4 };
 
-// Sums per channel that a task writes: stats: (first f(x), k, sum of f(x) - k, sum of (f(x) - k)²).
+// Sums per channel that a task writes: stats: (k, sum of f(x) - k, m2 of f(x)), see moments.h.
 static constexpr int64_t channel_sums(ChannelPass pass) {
   return pass == ChannelPass::stats ? 3 : pass == ChannelPass::pool ? 1 : pass == ChannelPass::sums ? 5 : 0;
 }

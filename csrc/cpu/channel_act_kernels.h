@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The passes of channel_act.h for one task. Compiled once per instruction set (see vec.h).
 //
-// Tokens are read whole, in the order they lie in memory, four at a time: per-channel values and sums, which stay in L1, are then
-// touched once for four vectors of tokens.
+// Tokens are read whole, in the order they lie in memory, four or eight at a time: per-channel values and sums, which stay in L1, are
+// then touched once for as many vectors of tokens.
 #pragma once
-#include "activations.h"
 #include "channel_act.h"
+#include "moments.h"
 
 namespace lifeops {
 namespace LIFEOPS_ISA {
@@ -14,7 +14,7 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
   using A = typename AccOf<T>::type;
   using V = vec_t<A>;
   static constexpr int L = Vec<A>::kLanes;
-  static constexpr int64_t kTokens = 4, kAhead = 2 * kTokens;  // summed together; asked for ahead
+  static constexpr int64_t kTokens = pass == ChannelPass::stats ? 8 : 4, kAhead = 8;  // summed together; asked for ahead
 
   static constexpr bool kReadsDy = pass == ChannelPass::sums || pass == ChannelPass::grad;
 
@@ -40,9 +40,9 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
   static const A* values(const void* p) { return static_cast<const A*>(p); }
 
   // `count` tokens from `token` on, one vector of channels at c of which n are left. `first`: nothing has been summed yet.
-  inline __attribute__((always_inline)) void vector(int64_t token, int64_t count, bool first, int64_t c, int64_t n) const {
+  inline __attribute__((always_inline)) void vector(int64_t token, int64_t count, bool first, const JoinBlock<A>& join, int64_t c, int64_t n) const {
     const T *from = x.at(token) + c, *grads = kReadsDy ? dy.at(token) + c : nullptr;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int64_t t = 0; t < count; ++t) {  // the tokens' lines come interleaved, which the hardware does not foresee
       __builtin_prefetch(from + (t + kAhead) * x.stride);
       if (kReadsDy) __builtin_prefetch(grads + (t + kAhead) * dy.stride);
@@ -51,31 +51,29 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
     const auto grad_at = [&](int64_t t) { return load_n(grads + t * dy.stride, n); };
     const auto constant = [&](const A* of) { return load_n(of + c, n); };
     if constexpr (pass == ChannelPass::stats) {
-      const V origin = first ? activate<act, A>(value_at(0)) : load_n(partial + c, n);
-      V sum = first ? V{} : load_n(partial + C + c, n), square = first ? V{} : load_n(partial + 2 * C + c, n);
-      if (count == kTokens) {
-        V value[kTokens];
-#pragma GCC unroll 4
-        for (int64_t t = 0; t < kTokens; ++t) value[t] = value_at(t);
-        activate_all<act, A, kTokens>(value);
-#pragma GCC unroll 4
-        for (int64_t t = 0; t < kTokens; ++t) value[t] -= origin;
-        sum += (value[0] + value[1]) + (value[2] + value[3]);  // short chains
-        square += (value[0] * value[0] + value[1] * value[1]) + (value[2] * value[2] + value[3] * value[3]);
-      } else {
-        for (int64_t t = 0; t < count; ++t) {
-          const V value = activate<act, A>(value_at(t)) - origin;
-          sum += value, square += value * value;
-        }
-      }
-      store_n(partial + c, origin, n), store_n(partial + C + c, sum, n), store_n(partial + 2 * C + c, square, n);
+      V value[8], sum = first ? V{} : load_n(partial + C + c, n), m2 = first ? V{} : load_n(partial + 2 * C + c, n);
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < 8; ++t) value[t] = t < count ? value_at(t) : V{};
+      activate_all<act, A, 4>(value);
+      if (count > 4) activate_all<act, A, 4>(value + 4);
+      const V k = first ? zero_unless_finite(value[0]) : load_n(partial + c, n);
+      if (first) store_n(partial + c, k, n);
+      if (count == 8) join_block<A, 8>(value, k, join, &sum, &m2);
+      else if (count == 4) join_block<A, 4>(value, k, join, &sum, &m2);
+      else join_any<A>(value, count, k, join, &sum, &m2);
+      store_n(partial + C + c, sum, n), store_n(partial + 2 * C + c, m2, n);
     } else if constexpr (pass == ChannelPass::act) {
       const V s = constant(scale), m = constant(shift), g = constant(gate);
       T* to = y.at(token) + c;
+      V value[4];
+#pragma GCC unroll 4
+      for (int64_t t = 0; t < 4; ++t) value[t] = t < count ? s * value_at(t) + m : V{};
+      activate_all<act, A, 4>(value);
+#pragma GCC unroll 4
       for (int64_t t = 0; t < count; ++t) {
-        V value = activate<act, A>(s * value_at(t) + m) * g;
-        if (residual.data) value += load_n(residual.at(token + t) + c, n);
-        store_n(to + t * y.stride, value, n);
+        value[t] *= g;
+        if (residual.data) value[t] += load_n(residual.at(token + t) + c, n);
+        store_n(to + t * y.stride, value[t], n);
       }
     } else if constexpr (pass == ChannelPass::pool) {
       const V s = constant(scale), m = constant(shift);
@@ -85,35 +83,57 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
     } else if constexpr (pass == ChannelPass::sums) {
       const V s = constant(scale), m = constant(shift);
       V sum[5];
+#pragma GCC unroll 5
       for (int k = 0; k < 5; ++k) sum[k] = first ? V{} : load_n(partial + k * C + c, n);
+#pragma GCC unroll 4
       for (int64_t t = 0; t < count; ++t) {
         const V value = value_at(t), g = grad_at(t), v = s * value + m, slope = derivative<act, A>(v);
         sum[0] += g * activate<act, A>(v), sum[1] += g * slope, sum[2] += g * slope * value;
         sum[3] += slope, sum[4] += slope * value;
       }
+#pragma GCC unroll 5
       for (int k = 0; k < 5; ++k) store_n(partial + k * C + c, sum[k], n);
     } else {
       const V s = constant(scale), m = constant(shift), g = constant(gate), of_pool = constant(pool_grad);
       const V a0 = a ? constant(a) : V{}, b0 = b ? constant(b) : V{};
       T* to = y.at(token) + c;
+      V value[4], slope[4];
+#pragma GCC unroll 4
+      for (int64_t t = 0; t < 4; ++t) value[t] = t < count ? value_at(t) : V{}, slope[t] = s * value[t] + m;
+      derive_all<act, A, 2>(slope), derive_all<act, A, 2>(slope + 2);  // four together spill
+#pragma GCC unroll 4
       for (int64_t t = 0; t < count; ++t) {
-        const V value = value_at(t);
-        V dx = s * ((grad_at(t) * g + of_pool) * derivative<act, A>(s * value + m)) + a0;
-        if (b) dx += b0 * value;
+        V dx = s * ((grad_at(t) * g + of_pool) * slope[t]) + a0;
+        if (b) dx += b0 * value[t];
         store_n(to + t * y.stride, dx, n);
       }
     }
   }
 
+  // An infinity that a block started with has made its sum NaN: what a plain sum is, one by one.
+  void sum_plainly(const ChannelTask& task, int64_t c, int64_t n) const {
+    const V sum = load_n(partial + C + c, n);
+    if (!any_set(sum != sum)) return;
+    V plain = {};
+    for (int64_t token = task.n0; token < task.n1; ++token) plain += activate<act, A>(load_n(x.at(token) + c, n)) - load_n(partial + c, n);
+    store_n(partial + C + c, sum == sum ? sum : plain, n);
+  }
+
   static void run(const ChannelActParams& p, const ChannelTask& task) {
     const ChannelBody body(p, task);
-    for (int64_t token = task.n0; token < task.n1; token += kTokens) {
-      const int64_t count = task.n1 - token < kTokens ? task.n1 - token : kTokens;
-      const int64_t whole = count == kTokens ? body.C / L * L : 0;
+    for (int64_t token = task.n0, count; token < task.n1; token += count) {
+      const int64_t left = task.n1 - token, whole = left >= 4 ? body.C / L * L : 0;
+      count = left >= kTokens ? kTokens : left >= 4 ? 4 : left;
       const bool first = token == task.n0;
-      for (int64_t c = 0; c < whole; c += L) body.vector(token, kTokens, first, c, L);  // constants: no loop, no check
-      for (int64_t c = whole; c < body.C; c += L) body.vector(token, count, first, c, body.C - c);
+      const JoinBlock<A> join(pass == ChannelPass::stats ? token - task.n0 : 0, count);
+      if (kTokens == 4 || count == kTokens)  // constants: no loop, no check
+        for (int64_t c = 0; c < whole; c += L) body.vector(token, kTokens, first, join, c, L);
+      else
+        for (int64_t c = 0; c < whole; c += L) body.vector(token, 4, first, join, c, L);
+      for (int64_t c = whole; c < body.C; c += L) body.vector(token, count, first, join, c, body.C - c);
     }
+    if constexpr (pass == ChannelPass::stats)
+      for (int64_t c = 0; c < body.C; c += L) body.sum_plainly(task, c, body.C - c);
   }
 };
 

@@ -11,9 +11,9 @@
 namespace lifeops {
 namespace LIFEOPS_ISA {
 
-// exp(x) for x <= 0; 0 below -87, NaN stays. x = n ln 2 + r: 2^n is built from its bits, exp(r) is Taylor's sum, |r| <= 0.35: error 2e-8.
+// exp(x) for x <= 0; 0 below -87 and at -inf, NaN stays. x = n ln 2 + r: 2^n is built from its bits, exp(r) is Taylor's sum, |r| <= 0.35: error 2e-8.
 inline __attribute__((always_inline)) vec_t<float> exp_shifted(vec_t<float> x) {
-  const vec_t<float> bounded = vmax(x, splat(-87.0f));
+  const vec_t<float> bounded = vmax(splat(-87.0f), x);
   const vec_t<float> shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part ends in the low bits
   const vec_t<float> n = shifted - 12582912.0f;
   const vec_t<float> r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
@@ -25,7 +25,7 @@ inline __attribute__((always_inline)) vec_t<float> exp_shifted(vec_t<float> x) {
   e = e * r + 1.0f;
   e = e * r + 1.0f;
   const vu32 bits = (load_bits<vu32>(&shifted) + 127) << 23;  // the exponent of 2^n
-  return (x < splat(-87.0f) ? vec_t<float>{} : e * load_bits<vec_t<float>>(&bits)) + (x - x);
+  return x < splat(-87.0f) ? vec_t<float>{} : e * load_bits<vec_t<float>>(&bits);
 }
 inline vec_t<double> exp_shifted(vec_t<double> x) {
   for (int l = 0; l < Vec<double>::kLanes; ++l) x[l] = __builtin_exp(x[l]);
@@ -147,8 +147,7 @@ template <class T> struct RolloutBody {
 
   // scores = exp(scores - their maximum); returns the sum. What lies behind N becomes 0.
   static A exponentials(A* scores, int64_t N, int64_t row) {
-    const A least = sizeof(A) == 8 ? A(-1e300) : A(-1e30);
-    for (int64_t n = N; n < row; ++n) scores[n] = least;
+    for (int64_t n = N; n < row; ++n) scores[n] = -A(__builtin_inf());
     V most = load(scores), sum = {};
     for (int64_t n = L; n < row; n += L) most = vmax(most, load(scores + n));
     const V shift = splat(largest(most));
@@ -159,15 +158,16 @@ template <class T> struct RolloutBody {
     return total(sum);
   }
 
+  // A NaN among the scores of a head has made all of its row NaN, which then stays: vmax and vmin keep their second operand's.
   static void fuse(HeadFusion fusion, bool first, A factor, const A* scores, A* fused, int64_t row) {
-    if (first)
+    if (first || factor != factor)
       for (int64_t n = 0; n < row; n += L) store(fused + n, load(scores + n) * factor);
     else if (fusion == HeadFusion::mean)
       for (int64_t n = 0; n < row; n += L) store(fused + n, load(fused + n) + load(scores + n) * factor);
     else if (fusion == HeadFusion::max)
-      for (int64_t n = 0; n < row; n += L) store(fused + n, vmax(load(fused + n), load(scores + n) * factor));
+      for (int64_t n = 0; n < row; n += L) store(fused + n, vmax(load(scores + n) * factor, load(fused + n)));
     else
-      for (int64_t n = 0; n < row; n += L) store(fused + n, vmin(load(fused + n), load(scores + n) * factor));
+      for (int64_t n = 0; n < row; n += L) store(fused + n, vmin(load(scores + n) * factor, load(fused + n)));
   }
 
   // Zeroes the entries below the (dropped + 1)-th smallest of N, whose bits are found one by one: the largest value that at most

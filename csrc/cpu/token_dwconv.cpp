@@ -269,7 +269,8 @@ void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor
     const AffineValues<A> affine(scale, shift, act, p.C, p.dtype);
     std::vector<A> zeros;
     const TokenDWConvExtras extras{nullptr, nullptr, affine.get(), channel_values(a, "a", A(0), p.C, p.dtype, zeros),
-                                   channel_values(b, "b", A(0), p.C, p.dtype, zeros), behind(x, x_prefix, p.dtype), x.stride(0), x.stride(1), true, false};
+                                   b ? channel_values(b, "b", A(0), p.C, p.dtype, zeros) : nullptr, behind(x, x_prefix, p.dtype),
+                                   x.stride(0), x.stride(1), true, false};
     std::vector<A> partial(size_t(parts * kTaskSums * p.C));
     run_forward<A>(p, kernel, &extras, partial.data());
     A* out = sums_out<A>(sums, "sums", 2 * p.C, p.dtype);

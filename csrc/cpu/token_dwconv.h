@@ -32,14 +32,14 @@ struct ChannelAffine {
 // gelu'(x) (scale sum + a + b gelu(x)).
 struct TokenDWConvExtras {
   const ChannelAffine *prologue, *epilogue, *derivative;  // any may be null
-  const void *a, *b;                                      // beside a derivative, never null
+  const void *a, *b;                                      // beside a derivative; a is never null, b is where 0 x may not be added
   const void* pre;                                        // x, at its first patch
   int64_t pre_stride_b, pre_stride_n;
   bool sums;
   bool backwards;  // the images were read just before, in order
 };
-// Values per channel that a task with sums writes: forward (first value k, sum of y - k, sum of (y - k)²), input gradient
-// (sum of x dv, sum of dv, unused), with gelu_first (sum of gelu(x) du, sum of du, unused).
+// Values per channel that a task with sums writes: forward (k, sum of y - k, m2 of y), see moments.h, input gradient (sum of x dv, sum of
+// dv, unused), with gelu_first (sum of gelu(x) du, sum of du, unused).
 constexpr int64_t kTaskSums = 3;
 
 // Output rows [r0, r1), columns [q0, q1) and channels [c0, c1) of image b.

@@ -188,10 +188,10 @@ template <class T> struct Forward {
     const TokenDWConvExtras* e = task.extras;
     return !e || !(e->epilogue || e->sums || e->derivative);
   }
-  static TileExtras<T> tile_extras(const TokenDWConvParams& p, const ForwardTask& task, const T* pre, int64_t t0, int64_t c, bool first) {
+  static TileExtras<T> tile_extras(const TokenDWConvParams& p, const ForwardTask& task, const T* pre, int64_t t0, int64_t c, bool first, const JoinBlock<A>& join) {
     const TokenDWConvExtras& e = *task.extras;
     A* sums = task.sums ? static_cast<A*>(task.sums) + task.c0 + c : nullptr;
-    return {&e, pre ? pre + t0 * e.pre_stride_n + c : nullptr, p.W * e.pre_stride_n, task.c0 + c, sums, p.C, first};
+    return {&e, pre ? pre + t0 * e.pre_stride_n + c : nullptr, p.W * e.pre_stride_n, task.c0 + c, sums, p.C, first, join};
   }
 
   // What lies at a task's first column of row r; null where there is none.
@@ -229,7 +229,8 @@ template <class T> struct Forward {
     const T *res = residual_at(p, task, r), *pre = pre_at(p, task, r);
     Ahead ahead = look_ahead(p, task, r + height, n);
     for (int tile = 0; tile < tiling.count; ++tile) {  // outermost: 32 columns of three tensors are more pages than the first TLB holds
-      const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1];
+      const int64_t t0 = tiling.start[tile], t1 = tiling.start[tile + 1], seen = (r - task.r0) * (task.q1 - task.q0) + height * t0;
+      const JoinBlock<A> join = plain || task.extras->derivative ? JoinBlock<A>() : JoinBlock<A>(seen, height * (t1 - t0));
       for (int64_t c = 0, v = 0; c < n; c += L, ++v) {
         const vec_t<A> start = b ? load(b + c) : vec_t<A>{};
         const A* taps = w + c / kBlock * kBlock * p.K * p.K + c % kBlock;
@@ -237,7 +238,7 @@ template <class T> struct Forward {
         for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * cols + t0) * L;
         TileTarget<T> out{y + t0 * p.y_stride_n + c, res ? res + t0 * p.r_stride_n + c : nullptr, p.y_stride_n,
                           p.r_stride_n, p.W * p.y_stride_n, p.W * p.r_stride_n, n - c, nullptr};
-        const TileExtras<T> extras = plain ? TileExtras<T>{} : tile_extras(p, task, pre, t0, c, r == task.r0 && tile == 0);
+        const TileExtras<T> extras = plain ? TileExtras<T>{} : tile_extras(p, task, pre, t0, c, seen == 0, join);
         if (!plain) out.extras = &extras;
         vec_t<A> sums[kTile];
         tiles[t1 - t0 - 1](tile_rows, k0, k1, taps, p.K, start, sums);

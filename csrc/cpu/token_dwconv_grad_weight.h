@@ -225,11 +225,11 @@ template <class T> struct GradWeight {
     } else {
       grad_totals(rows, totals);
     }
-    if (p.db) add_to(out + taps * kBlock, sum_of(totals, 0, rows.height));
+    if (p.db) add_to(out + taps * kBlock, sum_rows(totals, 0, rows.height));
     if (p.windows) sum_windows(rows, totals, r0, q0, out + (taps + 1) * kBlock);
   }
 
-  static vec_t<A> sum_of(const vec_t<A>* totals, int64_t r0, int64_t r1) {
+  static vec_t<A> sum_rows(const vec_t<A>* totals, int64_t r0, int64_t r1) {
     vec_t<A> sum = {};
     for (int64_t r = r0; r < r1; ++r) sum += totals[r];
     return sum;
@@ -237,16 +237,20 @@ template <class T> struct GradWeight {
   static void add_to(A* out, vec_t<A> sum) { store(out, load(out) + sum); }
 
   // Each dy counts for the taps that see the grid from there: all but those that reach over its edge. Neighbouring rows whose windows
-  // lie inside the grid from top to bottom are summed together.
+  // lie inside the grid from top to bottom are summed together. What is outside cannot be taken off a total that is not finite: there
+  // the columns are summed one by one.
   void sum_windows(const GradRows<A>& rows, const vec_t<A>* totals, int64_t r0, int64_t q0, A* out) const {
     const auto inside = [&](int64_t row) { return row >= half && row + half < p.H; };
     for (int64_t r = 0, end; r < rows.height; r = end) {
       for (end = r + 1; inside(r0 + r) && end < rows.height && inside(r0 + end);) ++end;
-      const vec_t<A> total = sum_of(totals, r, end);
+      const vec_t<A> total = sum_rows(totals, r, end), finite = total - total;
+      const bool direct = any_set(finite != vec_t<A>{});
       for (int64_t j = 0; j < p.K; ++j) {
         const int64_t first = min64(rows.width, max64(0, half - j - q0)), last = max64(first, min64(rows.width, p.W + half - j - q0));
         const vec_t<A> outside = sum_columns(rows, r, end, 0, first) + sum_columns(rows, r, end, last, rows.width);
-        add_window_row(first == last ? vec_t<A>{} : total - outside, r0 + r, j, out);
+        vec_t<A> sum = first == last ? vec_t<A>{} : total - outside;
+        if (direct) sum = finite == vec_t<A>{} ? sum : sum_columns(rows, r, end, first, last);
+        add_window_row(sum, r0 + r, j, out);
       }
     }
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where a tile's sums go: to y, through an epilogue, or through a prologue's derivative. Compiled once per instruction set (see vec.h).
 #pragma once
+#include "moments.h"
 #include "rows.h"
 
 namespace lifeops {
@@ -14,6 +15,7 @@ template <class T> struct TileExtras {
   typename AccOf<T>::type* sums;  // of the task, at this vector
   int64_t sums_stride;
   bool first;                     // nothing has been summed yet
+  JoinBlock<typename AccOf<T>::type> join;  // of this tile's values with the task's
 };
 
 // Where one vector of channels of a tile goes.
@@ -34,6 +36,8 @@ template <class T> inline __attribute__((always_inline)) auto rounded(vec_t<type
   return load(lanes);
 }
 
+constexpr int kMostTile = 16;  // sums of a tile
+
 // The tile's sums through the epilogue, to y; out of line, so that the plain convolution keeps its registers.
 template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
@@ -42,26 +46,22 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
   const ChannelAffine* e = extras.steps->epilogue;
   const vec_t<A> scale = e ? load_n(static_cast<const A*>(e->scale) + extras.c, out.n) : one;
   const vec_t<A> shift = e ? load_n(static_cast<const A*>(e->shift) + extras.c, out.n) : zero;
-  vec_t<A> first = zero, sum = zero, square = zero;
-  if (extras.steps->sums && !extras.first)
-    first = load_n(extras.sums, out.n), sum = load_n(extras.sums + extras.sums_stride, out.n),
-    square = load_n(extras.sums + 2 * extras.sums_stride, out.n);
+  vec_t<A> kept[kMostTile];
   with_act(e ? e->act : Act::none, [&](auto act) {
     for (int r = 0; r < rows; ++r)
       for (int t = 0; t < width; ++t) {
         vec_t<A> value = activate<decltype(act)::value, A>(scale * acc[r * width + t] + shift);
-        if (extras.steps->sums) {
-          const vec_t<A> kept = rounded<T>(value);
-          if (extras.first && r == 0 && t == 0) first = kept;
-          sum += kept - first, square += (kept - first) * (kept - first);
-        }
+        if (extras.steps->sums) kept[r * width + t] = rounded<T>(value);
         if (out.residual) value = rounded<T>(value) + load_n(out.residual + r * out.r_row + t * out.r_stride, out.n);
         store_n(out.y + r * out.y_row + t * out.y_stride, value, out.n);
       }
   });
   if (!extras.steps->sums) return;
-  store_n(extras.sums, first, out.n), store_n(extras.sums + extras.sums_stride, sum, out.n);
-  store_n(extras.sums + 2 * extras.sums_stride, square, out.n);
+  A *sums = extras.sums + extras.sums_stride, *m2s = sums + extras.sums_stride;
+  const vec_t<A> k = extras.first ? zero_unless_finite(kept[0]) : load_n(extras.sums, out.n);
+  vec_t<A> sum = extras.first ? zero : load_n(sums, out.n), m2 = extras.first ? zero : load_n(m2s, out.n);
+  join_any<A>(kept, rows * width, k, extras.join, &sum, &m2);
+  store_n(extras.sums, k, out.n), store_n(sums, sum, out.n), store_n(m2s, m2, out.n);
 }
 
 // The tile's sums through the prologue's derivative, to dx; kSums: sums of x dv and dv. kFull: all lanes are channels.
@@ -71,10 +71,12 @@ inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* ac
   const TokenDWConvExtras& steps = *extras.steps;
   const int64_t n = kFull ? Vec<A>::kLanes : out.n, pre_stride = steps.pre_stride_n, y_stride = out.y_stride;
   const auto values = [&](const void* p) { return load_n(static_cast<const A*>(p) + extras.c, n); };
-  const vec_t<A> scale = values(steps.derivative->scale), shift = values(steps.derivative->shift), a = values(steps.a), b = values(steps.b);
+  const vec_t<A> scale = values(steps.derivative->scale), shift = values(steps.derivative->shift), a = values(steps.a);
+  const vec_t<A> b = steps.b ? values(steps.b) : vec_t<A>{};
+  const bool with_b = steps.b;
   vec_t<A> sum_x = {}, sum = {};
   if (kSums && !extras.first) sum_x = load_n(extras.sums, n), sum = load_n(extras.sums + extras.sums_stride, n);
-  constexpr int kTogether = LIFEOPS_VEC_BYTES == 64 && act == Act::gelu_first ? 4 : 1;
+  constexpr int kTogether = LIFEOPS_VEC_BYTES == 64 && (act == Act::gelu || act == Act::gelu_first) ? 4 : 1;
   for (int r = 0; r < rows; ++r) {
     const T* pre = extras.pre + r * extras.pre_row;
     T* y = out.y + r * out.y_row;
@@ -83,13 +85,19 @@ inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* ac
       vec_t<A> factor[N], slope[N];
 #pragma GCC unroll 4
       for (int t = 0; t < N; ++t, pre += pre_stride) factor[t] = load_n(pre, n);
-      if constexpr (act == Act::gelu_first) gelu_both<A, N>(factor, slope);
+      if constexpr (act == Act::gelu_first) {
+        gelu_both<A, N>(factor, slope);
+      } else {
+#pragma GCC unroll 4
+        for (int t = 0; t < N; ++t) slope[t] = scale * factor[t] + shift;
+        derive_all<act, A, N>(slope);
+      }
 #pragma GCC unroll 4
       for (int t = 0; t < N; ++t, y += y_stride) {
         vec_t<A> dv = *acc++;
-        if constexpr (act != Act::gelu_first) dv *= derivative<act, A>(scale * factor[t] + shift);
+        if constexpr (act != Act::gelu_first) dv *= slope[t];
         if constexpr (kSums) sum_x += dv * factor[t], sum += dv;
-        vec_t<A> dx = scale * dv + (b * factor[t] + a);
+        vec_t<A> dx = scale * dv + (with_b ? b * factor[t] + a : a);
         if constexpr (act == Act::gelu_first) dx *= slope[t];
         store_n(y, dx, n);
       }

@@ -23,8 +23,18 @@ __device__ __forceinline__ float saturate(float v) {
 }
 __device__ __forceinline__ double saturate(double v) { return v > 0 ? (v < 1 ? v : 1) : 0; }
 
-__device__ __forceinline__ float clamp6(float v) { return fminf(fmaxf(v, 0.0f), 6.0f); }
-__device__ __forceinline__ double clamp6(double v) { return fmin(fmax(v, 0.0), 6.0); }
+// min(max(v, 0), 6); NaN stays, which fmax would drop. Two instructions from compute capability 8.0 on, as with it.
+__device__ __forceinline__ float clamp6(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float result;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(v));
+  asm("min.NaN.f32 %0, %1, 0f40C00000;" : "=f"(result) : "f"(result));
+  return result;
+#else
+  return v < 0 ? 0 : v > 6 ? 6 : v;
+#endif
+}
+__device__ __forceinline__ double clamp6(double v) { return v < 0 ? 0 : v > 6 ? 6 : v; }
 
 // 2^v and 1/v in one instruction each, relative error 2^-22; 2^v below 2^-126 is 0.
 __device__ __forceinline__ float fast_exp2(float v) {
@@ -68,7 +78,7 @@ __device__ __forceinline__ float normal_pdf(float v) {
 }
 __device__ __forceinline__ double normal_pdf(double v) { return 0.39894228040143267794 * exp(-0.5 * v * v); }
 
-// f(v). h-swish is v * clamp(v / 6 + 1/2, 0, 1): two instructions.
+// f(v). h-swish is v * clamp(v / 6 + 1/2, 0, 1): two instructions. NaN stays; h-swish and GELU are NaN at -inf, as torch's.
 template <Act act, typename Acc> __device__ __forceinline__ Acc activate(Acc v) {
   if constexpr (act == Act::relu6) return clamp6(v);
   if constexpr (act == Act::hardswish) return v * saturate(v * Acc(1.0 / 6) + Acc(0.5));
@@ -79,7 +89,7 @@ template <Act act, typename Acc> __device__ __forceinline__ Acc activate(Acc v) 
 // f'(v); at the kinks what torch's own backward takes.
 template <Act act, typename Acc> __device__ __forceinline__ Acc derivative(Acc v) {
   if constexpr (act == Act::relu6) return v > 0 && v < 6 ? Acc(1) : Acc(0);
-  if constexpr (act == Act::hardswish) return v > -3 && v < 3 ? v * Acc(1.0 / 3) + Acc(0.5) : saturate(v);
+  if constexpr (act == Act::hardswish) return v <= -3 || v >= 3 ? saturate(v) : v * Acc(1.0 / 3) + Acc(0.5);
   if constexpr (act == Act::gelu || act == Act::gelu_first) return v * normal_pdf(v) + normal_cdf(v);
   return Acc(1);
 }

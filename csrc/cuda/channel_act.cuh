@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "channel_act_plan.h"
+#include "moments.cuh"
 #include "task_sums.cuh"
 
 namespace lifeops {
@@ -118,19 +119,34 @@ __global__ void __launch_bounds__(kThreads, 4) channel_grad_kernel(const __grid_
   });
 }
 
-// What one token adds to the sums of a pass; `first` holds k of the statistics.
+// What one token adds to the sums of a pass.
 template <ChannelPass kPass, Act act, typename Acc, int kSums>
-__device__ __forceinline__ void add_token(Acc x, Acc dy, Acc scale, Acc shift, bool first, Acc (&sums)[kSums]) {
+__device__ __forceinline__ void add_token(Acc x, Acc dy, Acc scale, Acc shift, Acc (&sums)[kSums]) {
   const Acc v = scale * x + shift, value = activate<act>(v);
-  if constexpr (kPass == ChannelPass::stats) {
-    if (first) sums[0] = value;
-    const Acc d = value - sums[0];
-    sums[1] += d, sums[2] += d * d;
-  } else if constexpr (kPass == ChannelPass::pool) {
+  if constexpr (kPass == ChannelPass::pool) {
     sums[0] += value;
   } else {
     const Acc slope = derivative<act>(v), dv = dy * slope;
     sums[0] += dy * value, sums[1] += dv, sums[2] += dv * x, sums[3] += slope, sums[4] += slope * x;
+  }
+}
+
+// The statistics of kCount tokens behind `seen` others.
+template <Act act, typename T, int kVec, int kCount>
+__device__ __forceinline__ void add_statistics(const Pack<T, kVec> (&x)[kCount], int seen, acc_t<T> (&sums)[kVec][3]) {
+  acc_t<T> value[kCount][kVec];
+#pragma unroll
+  for (int t = 0; t < kCount; ++t) unpack<T, kVec>(x[t], value[t]);
+  const JoinBlock<acc_t<T>> join(seen, kCount);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    acc_t<T> d[kCount];
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) d[t] = activate<act>(value[t][i]);
+    if (seen == 0) sums[i][0] = zero_unless_finite(d[0]);
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) d[t] -= sums[i][0];
+    join_values<kCount>(d, 0, join, &sums[i][1], &sums[i][2]);
   }
 }
 
@@ -148,6 +164,7 @@ __global__ void __launch_bounds__(kThreads, 4) channel_sums_kernel(const __grid_
     for_tokens(at, [&](int64_t n, auto count) {
       Pack<T, kVec> x[count.value], dy[count.value] = {};
       load_tokens<T, kVec>(a.p.x, at, n, x);
+      if constexpr (kPass == ChannelPass::stats) return add_statistics<decltype(act)::value, T, kVec>(x, static_cast<int>(n - at.n0), sums);
       if constexpr (kPass == ChannelPass::sums) load_tokens<T, kVec>(a.p.dy, at, n, dy);
 #pragma unroll
       for (int t = 0; t < count.value; ++t) {
@@ -156,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 4) channel_sums_kernel(const __grid_
         unpack<T, kVec>(dy[t], g);
 #pragma unroll
         for (int i = 0; i < kVec; ++i)
-          add_token<kPass, decltype(act)::value>(value[i], g[i], affine.scale[i], affine.shift[i], t == 0 && n == at.n0, sums[i]);
+          add_token<kPass, decltype(act)::value>(value[i], g[i], affine.scale[i], affine.shift[i], sums[i]);
       }
     });
   });

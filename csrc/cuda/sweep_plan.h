@@ -31,7 +31,7 @@ inline LaunchShape one_task_per_warp(const Tiling& tiling) {
   return {checked_blocks(ceil_div(tiling.tasks, kWarps) * tiling.slabs.divisor), kThreads};
 }
 
-constexpr int kForwardSums = 3;  // per task and channel: the first value k as stored, the sums of y - k and (y - k)²
+constexpr int kForwardSums = 3;  // per task and channel, of y as stored: k, sum of y - k, m2 (moments.cuh)
 constexpr int kGradSums = 2;     // what affine_act_grad adds up
 
 // Forward, or the input gradient: conv.x is dy then, conv.residual the forward pass's x.

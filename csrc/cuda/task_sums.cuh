@@ -18,6 +18,8 @@ __device__ __forceinline__ int task_of_warp(const Tiling& tiling, int* slab) {
   return group * kWarps + static_cast<int>(threadIdx.x / kLanes);
 }
 
+constexpr int kMergedStats = kForwardSums + 1;  // n, mean, m2, plain sum
+
 // Mean and m2 of n values joined with those of others (Chan, Golub, LeVeque 1983).
 struct Moments {
   double n, mean, m2;
@@ -28,20 +30,21 @@ struct Moments {
   }
 };
 
-// The shifted sums (k, sum of y - k, sum of (y - k)²) of a chunk's tasks -> n, mean, m2.
+// What a chunk's tasks summed (k, sum of y - k, m2 of y) -> n, mean, m2, plain sum.
 template <typename Acc>
 __global__ void __launch_bounds__(kThreads) merge_stats_kernel(const __grid_constant__ TaskSumsArgs a) {
   const int64_t i = global_thread(), chunk = i / a.C, c = i - chunk * a.C;
   if (chunk >= a.chunks) return;
   Moments sum{0, 0, 0};
+  double plain = 0;
   const int first = static_cast<int>(chunk) * a.tasks_per_chunk, end = min(first + a.tasks_per_chunk, a.strips.tiling.tasks);
   for (int task = first; task < end; ++task) {
     const Acc* p = static_cast<const Acc*>(a.partial) + static_cast<int64_t>(task) * kForwardSums * a.C + c;
-    const double n = static_cast<double>(a.strips.count(task)), s1 = static_cast<double>(p[a.C]), shift = s1 / n;
-    sum.join(n, static_cast<double>(p[0]) + shift, static_cast<double>(p[2 * a.C]) - s1 * shift);
+    const double n = static_cast<double>(a.strips.count(task)), k = static_cast<double>(p[0]), s = static_cast<double>(p[a.C]);
+    sum.join(n, k + s / n, static_cast<double>(p[2 * a.C])), plain += n * k + s;
   }
-  double* merged = a.merged + chunk * 3 * a.C + c;
-  merged[0] = sum.n, merged[a.C] = sum.mean, merged[2 * a.C] = sum.m2;
+  double* merged = a.merged + chunk * kMergedStats * a.C + c;
+  merged[0] = sum.n, merged[a.C] = sum.mean, merged[2 * a.C] = sum.m2, merged[3 * a.C] = plain;
 }
 
 template <typename Acc>
@@ -49,12 +52,14 @@ __global__ void __launch_bounds__(kThreads) finish_stats_kernel(const __grid_con
   const int64_t c = global_thread();
   if (c >= a.C) return;
   Moments sum{0, 0, 0};
+  double plain = 0;
   for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
-    const double* merged = a.merged + chunk * 3 * a.C + c;
-    sum.join(merged[0], merged[a.C], merged[2 * a.C]);
+    const double* merged = a.merged + chunk * kMergedStats * a.C + c;
+    sum.join(merged[0], merged[a.C], merged[2 * a.C]), plain += merged[3 * a.C];
   }
-  static_cast<Acc*>(a.out)[c] = static_cast<Acc>(sum.mean);
-  static_cast<Acc*>(a.out)[a.C + c] = static_cast<Acc>(sum.m2 > 0 ? sum.m2 : 0.0);
+  const bool finite = sum.mean - sum.mean == 0;  // an infinity makes the mean what a plain sum would be, and m2 NaN
+  static_cast<Acc*>(a.out)[c] = static_cast<Acc>(finite ? sum.mean : plain / sum.n);
+  static_cast<Acc*>(a.out)[a.C + c] = static_cast<Acc>(finite ? sum.m2 : sum.mean - sum.mean);
 }
 
 // Plain sums over all tasks.

@@ -10,7 +10,7 @@ struct TaskSumsArgs {
   Strips strips;
   int64_t B, C;
   const void* partial;  // (tasks, sums, C) in the accumulator's type
-  double* merged;       // (chunks, sums, C)
+  double* merged;       // (chunks, sums + 1, C)
   void* out;            // in the accumulator's type: (2, C), for a pool (sums, B, C)
   int32_t sums, tasks_per_chunk, chunks;
 };

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (at.r0 == 0) copy_prefix_any<T>(p, at, p.residual != nullptr);
   const ForwardRow<Acc, 1> around(args, at.c);
   Acc sums[kForwardSums][1] = {};
-  bool first = true;
+  int seen = 0;
   for_outputs<T>(p, at, [&](T* y, const T* residual, int64_t r, int64_t q) {
     Acc value;
     with_act<true>(args.prologue.act, [&](auto act) {
@@ -94,9 +94,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       value = affine_act<decltype(act)::value>(value, around.epilogue.scale[0], around.epilogue.shift[0]);
     });
     const Acc stored = to_acc(from_acc<T>(value));
-    if (first) sums[0][0] = stored;
-    first = false;
-    sums[1][0] += stored - sums[0][0], sums[2][0] += (stored - sums[0][0]) * (stored - sums[0][0]);
+    if (seen == 0) sums[0][0] = zero_unless_finite(stored);
+    JoinBlock<Acc>(seen++, 1)(stored - sums[0][0], 0, &sums[1][0], &sums[2][0]);
     *y = from_acc<T>(residual ? value + to_acc(*residual) : value);
   });
   if (args.partial) store_sums<kForwardSums, 1>(args, at.task, at.c, sums);

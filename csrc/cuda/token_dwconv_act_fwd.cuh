@@ -122,7 +122,7 @@ __device__ __forceinline__ void sweep(const TokenDWConvActArgs& args) {
     Acc acc[K][kTileW][kVec] = {}, sums[Row<Acc, kVec>::kSums][kVec] = {};
     Pack<T, kVec> next[kTileW + K - 1], side[kTileW];
     auto finish = [&](int n) {
-      around.template finish<T, kTileW>(args, strip, n == K - 1, &r, r_columns, side, acc[0], sums);
+      around.template finish<T, kTileW>(args, strip, n - (K - 1), &r, r_columns, side, acc[0], sums);
       store_row<T, kVec, kTileW>(opaque(y), strip, y_columns, acc[0]);
       y = advance(y, a.y_row_bytes);
     };

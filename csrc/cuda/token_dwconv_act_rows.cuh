@@ -2,6 +2,7 @@
 // What a walk down a strip does with a row before and after the convolution: prologue, epilogue and sums forward, the
 // prologue's derivative and sums backward. No torch in here.
 #pragma once
+#include "moments.cuh"
 #include "sweep.cuh"
 
 namespace lifeops {
@@ -25,24 +26,24 @@ __device__ __forceinline__ void store_row(T* row, const Tile& tile, const Steps<
   for_owned<kTileW>(tile, [&](int q) { pack<T, kVec>(values[q]).store(columns.at(row, q)); });
 }
 
-// Shifted sums of what is stored: the last column is always owned, so the strip's first value of it is k.
+// Statistics of what is stored, row by row: the last column is always owned, so the strip's first value of it is k.
 template <typename T, int kVec, int kTileW>
-__device__ __forceinline__ void add_to_sums(const Tile& tile, bool first_row, const acc_t<T> (&values)[kTileW][kVec],
+__device__ __forceinline__ void add_to_sums(const Tile& tile, int row, const acc_t<T> (&values)[kTileW][kVec],
                                             acc_t<T> (&sums)[kForwardSums][kVec]) {
   acc_t<T> stored[kTileW][kVec];
 #pragma unroll
   for (int q = 0; q < kTileW; ++q) unpack<T, kVec>(pack<T, kVec>(values[q]), stored[q]);
-  if (first_row) {
+  const int owned = kTileW - tile.first;
+  const JoinBlock<acc_t<T>> join(row * owned, owned);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sums[0][i] = stored[kTileW - 1][i];
+  for (int i = 0; i < kVec; ++i) {
+    if (row == 0) sums[0][i] = zero_unless_finite(stored[kTileW - 1][i]);
+    acc_t<T> d[kTileW];
+#pragma unroll
+    for (int q = 0; q < kTileW; ++q) d[q] = stored[q][i] - sums[0][i];
+    if (tile.first == 0) join_values<kTileW>(d, 0, join, &sums[1][i], &sums[2][i]);
+    else join_values<kTileW>(d, tile.first, join, &sums[1][i], &sums[2][i]);
   }
-  for_owned<kTileW>(tile, [&](int q) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const acc_t<T> d = stored[q][i] - sums[0][i];
-      sums[1][i] += d, sums[2][i] += d * d;
-    }
-  });
 }
 
 // Per-channel constants of a forward pass.
@@ -66,7 +67,7 @@ template <typename Acc, int kVec> struct ForwardRow {
   __device__ __forceinline__ void prefetch(const TokenDWConvActArgs&, const T*, const Steps<kTileW>&,
                                            Pack<T, kVec> (&)[kTileW]) const {}
   template <typename T, int kTileW>
-  __device__ __forceinline__ void finish(const TokenDWConvActArgs& a, const Tile& tile, bool first_row, const T** r,
+  __device__ __forceinline__ void finish(const TokenDWConvActArgs& a, const Tile& tile, int row, const T** r,
                                          const Steps<kTileW>& columns, const Pack<T, kVec> (&)[kTileW],
                                          Acc (&values)[kTileW][kVec], Acc (&sums)[kSums][kVec]) const {
     if (!a.finish) return;
@@ -78,7 +79,7 @@ template <typename Acc, int kVec> struct ForwardRow {
           for (int i = 0; i < kVec; ++i)
             values[q][i] = affine_act<decltype(act)::value>(values[q][i], epilogue.scale[i], epilogue.shift[i]);
       });
-    if (a.partial) add_to_sums<T, kVec, kTileW>(tile, first_row, values, sums);
+    if (a.partial) add_to_sums<T, kVec, kTileW>(tile, row, values, sums);
     if (a.conv.r_patches) {  // loaded here, not ahead: it is x again in the blocks that have one, and near
       Pack<T, kVec> residual[kTileW];
       load_columns<T, kVec, kTileW>(opaque(*r), columns, residual);
@@ -116,14 +117,15 @@ template <typename Acc, int kVec> struct GradRow {
     load_columns<T, kVec, kTileW>(opaque(r), columns, x);
   }
   template <typename T, int kTileW>
-  __device__ __forceinline__ void finish(const TokenDWConvActArgs& args, const Tile& tile, bool, const T** r,
-                                         const Steps<kTileW>&, const Pack<T, kVec> (&x)[kTileW],
+  __device__ __forceinline__ void finish(const TokenDWConvActArgs& args, const Tile& tile, int, const T** r,
+                                         const Steps<kTileW>&, Pack<T, kVec> (&x)[kTileW],
                                          Acc (&values)[kTileW][kVec], Acc (&sums)[kSums][kVec]) const {
     *r = advance(*r, args.conv.r_row_bytes);
     if (tile.first > 0) {  // what is not owned is counted by its owner
 #pragma unroll
       for (int q = 0; q < kTileW; ++q)
         if (q < tile.first) {
+          x[q] = {};  // 0 times an infinity would be NaN
 #pragma unroll
           for (int i = 0; i < kVec; ++i) values[q][i] = 0;
         }

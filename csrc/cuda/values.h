@@ -30,7 +30,7 @@ class SumsBuffers {
  public:
   SumsBuffers(const TaskSumsArgs& a, DType dtype, const Tensor& like)
       : partial_(torch::stable::new_empty(like, {a.strips.tiling.tasks, a.sums, a.C}, accumulator_type(dtype))),
-        merged_(torch::stable::new_empty(like, {a.chunks, a.sums, a.C}, torch::headeronly::ScalarType::Double)) {}
+        merged_(torch::stable::new_empty(like, {a.chunks, a.sums + 1, a.C}, torch::headeronly::ScalarType::Double)) {}
 
   void* partial() const { return partial_.mutable_data_ptr(); }
   void give(TaskSumsArgs& a, void* out) const {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config, geometry, torchlib
@@ -13,6 +12,7 @@ from lifeops.nn.grids import GridHolder
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, is_plain
 from lifeops.nn.scripting import NotScripted
+from lifeops.ops import activations
 from lifeops.ops.dw_shortcut import dw_shortcut_eval, dw_shortcut_train
 
 NAME = "dw_shortcut"
@@ -78,7 +78,7 @@ def _constant(x, y, conv, norm, grid, P, backend):
 
 def _composed(x, y, conv, norm, grid, P):
     """One kernel with the norm and the convolution called as the modules they are, on (B, C, H, W) maps."""
-    maps = to_maps(F.gelu(x[:, P:]), grid)
+    maps = to_maps(activations.value(x[:, P:], "gelu"), grid)
     maps = maps.to(next((p.dtype for p in conv.parameters() if p.is_floating_point()), maps.dtype))
     border = isinstance(norm, BorderBias)  # comes after the convolution
     maps = maps if border else call("DWShortcut: batchnorms", norm, maps, _NORM)

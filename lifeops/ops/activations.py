@@ -18,19 +18,28 @@ def check(op: str, name: str, act: str, known: tuple[str, ...] = ACTS) -> None:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {act!r}")
 
 
+def _gelu(v: torch.Tensor) -> torch.Tensor:
+    return torch.where(v == torch.inf, v, F.gelu(v))  # oneDNN's float32 kernel makes NaN of inf
+
+
 def value(v: torch.Tensor, act: str) -> torch.Tensor:
-    """f(v): v, min(max(v, 0), 6), v·relu6(v + 3)/6 or v·Φ(v) with the exact error function."""
-    return {"none": lambda v: v, "relu6": F.relu6, "hardswish": F.hardswish, "gelu": F.gelu}[act](v)
+    """f(v): v, min(max(v, 0), 6), v·relu6(v + 3)/6 or v·Φ(v) with the exact error function.
+
+    NaN stays; at -inf h-swish and GELU are NaN (-inf · 0), at inf they are inf.
+    """
+    return {"none": lambda v: v, "relu6": F.relu6, "hardswish": F.hardswish, "gelu": _gelu}[act](v)
 
 
 def derivative(v: torch.Tensor, act: str) -> torch.Tensor:
-    """f'(v); at the kinks what torch's own backward takes."""
+    """f'(v); at the kinks what torch's own backward takes. That of GELU is NaN at the infinities. At NaN it is NaN, of ReLU6 0: what
+    the vector loops of torch's CPU kernels give (the elements behind their last whole vector, and CUDA, have 1).
+    """
     if act == "none":
         return torch.ones_like(v)
     if act == "relu6":
         return ((v > 0) & (v < 6)).to(v.dtype)
     if act == "hardswish":
-        return torch.where(v <= -3, 0.0, torch.where(v < 3, v / 3 + 0.5, 1.0)).to(v.dtype)
+        return torch.where(v <= -3, 0.0, torch.where(v >= 3, 1.0, v / 3 + 0.5)).to(v.dtype)
     return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
 
 

@@ -21,7 +21,7 @@ from lifeops import torchlib
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops import token_dwconv_act as act
 from lifeops.ops import token_dwconv_samples as cases
-from lifeops.ops.activations import GELU_FIRST
+from lifeops.ops.activations import GELU_FIRST, value
 from lifeops.ops.batch_norm import Affine, affine_of, norm_backward
 from lifeops.ops.channel_act import accumulate_dtype, check_values, stats_of
 from lifeops.registry import Op
@@ -40,36 +40,38 @@ class Problem(NamedTuple):
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _check_parameter(name, t, x):
+def _check_parameter(op, name, t, x):
     if t is not None and (tuple(t.shape) != (x.shape[2],) or t.dtype not in dwconv.DTYPES or t.device != x.device):
-        raise ValueError(f"{NAME}: {name} must be ({x.shape[2]},) floats on {x.device}, got {tuple(t.shape)} {t.dtype} on {t.device}")
+        raise ValueError(f"{op}: {name} must be ({x.shape[2]},) floats on {x.device}, got {tuple(t.shape)} {t.dtype} on {t.device}")
 
 
-def check(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
-    dwconv.check(x, weight, bias, block_output, H, W, P, "zero", backend)
-    _check_parameter("gamma", gamma, x), _check_parameter("beta", beta, x)
+def check(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend, op=NAME):
+    dwconv.check(x, weight, bias, block_output, H, W, P, "zero", backend, op)
+    _check_parameter(op, "gamma", gamma, x), _check_parameter(op, "beta", beta, x)
 
 
 def check_eval(x, block_output, weight, bias, mean, var, gamma, beta, eps, H, W, P, backend):
-    check(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend)
-    _check_parameter("mean", mean, x), _check_parameter("var", var, x)
+    op = f"{NAME}_eval"
+    check(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend, op)
+    _check_parameter(op, "mean", mean, x), _check_parameter(op, "var", var, x)
     if (mean is None) != (var is None):
-        raise ValueError(f"{NAME}_eval: mean and var must both be given or both be None")
+        raise ValueError(f"{op}: mean and var must both be given or both be None")
 
 
 def check_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
-    act.check_bwd_dx(dy, x, weight, None, None, GELU_FIRST, None, None, H, W, P, "zero", backend)
-    check_values(f"{NAME}_bwd", x, mean=mean)
+    op = f"{NAME}_bwd"
+    act.check_bwd_dx(dy, x, weight, None, None, GELU_FIRST, None, None, H, W, P, "zero", backend, op)
+    check_values(op, x, mean=mean)
     if tuple(affine.shape) != (3, x.shape[2]) or affine.dtype != mean.dtype or affine.device != x.device:
         got = f"{tuple(affine.shape)} {affine.dtype} on {affine.device}"
-        raise ValueError(f"{NAME}_bwd: affine must be (3, {x.shape[2]}) {mean.dtype} on {x.device}, got {got}")
+        raise ValueError(f"{op}: affine must be (3, {x.shape[2]}) {mean.dtype} on {x.device}, got {got}")
 
 
 # ------------------------------------------------------------------------------------------------ references
 
 
 def reference(x, block_output, weight, bias, gamma, beta, eps, H, W, P, backend):
-    mean, m2 = stats_of(torch.nn.functional.gelu(x[:, P:].to(accumulate_dtype(x.dtype))))
+    mean, m2 = stats_of(value(x[:, P:].to(accumulate_dtype(x.dtype)), "gelu"))
     n = max(1, x.shape[0] * H * W)
     norm = affine_of(mean, m2 / n, gamma, beta, eps)
     affine = norm.scale, norm.shift, GELU_FIRST, None, None, "none"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from lifeops import geometry, torchlib
 from lifeops.ops import token_dwconv as dwconv
+from lifeops.ops.full_precision import full_precision
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
 from lifeops.pointwise import pointwise
 from lifeops.registry import BACKEND_PRIORITY, Op, reasons_against, register
@@ -35,6 +36,19 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     weight_dtype: torch.dtype
     C: int
+    K2: int
+    K3: int
+
+    def steps(self) -> tuple[dwconv.Problem, dwconv.Problem]:
+        """Those of the two depth-wise convolutions."""
+        return tuple(dwconv.Problem(*self[:4], K) for K in (self.K2, self.K3))
+
+
+def _check_dwconv(name, weight):
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise ValueError(f"{NAME}: {name} must have shape ({weight.shape[0]}, 1, K, K) with an odd K, got {tuple(weight.shape)}")
+    if weight.dtype not in dwconv.DTYPES:
+        raise TypeError(f"{NAME}: {name}.dtype must be float64, float32, float16 or bfloat16, got {weight.dtype}")
 
 
 def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
@@ -55,7 +69,11 @@ def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
         if tuple(t.shape[:2]) != expected[name] or (name.startswith("pw") and t.dim() != 2):
             tail = " + (K, K)" if name.startswith("dw") else ""
             raise ValueError(f"{NAME}: {name} must have shape {expected[name]}{tail} for C = {C}, got {tuple(t.shape)}")
-        if t.dtype != x.dtype and not name.startswith("dw"):
+        if t.device != x.device:
+            raise ValueError(f"{NAME}: {name} must be on x's device {x.device}, got {t.device}")
+        if name.startswith("dw"):
+            _check_dwconv(name, t)
+        elif t.dtype != x.dtype:
             raise TypeError(f"{NAME}: {name}.dtype must be x.dtype = {x.dtype}, got {t.dtype}")
 
 
@@ -85,6 +103,7 @@ def scale1_keys(z1, z2, z3, P):
     return z1, *(torch.where(rows & columns, z1, z) for z in (z2, z3))
 
 
+@full_precision
 def reference(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
     """The formula with F.linear and token_dwconv's reference."""
 
@@ -97,6 +116,7 @@ def reference(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend)
 def _composed(backend):
     """The chain on one backend's depth-wise kernel: each product writes its scale once, nothing is joined or permuted."""
 
+    @full_precision
     def run(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, _):
         def convolve(z, weight):
             return dwconv.fwd_op.impls[backend].fn(z, weight, None, None, H, W, P, "keep", backend)
@@ -104,10 +124,7 @@ def _composed(backend):
         return _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, keep, P, convolve, pointwise)
 
     def supports(problem):
-        found = []
-        for K in (3, 5):
-            found += reasons_against(dwconv.fwd_op, backend, dwconv.Problem(*problem, K=K))
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(reason for step in problem.steps() for reason in reasons_against(dwconv.fwd_op, backend, step)))
 
     return run, supports
 
@@ -177,7 +194,7 @@ op = Op(
     reference,
     check,
     fake,
-    problem=lambda x, w1, b1, dw2, *rest: Problem(x.device, x.dtype, dw2.dtype, x.shape[2]),
+    problem=lambda x, w1, b1, dw2, pw2, dw3, *rest: Problem(x.device, x.dtype, dw2.dtype, x.shape[2], dw2.shape[-1], dw3.shape[-1]),
     flops=flops,
     samples=samples,
     make=make,

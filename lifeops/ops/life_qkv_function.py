@@ -209,7 +209,7 @@ def explain(x, w1, b1, dw2, pw2, dw3, pw3, *, grid, num_prefix_tokens=1, aux_key
     *args, request = _flat(_arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend))
     spec.check(*args, request)
     problem = spec.op.problem(*args)
-    steps = [dwconv.Problem(*problem, K=dw.shape[-1]) for dw in (dw2, dw3)]
+    steps = problem.steps()
     parts = [registry.explain_op(spec.op, request, problem)]
     return parts + [registry.explain_op(dwconv.bwd_dw_op, request, step) for step in steps]
 

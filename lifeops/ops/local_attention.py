@@ -53,6 +53,8 @@ def _check_heads(op, q, k, v, H, W, P):
         if (t.shape, t.dtype, t.device) != (q.shape, q.dtype, q.device):
             expected, got = (f"{tuple(a.shape)}, {a.dtype} on {a.device}" for a in (q, t))
             raise ValueError(f"{op}: {name} must be like q: {expected}, got {got}")
+    if q.shape[1] * q.shape[3] == 0:
+        raise ValueError(f"{op}: q must have at least one head and one channel a head, got {tuple(q.shape)}")
     geometry.check_tokens(op, "q", q.shape[2], H, W, P, dim=2)
 
 
@@ -86,6 +88,8 @@ def _check_masks(op, q, attn_mask, key_mask, seed, dropout_p):
             raise ValueError(f"{op}: key_mask must have shape (B, N) = ({B}, {N}) on {q.device}, got {got}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if seed is not None and seed.device != q.device:
+        raise ValueError(f"{op}: seed must be on q's device {q.device}, got {seed.device}")
     if (seed is not None) != (dropout_p > 0):
         raise ValueError(f"{op}: seed must be given exactly where dropout_p > 0, got {seed} and {dropout_p}")
 
@@ -105,6 +109,9 @@ def check_bwd(dy, q, k, v, weight, attn, lse, attn_mask, key_mask, seed, H, W, P
     for name, t in (("dy", dy), ("attn", attn)):
         if t.shape != (B, N, h * d) or t.dtype != q.dtype:
             raise ValueError(f"{op}: {name} must have shape (B, N, C) = ({B}, {N}, {h * d}) and {q.dtype}, got {tuple(t.shape)}, {t.dtype}")
+    for name, t in (("dy", dy), ("attn", attn), ("lse", lse)):
+        if t.device != q.device:
+            raise ValueError(f"{op}: {name} must be on q's device {q.device}, got {t.device}")
     if lse.shape != (B, h, N) or lse.dtype != accumulate_dtype(q.dtype):
         raise ValueError(f"{op}: lse must have shape (B, h, N) = ({B}, {h}, {N}), got {tuple(lse.shape)}, {lse.dtype}")
     if mask_grad and (attn_mask is None or not attn_mask.is_floating_point()):

@@ -1,16 +1,21 @@
 """local_attention on CPU: torch's own flash kernel, and token_dwconv's compiled one with the attention as its residual.
 
 torch's kernel writes (B, N, h, d), so that its output is the sequence (B, N, C) without a copy. It knows neither dropout nor the
-gradient of a mask; those calls take the explicit formulas.
+gradient of a mask; those calls take the explicit formulas, and so do calls whose NaN it would hide (see ``_hides``).
+
+Its gradients are products by MKL, whose last bits may depend on how many threads there are (one image and head: seen at N = 1030) and
+where the tensors lie. Every other operator gives the same bits at any number of threads.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from lifeops import torchlib
 from lifeops.ops.local_attention import register_attention
-from lifeops.ops.local_attention_math import attend, attend_bwd, by_token, heads, sequence, unread, visible
+from lifeops.ops.local_attention_math import attend, attend_bwd, by_token, heads, in_dtype, sequence, unread, visible
 from lifeops.ops.token_dwconv import DTYPES
 from lifeops.ops.token_dwconv import Problem as Convolution
 from lifeops.ops.token_dwconv import fwd_op as convolution
@@ -28,13 +33,22 @@ def _added(mask, dtype):
 def _mask(q, k, v, attn_mask, key_mask):
     """(k, v, one mask to add or None): k and v without what no query may see, the mask in a dtype that torch's kernel takes."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    keys = None if key_mask is None else _added(key_mask[:, None, None], dtype)
     if attn_mask is None:
-        return k, v, keys
+        return k, v, None if key_mask is None else _added(key_mask[:, None, None], dtype)
+    attn_mask = in_dtype(attn_mask, dtype)
     if not visible(attn_mask).any(-2).all():
         k, v = unread(k, v, attn_mask)
-    mask = _added(attn_mask, dtype) if attn_mask.dtype == torch.bool else attn_mask.to(dtype)
-    return k, v, mask if keys is None else mask + keys
+    mask = _added(attn_mask, dtype) if attn_mask.dtype == torch.bool else attn_mask
+    return k, v, mask if key_mask is None else mask.masked_fill(~key_mask[:, None, None], -torch.inf)
+
+
+def _hides(q, k, lse) -> bool:
+    """Whether torch's kernel may have put 0 where NaN belongs: in half precision for a score of inf, whose lse is inf too; of fewer
+    keys than a vector has lanes for a query of NaN, as if it were masked (lse = 0).
+    """
+    if q.dtype in (torch.float16, torch.bfloat16) and not math.isfinite(lse.sum().item()):
+        return True
+    return q.shape[2] < 16 and not lse.all() and not (q.isfinite().all() and k.isfinite().all())
 
 
 def _attention(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
@@ -43,6 +57,8 @@ def _attention(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
     q, k, v = torchlib.contiguous_channels(q, k, v)
     k, v, mask = _mask(q, k, v, attn_mask, key_mask)
     attn, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
+    if _hides(q, k, lse):
+        return attend(q, k, v, attn_mask, key_mask, seed, scale, dropout_p)
     return sequence(attn), lse.contiguous()
 
 

@@ -10,6 +10,8 @@ import torch
 from lifeops import config, geometry, registry, torchlib
 from lifeops.ops import local_attention as spec
 from lifeops.ops import token_dwconv as dwconv
+from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.full_precision import full_precision
 from lifeops.ops.local_attention_math import kept, log_sum_exp, scores, sequence
 from lifeops.ops.token_dwconv_function import _bwd_db, _bwd_dw, token_dwconv
 
@@ -70,11 +72,18 @@ def _gradients(ctx, dy):
     return [g if needed else None for g, needed in zip(grads, need, strict=False)]
 
 
-def _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
-    """The formula by torch's own operators: what torch.func transforms see."""
+@full_precision
+def _attention_by_torch(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
+    dtype = q.dtype
+    q, k, v = (t.to(accumulate_dtype(dtype)) for t in (q, k, v))
     s = scores(q, k, attn_mask, key_mask, scale)
     p = (s - log_sum_exp(s).unsqueeze(-1)).exp()
-    attn = sequence((p if seed is None else p * kept(p, seed, dropout_p)) @ v)
+    return sequence((p if seed is None else p * kept(p, seed, dropout_p)) @ v).to(dtype)
+
+
+def _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+    """The formula by torch's own operators: what torch.func transforms see."""
+    attn = _attention_by_torch(q, k, v, attn_mask, key_mask, seed, scale, dropout_p)
     if weight is None:
         return attn
     return token_dwconv(sequence(v), weight, bias, grid=(H, W), num_prefix_tokens=P, prefix="zero", residual=attn, backend=backend or None)
@@ -149,16 +158,17 @@ def local_attention(
         grid: (H, W). num_prefix_tokens: P >= 0 (cls, dist, registers); they attend like all others and skip the convolution.
         scale: of q kᵀ; None is d ** -0.5.
         attn_mask: broadcasts to (B or 1, h or 1, N, N). bool: True where a query attends to a key. Floating point: added to the
-            scores (relative positions; -inf masks), differentiable.
-        key_mask: (B, N) bool, False for tokens that do not exist (padding): no query attends to them, and their values are zero in
-            the convolution, too. Costs a copy of k and v.
+            scores in float32 (float64 for float64 q), whatever its dtype (relative positions; -inf masks); differentiable.
+        key_mask: (B, N) bool, False for tokens that do not exist (padding): no query attends to them, their values are zero in the
+            convolution, too, their own output is zero and their gradients are. Costs a copy of q, k, v and the result.
         dropout_p: rate of dropout on the attention probabilities, in [0, 1). generator: what its seed is drawn from (None: torch's
             default); the same generator state gives the same result on the same backend, and backward draws nothing.
         backend: "reference", "cpu", "triton", or None for the enclosing ``use_backend`` or the best one.
 
     Returns:
         (B, N, C), contiguous, in q's dtype. A query all of whose keys are masked gets 0 from attention. What lies in tokens masked
-        by ``key_mask`` (NaN) reaches nothing; what lies in keys that ``attn_mask`` hides from every query reaches no attention.
+        by ``key_mask`` (NaN, in the gradient of their output too) reaches nothing; what lies in keys that ``attn_mask`` hides from
+        every query reaches no attention. On CPU the last bits of gradients may depend on the number of threads (torch's own kernel).
         Differentiable once; a second derivative raises RuntimeError.
 
     Raises:
@@ -170,15 +180,16 @@ def local_attention(
     args = _arguments(q, k, v, weight, bias, grid, num_prefix_tokens, scale, attn_mask, key_mask, dropout_p, generator, backend)
     if key_mask is not None:
         spec.check(*args)
-        q, k, v, *rest = args
-        args = q, _existing(k, key_mask), _existing(v, key_mask), *rest
+        args = *(_existing(t, key_mask) for t in args[:3]), *args[3:]
     if torch._C._are_functorch_transforms_active():
         spec.check(*args)
-        return _by_torch(*args)
-    if torchlib.exporting() and not args[-1]:
+        y = _by_torch(*args)
+    elif torchlib.exporting() and not args[-1]:
         spec.check(*args)
-        return _exported(*args)
-    return torchlib.apply(LocalAttention, _fwd, *args)[0]
+        y = _exported(*args)
+    else:
+        y = torchlib.apply(LocalAttention, _fwd, *args)[0]
+    return y if key_mask is None else torch.where(key_mask[:, :, None], y, 0)
 
 
 def explain(

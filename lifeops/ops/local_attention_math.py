@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.full_precision import full_precision
 
 
 def sequence(t: torch.Tensor) -> torch.Tensor:
@@ -14,7 +15,7 @@ def sequence(t: torch.Tensor) -> torch.Tensor:
 
 def heads(t: torch.Tensor, h: int) -> torch.Tensor:
     """(B, N, h*d) as (B, h, N, d), a view."""
-    return t.unflatten(2, (h, -1)).transpose(1, 2)
+    return t.unflatten(2, (h, t.shape[2] // h)).transpose(1, 2)
 
 
 def causal_mask(N: int, device) -> torch.Tensor:
@@ -23,8 +24,13 @@ def causal_mask(N: int, device) -> torch.Tensor:
 
 
 def visible(attn_mask: torch.Tensor) -> torch.Tensor:
-    """Where a query may look, bool."""
-    return attn_mask if attn_mask.dtype == torch.bool else attn_mask > -torch.inf
+    """Where a query may look, bool. NaN does not hide a key: it shows."""
+    return attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+
+
+def in_dtype(attn_mask, dtype):
+    """A floating-point mask in ``dtype``, which scores are added up in: float64 beside float32 q is fine. Others as they are."""
+    return attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype)
 
 
 def unread(k, v, attn_mask):
@@ -36,6 +42,7 @@ def unread(k, v, attn_mask):
 def scores(q, k, attn_mask, key_mask, scale):
     """scale q kᵀ (+ attn_mask), -inf where masked."""
     s = (q @ k.transpose(-1, -2)) * scale
+    attn_mask = in_dtype(attn_mask, s.dtype)
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool:
             s = s + attn_mask
@@ -61,15 +68,18 @@ def _wide(*tensors):
 
 
 def _inputs(q, k, v, attn_mask):
+    """q, k, v and the mask as the formulas take them."""
+    attn_mask = in_dtype(attn_mask, accumulate_dtype(q.dtype))
     if attn_mask is not None:
         k, v = unread(k, v, attn_mask)
-    return _wide(q, k, v)
+    return *_wide(q, k, v), attn_mask
 
 
+@full_precision
 def attend(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
     """(attn (B, N, h*d), lse (B, h, N))."""
     dtype = q.dtype
-    q, k, v = _inputs(q, k, v, attn_mask)
+    q, k, v, attn_mask = _inputs(q, k, v, attn_mask)
     s = scores(q, k, attn_mask, key_mask, scale)
     lse = log_sum_exp(s)
     p = (s - lse.unsqueeze(-1)).exp()
@@ -78,11 +88,12 @@ def attend(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
     return sequence((p @ v).to(dtype)).contiguous(), lse
 
 
+@full_precision
 def attend_bwd(dy, q, k, v, attn, lse, attn_mask, key_mask, seed, scale, dropout_p, mask_grad):
-    """(dq, dk, dv, dmask or None); D = rowsum(dy * attn)."""
-    dtype, h = q.dtype, q.shape[1]
+    """(dq, dk, dv, dmask or None, in the mask's own dtype and shape); D = rowsum(dy * attn)."""
+    dtype, h, mask_like = q.dtype, q.shape[1], attn_mask
     dy, attn = (heads(t, h) for t in _wide(dy, attn))
-    q, k, v = _inputs(q, k, v, attn_mask)
+    q, k, v, attn_mask = _inputs(q, k, v, attn_mask)
     p = (scores(q, k, attn_mask, key_mask, scale) - lse.unsqueeze(-1)).exp()
     dp, dropped = dy @ v.transpose(-1, -2), p
     if seed is not None:
@@ -90,7 +101,7 @@ def attend_bwd(dy, q, k, v, attn, lse, attn_mask, key_mask, seed, scale, dropout
         dp, dropped = dp * keep, p * keep
     ds = p * (dp - (dy * attn).sum(-1, keepdim=True))
     grads = (ds @ k) * scale, (ds.transpose(-1, -2) @ q) * scale, dropped.transpose(-1, -2) @ dy
-    dmask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if mask_grad else None
+    dmask = ds.sum_to_size(mask_like.shape).to(mask_like.dtype) if mask_grad else None
     return *(by_token(g.to(dtype)) for g in grads), dmask
 
 

@@ -8,7 +8,8 @@
 
 r (B, R, N): R weightings of the N tokens per image; q, k (B, h, N, d) in any strides. r and out are float32 (float64 for float64 q);
 scores, softmax and sums are float32 or wider. The reference and the CPU kernel hold one block of queries against all keys, Triton's
-kernel one tile, so the memory is O(B (N C + R N)), C = h d. Sum over the tokens: out has the sum of r. Not differentiable.
+kernel one tile, so the memory is O(B (N C + R N)), C = h d. Sum over the tokens: out has the sum of r. A query to which no map gives
+weight adds nothing, whatever lies in it (NaN). Not differentiable.
 
 Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers" (2020), multiplied from the left.
 """
@@ -22,6 +23,7 @@ import torch
 
 from lifeops import config, registry, torchlib
 from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.full_precision import full_precision
 from lifeops.ops.token_dwconv import DTYPES
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
 from lifeops.registry import Op
@@ -58,8 +60,8 @@ def _check_options(head_fusion, residual, discard_ratio):
 
 def check(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     _check_options(head_fusion, residual, discard_ratio)
-    if q.dim() != 4 or q.shape[1] == 0:
-        raise ValueError(f"{NAME}: q must have shape (B, h, N, d) with h > 0, got {tuple(q.shape)}")
+    if q.dim() != 4 or q.shape[1] * q.shape[3] == 0:
+        raise ValueError(f"{NAME}: q must have shape (B, h, N, d) with h > 0 and d > 0, got {tuple(q.shape)}")
     if q.dtype not in DTYPES:
         raise TypeError(f"{NAME}: q.dtype must be float64, float32, float16 or bfloat16, got {q.dtype}")
     if k.shape != q.shape or k.dtype != q.dtype or k.device != q.device:
@@ -68,8 +70,10 @@ def check(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     dtype = accumulate_dtype(q.dtype)
     if r.dim() != 3 or r.shape[0] != q.shape[0] or r.shape[2] != q.shape[2]:
         raise ValueError(f"{NAME}: r must have shape (B, R, N) = ({q.shape[0]}, R, {q.shape[2]}), got {tuple(r.shape)}")
-    if r.dtype != dtype or r.device != q.device:
-        raise TypeError(f"{NAME}: r must be {dtype} on {q.device} beside {q.dtype} q, got {r.dtype} on {r.device}")
+    if r.device != q.device:
+        raise ValueError(f"{NAME}: r must be on q's device {q.device}, got {r.device}")
+    if r.dtype != dtype:
+        raise TypeError(f"{NAME}: r.dtype must be {dtype} beside {q.dtype} q, got {r.dtype}")
 
 
 def fuse(attention: torch.Tensor, head_fusion: str) -> torch.Tensor:
@@ -97,12 +101,15 @@ def roll(r, attention, first, head_fusion, residual, discard_ratio):
     return out
 
 
+@full_precision
 def reference(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     (B, h, N, _), out = q.shape, torch.zeros(r.shape, dtype=r.dtype, device=r.device)
     q, k = q.to(r.dtype), k.to(r.dtype).transpose(-2, -1)
-    block = max(1, _BLOCK // max(1, B * h * N))
+    block, wanted = max(1, _BLOCK // max(1, B * h * N)), (r != 0).any(1)[:, None, :, None]
     for first in range(0, N, block):
-        attention = (scale * q[:, :, first : first + block] @ k).softmax(-1)
+        rows = slice(first, first + block)
+        attention = (scale * q[:, :, rows] @ k).softmax(-1)
+        attention = torch.where(wanted[:, :, rows], attention, 0)
         out += roll(r, attention, first, head_fusion, residual, discard_ratio)
     return out
 
@@ -192,7 +199,7 @@ _step = torchlib.overload(op)
 
 def _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     """The schema's arguments from the user's."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else scale  # d = 0 is for check to refuse
     return r, q, k, float(scale), head_fusion, float(residual), float(discard_ratio), config.requested_backend(backend)
 
 

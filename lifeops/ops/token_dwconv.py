@@ -18,6 +18,7 @@ import torch
 
 from lifeops import geometry, torchlib
 from lifeops.ops import token_dwconv_samples as cases
+from lifeops.ops.full_precision import full_precision
 from lifeops.registry import Op
 
 NAME = "token_dwconv"
@@ -73,31 +74,30 @@ def _rows(H, W, P, prefix):
     return 0 if prefix == "drop" else P
 
 
-def check(x, weight, bias, residual, H, W, P, prefix, backend):
-    _check_prefix(NAME, prefix)
-    _check_sequence(NAME, "x", x, H, W, P)
-    _check_weight(NAME, weight, x)
+def check(x, weight, bias, residual, H, W, P, prefix, backend, op=NAME):
+    _check_prefix(op, prefix)
+    _check_sequence(op, "x", x, H, W, P)
+    _check_weight(op, weight, x)
     if bias is not None:
         if bias.shape != x.shape[2:]:
-            raise ValueError(f"{NAME}: bias must have shape ({x.shape[2]},), got {tuple(bias.shape)}")
-        _check_companion(NAME, "bias", bias, x)
+            raise ValueError(f"{op}: bias must have shape ({x.shape[2]},), got {tuple(bias.shape)}")
+        _check_companion(op, "bias", bias, x)
     if residual is not None:
         expected = (x.shape[0], _rows(H, W, P, prefix) + H * W, x.shape[2])
         if tuple(residual.shape) != expected:
-            raise ValueError(f"{NAME}: residual must have the output's shape {expected}, got {tuple(residual.shape)}")
+            raise ValueError(f"{op}: residual must have the output's shape {expected}, got {tuple(residual.shape)}")
         if residual.dtype != x.dtype:
-            raise TypeError(f"{NAME}: residual.dtype must be x.dtype = {x.dtype}, got {residual.dtype}")
-        _check_companion(NAME, "residual", residual, x)
+            raise TypeError(f"{op}: residual.dtype must be x.dtype = {x.dtype}, got {residual.dtype}")
+        _check_companion(op, "residual", residual, x)
 
 
-def check_bwd_dx(dy, weight, H, W, P, prefix, backend):
-    _check_prefix("token_dwconv_bwd_dx", prefix)
-    _check_sequence("token_dwconv_bwd_dx", "dy", dy, H, W, _rows(H, W, P, prefix))
-    _check_weight("token_dwconv_bwd_dx", weight, dy)
+def check_bwd_dx(dy, weight, H, W, P, prefix, backend, op=f"{NAME}_bwd_dx"):
+    _check_prefix(op, prefix)
+    _check_sequence(op, "dy", dy, H, W, _rows(H, W, P, prefix))
+    _check_weight(op, weight, dy)
 
 
-def check_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend):
-    op = "token_dwconv_bwd_dw"
+def check_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend, op=f"{NAME}_bwd_dw"):
     _check_prefix(op, prefix)
     _check_sequence(op, "dy", dy, H, W, _rows(H, W, P, prefix))
     _check_sequence(op, "x", x, H, W, P)
@@ -137,6 +137,7 @@ def _convolution(map_, weight, bias=None):
     return torch.nn.functional.conv2d(map_, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
+@full_precision
 def reference(x, weight, bias, residual, H, W, P, prefix, backend):
     """The formula with torch's conv2d, computed in the wider of x's and the weight's dtype."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
@@ -151,6 +152,7 @@ def reference(x, weight, bias, residual, H, W, P, prefix, backend):
     return y if residual is None else y + residual
 
 
+@full_precision
 def reference_bwd_dx(dy, weight, H, W, P, prefix, backend):
     dtype = torch.promote_types(dy.dtype, weight.dtype)
     rows = _rows(H, W, P, prefix)
@@ -161,6 +163,7 @@ def reference_bwd_dx(dy, weight, H, W, P, prefix, backend):
     return _with_prefix(patches, dy, P, "keep" if prefix == "keep" else "zero")
 
 
+@full_precision
 def reference_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend):
     C, rows = x.shape[2], _rows(H, W, P, prefix)
     dtype = torch.promote_types(x.dtype, weight_dtype)

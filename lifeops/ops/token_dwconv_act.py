@@ -45,21 +45,22 @@ class Problem(NamedTuple):
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def check(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend):
-    dwconv.check(x, weight, bias, residual, H, W, P, prefix, backend)
-    activations.check(NAME, "act", act, PROLOGUES)
-    activations.check(NAME, "out_act", out_act)
-    check_values(NAME, x, scale=scale, shift=shift, out_scale=out_scale, out_shift=out_shift)
+def check(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend, op=NAME):
+    dwconv.check(x, weight, bias, residual, H, W, P, prefix, backend, op)
+    activations.check(op, "act", act, PROLOGUES)
+    activations.check(op, "out_act", out_act)
+    check_values(op, x, scale=scale, shift=shift, out_scale=out_scale, out_shift=out_shift)
 
 
-def check_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
-    dwconv.check_bwd_dx(dy, weight, H, W, P, prefix, backend)
-    _check_prologue(f"{NAME}_bwd_dx", dy, x, act, H, W, P, scale=scale, shift=shift, a=a, b=b)
+def check_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend, op=f"{NAME}_bwd_dx"):
+    dwconv.check_bwd_dx(dy, weight, H, W, P, prefix, backend, op)
+    _check_prologue(op, dy, x, act, H, W, P, scale=scale, shift=shift, a=a, b=b)
 
 
 def check_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weight_dtype, bias_dtype, backend):
-    dwconv.check_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend)
-    _check_prologue(f"{NAME}_bwd_dw", dy, x, act, H, W, P, scale=scale, shift=shift)
+    op = f"{NAME}_bwd_dw"
+    dwconv.check_bwd_dw(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, backend, op)
+    _check_prologue(op, dy, x, act, H, W, P, scale=scale, shift=shift)
 
 
 def _check_prologue(op, dy, x, act, H, W, P, **values):

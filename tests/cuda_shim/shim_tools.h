@@ -40,6 +40,6 @@ template <typename Acc> struct Buffers {
   std::vector<double> merged;
 
   Buffers(const lifeops::cuda::TaskSumsArgs& a, bool used)
-      : partial(used ? a.strips.tiling.tasks * a.sums * a.C : 0, Acc(NAN)), merged(a.chunks * a.sums * a.C, NAN) {}
+      : partial(used ? a.strips.tiling.tasks * a.sums * a.C : 0, Acc(NAN)), merged(a.chunks * (a.sums + 1) * a.C, NAN) {}
   void give(lifeops::cuda::TaskSumsArgs& a, void* out) { a.partial = partial.data(), a.merged = merged.data(), a.out = out; }
 };
