@@ -14,6 +14,7 @@ read is the thread's own.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import threading
 from collections.abc import Iterator
@@ -101,11 +102,13 @@ def _flat_grid(embed, args, output):
 class GridHolder:
     """The grid of a module: the one it was built with, or that of the forward pass that runs now in this thread.
 
-    A converted model's modules share one, whose methods are the hooks. Copies and pickles start without open scopes.
+    A converted model's modules share one, whose methods are the hooks. Copies and pickles start without open scopes. A copy of a module
+    alone, put into the same model (peft's ``modules_to_save``), has no hooks that tell it: it asks the holder it was copied from.
     """
 
-    def __init__(self, grid: Grid | None = None):
+    def __init__(self, grid: Grid | None = None, origin: GridHolder | None = None):
         self.fixed = None if grid is None else tuple(grid)
+        self._origin = origin
         self._thread = _Thread()
         self._seen: set[Grid] = set()
         self.handles: list = []  # of the patch embeddings that were hooked, the last one is the model's
@@ -117,6 +120,11 @@ class GridHolder:
         self.__init__()
         self.__dict__.update(state)
 
+    def __deepcopy__(self, memo):
+        memo[id(self)] = new = GridHolder(self.fixed, self)
+        new.handles = copy.deepcopy(self.handles, memo)
+        return new
+
     # -------------------------------------------------------------------------------------------- reading
 
     @property
@@ -125,9 +133,11 @@ class GridHolder:
         if self.fixed is not None:
             return self.fixed
         if torch.compiler.is_compiling():
-            return self._traced()
-        scope = self._scope()
-        return None if scope is None else scope.grid
+            found = self._traced()
+        else:
+            scope = self._scope()
+            found = None if scope is None else scope.grid
+        return self._origin.grid if found is None and self._origin is not None else found
 
     def _traced(self) -> Grid | None:
         """What a compiler reads: the traced program's own, an enclosing eager call's, or the only one there ever was, which is what a
