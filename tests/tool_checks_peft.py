@@ -3,7 +3,6 @@
 import tempfile
 
 import torch
-import torch.nn.functional as F
 from tool_cells import tool
 from tool_systems import SYSTEMS, build, fused, same
 from torch import nn
@@ -107,9 +106,9 @@ def bias_all(system):
 
 
 SAVED = {  # a module that is trained whole; containers that a fused module holds too
-    "LIFE": ["head", "qkv"], "LocalViT": ["head", "conv.8", "fc"], "LocalViT, ECA": ["head", "conv.4"], "DW shortcut": ["head", "batchnorms.0"],
-    "LocalAttention": ["head", "local"], "timm, life": ["head", "scale2"], "timm, localvit": ["head", "conv.conv"],
-    "timm, dw_shortcut": ["head", "shortcut"],
+    "LIFE": ["head", "qkv"], "LocalViT": ["head", "conv.8", "fc"], "LocalViT, ECA": ["head", "conv.4"],
+    "DW shortcut": ["head", "batchnorms.0"], "LocalAttention": ["head", "local"], "timm, life": ["head", "scale2"],
+    "timm, localvit": ["head", "conv.conv"], "timm, dw_shortcut": ["head", "shortcut"],
 }  # fmt: skip
 
 
@@ -202,7 +201,8 @@ def _other(kind, system):
 def _other_tool(kind):
     @tool("peft", kind, "output, gradients, merged", ["peft"])
     def check(system):
-        model, twin, x, before = adapted(system, lambda: _other(kind, system), pattern={"LoHa": "hada", "LoKr": "lokr"}.get(kind, f"{kind.lower()}_"))
+        pattern = {"LoHa": "hada", "LoKr": "lokr"}.get(kind, f"{kind.lower()}_")
+        model, twin, x, before = adapted(system, lambda: _other(kind, system), pattern)
         _acts(model, twin, x, before)
         with torch.no_grad():
             y = model(x)

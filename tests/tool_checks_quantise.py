@@ -5,7 +5,6 @@ from tool_cells import tool
 from tool_systems import SYSTEMS, build, same
 from torch import nn
 
-
 ONE_STEP = "output, but for activations that the last bit puts on the other side of an int8 step"
 
 

@@ -16,6 +16,7 @@ import lifeops
 from conftest import declare_torchvision_ops
 from lifeops.nn import DWShortcut, LifeAttention, LocalAttention, LocalityFeedForward
 
+declare_torchvision_ops()  # before any tool imports transformers or timm
 CLASSES = 5
 SIZES = {"img_size": (32, 40), "patch_size": 8, "embed_dim": C, "depth": 2, "num_heads": 3, "reg_tokens": 1}
 SIZES |= {"num_classes": CLASSES, "global_pool": "avg"}  # of the cls token alone the last block's patches would not be seen
@@ -85,7 +86,6 @@ class Host(nn.Module):
 
 
 def _timm(system):
-    declare_torchvision_ops()
     import timm
 
     return lifeops.convert(timm.models.VisionTransformer(**SIZES), system)
@@ -119,7 +119,9 @@ SYSTEMS = {
     ),
     "DW shortcut": _system(lambda: Host(DWShortcut(C, (3, 5), P)), ("convs.0", "convs.1"), (), "block.convs.0"),
     "LocalAttention": _system(lambda: Host(LocalAttention(C, 3, num_prefix_tokens=P)), ("local",), ("qkv", "proj"), "block.local"),
-    "timm, life": _system(lambda: _timm("life"), ("scale2.depthwise", "scale3.depthwise"), (*LIFE[:3], "attn.proj"), "blocks.0.attn.qkv.scale3.depthwise", MLP),
+    "timm, life": _system(
+        lambda: _timm("life"), ("scale2.depthwise", "scale3.depthwise"), (*LIFE[:3], "attn.proj"), "blocks.0.attn.qkv.scale3.depthwise", MLP
+    ),
     "timm, localvit": _system(
         lambda: _timm("localvit"), ("conv.3",), ("conv.0", "conv.7", "fc.0", "fc.2"), "blocks.0.conv.conv.3", ATTENTION
     ),

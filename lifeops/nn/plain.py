@@ -68,7 +68,8 @@ def without_bias(rule: Rule) -> Rule:
     """``rule``, and there is no bias."""
 
     def both(layer):
-        return [*rule(layer), *["it has a bias, which the kernel does not add"] * (layer._parameters.get("bias") is not None)]
+        bias = layer._parameters.get("bias", layer.__dict__.get("bias"))  # FSDP1 keeps a tensor in place of the parameter
+        return [*rule(layer), *["it has a bias, which the kernel does not add"] * (bias is not None)]
 
     return both
 
