@@ -10,7 +10,7 @@ TOOLS: list["Tool"] = []
 
 class Tool(NamedTuple):
     """``refused``: system: the sentence that it is refused with. ``absent``: systems that have no such layer. ``holds``: what is
-    compared with the twin of plain layers, for the page.
+    compared with the twin of plain layers, for the page. ``packages``: those to import, or be skipped without.
     """
 
     group: str

@@ -110,7 +110,7 @@ def _ptflops(model, x, backend):
         return get_model_complexity_info(model, tuple(x.shape[1:]), input_constructor=lambda _: {"x": x}, **options)[0]
 
 
-@tool("counting", "`ptflops`, aten", "products, 1 per element that a product is added to; not torch's own attention on the CPU", ["ptflops"])
+@tool("counting", "`ptflops`, aten", "products, 1 per element they are added to; not torch's own attention on the CPU", ["ptflops"])
 def ptflops_aten(system):
     model, _, x, found = _ours(system)
     expected = found["layers"] + found["attention"] - found["timms"] + found["biases"] + found["sums"]

@@ -83,7 +83,7 @@ def reloaded(system):
         torch.testing.assert_close(fresh(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-@tool("torch", "`torch.ao.quantization.quantize_dynamic`", ONE_STEP)
+@tool("torch.ao", "`torch.ao.quantization.quantize_dynamic`", ONE_STEP)
 def quantize_dynamic(system):
     model, twin, x = build(system, torch.float32)
     with torch.no_grad():
