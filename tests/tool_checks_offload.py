@@ -46,6 +46,25 @@ def cpu_offload_folded(system):
     _offloaded(model, x, expected)
 
 
+PRELOADED = {  # whole modules that a hook fetches at once: those inside a fused one, then the fused ones themselves
+    "inside": ["LifeQKV", "_Scale", "SELayer", "ECALayer", "Sequential"],
+    "fused": ["LifeAttention", "LocalAttention", "LocalityFeedForward", "DWShortcut"],
+}
+
+
+@tool("accelerate", "`cpu_offload(preload_module_classes=…)`, fused modules and those inside", "output; a whole fused module runs fused",
+      ["accelerate"])  # fmt: skip
+def preloaded(system):
+    from accelerate import cpu_offload
+
+    for which, classes in PRELOADED.items():
+        model, twin, x = build(system)
+        expected, paths = _expected(twin, x), fused(model)
+        cpu_offload(model, execution_device=torch.device("cpu"), preload_module_classes=classes)
+        _offloaded(model, x, expected)
+        assert which == "inside" or fused(model) == paths
+
+
 @tool("accelerate", "`disk_offload`", "output", ["accelerate"])
 def disk_offload(system):
     from accelerate import disk_offload

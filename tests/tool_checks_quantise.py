@@ -60,7 +60,28 @@ def _intx():
 
 _torchao("`Int8WeightOnlyConfig`", "output", _int8_weights, 0.05)
 _torchao("`Int8DynamicActivationInt8WeightConfig`", ONE_STEP, _int8_dynamic, 0.15, 5e-3)
+def _float8():
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return Float8WeightOnlyConfig()
+
+
 _torchao("`IntxWeightOnlyConfig(torch.int4)`", "output", _intx, 0.8)
+_torchao("`Float8WeightOnlyConfig`", "output", _float8, 0.3)
+
+
+@tool("torchao", "`QATConfig(step=\"prepare\")`, int4 weights", "output, gradients", ["torchao"])
+def training(system):
+    from torchao.quantization.granularity import PerAxis
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    def config():
+        return QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, granularity=PerAxis(0)), step="prepare")
+
+    model, twin, x, before = _quantised(system, config)
+    assert all("Fake" in type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear))
+    y, _ = same(model.train(), twin.train(), x, 1e-4)
+    assert (y - before).abs().max() > 1e-4
 
 
 @tool("torchao", "`filter_fn`: one layer inside a fused module", "output; the other layers keep their weights", ["torchao"])

@@ -85,10 +85,14 @@ class Host(nn.Module):
         return self.head((self.block(x, x.tanh(), GRID) if self.two else self.block(x, GRID)).mean(1))
 
 
-def _timm(system):
+def timm_model():
     import timm
 
-    return lifeops.convert(timm.models.VisionTransformer(**SIZES), system)
+    return timm.models.VisionTransformer(**SIZES)
+
+
+def _timm(system):
+    return lifeops.convert(timm_model(), system)
 
 
 ATTENTION = ("attn.qkv", "attn.proj")
@@ -115,7 +119,8 @@ SYSTEMS = {
         ("conv.0", "conv.7", "fc.0", "fc.2"), "block.conv.3",
     ),
     "LocalViT, ECA": _system(
-        lambda: Host(LocalityFeedForward(C, 2.0, "hs+eca", num_prefix_tokens=P)), ("conv.3",), ("conv.0", "conv.7"), "block.conv.3", ("conv.6.conv",),
+        lambda: Host(LocalityFeedForward(C, 2.0, "hs+eca", num_prefix_tokens=P)), ("conv.3",),
+        ("conv.0", "conv.7"), "block.conv.3", ("conv.6.conv",),
     ),
     "DW shortcut": _system(lambda: Host(DWShortcut(C, (3, 5), P)), ("convs.0", "convs.1"), (), "block.convs.0"),
     "LocalAttention": _system(lambda: Host(LocalAttention(C, 3, num_prefix_tokens=P)), ("local",), ("qkv", "proj"), "block.local"),

@@ -30,12 +30,17 @@ _WATCH = "_lifeops_watch"
 # ------------------------------------------------------------------------------------------------ rules
 
 
+def _name(kind: type) -> str:
+    """peft's and torch.ao's Linear are called as torch.nn's."""
+    return kind.__name__ if kind.__module__.startswith(("torch.nn.", "lifeops.")) else f"{kind.__module__}.{kind.__name__}"
+
+
 def exactly(*types: type) -> Rule:
     """The layer is of one of these types, not of a subclass."""
 
     def rule(layer):
-        names = " or ".join(t.__name__ for t in types)
-        return [] if type(layer) in types else [f"it is a {type(layer).__name__}, the kernel computes a {names}"]
+        names = " or ".join(map(_name, types))
+        return [] if type(layer) in types else [f"it is a {_name(type(layer))}, the kernel computes a {names}"]
 
     return rule
 
