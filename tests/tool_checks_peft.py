@@ -190,7 +190,7 @@ def _other(kind, system):
     import peft
 
     s = SYSTEMS[system]
-    dense = [*s.products, *s.beside] or ["head"]
+    dense = [*s.products, *(n for n in s.beside if n != "conv.6.conv" or kind.startswith("Lo"))] or ["head"]  # others know no Conv1d
     if kind == "IA3":
         return peft.IA3Config(target_modules=dense, feedforward_modules=[], init_ia3_weights=False)
     if kind == "OFT":

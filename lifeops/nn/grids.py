@@ -14,7 +14,6 @@ read is the thread's own.
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from lifeops import geometry
+from lifeops.nn.grid_copies import Copied
 
 Grid = tuple[int, int]
 _CARRIED = "lifeops_grids"
@@ -99,31 +99,17 @@ def _flat_grid(embed, args, output):
     )
 
 
-class GridHolder:
+class GridHolder(Copied):
     """The grid of a module: the one it was built with, or that of the forward pass that runs now in this thread.
 
-    A converted model's modules share one, whose methods are the hooks. Copies and pickles start without open scopes. A copy of a module
-    alone, put into the same model (peft's ``modules_to_save``), has no hooks that tell it: it asks the holder it was copied from.
+    A converted model's modules share one, whose methods are the hooks.
     """
 
-    def __init__(self, grid: Grid | None = None, origin: GridHolder | None = None):
+    def __init__(self, grid: Grid | None = None):
         self.fixed = None if grid is None else tuple(grid)
-        self._origin = origin
         self._thread = _Thread()
         self._seen: set[Grid] = set()
         self.handles: list = []  # of the patch embeddings that were hooked, the last one is the model's
-
-    def __getstate__(self):
-        return {"fixed": self.fixed, "handles": self.handles}
-
-    def __setstate__(self, state):
-        self.__init__()
-        self.__dict__.update(state)
-
-    def __deepcopy__(self, memo):
-        memo[id(self)] = new = GridHolder(self.fixed, self)
-        new.handles = copy.deepcopy(self.handles, memo)
-        return new
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -203,6 +189,7 @@ class GridHolder:
             return
         if self.handles[-1].id not in model.patch_embed._forward_hooks:  # the embedding was exchanged
             self.watch(model.patch_embed)
+        self.belongs_to(model)
         self._open(model, None, sys._getframe(1), waits=True)
 
     def leave_model(self, model, args, output):
