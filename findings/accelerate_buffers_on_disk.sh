@@ -13,7 +13,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install -q --disable-pip-version-check torch==2.13.0 accelerate==1.15.0 safetensors==0.8.0 numpy
+"$work/venv/bin/python" -m pip install -qq --disable-pip-version-check torch==2.13.0 accelerate==1.15.0 safetensors==0.8.0 numpy
 cd "$work"
 venv/bin/python - <<'PYTHON'
 import sys

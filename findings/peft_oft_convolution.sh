@@ -11,7 +11,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install -q --disable-pip-version-check torch==2.13.0 peft==0.21.2 transformers==5.24.0
+"$work/venv/bin/python" -m pip install -qq --disable-pip-version-check torch==2.13.0 peft==0.21.2 transformers==5.24.0
 cd "$work"
 venv/bin/python - 2> errors.txt <<'PYTHON' || { cat errors.txt; exit 1; }
 import sys

@@ -31,7 +31,8 @@ to both, and holds one to the other: the column *holds* says what is compared, g
 parameter.
 
 `LIFE`, `LocalViT` (with squeeze and excitation, and with ECA), `DW shortcut` and `LocalAttention` are the modules of `lifeops.nn`;
-`timm, …` are timm's VisionTransformer after `lifeops.convert(model, …)`. `-`: the system has no such layer.
+`timm, …` are timm's VisionTransformer after `lifeops.convert(model, …)`. `-`: the system has no such layer. Where a tool itself does
+something else than one would expect, a script in `findings/` shows it on plain models.
 """
 
 
