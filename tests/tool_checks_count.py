@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 from tool_cells import tool
-from tool_systems import Host, build
+from tool_systems import Host, build, fused
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -55,6 +55,14 @@ def _ours(system):
     return model, twin, x, _counted(model, twin, x)
 
 
+def _left_as_it_was(model, system, x):
+    """The counter has taken its hooks away: the model is fused again."""
+    found = build(system, torch.float32)[0]
+    assert fused(model) == fused(found)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), found(x))
+
+
 @tool("counting", "`lifeops.model_cost.count_macs`, `lifeops flops`", "products of the layers and of attention, from their shapes")
 def count_macs(system):
     model, _, x, found = _ours(system)
@@ -86,9 +94,10 @@ def fvcore(system):
 def thop(system):
     from thop import profile
 
-    for model in (_ours(system)[0], _ours(system)[1]):
-        _, _, x, found = _ours(system)
-        assert profile(model, (x,), verbose=False)[0] == found["layers"] + 4 * found["norms"]
+    model, twin, x, found = _ours(system)
+    for m in (model, twin):
+        assert profile(m, (x,), verbose=False)[0] == found["layers"] + 4 * found["norms"]
+    _left_as_it_was(model, system, x)
 
 
 @tool("counting", "`torchinfo`", "a dense layer once an image, whatever the tokens (torchinfo's way), as for plain layers", ["torchinfo"])
@@ -100,6 +109,7 @@ def torchinfo(system):
     assert (ours.total_mult_adds, ours.total_params) == (theirs.total_mult_adds, theirs.total_params)
     assert ours.total_mult_adds == found["torchinfo"]
     assert ours.total_params == sum(p.numel() for p in model.parameters())
+    _left_as_it_was(model, system, x)
 
 
 def _ptflops(model, x, backend):
@@ -131,3 +141,4 @@ def ptflops_pytorch(system):
     dropped = timms * x.shape[0] * 22 * 4 * 12 * 12
     products = found["layers"] - dropped + found["timms"]
     assert products <= n <= products + found["beside"]
+    _left_as_it_was(model, system, x)

@@ -68,10 +68,12 @@ def _captum(name, holds="attributions", make=None, refused=None, **options):
     def check(system):
         import captum.attr
 
-        found = []
-        for model, layer in _layers(system)[:2]:
+        ours, theirs, x = _layers(system)
+        paths, found = fused(ours[0]), []
+        for model, layer in (ours, theirs):
             method = make(model, layer) if make else getattr(captum.attr, name)(model, layer)
-            found.append(method.attribute(_layers(system)[2], **options))
+            found.append(method.attribute(x, **options))
+        assert fused(ours[0]) == paths
         ours, theirs = (t[0] if isinstance(t, tuple) else t for t in found)
         assert ours.abs().max() > 0
         torch.testing.assert_close(ours, theirs, **TOLERANCE)

@@ -33,11 +33,11 @@ def _randomise(model, pattern=""):
                 p.add_(0.3 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
 
 
-def adapted(system, config, pattern="lora_"):
+def adapted(system, config, pattern="lora_", dtype=torch.float64):
     """(model, twin, x), both adapted in the same way, and the output from before."""
     from peft import get_peft_model
 
-    model, twin, x = build(system)
+    model, twin, x = build(system, dtype)
     with torch.no_grad():
         before = model(x)
     both = []
@@ -70,6 +70,18 @@ def lora(system):
 @tool("peft", 'LoRA, `"all-linear"`', "output, gradients", ["peft"])
 def lora_all_linear(system):
     _acts(*adapted(system, lambda: _config(system, "all-linear")))
+
+
+@tool("peft", "LoRA in float32 on a bfloat16 model", "output within bfloat16's rounding", ["peft"])
+def lora_bfloat16(system):
+    model, twin, x, before = adapted(system, lambda: _config(system), dtype=torch.bfloat16)
+    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
+    with torch.no_grad():
+        y, wanted = model(x), twin(x)
+    assert y.dtype == torch.bfloat16
+    scale = wanted.abs().max().item()
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0.05 * scale)
+    assert (y - before).abs().max() > 0.05 * scale
 
 
 def _drop(x):

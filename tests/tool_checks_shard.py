@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tool_cells import tool
 from tool_systems import Host, build, fused, gradients
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lifeops.nn.plain import is_fused
@@ -98,6 +98,26 @@ def whole(system):
         seen = _ran_fused(model.eval(), x)
         assert seen
         assert all(ran for _, ran in seen), seen
+
+
+@tool("FSDP2", "`MixedPrecisionPolicy(param_dtype=torch.bfloat16)` on every block", "output, gradients within bfloat16's rounding; fused")
+def mixed(system):
+    model, twin, x = build(system, torch.float32)
+    with one_process() as mesh:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        for block in blocks_of(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
+        y, wanted = model(x), twin(x)
+        torch.testing.assert_close(y, wanted, rtol=0, atol=0.05 * wanted.abs().max().item())
+        y.square().mean().backward()
+        wanted.square().mean().backward()
+        theirs = dict(twin.named_parameters())
+        for name, p in model.named_parameters():
+            assert p.grad.dtype == torch.float32
+            error = (full(p.grad) - theirs[name].grad).norm() / theirs[name].grad.norm().clamp(min=1e-3)
+            assert error < 0.2, (name, error)
+        assert all(ran for _, ran in _ran_fused(model, x))
 
 
 def _fsdp1(title, policy, **options):
