@@ -316,26 +316,3 @@ def test_compiled_parts(system):
         for size in (WIDE, TALL, WIDE):
             torch.testing.assert_close(model(_images(size)), twin(_images(size)), rtol=0, atol=1e-5)
             torch.testing.assert_close(model.forward_features(_images(size)), twin.forward_features(_images(size)), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_a_copy_of_one_block_in_the_same_model(system):
-    """peft's modules_to_save and hand-made layer duplication put a copy of a module where it, or another one, was."""
-    model = _model(system)
-    expected = model(_images(WIDE))
-    model.blocks[0] = copy.deepcopy(model.blocks[0])
-    torch.testing.assert_close(model(_images(WIDE)), expected, rtol=0, atol=1e-6)
-    inner = next(m for m in model.blocks[1].modules() if hasattr(m, "grid_holder"))
-    name = next(name for name, m in model.blocks[1].named_modules() if m is inner)
-    parent, _, last = name.rpartition(".")
-    setattr(model.blocks[1].get_submodule(parent), last, copy.deepcopy(copy.deepcopy(inner)))
-    torch.testing.assert_close(model(_images(WIDE)), expected, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=UNKNOWN):
-        model.blocks[0](torch.randn(2, 17, 24))
-    twin = copy.deepcopy(model)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    del model, inner
-    for other in (twin, torch.load(file, weights_only=False)):
-        torch.testing.assert_close(other(_images(WIDE)), expected, rtol=0, atol=1e-6)
