@@ -4,6 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 2
+# What people put on models, each tried on every system by tests/test_tools.py (docs/tools.md): adapters (peft, which needs transformers),
+# quantised layers (torchao), offloading (accelerate), attributions (captum), counters (fvcore, thop, ptflops, torchinfo), exported
+# programs (onnx, onnxscript, onnxruntime, openvino).
+TOOLS = peft transformers torchao accelerate captum fvcore thop ptflops torchinfo onnx onnxscript onnxruntime openvino
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
@@ -66,7 +70,7 @@ $(VENV)/demo.ready: $(VENV)/built.ready
 	touch $@
 
 $(VENV)/test.ready: $(VENV)/built.ready
-	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark timm safetensors scikit-learn matplotlib rich ruff
+	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark timm safetensors scikit-learn matplotlib rich ruff $(TOOLS)
 	touch $@
 
 clean:

@@ -74,11 +74,15 @@ def _foreign_mode() -> bool:
     return any(type(m).__module__.partition(".")[0] != "torch" and not hasattr(m, "sees_lifeops") for m in modes)
 
 
+def _foreigner_looks_on() -> bool:
+    return not _is_compiling() and _dispatch_modes() > 0 and _foreign_mode()
+
+
 def _by_torch(args) -> bool:
     """Whether the call has to be written in torch's own operators: in programs, which then run where lifeops is not, and under modes that
     know no others. A backend that was asked for is kept.
     """
-    return not args[-1] and (exporting() or (not _is_compiling() and _dispatch_modes() > 0 and _foreign_mode()))
+    return not args[-1] and (exporting() or _foreigner_looks_on())
 
 
 def caller(op: Op) -> Callable:
@@ -214,7 +218,8 @@ def builds_graph(*tensors) -> bool:
 
 def below_autograd(call: Callable, *args):
     """``call(*args)`` where nothing is recorded: past the operators' autograd, which would only find that out again."""
-    if _transformed() or captured():  # compilers trace no such guard, and a program has to record
+    # compilers trace no such guard, a program has to record, and other libraries' modes know convolution, not the conv2d above it
+    if _transformed() or captured() or _foreigner_looks_on():
         return call(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return call(*args)

@@ -74,7 +74,7 @@ def test_a_converted_timm_model_can_be_traced(system):
         traced = torch.jit.trace(model, x)
         torch.testing.assert_close(traced(x), model(x))
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
-    assert any(kind.startswith("lifeops::") for kind in kinds)
+    assert any(kind.startswith("lifeops::") for kind in kinds) == (system != "localvit")  # its layers are called where a program is traced
     assert "prim::PythonOp" not in kinds
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lifeops.integrations import timm
 from lifeops.nn.dw_shortcut import ShortcutBlocks
+from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
 
 RECORD = "_lifeops_conversion"
@@ -33,6 +34,9 @@ class Conversion:
         self.states = [_state(new, old) for old, new in swaps]
         self.holder = GridHolder()
         self.handles: list = []
+
+    def __getstate__(self):
+        return {**self.__dict__, "handles": living(self.handles)}
 
 
 def _own(module: nn.Module, other: nn.Module) -> list[nn.Parameter]:
@@ -77,6 +81,7 @@ def _hook(model: nn.Module, record: Conversion, blocks: list[nn.Module]) -> None
     handles += [model.register_forward_pre_hook(holder.enter_model), model.register_forward_hook(holder.leave_model, always_call=True)]
     for block in blocks:
         handles += [block.register_forward_pre_hook(holder.enter_block), block.register_forward_hook(holder.leave_block, always_call=True)]
+    holder.belongs_to(model)
     holder.watch(model.patch_embed)
 
 

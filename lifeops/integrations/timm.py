@@ -41,9 +41,10 @@ def _readable(path: str, layer: nn.Module) -> None:
 
 def _check_attention(path: str, attn: nn.Module) -> None:
     missing = [name for name in ("qkv", "proj", "num_heads") if not hasattr(attn, name)]
-    if missing or not isinstance(attn.qkv, nn.Linear):
-        lacks = ", ".join(missing) or "a Linear qkv"
-        raise ValueError(f"convert: {path} is {type(attn).__name__} without {lacks}; looked for {_LOOKED_FOR}")
+    if missing:
+        raise ValueError(f"convert: {path} is {type(attn).__name__} without {', '.join(missing)}; looked for {_LOOKED_FOR}")
+    if not isinstance(attn.qkv, nn.Linear):
+        _readable(f"{path}.qkv", attn.qkv)
     odd = [n for n in ("q_norm", "k_norm", "norm") if not isinstance(getattr(attn, n, nn.Identity()), nn.Identity)]
     odd += [n for n in ("gate", "rope") if getattr(attn, n, None) is not None]
     if odd:
@@ -102,8 +103,8 @@ def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **op
 
 def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reduction: int | None, expand_ratio: float | None) -> LocalViTBlock:
     missing = [name for name in ("norm1", "attn", "norm2", "mlp") if not hasattr(block, name)]
-    if missing or not isinstance(getattr(block.mlp, "fc1", None), nn.Linear):
-        lacks = ", ".join(missing) or "a Linear mlp.fc1"
+    if missing or not hasattr(block.mlp, "fc1"):
+        lacks = ", ".join(missing) or "mlp.fc1"
         raise ValueError(f"convert: {path} is {type(block).__name__} without {lacks}; looked for a timm Block with norm1, attn, norm2, mlp")
     _readable(f"{path}.mlp.fc1", block.mlp.fc1)
     weight = block.mlp.fc1.weight

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lifeops import geometry
+from lifeops.nn.grid_copies import Copied
 
 Grid = tuple[int, int]
 _CARRIED = "lifeops_grids"
@@ -99,10 +100,10 @@ def _flat_grid(embed, args, output):
     )
 
 
-class GridHolder:
+class GridHolder(Copied):
     """The grid of a module: the one it was built with, or that of the forward pass that runs now in this thread.
 
-    A converted model's modules share one, whose methods are the hooks. Copies and pickles start without open scopes.
+    A converted model's modules share one, whose methods are the hooks.
     """
 
     def __init__(self, grid: Grid | None = None):
@@ -110,13 +111,6 @@ class GridHolder:
         self._thread = _Thread()
         self._seen: set[Grid] = set()
         self.handles: list = []  # of the patch embeddings that were hooked, the last one is the model's
-
-    def __getstate__(self):
-        return {"fixed": self.fixed, "handles": self.handles}
-
-    def __setstate__(self, state):
-        self.__init__()
-        self.__dict__.update(state)
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -126,9 +120,11 @@ class GridHolder:
         if self.fixed is not None:
             return self.fixed
         if torch.compiler.is_compiling():
-            return self._traced()
-        scope = self._scope()
-        return None if scope is None else scope.grid
+            found = self._traced()
+        else:
+            scope = self._scope()
+            found = None if scope is None else scope.grid
+        return self._origin.grid if found is None and self._origin is not None else found
 
     def _traced(self) -> Grid | None:
         """What a compiler reads: the traced program's own, an enclosing eager call's, or the only one there ever was, which is what a
@@ -196,6 +192,7 @@ class GridHolder:
             return
         if self.handles[-1].id not in model.patch_embed._forward_hooks:  # the embedding was exchanged
             self.watch(model.patch_embed)
+        self.belongs_to(model)
         self._open(model, None, sys._getframe(1), waits=True)
 
     def leave_model(self, model, args, output):

@@ -31,12 +31,17 @@ _WATCH = "_lifeops_watch"
 # ------------------------------------------------------------------------------------------------ rules
 
 
+def _name(kind: type) -> str:
+    """peft's and torch.ao's Linear are called as torch.nn's."""
+    return kind.__name__ if kind.__module__.startswith(("torch.nn.", "lifeops.")) else f"{kind.__module__}.{kind.__name__}"
+
+
 def exactly(*types: type) -> Rule:
     """The layer is of one of these types, not of a subclass."""
 
     def rule(layer):
-        names = " or ".join(t.__name__ for t in types)
-        return [] if type(layer) in types else [f"it is a {type(layer).__name__}, the kernel computes a {names}"]
+        names = " or ".join(map(_name, types))
+        return [] if type(layer) in types else [f"it is a {_name(type(layer))}, the kernel computes a {names}"]
 
     return rule
 
@@ -69,7 +74,8 @@ def without_bias(rule: Rule) -> Rule:
     """``rule``, and there is no bias."""
 
     def both(layer):
-        return [*rule(layer), *["it has a bias, which the kernel does not add"] * (layer._parameters.get("bias") is not None)]
+        bias = layer._parameters.get("bias", layer.__dict__.get("bias"))  # FSDP1 keeps a tensor in place of the parameter
+        return [*rule(layer), *["it has a bias, which the kernel does not add"] * (bias is not None)]
 
     return both
 
