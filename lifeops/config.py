@@ -66,7 +66,8 @@ def refresh() -> Settings:
 
 
 class _Requested(threading.local):
-    backend = ""
+    def __init__(self):  # not a class attribute: torch.compile (2.13) would read that whatever the thread has set
+        self.backend = ""
 
 
 _requested = _Requested()

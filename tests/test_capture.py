@@ -13,7 +13,7 @@ from torch.export import Dim, export
 
 import lifeops
 from conftest import declare_torchvision_ops
-from lifeops import ChannelAct
+from lifeops import ChannelAct, registry, torchlib
 
 declare_torchvision_ops()
 timm = pytest.importorskip("timm")
@@ -136,6 +136,15 @@ def test_ops(name, mode):
     if mode is torch.enable_grad:
         _close(export(_Call(call), (x,)).module()(x), _Call(call)(x))
         _close(torch.jit.trace(_Call(call), x)(x), _Call(call)(x))
+
+
+def test_compiled_code_follows_use_backend():
+    x, w = torch.randn(2, 22, 12), torch.randn(12, 1, 3, 3)
+    compiled = torch.compile(lambda: lifeops.token_dwconv(x, w, grid=(4, 5), num_prefix_tokens=2), fullgraph=True, backend="eager")
+    for backend in (None, "reference", None):
+        with lifeops.use_backend(backend):
+            compiled()
+        assert torchlib.last_backend["token_dwconv"] == (backend or ("reference" if registry.unavailable("cpu") else "cpu"))
 
 
 # ------------------------------------------------------------------------------------------------ torch.export

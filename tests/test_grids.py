@@ -336,9 +336,9 @@ def test_compiled_with_an_embedding_that_tells_no_grid(system):
     model = _model(system, pos_embed="none")
     model(_images(WIDE))
     old = model.patch_embed
-    model.patch_embed = _Embed(old.proj)  # not hooked before an eager call
+    model.patch_embed = _Embed(old.proj)  # hooked by the first eager call
     with pytest.raises(Exception, match=UNKNOWN):
-        torch.compile(model, backend="eager")(_images(TALL))
+        torch.compile(model, backend="eager", fullgraph=True)(_images(TALL))
     expected = model(_images(TALL))
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, backend="eager")(_images(TALL)), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(_images(TALL)), expected, rtol=0, atol=1e-5)

@@ -45,8 +45,14 @@ class _Scope(NamedTuple):
 
 
 class _Thread(threading.local):
-    scopes: tuple[_Scope, ...] = ()
-    traced: Grid | tuple[()] | None = None  # of the program that a compiler is tracing in this thread
+    """``scopes``: the open ones. ``traced``: the grid of the program that a compiler traces in this thread, () before it is known.
+
+    Set in __init__, not as class attributes: torch.compile (2.13) reads those also where a thread has set its own.
+    """
+
+    def __init__(self):
+        self.scopes: tuple[_Scope, ...] = ()
+        self.traced: Grid | tuple[()] | None = None
 
 
 def _caller(skip: int):
@@ -111,6 +117,7 @@ class GridHolder(Copied):
         self._thread = _Thread()
         self._seen: set[Grid] = set()
         self.handles: list = []  # of the patch embeddings that were hooked, the last one is the model's
+        self.hook_id: int | None = None  # its number, which compilers can read
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -135,7 +142,12 @@ class GridHolder(Copied):
             return thread.traced or None
         if thread.scopes:
             return thread.scopes[-1].grid
-        return next(iter(self._seen)) if len(self._seen) == 1 else None
+        return next(iter(self._seen)) if len(self._seen) == 1 and self._hooked() else None
+
+    def _hooked(self) -> bool:
+        """Whether the model's patch embedding is the one that was hooked."""
+        model = self._model and self._model()
+        return model is None or self.hook_id in model.patch_embed._forward_hooks
 
     def of(self, module: str, grid: Grid | None) -> Grid:
         """``grid``, or else the one that is bound. Raises ValueError if there is neither."""
@@ -190,9 +202,9 @@ class GridHolder(Copied):
         self._thread.traced = _NONE if compiling else None
         if compiling:
             return
-        if self.handles[-1].id not in model.patch_embed._forward_hooks:  # the embedding was exchanged
-            self.watch(model.patch_embed)
         self.belongs_to(model)
+        if not self._hooked():  # the embedding was exchanged
+            self.watch(model.patch_embed)
         self._open(model, None, sys._getframe(1), waits=True)
 
     def leave_model(self, model, args, output):
@@ -239,6 +251,7 @@ class GridHolder(Copied):
     def watch(self, embed: nn.Module) -> None:
         """Hook the patch embedding."""
         self.handles.append(embed.register_forward_hook(self.embedded))
+        self.hook_id = self.handles[-1].id
 
 
 # ------------------------------------------------------------------------------------------------ grids that tokens carry
