@@ -122,7 +122,7 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
     Raises ValueError for shapes that do not fit and for a training batch of one value per channel.
     """
     grid = _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens)
-    backend = config.requested_backend(backend)
+    backend = config.requested_backend(NAME, backend)
     y, P = block_output, num_prefix_tokens
     with torchlib.without_autocast(x):
         return _sum(x.to(y.dtype), y, convs, batchnorms, grid, P, backend, fused)

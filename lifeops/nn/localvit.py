@@ -124,7 +124,7 @@ class LocalityFeedForward(NotScripted, nn.Module):
         dtype = torchlib.autocast_dtype(x) or x.dtype
         wide = accumulate_dtype(dtype)
         expand, local, project, norms = self.conv[0], self.conv[3], self.conv[-2], self._norms()
-        cfg = self._config(dtype, grid, norms, config.requested_backend(None))
+        cfg = self._config(dtype, grid, norms, config.requested_backend("LocalityFeedForward", None))
         values = [_norm_values(n, wide) for n in norms]
         if any(chain.on_batch(v) for v in values):
             _check_batch(x.shape[0] * chain.patches(cfg), x, cfg)

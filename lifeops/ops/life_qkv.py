@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from lifeops import geometry, torchlib
+from lifeops.arguments import check_floating
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
 from lifeops.pointwise import pointwise
 from lifeops.registry import BACKEND_PRIORITY, Op, reasons_against, register
 
 NAME = "life_qkv"
+AUX_KEYS = ("multiscale", "scale1")
 
 
 def scale_dims(dim: int) -> tuple[int, int, int]:
@@ -40,6 +42,7 @@ class Problem(NamedTuple):
 def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
     if x.dim() != 3:
         raise ValueError(f"{NAME}: x must have shape (B, N, C), got {tuple(x.shape)}")
+    check_floating(NAME, "x", x)
     geometry.check_tokens(NAME, "x", x.shape[1], H, W, P)
     C = x.shape[2]
     if C < 3:
@@ -55,6 +58,9 @@ def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
         if tuple(t.shape[:2]) != expected[name] or (name.startswith("pw") and t.dim() != 2):
             tail = " + (K, K)" if name.startswith("dw") else ""
             raise ValueError(f"{NAME}: {name} must have shape {expected[name]}{tail} for C = {C}, got {tuple(t.shape)}")
+        check_floating(NAME, name, t)
+        if t.device != x.device:
+            raise ValueError(f"{NAME}: {name} must be on x's device {x.device}, got {t.device}")
         if t.dtype != x.dtype and not name.startswith("dw"):
             raise TypeError(f"{NAME}: {name}.dtype must be x.dtype = {x.dtype}, got {t.dtype}")
 
