@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config, geometry, torchlib
+from lifeops.arguments import check_factory, check_int, got
 from lifeops.nn.batch_norm import check_constant, check_readable, on_batch, sync_group, update_running
 from lifeops.nn.dw_shortcut_fold import BorderBias, ChannelAffine, merged
 from lifeops.nn.grids import GridHolder
+from lifeops.nn.inputs import check_input, check_like, check_sequence, kernel_sizes
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, is_plain
 from lifeops.nn.scripting import NotScripted
@@ -131,20 +135,12 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
 # ------------------------------------------------------------------------------------------------ modules
 
 
-def kernel_sizes(kernel_size) -> tuple[int, ...]:
-    """``kernel_size`` as a tuple, checked."""
-    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-    if not sizes or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in sizes):
-        raise ValueError(f"DWShortcut: kernel_size must be an odd positive int or several of them, got {kernel_size!r}")
-    return sizes
-
-
 class ShortcutModule(NotScripted, nn.Module):
     """Holds ``convs`` and ``batchnorms`` of ``count`` shortcuts, those of one shortcut's parallel kernels side by side."""
 
     def __init__(self, dim: int, count: int, kernel_size: int | tuple[int, ...], **dd):
         super().__init__()
-        sizes = kernel_sizes(kernel_size) * count
+        sizes = kernel_sizes("DWShortcut", "kernel_size", kernel_size) * count
         self.count = count
         self.convs = nn.ModuleList(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim, **dd) for k in sizes)
         self.batchnorms = nn.ModuleList(nn.BatchNorm2d(dim, **dd) for _ in sizes)
@@ -199,15 +195,18 @@ class DWShortcut(ShortcutModule):
     needs_grid = True
 
     def __init__(self, dim, kernel_size=3, num_prefix_tokens=1, *, grid=None, device=None, dtype=None):
-        super().__init__(dim, 1, kernel_size, device=device, dtype=dtype)
+        dim, num_prefix_tokens = check_int("DWShortcut", "dim", dim, 1), check_int("DWShortcut", "num_prefix_tokens", num_prefix_tokens, 0)
+        grid = geometry.fixed_grid("DWShortcut", grid, num_prefix_tokens)
+        super().__init__(dim, 1, kernel_size, **check_factory("DWShortcut", device, dtype))
         self.dim, self.num_prefix_tokens = dim, num_prefix_tokens
         self.grid_holder = GridHolder(grid)
 
     def forward(self, x: torch.Tensor, block_output: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x, block_output (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
         grid = self.grid_holder.of("DWShortcut", grid)
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"DWShortcut: x must have shape (B, N, {self.dim}), got {tuple(x.shape)}")
+        grid = check_input("DWShortcut", x, self.dim, grid, self.num_prefix_tokens)
+        check_sequence("DWShortcut", "block_output", block_output)
+        check_like("DWShortcut", "x", x, next(self.convs.children(), None), any_dtype=True)
         return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens)
 
     def extra_repr(self) -> str:
@@ -240,8 +239,8 @@ class ShortcutBlocks(nn.Module):
 
 
 def check_every(op: str, every: int, depth: int) -> None:
-    if not isinstance(every, int) or every < 1 or depth % every:
-        raise ValueError(f"{op}: every must be a positive int that divides the {depth} blocks, got {every!r}")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1 or depth % every:
+        raise ValueError(f"{op}: every must be a positive int that divides the {depth} blocks, got {got(every)}")
 
 
 def _width(block: nn.Module) -> int:
@@ -251,6 +250,13 @@ def _width(block: nn.Module) -> int:
     if not found:
         raise ValueError(f"wrap: cannot tell the width of {type(block).__name__}, which has no LayerNorm; pass dim=…")
     return found[0][-1]
+
+
+def _checked_blocks(blocks) -> list[nn.Module]:
+    found = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+    if not found or not isinstance(blocks, Iterable) or not all(isinstance(block, nn.Module) for block in found):
+        raise TypeError(f"wrap: blocks must be modules, at least one, got {got(blocks)}")
+    return found
 
 
 def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=None) -> nn.ModuleList:
@@ -267,8 +273,11 @@ def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=
 
     Raises ValueError where ``every`` does not divide the number of blocks or the width cannot be told.
     """
-    blocks = list(blocks)
+    blocks = _checked_blocks(blocks)
     check_every("wrap", every, len(blocks))
+    kernel_size, dim = kernel_sizes("wrap", "kernel_size", kernel_size), check_int("wrap", "dim", dim, 1, optional=True)
+    num_prefix_tokens = check_int("wrap", "num_prefix_tokens", num_prefix_tokens, 0)
+    grid = geometry.fixed_grid("wrap", grid, num_prefix_tokens)
     groups = [blocks[i : i + every] for i in range(0, len(blocks), every)]
 
     def shortcut(block):
