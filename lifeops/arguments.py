@@ -72,8 +72,7 @@ def check_int(op: str, name: str, value, least: int | None = None, optional: boo
             raise TypeError(f"{op}: {name} must be an int{' or None' if optional else ''}, got {got(value)}")
         value = value if isinstance(value, torch.SymInt) else int(value)
     if least is not None and value < least:
-        bound = {0: "not be negative", 1: "be positive"}.get(least, f"be at least {least}")
-        raise ValueError(f"{op}: {name} must {bound}, got {got(value)}")
+        raise ValueError(f"{op}: {name} must {'not be negative' if least == 0 else f'be at least {least}'}, got {got(value)}")
     if type(value) is int and value >= LARGEST:
         raise ValueError(f"{op}: {name} must be a size below 2**62, got {got(value)}")
     return value
@@ -85,12 +84,13 @@ def check_number(
     """``value`` as a finite float for which ``holds``, which ``expected`` says in words."""
     if optional and value is None:
         return None
+    given = value
     if type(value) is not float and not isinstance(value, (torch.SymFloat, torch.SymInt)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{op}: {name} must be a number{' or None' if optional else ''}, got {got(value)}")
         value = _as_float(value)
     if not (-math.inf < value < math.inf and (holds is None or holds(value))):  # comparisons: a compiler traces them
-        raise ValueError(f"{op}: {name} must be {expected}, got {value}")
+        raise ValueError(f"{op}: {name} must be {expected}, got {got(given)}")
     return value
 
 
@@ -102,7 +102,7 @@ def _as_float(value) -> float:
 
 
 def check_positive(op: str, name: str, value, optional: bool = False):
-    return check_number(op, name, value, "positive and finite", lambda v: v > 0, optional)
+    return check_number(op, name, value, "positive", lambda v: v > 0, optional)
 
 
 def check_rate(op: str, name: str, value, one: bool = False):
@@ -157,4 +157,4 @@ def check_factory(op: str, device, dtype) -> dict:
 
 def check_generator(op: str, generator) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {got(generator)}")
+        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}")

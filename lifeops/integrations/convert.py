@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lifeops.arguments import check_choice
 from lifeops.integrations import timm
 from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grids import GridHolder
@@ -108,8 +109,7 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
-    if system not in SYSTEMS:
-        raise ValueError(f"convert: system must be one of {', '.join(map(repr, SYSTEMS))}, got {system!r}")
+    check_choice("convert", "system", system, SYSTEMS)
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
     plan = SYSTEMS[system](model, **options)

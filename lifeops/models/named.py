@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lifeops.arguments import check_choice, got
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import VARIANTS as SHORTCUT_VARIANTS
 from lifeops.models.dw_shortcut import dw_shortcut
@@ -68,8 +69,9 @@ def named(name: str, system: str = "plain", **host) -> nn.Module:
 
     Raises ValueError for an unknown name or system, and where the model cannot have the system.
     """
-    if system not in SYSTEMS:
-        raise ValueError(f"named: system must be one of {', '.join(map(repr, SYSTEMS))}, got {system!r}")
+    check_choice("named", "system", system, SYSTEMS)
+    if not isinstance(name, str):
+        raise TypeError(f"named: name must be a str, got {got(name)}")
     if system not in systems_of(name):
         raise ValueError(f"named: the system of {name} must be one of {', '.join(map(repr, systems_of(name)))}, got {system!r}")
     if name in DEIT:
