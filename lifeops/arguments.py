@@ -22,7 +22,7 @@ _STRIDED = torch.strided
 def got(value) -> str:
     """``value`` in a message: numbers, names and short tuples as written, of all else the type."""
     if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}" if not value.is_nested else "a nested tensor"
+        return "a nested tensor" if value.is_nested else f"a tensor {tuple(value.shape)}, layout {value.layout}"
     if value is None or isinstance(value, (str, tuple, list, numbers.Number)):
         try:
             text = repr(value)

@@ -24,7 +24,7 @@ from lifeops.arguments import check_choice, check_int, check_module, check_tenso
 from lifeops.config import requested_backend
 from lifeops.integrations.attention_layers import LOOKED_FOR, Options, recorded
 from lifeops.integrations.vit_parts import Parts, parts_of, watched
-from lifeops.ops.rollout_step import check_options
+from lifeops.ops.rollout_step import _check_options
 
 PREFIX = ("keep", "normalize")
 
@@ -247,7 +247,7 @@ def rollout(
     check_module("rollout", "model", model)
     _check(start_layer, prefix, classes, targets)
     check_int("rollout", "num_prefix_tokens", num_prefix_tokens, 0, optional=True)
-    residual, discard_ratio = check_options("rollout", head_fusion, residual, discard_ratio)
+    residual, discard_ratio = _check_options(head_fusion, residual, discard_ratio, "rollout")
     requested_backend("rollout", backend)
     options = Options(head_fusion, residual, discard_ratio, backend)
     parts = parts_of(model, images, num_prefix_tokens)

@@ -32,22 +32,22 @@ def to_grid(op: str, grid, num_prefix_tokens) -> Grid:
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise TypeError(f"{op}: grid must be two ints (H, W), got {got(grid)}")
     height, width = grid
-    if not (type(height) is type(width) is type(num_prefix_tokens) is int):
-        height, width, num_prefix_tokens = _ints(op, grid, num_prefix_tokens)
-    if height < 0 or width < 0:
-        raise ValueError(f"{op}: grid must not be negative, got {(height, width)}")
-    if num_prefix_tokens < 0:
-        raise ValueError(f"{op}: num_prefix_tokens must not be negative, got {num_prefix_tokens}")
-    return Grid(height, width, num_prefix_tokens)
+    P = num_prefix_tokens
+    if not (type(height) is type(width) is type(P) is int and 0 <= height < LARGEST and 0 <= width < LARGEST and 0 <= P < LARGEST):
+        height, width, P = _ints(op, grid, P)
+    return Grid(height, width, P)
 
 
 def _ints(op: str, grid, num_prefix_tokens) -> list:
-    """Those that are of another type than int: NumPy's and symbolic ones are fine, bools are not."""
+    """What is not plainly fine: NumPy's and symbolic ints are, bools are not."""
     try:
         height, width = (check_int(op, "grid", n) for n in grid)
     except TypeError:
         raise TypeError(f"{op}: grid must be two ints (H, W), got {got(grid)}") from None
-    return [height, width, check_int(op, "num_prefix_tokens", num_prefix_tokens)]
+    P = check_int(op, "num_prefix_tokens", num_prefix_tokens)
+    if height < 0 or width < 0:
+        raise ValueError(f"{op}: grid must not be negative, got {(height, width)}")
+    return [height, width, check_int(op, "num_prefix_tokens", P, 0)]
 
 
 def fixed_grid(op: str, grid, num_prefix_tokens) -> tuple[int, int] | None:
@@ -58,8 +58,6 @@ def fixed_grid(op: str, grid, num_prefix_tokens) -> tuple[int, int] | None:
 
 def check_tokens(op: str, name: str, count, height, width, prefix, dim: int = 1) -> None:
     """Raise unless a sequence of ``count`` tokens is ``prefix`` prefix tokens and an ``height`` x ``width`` grid."""
-    if any(type(n) is int and n >= LARGEST for n in (height, width)):  # beside a side of 0 the product would not tell
-        raise ValueError(f"{op}: grid must have sides below 2**62, got {(height, width)}")
     if count != prefix + height * width:
         expected = f"{prefix} + {height}*{width} = {prefix + height * width}"
         raise ValueError(

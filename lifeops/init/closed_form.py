@@ -41,12 +41,12 @@ def normalised(position_embedding: Tensor) -> Tensor:
 
 def check_embedding(op: str, position_embedding: Tensor, grid, head_dim: int) -> tuple[int, int]:
     """The grid, if embedding, grid and head width fit each other."""
-    g, head_dim = geometry.to_grid(op, grid, 0), check_int(op, "head_dim", head_dim)
+    g, head_dim = geometry.to_grid(op, grid, 0), check_int(op, "head_dim", head_dim, 1)
     check_numbers(op, "position_embedding", position_embedding)
     if position_embedding.dim() != 2 or position_embedding.shape[0] != g.num_patches:
         expected = f"({g.height}*{g.width} = {g.num_patches}, C)"
         raise ValueError(f"{op}: position_embedding must have shape {expected}, patches only, got {tuple(position_embedding.shape)}")
-    if not 1 <= head_dim < g.num_patches:
+    if head_dim >= g.num_patches:
         raise ValueError(
             f"{op}: the head width must be smaller than the number of patches {g.height}*{g.width} = {g.num_patches}, got {head_dim}"
             " (use more heads or smaller patches)"

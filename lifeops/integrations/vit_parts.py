@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lifeops.arguments import check_floating, check_tensor
+from lifeops.arguments import check_floating, got, is_dense
 from lifeops.nn.grids import embedded_grid
 from lifeops.nn.inputs import check_like
 
@@ -75,10 +75,9 @@ def _num_prefix_tokens(host: nn.Module) -> int:
 def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
     """Raises ValueError if there is no patch embedding or no image."""
     images = images.get("pixel_values") if isinstance(images, Mapping) else images
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"rollout: images must be (B, channels, height, width) or a mapping with such pixel_values, got {got}")
-    check_tensor("rollout", "images", images)
+    if not is_dense(images) or images.dim() != 4:
+        expected = "dense (B, channels, height, width) or a mapping with such pixel_values"
+        raise ValueError(f"rollout: images must be {expected}, got {got(images)}")
     for host in model.modules():
         if hasattr(host, "patch_embed"):
             return Parts(model, host, host.patch_embed, images, num_prefix_tokens)

@@ -6,7 +6,7 @@ import numbers
 
 from torch import nn
 
-from lifeops.arguments import check_flags, check_floating, check_int, check_number, check_positive, check_rate, check_tensor, got
+from lifeops.arguments import LARGEST, check_flags, check_floating, check_int, check_number, check_positive, check_rate, check_tensor, got
 from lifeops.nn.inputs import check_like
 
 
@@ -14,7 +14,7 @@ def to_pair(model: str, name: str, value) -> tuple[int, int]:
     """``value`` as (H, W), checked."""
     pair = (value, value) if isinstance(value, numbers.Integral) else value
     wrong = not isinstance(pair, (tuple, list)) or len(pair) != 2
-    if wrong or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n > 0 for n in pair):
+    if wrong or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and 0 < n < LARGEST for n in pair):
         raise ValueError(f"{model}: {name} must be a positive int or two of them (H, W), got {got(value)}")
     return int(pair[0]), int(pair[1])
 

@@ -27,14 +27,18 @@ _NORM = exactly(*BATCH_NORMS, ChannelAffine, BorderBias)
 # ------------------------------------------------------------------------------------------------ the functional core
 
 
+def _check_output(op, x, block_output):
+    if block_output.shape != x.shape or block_output.device != x.device:
+        expected, came = (f"{tuple(t.shape)} on {t.device}" for t in (x, block_output))
+        raise ValueError(f"{op}: block_output must be like x, {expected}, got {came}")
+
+
 def _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens):
     g = geometry.to_grid(NAME, grid, num_prefix_tokens)
     if x.dim() != 3:
         raise ValueError(f"{NAME}: x must have shape (B, N, C), got {tuple(x.shape)}")
     geometry.check_tokens(NAME, "x", x.shape[1], g.height, g.width, g.prefix)
-    if block_output.shape != x.shape or block_output.device != x.device:
-        got = f"{tuple(block_output.shape)} on {block_output.device}"
-        raise ValueError(f"{NAME}: block_output must be like x, {tuple(x.shape)} on {x.device}, got {got}")
+    _check_output(NAME, x, block_output)
     if not convs or len(convs) != len(batchnorms):
         raise ValueError(f"{NAME}: convs and batchnorms must be equally many and not none, got {len(convs)} and {len(batchnorms)}")
     return g.height, g.width
@@ -206,6 +210,7 @@ class DWShortcut(ShortcutModule):
         grid = self.grid_holder.of("DWShortcut", grid)
         grid = check_input("DWShortcut", x, self.dim, grid, self.num_prefix_tokens)
         check_sequence("DWShortcut", "block_output", block_output)
+        _check_output("DWShortcut", x, block_output)
         check_like("DWShortcut", "x", x, next(self.convs.children(), None), any_dtype=True)
         return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens)
 

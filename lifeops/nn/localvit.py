@@ -83,6 +83,8 @@ class LocalityFeedForward(NotScripted, nn.Module):
         layers = [*product(dim, hidden), activation()]
         if not wo_dp_conv:
             layers = [*local(dim), *layers] if dp_first else [*layers, *local(hidden)]
+        if self.attention == "se" and not 1 <= reduction <= hidden:
+            raise ValueError(f"{name}: reduction must be between 1 and the {hidden} hidden channels, got {reduction}")
         if self.attention == "se":
             layers.append(SELayer(hidden, reduction, **dd))
         elif self.attention:
@@ -193,6 +195,7 @@ class LocalViTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, **options) -> torch.Tensor:
         check_sequence("LocalViTBlock", "x", x, getattr(self.conv, "dim", None))
+        check_like("LocalViTBlock", "x", x, self.norm1, any_dtype=True)
         if grid is not None:
             geometry.to_grid("LocalViTBlock", grid, 0)
         if getattr(self.attn, "needs_grid", False) and grid is not None:

@@ -39,6 +39,12 @@ class Problem(NamedTuple):
     C: int
 
 
+def _check_dwconv(name, weight):
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise ValueError(f"{NAME}: {name} must have shape ({weight.shape[0]}, 1, K, K) with an odd K, got {tuple(weight.shape)}")
+    check_floating(NAME, name, weight)
+
+
 def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
     if x.dim() != 3:
         raise ValueError(f"{NAME}: x must have shape (B, N, C), got {tuple(x.shape)}")
@@ -58,10 +64,11 @@ def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
         if tuple(t.shape[:2]) != expected[name] or (name.startswith("pw") and t.dim() != 2):
             tail = " + (K, K)" if name.startswith("dw") else ""
             raise ValueError(f"{NAME}: {name} must have shape {expected[name]}{tail} for C = {C}, got {tuple(t.shape)}")
-        check_floating(NAME, name, t)
         if t.device != x.device:
             raise ValueError(f"{NAME}: {name} must be on x's device {x.device}, got {t.device}")
-        if t.dtype != x.dtype and not name.startswith("dw"):
+        if name.startswith("dw"):
+            _check_dwconv(name, t)
+        elif t.dtype != x.dtype:
             raise TypeError(f"{NAME}: {name}.dtype must be x.dtype = {x.dtype}, got {t.dtype}")
 
 

@@ -21,8 +21,9 @@ from typing import NamedTuple
 import torch
 
 from lifeops import config, registry, torchlib
-from lifeops.arguments import check_choice, check_floating, check_number, check_tensors
+from lifeops.arguments import check_choice, check_number, check_tensors
 from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.token_dwconv import DTYPES
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
 from lifeops.registry import Op
 
@@ -47,7 +48,7 @@ def dropped_entries(discard_ratio: float, N: int) -> int:
 # ------------------------------------------------------------------------------------------------ check, reference, fake
 
 
-def check_options(op, head_fusion, residual, discard_ratio):
+def _check_options(head_fusion, residual, discard_ratio, op=NAME):
     """(residual, discard_ratio) as floats."""
     check_choice(op, "head_fusion", head_fusion, FUSIONS)
     residual = check_number(op, "residual", residual, "between 0 and 1", lambda v: 0 <= v <= 1)
@@ -55,10 +56,11 @@ def check_options(op, head_fusion, residual, discard_ratio):
 
 
 def check(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
-    check_options(NAME, head_fusion, residual, discard_ratio)
+    _check_options(head_fusion, residual, discard_ratio)
     if q.dim() != 4 or q.shape[1] == 0:
         raise ValueError(f"{NAME}: q must have shape (B, h, N, d) with h > 0, got {tuple(q.shape)}")
-    check_floating(NAME, "q", q)
+    if q.dtype not in DTYPES:
+        raise TypeError(f"{NAME}: q.dtype must be float64, float32, float16 or bfloat16, got {q.dtype}")
     if k.shape != q.shape or k.dtype != q.dtype or k.device != q.device:
         expected, got = (f"{tuple(t.shape)}, {t.dtype} on {t.device}" for t in (q, k))
         raise ValueError(f"{NAME}: k must be like q, {expected}, got {got}")
@@ -190,7 +192,7 @@ _step = torchlib.overload(op)
 def _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     """The schema's arguments from the user's."""
     check_tensors(NAME, r=r, q=q, k=k)
-    residual, discard_ratio = check_options(NAME, head_fusion, residual, discard_ratio)
+    residual, discard_ratio = _check_options(head_fusion, residual, discard_ratio)
     scale = check_number(NAME, "scale", scale, optional=True)
     if scale is None:
         scale = max(1, q.shape[-1]) ** -0.5 if q.dim() else 1.0  # check refuses q without dimensions
