@@ -7,8 +7,9 @@ import numbers
 import torch
 
 from lifeops import geometry, torchlib
-from lifeops.arguments import check_floating, check_int, check_tensor, got
+from lifeops.arguments import check_int, check_tensor, got
 from lifeops.nn.plain import global_hooks, why_not
+from lifeops.ops.token_dwconv import check_rows
 
 # ------------------------------------------------------------------------------------------------ at construction
 
@@ -54,11 +55,9 @@ def check_input(op: str, x, dim: int, grid, num_prefix_tokens: int) -> tuple[int
 def check_sequence(op: str, name: str, x, dim: int | None = None) -> None:
     """Tokens (B, N, C) of ``dim`` channels, if that is known."""
     check_tensor(op, name, x)
-    if x.dim() != 3:
-        raise ValueError(f"{op}: {name} must have shape (B, N, C), got {tuple(x.shape)}")
+    check_rows(op, name, x)
     if dim is not None and x.shape[2] != dim:
         raise ValueError(f"{op}: {name} must have shape (B, N, {dim}), got {tuple(x.shape)}")
-    check_floating(op, name, x)
 
 
 def check_like(op: str, name: str, x: torch.Tensor, layer, any_dtype: bool = False) -> None:

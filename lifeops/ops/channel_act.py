@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 
 from lifeops import torchlib
-from lifeops.arguments import check_floating
 from lifeops.ops import activations
+from lifeops.ops.token_dwconv import check_rows
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
 from lifeops.registry import Op
 
@@ -41,9 +41,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_sequence(op, name, t, patches, like=None):
-    if t.dim() != 3:
-        raise ValueError(f"{op}: {name} must have shape (B, N, C), got {tuple(t.shape)}")
-    check_floating(op, name, t)
+    check_rows(op, name, t)
     if patches < 0 or t.shape[1] < patches:
         raise ValueError(f"{op}: {name} must have at least the {patches} patch tokens, got {t.shape[1]}")
     if like is not None and (t.shape[0], t.shape[2], t.dtype, t.device) != (like.shape[0], like.shape[2], like.dtype, like.device):

@@ -39,10 +39,15 @@ class Problem(NamedTuple):
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _check_sequence(op, name, t, H, W, P):
+def check_rows(op, name, t):
+    """(B, N, C), floating point."""
     if t.dim() != 3:
         raise ValueError(f"{op}: {name} must have shape (B, N, C), got {tuple(t.shape)}")
     check_floating(op, name, t)
+
+
+def _check_sequence(op, name, t, H, W, P):
+    check_rows(op, name, t)
     geometry.check_tokens(op, name, t.shape[1], H, W, P)
 
 

@@ -245,13 +245,14 @@ def token_dwconv(
         lifeops.NotSupported: the requested backend cannot run this problem.
     """
     args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
-    if prologue is None and epilogue is None and pool is False and stats is False:
+    if torch._C._are_functorch_transforms_active():  # a vmap folds the tensors before the operator sees them
+        spec.check(*args)
+    if not (pool is False and stats is False):
+        check_flags(spec.NAME, pool=pool, stats=stats)
+    if prologue is None and epilogue is None and not pool and not stats:
         return torchlib.apply(TokenDWConv, _fwd, *args)
     from lifeops.ops.token_dwconv_act_function import convolve  # built on this function
 
-    check_flags(spec.NAME, pool=pool, stats=stats)
-    if prologue is None and epilogue is None and not pool and not stats:  # 0 for False
-        return torchlib.apply(TokenDWConv, _fwd, *args)
     return convolve(args, prologue, epilogue, bool(pool), bool(stats))
 
 
