@@ -6,6 +6,7 @@ sizes of a compiler pass as they are.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections.abc import Callable, Collection
@@ -78,9 +79,7 @@ def check_int(op: str, name: str, value, least: int | None = None, optional: boo
     return value
 
 
-def check_number(
-    op: str, name: str, value, expected: str = "finite", holds: Callable[[float], bool] | None = None, optional: bool = False
-):
+def check_number(op: str, name: str, value, expected: str = "finite", holds: Callable[[float], bool] | None = None, optional: bool = False):
     """``value`` as a finite float for which ``holds``, which ``expected`` says in words."""
     if optional and value is None:
         return None
@@ -158,3 +157,17 @@ def check_factory(op: str, device, dtype) -> dict:
 def check_generator(op: str, generator) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}")
+
+
+@contextlib.contextmanager
+def under(op: str):
+    """Around what ``op`` builds or calls with its user's arguments; usable as a decorator: a complaint about one begins with ``op``'s name,
+    the complaining class's behind it.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if str(error).startswith(f"{op}: "):
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{op}: {error}") from error

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lifeops.arguments import check_choice, check_int, check_module, check_tensor, got
+from lifeops.arguments import check_choice, check_int, check_module, check_tensor, got, under
 from lifeops.config import requested_backend
 from lifeops.integrations.attention_layers import LOOKED_FOR, Options, recorded
 from lifeops.integrations.vit_parts import Parts, parts_of, watched
@@ -75,7 +75,7 @@ def _one(tokens: _Tokens, index: int, label: str) -> tuple[Tensor, tuple[str, ..
 def _mask(tokens: _Tokens, mask: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     """(R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W); divided by its sums."""
     check_tensor("rollout", "targets", mask)
-    if mask.is_complex() or mask.is_meta != (tokens.device.type == "meta"):
+    if mask.is_complex() or mask.is_quantized or mask.is_meta != (tokens.device.type == "meta"):
         raise TypeError(f"rollout: targets must be real weights with memory, got {mask.dtype} on {mask.device}")
     given, mask = tuple(mask.shape), mask.to(tokens.device, tokens.dtype)
     if tuple(mask.shape[-2:]) == tokens.grid and mask.dim() in (2, 3, 4):
@@ -252,7 +252,8 @@ def rollout(
     options = Options(head_fusion, residual, discard_ratio, backend)
     parts = parts_of(model, images, num_prefix_tokens)
     with _untouched(model):
-        with recorded(model) as records, watched(parts, targets in ("hard", "soft") if isinstance(targets, str) else False):
+        classified = isinstance(targets, str) and targets in ("hard", "soft")
+        with recorded(model) as records, watched(parts, classified), under("rollout"):
             output = model(**images) if isinstance(images, Mapping) else model(images)
         records = _from_layer(records, start_layer, model)
         tokens = _tokens_of(records, parts)

@@ -53,7 +53,6 @@ class Op:
         return Cost(moved, self.flops(*(a.shape if isinstance(a, torch.Tensor) else a for a in args)))
 
 
-
 @dataclass(frozen=True)
 class Impl:
     """One backend's implementation: a function with the op's schema signature."""

@@ -10,7 +10,7 @@ from argument_catalogue import CASES, DWCONV, KINDS, LIFE, PLACE, Q, X, tensors
 import lifeops
 
 FINE = {
-    ("attn_mask", "bool"), ("attn_mask", "rank"), ("rollout", "targets", "int"), ("rollout", "images", "sizes"),  # the model's to say
+    ("attn_mask", "bool"), ("attn_mask", "rank"), ("rollout", "targets", "int"),  # a token
     ("position_embedding", "sizes"), *((op, "weight", "meta") for op in CASES if op.strip() in lifeops.init.__all__),  # as torch.nn.init
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops import arguments, geometry
-from lifeops.arguments import check_int, check_tensor, got
+from lifeops.arguments import check_floating, check_int, check_tensor, got
 from lifeops.init.offsets import check_kernel_size, head_offsets, shift_targets
 from lifeops.init.threads import one_thread
 
@@ -63,9 +63,11 @@ def check_numbers(op: str, name: str, t) -> None:
     """A floating-point tensor with memory: what the solvers read."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{op}: {name} must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    check_tensor(op, name, t)
+    check_tensor(op, name, t), check_floating(op, name, t)
     if t.is_meta:
         raise ValueError(f"{op}: {name} is on the meta device and must have memory, got {got(t)}")
+    if not torch.isfinite(t).all():
+        raise ValueError(f"{op}: {name} must be finite")
 
 
 def row_space(op: str, X: Tensor, head_dim: int) -> RowSpace:

@@ -57,10 +57,15 @@ def _check_attention(path: str, attn: nn.Module) -> None:
         raise ValueError(f"convert: {path} must map {dim} channels to {dim}, got {attn.qkv.in_features} to {attn.proj.out_features}")
 
 
+def _rate(attn: nn.Module, name: str) -> float:
+    """Of a dropout that may be missing or an Identity."""
+    return getattr(getattr(attn, name, None), "p", 0.0)
+
+
 def _replacement(attn: nn.Module, num_prefix_tokens: int, options: dict) -> LifeAttention:
     weight = attn.proj.weight
     new = LifeAttention(
-        attn.proj.in_features, attn.num_heads, num_prefix_tokens, attn_drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p,
+        attn.proj.in_features, attn.num_heads, num_prefix_tokens, attn_drop=_rate(attn, "attn_drop"), proj_drop=_rate(attn, "proj_drop"),
         proj_bias=attn.proj.bias is not None, device=weight.device, dtype=weight.dtype, **options,
     )  # fmt: skip
     with torch.no_grad():

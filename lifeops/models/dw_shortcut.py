@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lifeops.arguments import check_choice, check_int
+from lifeops.arguments import check_choice, check_int, under
 from lifeops.models.swin import SwinTransformer
 from lifeops.models.vit_cait import CaiT, ViT
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
@@ -18,6 +18,7 @@ VARIANTS = {  # parameters with 10 classes, without and with shortcuts
 }
 
 
+@under("dw_shortcut")
 def dw_shortcut(variant: str = "vit_tiny", *, every: int | None = 1, kernel_sizes: int | tuple[int, ...] = 3, **host) -> nn.Module:
     """A Transformer with depth-wise convolution shortcuts around its blocks.
 

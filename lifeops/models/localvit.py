@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lifeops.arguments import check_choice
+from lifeops.arguments import check_choice, under
 from lifeops.models.deit import Attention, VisionTransformer
 from lifeops.models.inputs import check_rates, check_sizes
 from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
@@ -28,6 +28,7 @@ VARIANTS = {
 }
 
 
+@under("localvit")
 def localvit(
     variant: str = "tiny_mlp4_act3_r192", *, embed_dim=None, num_heads=None, mlp_ratio=None, act=None, reduction=None, qkv_bias=True,
     norm_eps=1e-6, **host,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lifeops.arguments import check_choice, got
+from lifeops.arguments import check_choice, got, under
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import VARIANTS as SHORTCUT_VARIANTS
 from lifeops.models.dw_shortcut import dw_shortcut
@@ -54,8 +54,18 @@ def _timm(name: str, system: str, host: dict) -> nn.Module:
 
     if not timm.is_model(name):
         raise ValueError(f"named: the model must be one of {', '.join(NAMES)} or a timm model, got {name!r}")
-    model = timm.create_model(name, **host)
+    with under("named"):
+        model = timm.create_model(name, **host)
     return model if system == "plain" else convert(model, system)
+
+
+@under("named")
+def _own(name: str, system: str, host: dict) -> nn.Module:
+    if name in DEIT:
+        return _deit(name, system, host)
+    if name in LOCALVIT:
+        return _localvit(name, system, host)
+    return dw_shortcut(name, every=None if system == "plain" else 1, **host)
 
 
 def named(name: str, system: str = "plain", **host) -> nn.Module:
@@ -74,13 +84,7 @@ def named(name: str, system: str = "plain", **host) -> nn.Module:
         raise TypeError(f"named: name must be a str, got {got(name)}")
     if system not in systems_of(name):
         raise ValueError(f"named: the system of {name} must be one of {', '.join(map(repr, systems_of(name)))}, got {system!r}")
-    if name in DEIT:
-        return _deit(name, system, host)
-    if name in LOCALVIT:
-        return _localvit(name, system, host)
-    if name in SHORTCUT_VARIANTS:
-        return dw_shortcut(name, every=None if system == "plain" else 1, **host)
-    return _timm(name, system, host)
+    return _own(name, system, host) if name in NAMES else _timm(name, system, host)
 
 
 def image_size(name: str, img_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
