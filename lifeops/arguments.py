@@ -53,7 +53,8 @@ def check_tensor(op: str, name: str, t, optional: bool = False) -> None:
 def check_tensors(op: str, optional: tuple = (), **tensors) -> None:
     """By name; those whose name is in ``optional`` may be None."""
     for name, t in tensors.items():
-        check_tensor(op, name, t, name in optional)
+        if not is_dense(t):
+            check_tensor(op, name, t, name in optional)
 
 
 def check_floating(op: str, name: str, t: Tensor) -> None:
@@ -81,7 +82,7 @@ def check_int(op: str, name: str, value, least: int | None = None, optional: boo
 
 def check_number(op: str, name: str, value, expected: str = "finite", holds: Callable[[float], bool] | None = None, optional: bool = False):
     """``value`` as a finite float for which ``holds``, which ``expected`` says in words."""
-    if optional and value is None:
+    if value is None and optional:
         return None
     given = value
     if type(value) is not float and not isinstance(value, (torch.SymFloat, torch.SymInt)):
@@ -106,6 +107,8 @@ def check_positive(op: str, name: str, value, optional: bool = False):
 
 def check_rate(op: str, name: str, value, one: bool = False):
     """A probability below 1, or with ``one`` up to it."""
+    if type(value) is float and 0 <= value < 1:
+        return value
     return check_number(op, name, value, "in [0, 1]" if one else "in [0, 1)", lambda v: 0 <= v < 1 or (one and v == 1))
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lifeops.arguments import LARGEST, check_int, got
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """An ``height`` x ``width`` patch grid behind ``prefix`` prefix tokens, patches row-major."""
 
     height: int

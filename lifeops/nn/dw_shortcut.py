@@ -27,21 +27,16 @@ _NORM = exactly(*BATCH_NORMS, ChannelAffine, BorderBias)
 # ------------------------------------------------------------------------------------------------ the functional core
 
 
-def _check_output(op, x, block_output):
+def _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens):
+    grid = check_input(op, x, None, grid, num_prefix_tokens)
+    check_sequence(op, "block_output", block_output)
     if block_output.shape != x.shape or block_output.device != x.device:
         expected, came = (f"{tuple(t.shape)} on {t.device}" for t in (x, block_output))
         raise ValueError(f"{op}: block_output must be like x, {expected}, got {came}")
-
-
-def _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens):
-    g = geometry.to_grid(NAME, grid, num_prefix_tokens)
-    if x.dim() != 3:
-        raise ValueError(f"{NAME}: x must have shape (B, N, C), got {tuple(x.shape)}")
-    geometry.check_tokens(NAME, "x", x.shape[1], g.height, g.width, g.prefix)
-    _check_output(NAME, x, block_output)
     if not convs or len(convs) != len(batchnorms):
-        raise ValueError(f"{NAME}: convs and batchnorms must be equally many and not none, got {len(convs)} and {len(batchnorms)}")
-    return g.height, g.width
+        raise ValueError(f"{op}: convs and batchnorms must be equally many and not none, got {len(convs)} and {len(batchnorms)}")
+    check_like(op, "x", x, convs[0], any_dtype=True)
+    return grid
 
 
 def _is_constant(norm) -> bool:
@@ -111,7 +106,7 @@ def _sum(x, y, convs, batchnorms, grid, P, backend, fused):
     return y
 
 
-def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None, *, fused=False):
+def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None, *, fused=False, op=NAME):
     """block_output + [0 for the prefix tokens | sum_k conv_k(batchnorm_k(GELU(x_patch)))].
 
     The convolutions zero-pad what the batch norms give. Training: the statistics of GELU(x_patch), the same for all kernels, are
@@ -123,13 +118,13 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
         x: (B, P + H*W, C), the input of the block(s). block_output: what came out, same shape; x is read in its dtype.
         convs: depth-wise nn.Conv2d, odd kernels, same padding. batchnorms: one for each.
         grid, num_prefix_tokens: (H, W), P. backend: as in :func:`lifeops.token_dwconv`.
-        fused: the caller knows that all of them are plain.
+        fused: the caller knows that all of them are plain. op: who complains.
 
     Returns the sum with block_output's dtype, under autocast too: reading and writing is all this costs, a cast would cost more.
 
     Raises ValueError for shapes that do not fit and for a training batch of one value per channel.
     """
-    grid = _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens)
+    grid = _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens)
     backend = config.requested_backend(NAME, backend)
     y, P = block_output, num_prefix_tokens
     with torchlib.without_autocast(x):
@@ -160,9 +155,9 @@ class ShortcutModule(NotScripted, nn.Module):
         kinds = ("convs", depthwise), ("batchnorms", _NORM)
         return [(f"{name}.{j}", rule) for name, rule in kinds for j in range(len(self.convs))]
 
-    def add_shortcut(self, i: int, x, block_output, grid: tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
+    def add_shortcut(self, i: int, x, block_output, grid: tuple[int, int], num_prefix_tokens: int, op: str = NAME) -> torch.Tensor:
         """``block_output`` with shortcut ``i`` of ``x`` added."""
-        return dw_shortcut(x, block_output, *self.kernels(i), grid, num_prefix_tokens, fused=is_fused(self))
+        return dw_shortcut(x, block_output, *self.kernels(i), grid, num_prefix_tokens, fused=is_fused(self), op=op)
 
     def fold_batch_norms_(self, check: bool) -> None:
         """Merge each shortcut's kernels and norms into one of each, or only ``check`` that it can be done."""
@@ -208,11 +203,8 @@ class DWShortcut(ShortcutModule):
     def forward(self, x: torch.Tensor, block_output: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x, block_output (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
         grid = self.grid_holder.of("DWShortcut", grid)
-        grid = check_input("DWShortcut", x, self.dim, grid, self.num_prefix_tokens)
-        check_sequence("DWShortcut", "block_output", block_output)
-        _check_output("DWShortcut", x, block_output)
-        check_like("DWShortcut", "x", x, next(self.convs.children(), None), any_dtype=True)
-        return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens)
+        check_sequence("DWShortcut", "x", x, self.dim)
+        return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens, "DWShortcut")
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_prefix_tokens={self.num_prefix_tokens}"

@@ -44,7 +44,7 @@ def kernel_sizes(op: str, name: str, kernel_size) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------ in forward
 
 
-def check_input(op: str, x, dim: int, grid, num_prefix_tokens: int) -> tuple[int, int]:
+def check_input(op: str, x, dim: int | None, grid, num_prefix_tokens: int) -> tuple[int, int]:
     """The grid, if ``x`` is its tokens (B, P + H*W, dim)."""
     check_sequence(op, "x", x, dim)
     g = geometry.to_grid(op, grid, num_prefix_tokens)
