@@ -82,7 +82,7 @@ def _weight_gradient(p: Problem) -> dict[str, Variant]:
     call = torchlib.caller(dwconv.bwd_dw_op)  # as a backward pass calls it
 
     def ours(i):
-        return call(i["dy"], i["x"], p.K, p.H, p.W, p.P, "keep", dtype, None, config.requested_backend(None))[0]
+        return call(i["dy"], i["x"], p.K, p.H, p.W, p.P, "keep", dtype, None, config.requested_backend("token_dwconv", None))[0]
 
     def bare(i):
         conv = ([1, 1], [p.K // 2] * 2, [1, 1], False, [0, 0], p.C, [False, True, False])

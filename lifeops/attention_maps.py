@@ -13,14 +13,18 @@ The roll-out itself is Abnar and Zuidema's (2020).
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lifeops.arguments import check_choice, check_int, check_module, check_tensor, got, under
+from lifeops.config import requested_backend
 from lifeops.integrations.attention_layers import LOOKED_FOR, Options, recorded
 from lifeops.integrations.vit_parts import Parts, parts_of, watched
+from lifeops.ops.rollout_step import _check_options
 
 PREFIX = ("keep", "normalize")
 
@@ -70,6 +74,9 @@ def _one(tokens: _Tokens, index: int, label: str) -> tuple[Tensor, tuple[str, ..
 
 def _mask(tokens: _Tokens, mask: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     """(R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W); divided by its sums."""
+    check_tensor("rollout", "targets", mask)
+    if mask.is_complex() or mask.is_quantized or mask.is_meta != (tokens.device.type == "meta"):
+        raise TypeError(f"rollout: targets must be real weights with memory, got {mask.dtype} on {mask.device}")
     given, mask = tuple(mask.shape), mask.to(tokens.device, tokens.dtype)
     if tuple(mask.shape[-2:]) == tokens.grid and mask.dim() in (2, 3, 4):
         mask = torch.nn.functional.pad(mask.reshape(*mask.shape[:-2], -1), (tokens.prefix, 0))
@@ -88,6 +95,10 @@ def _normalised(weights: Tensor) -> Tensor:
     """Rows divided by their sums; a row of zeros stays one."""
     total = weights.sum(-1, keepdim=True)
     return weights / torch.where(total > 0, total, 1)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _by_class(tokens: _Tokens, how: str, logits: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, tuple[str, ...]]:
@@ -116,6 +127,8 @@ def _patch_logits(tokens: _Tokens, given, parts: Parts, output) -> Tensor:
         expected = f"(B, K, {H}, {W}), (B, {H * W}, K) or (B, {tokens.count}, K) with B = {tokens.batch}"
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"rollout: token_logits must be {expected}, got {got}")
+    if logits.is_complex() or logits.is_sparse:
+        raise TypeError(f"rollout: token_logits must be real and dense, got {logits.dtype}, layout {logits.layout}")
     return logits.to(tokens.device)
 
 
@@ -125,6 +138,9 @@ def _start(tokens: _Tokens, targets, classes, token_logits, parts: Parts, output
         targets = "cls" if parts.has_cls else "mean"
     if isinstance(targets, Tensor):
         return _mask(tokens, targets)
+    known = "'cls', 'mean', 'hard', 'soft', a token's index, a patch (row, column) or a tensor of weights"
+    if not isinstance(targets, (str, tuple)) and not _is_int(targets):
+        raise TypeError(f"rollout: targets must be {known}, got {got(targets)}")
     if targets in ("hard", "soft"):
         return _by_class(tokens, targets, _patch_logits(tokens, token_logits, parts, output), classes)
     if targets == "mean":
@@ -135,27 +151,27 @@ def _start(tokens: _Tokens, targets, classes, token_logits, parts: Parts, output
         if not parts.has_cls:
             raise ValueError("rollout: the model has no cls token; targets='mean' is what average pooling reads")
         return _one(tokens, 0, "cls token")
-    if isinstance(targets, int) and not isinstance(targets, bool):
-        return _one(tokens, targets, f"token {targets}")
-    if isinstance(targets, tuple) and len(targets) == 2 and all(isinstance(i, int) for i in targets):
+    if _is_int(targets):
+        return _one(tokens, int(targets), f"token {targets}")
+    if isinstance(targets, tuple) and len(targets) == 2 and all(map(_is_int, targets)):
         (row, column), (H, W) = targets, tokens.grid
         if not (0 <= row < H and 0 <= column < W):
             raise ValueError(f"rollout: the patch must lie on the {H} x {W} grid, got {targets}")
         return _one(tokens, tokens.prefix + row * W + column, f"patch ({row}, {column})")
-    known = "'cls', 'mean', 'hard', 'soft', a token's index, a patch (row, column) or a tensor of weights"
-    raise ValueError(f"rollout: targets must be {known}, got {targets!r}")
+    raise ValueError(f"rollout: targets must be {known}, got {got(targets)}")
 
 
 # ------------------------------------------------------------------------------------------------ the roll-out
 
 
 def _check(start_layer, prefix, classes, targets) -> None:
-    if prefix not in PREFIX:
-        raise ValueError(f"rollout: prefix must be 'keep' or 'normalize', got {prefix!r}")
-    if not isinstance(start_layer, int) or start_layer < 0:
-        raise ValueError(f"rollout: start_layer must be an int of at least 0, got {start_layer!r}")
+    check_choice("rollout", "prefix", prefix, PREFIX)
+    if isinstance(start_layer, bool) or not isinstance(start_layer, int) or start_layer < 0:
+        raise ValueError(f"rollout: start_layer must be an int of at least 0, got {got(start_layer)}")
     if classes is not None and not (isinstance(targets, str) and targets in ("hard", "soft")):
         raise ValueError("rollout: classes go with targets='hard' or 'soft'")
+    if classes is not None and not (isinstance(classes, (tuple, list, range)) and all(map(_is_int, classes))):
+        raise TypeError(f"rollout: classes must be ints in a list or tuple, or None, got {got(classes)}")
 
 
 @contextlib.contextmanager
@@ -228,11 +244,16 @@ def rollout(
     Raises:
         ValueError: a model without known attention, or with more than is known; options or targets that do not fit.
     """
+    check_module("rollout", "model", model)
     _check(start_layer, prefix, classes, targets)
+    check_int("rollout", "num_prefix_tokens", num_prefix_tokens, 0, optional=True)
+    residual, discard_ratio = _check_options(head_fusion, residual, discard_ratio, "rollout")
+    requested_backend("rollout", backend)
     options = Options(head_fusion, residual, discard_ratio, backend)
     parts = parts_of(model, images, num_prefix_tokens)
     with _untouched(model):
-        with recorded(model) as records, watched(parts, targets in ("hard", "soft") if isinstance(targets, str) else False):
+        classified = isinstance(targets, str) and targets in ("hard", "soft")
+        with recorded(model) as records, watched(parts, classified), under("rollout"):
             output = model(**images) if isinstance(images, Mapping) else model(images)
         records = _from_layer(records, start_layer, model)
         tokens = _tokens_of(records, parts)

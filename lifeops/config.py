@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lifeops.arguments import got
+
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 
@@ -73,27 +75,31 @@ class _Requested(threading.local):
 _requested = _Requested()
 
 
-def check_backend(backend: str) -> str:
-    if backend not in ("", *BACKENDS):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
+def check_backend(op: str, backend: str) -> str:
+    if not isinstance(backend, str) or backend not in ("", *BACKENDS):
+        raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))} or None, got {got(backend)}")
     return backend
 
 
-def requested_backend(backend: str | None) -> str:
-    """The backend an op call asks for: its own argument, else the enclosing ``use_backend``, else "" (automatic)."""
+def requested_backend(op: str, backend: str | None) -> str:
+    """The backend a call of ``op`` asks for: its own argument, else the enclosing ``use_backend``, else "" (automatic)."""
     if backend is None:
         return _requested.backend
-    return check_backend(backend)
+    return check_backend(op, backend)
 
 
-@contextlib.contextmanager
-def use_backend(backend: str | None) -> Iterator[None]:
+def use_backend(backend: str | None) -> contextlib.AbstractContextManager[None]:
     """Run every op inside the ``with`` on ``backend`` ("reference", "cpu", "cuda", "triton"; None: automatic).
 
     The choice is kept with each forward call, so its backward uses it also after the ``with``. An op that the backend
     cannot run raises :class:`lifeops.NotSupported` with every reason. The setting is per thread.
     """
-    before, _requested.backend = _requested.backend, check_backend(backend or "")
+    return _use(check_backend("use_backend", "" if backend is None else backend))
+
+
+@contextlib.contextmanager
+def _use(backend: str) -> Iterator[None]:
+    before, _requested.backend = _requested.backend, backend
     try:
         yield
     finally:

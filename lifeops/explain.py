@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lifeops import registry
+from lifeops.arguments import got
 from lifeops.nn.plain import reasons
 from lifeops.ops import life_qkv_function, local_attention_function, rollout_step, token_dwconv_function
 
@@ -61,6 +62,7 @@ def explain(op: str | nn.Module, *args, **kwargs) -> Report:
         if args or kwargs:
             raise TypeError("explain: a module is explained without further arguments")
         return _explain_module(op)
-    if op not in _EXPLAINERS:
-        raise ValueError(f"explain: op must be one of {', '.join(map(repr, _EXPLAINERS))}, got {op!r}; all ops: {', '.join(registry.ops)}")
+    if not isinstance(op, str) or op not in _EXPLAINERS:
+        known = ", ".join(map(repr, _EXPLAINERS))
+        raise ValueError(f"explain: op must be one of {known}, got {got(op)}; all ops: {', '.join(registry.ops)}")
     return Report(_EXPLAINERS[op](*args, **kwargs))

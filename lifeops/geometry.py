@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
-
-INT = (int, torch.SymInt)
+from lifeops.arguments import LARGEST, check_int, got
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """An ``height`` x ``width`` patch grid behind ``prefix`` prefix tokens, patches row-major."""
 
     height: int
@@ -29,25 +26,40 @@ class Grid:
         return f"{self.prefix} + {self.height}*{self.width}"
 
 
-def to_grid(op: str, grid, num_prefix_tokens: int) -> Grid:
+def to_grid(op: str, grid, num_prefix_tokens) -> Grid:
     """``grid=(H, W)`` and ``num_prefix_tokens=P`` as users write them, checked."""
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or not all(isinstance(n, INT) for n in grid):
-        raise TypeError(f"{op}: grid must be two ints (H, W), got {grid!r}")
-    if not isinstance(num_prefix_tokens, INT):
-        raise TypeError(f"{op}: num_prefix_tokens must be an int, got {num_prefix_tokens!r}")
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise TypeError(f"{op}: grid must be two ints (H, W), got {got(grid)}")
     height, width = grid
+    P = num_prefix_tokens
+    if not (type(height) is type(width) is type(P) is int and 0 <= height < LARGEST and 0 <= width < LARGEST and 0 <= P < LARGEST):
+        height, width, P = _ints(op, grid, P)
+    return Grid(height, width, P)
+
+
+def _ints(op: str, grid, num_prefix_tokens) -> list:
+    """What is not plainly fine: NumPy's and symbolic ints are, bools are not."""
+    try:
+        height, width = (check_int(op, "grid", n) for n in grid)
+    except TypeError:
+        raise TypeError(f"{op}: grid must be two ints (H, W), got {got(grid)}") from None
+    P = check_int(op, "num_prefix_tokens", num_prefix_tokens)
     if height < 0 or width < 0:
         raise ValueError(f"{op}: grid must not be negative, got {(height, width)}")
-    if num_prefix_tokens < 0:
-        raise ValueError(f"{op}: num_prefix_tokens must not be negative, got {num_prefix_tokens}")
-    return Grid(height, width, num_prefix_tokens)
+    return [height, width, check_int(op, "num_prefix_tokens", P, 0)]
 
 
-def check_tokens(op: str, name: str, got, height, width, prefix, dim: int = 1) -> None:
-    """Raise unless a sequence of ``got`` tokens is ``prefix`` prefix tokens and an ``height`` x ``width`` grid."""
-    if got != prefix + height * width:
+def fixed_grid(op: str, grid, num_prefix_tokens) -> tuple[int, int] | None:
+    """The grid a module is built with, or None, checked together with its P."""
+    g = to_grid(op, (0, 0) if grid is None else grid, num_prefix_tokens)
+    return None if grid is None else (g.height, g.width)
+
+
+def check_tokens(op: str, name: str, count, height, width, prefix, dim: int = 1) -> None:
+    """Raise unless a sequence of ``count`` tokens is ``prefix`` prefix tokens and an ``height`` x ``width`` grid."""
+    if count != prefix + height * width:
         expected = f"{prefix} + {height}*{width} = {prefix + height * width}"
         raise ValueError(
-            f"{op}: {name}.shape[{dim}] must be P + H*W = {expected}, got {got}"
+            f"{op}: {name}.shape[{dim}] must be P + H*W = {expected}, got {count}"
             " (dropped or packed patch tokens have no grid: turn patch dropout off)"
         )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lifeops import config
+from lifeops.arguments import FLOATS
 from lifeops.errors import FallbackWarning, NotSupported
 
 
@@ -50,9 +51,6 @@ class Op:
         out = self.fake(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
         moved = sum(t.numel() * t.element_size() for t in (*read, *(out if isinstance(out, tuple) else (out,))))
         return Cost(moved, self.flops(*(a.shape if isinstance(a, torch.Tensor) else a for a in args)))
-
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def register(
     """Enter ``fn`` as ``backend``'s implementation of ``op``; ``supports(problem)`` returns every reason why not. ``dtypes`` are
     those it has kernels for: what the tests run and the README's table lists.
     """
-    config.check_backend(backend)
+    config.check_backend("register", backend)
     if op not in ops:
         raise ValueError(f"no op {op!r} to register a {backend!r} implementation for; known: {', '.join(ops)}")
     ops[op].impls[backend] = Impl(op, backend, fn, supports, priority, deterministic, dtypes=dtypes)

@@ -171,7 +171,7 @@ def test_more_refusals():
         structured_(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="the grid is unknown"):
         structured_([VitPytorch(24, 3)], position_embedding=torch.randn(20, 24))
-    with pytest.raises(ValueError, match=r"position embedding must have shape \(1, N, 24\) or \(N, 24\), got \(20, 12\)"):
+    with pytest.raises(ValueError, match=r"position_embedding must have shape \(1, N, 24\) or \(N, 24\), got \(20, 12\)"):
         structured_([VitPytorch(24, 3)], position_embedding=torch.randn(20, 12), grid=GRID)
     with pytest.raises(ValueError, match="impulses need the same width, heads and head width in all blocks"):
         structured_([VitPytorch(24, 3), VitPytorch(12, 3)], position_embedding=torch.randn(20, 24), grid=GRID)

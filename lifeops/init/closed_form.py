@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifeops import geometry
+from lifeops import arguments, geometry
+from lifeops.arguments import check_floating, check_int, check_tensor, got
 from lifeops.init.offsets import check_kernel_size, head_offsets, shift_targets
 from lifeops.init.threads import one_thread
 
@@ -40,14 +41,12 @@ def normalised(position_embedding: Tensor) -> Tensor:
 
 def check_embedding(op: str, position_embedding: Tensor, grid, head_dim: int) -> tuple[int, int]:
     """The grid, if embedding, grid and head width fit each other."""
-    g = geometry.to_grid(op, grid, 0)
-    if not isinstance(position_embedding, Tensor) or not position_embedding.is_floating_point():
-        got = getattr(position_embedding, "dtype", type(position_embedding).__name__)
-        raise TypeError(f"{op}: position_embedding must be a floating-point tensor, got {got}")
+    g, head_dim = geometry.to_grid(op, grid, 0), check_int(op, "head_dim", head_dim, 1)
+    check_numbers(op, "position_embedding", position_embedding)
     if position_embedding.dim() != 2 or position_embedding.shape[0] != g.num_patches:
         expected = f"({g.height}*{g.width} = {g.num_patches}, C)"
         raise ValueError(f"{op}: position_embedding must have shape {expected}, patches only, got {tuple(position_embedding.shape)}")
-    if not 1 <= head_dim < g.num_patches:
+    if head_dim >= g.num_patches:
         raise ValueError(
             f"{op}: the head width must be smaller than the number of patches {g.height}*{g.width} = {g.num_patches}, got {head_dim}"
             " (use more heads or smaller patches)"
@@ -58,6 +57,17 @@ def check_embedding(op: str, position_embedding: Tensor, grid, head_dim: int) ->
             f" dimension less, got {head_dim} (use more than one head)"
         )
     return g.height, g.width
+
+
+def check_numbers(op: str, name: str, t) -> None:
+    """A floating-point tensor with memory: what the solvers read."""
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    check_tensor(op, name, t), check_floating(op, name, t)
+    if t.is_meta:
+        raise ValueError(f"{op}: {name} is on the meta device and must have memory, got {got(t)}")
+    if not torch.isfinite(t).all():
+        raise ValueError(f"{op}: {name} must be finite")
 
 
 def row_space(op: str, X: Tensor, head_dim: int) -> RowSpace:
@@ -117,11 +127,12 @@ def impulse_qk(
     Raises ValueError, TypeError: sizes that do not fit, an embedding of rank below d. Source: arXiv 2505.19985.
     """
     check_kernel_size(OP, kernel_size)
-    if num_heads < 1:
-        raise ValueError(f"{OP}: num_heads must be at least 1, got {num_heads}")
+    num_heads = check_int(OP, "num_heads", num_heads, 1)
     check_generator(OP, generator)
     grid = check_embedding(OP, position_embedding, grid, head_dim)
     N = len(position_embedding)
+    if noise is not None:
+        check_numbers(OP, "noise", noise)
     if noise is not None and tuple(noise.shape) != (num_heads, N, N):
         raise ValueError(f"{OP}: noise must have shape (h, N, N) = {(num_heads, N, N)}, got {tuple(noise.shape)}")
     space = row_space(OP, normalised(position_embedding), head_dim)
@@ -131,11 +142,9 @@ def impulse_qk(
 
 
 def check_generator(op: str, generator: torch.Generator | None) -> None:
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(generator).__name__}")
-    if generator.device.type != "cpu":
+    """None or one of the CPU's."""
+    arguments.check_generator(op, generator)
+    if generator is not None and generator.device.type != "cpu":
         raise ValueError(f"{op}: generator must be a CPU generator (numbers are drawn on the CPU and copied), got {generator.device}")
 
 

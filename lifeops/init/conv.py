@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lifeops.arguments import check_choice, check_flags, check_floating, check_int, check_number, check_positive, check_tensor, got
 from lifeops.init.closed_form import check_generator
 
 DEFAULT_NORM = 3**-0.5
@@ -31,7 +32,7 @@ def impulse_conv_(
         taps = torch.randint(K * K, (count, 1), generator=generator)
         return torch.zeros(count, K * K).scatter_(1, taps, norm)
 
-    return _fill("impulse_conv_", weight, draw, num_filters, assign, frozen, generator)
+    return _fill("impulse_conv_", weight, draw, norm, num_filters, assign, frozen, generator)
 
 
 def box_(
@@ -41,12 +42,14 @@ def box_(
     """``taps`` different random taps of equal value norm / √taps, 1 <= taps <= K². Otherwise as :func:`impulse_conv_`."""
 
     def draw(count: int, K: int) -> Tensor:
-        if not isinstance(taps, int) or not 1 <= taps <= K * K:
-            raise ValueError(f"box_: taps must be an int between 1 and K*K = {K * K}, got {taps!r}")
         order = torch.rand(count, K * K, generator=generator).argsort(1)
         return torch.zeros(count, K * K).scatter_(1, order[:, :taps], norm * taps**-0.5)
 
-    return _fill("box_", weight, draw, num_filters, assign, frozen, generator)
+    for w in _weights("box_", weight):
+        most = w.shape[-1] ** 2
+        if isinstance(taps, bool) or not isinstance(taps, int) or not 1 <= taps <= most:
+            raise ValueError(f"box_: taps must be an int between 1 and K*K = {most}, got {got(taps)}")
+    return _fill("box_", weight, draw, norm, num_filters, assign, frozen, generator)
 
 
 def gaussian_(
@@ -57,8 +60,7 @@ def gaussian_(
 
     Otherwise as :func:`impulse_conv_`.
     """
-    if not variance > 0:
-        raise ValueError(f"gaussian_: variance must be positive, got {variance!r}")
+    variance = check_positive("gaussian_", "variance", variance)
 
     def draw(count: int, K: int) -> Tensor:
         centres = torch.randint(K, (2, count, 1), generator=generator)
@@ -66,7 +68,7 @@ def gaussian_(
         filters = (y[:, :, None] * x[:, None, :]).flatten(1)
         return filters * (norm / filters.square().sum(1).mean().sqrt())
 
-    return _fill("gaussian_", weight, draw, num_filters, assign, frozen, generator)
+    return _fill("gaussian_", weight, draw, norm, num_filters, assign, frozen, generator)
 
 
 def random_conv_(
@@ -87,13 +89,13 @@ def random_conv_(
         bound = norm * 3**0.5 / K
         return torch.empty(count, K * K).uniform_(-bound, bound, generator=generator)
 
-    return _fill("random_conv_", weight, draw, num_filters, assign, frozen, generator)
+    return _fill("random_conv_", weight, draw, norm, num_filters, assign, frozen, generator)
 
 
-def _fill(op: str, target, draw: Callable[[int, int], Tensor], num_filters, assign: str, frozen: bool, generator):
+def _fill(op: str, target, draw: Callable[[int, int], Tensor], norm, num_filters, assign: str, frozen: bool, generator):
     check_generator(op, generator)
-    if assign not in ("random", "groups"):
-        raise ValueError(f"{op}: assign must be 'random' or 'groups', got {assign!r}")
+    check_choice(op, "assign", assign, ("random", "groups"))
+    check_number(op, "norm", norm), check_flags(op, frozen=frozen), check_int(op, "num_filters", num_filters, optional=True)
     weights = _weights(op, target)
     for weight in weights:
         C, K = weight.shape[0], weight.shape[-1]
@@ -129,6 +131,7 @@ def _weights(op: str, target) -> list[Tensor]:
     else:
         raise TypeError(f"{op}: weight must be a tensor or a module, got {type(target).__name__}")
     for weight in weights:
+        check_tensor(op, "weight", weight), check_floating(op, "weight", weight)
         if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
             raise ValueError(f"{op}: weight must have shape (C, 1, K, K) as in nn.Conv2d(groups=C), got {tuple(weight.shape)}")
     return weights

@@ -6,8 +6,12 @@ the grid have none.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
+
+from lifeops.arguments import check_int, got
 
 KERNEL_SIZES = (3, 5)
 
@@ -21,8 +25,8 @@ _ORDER = {3: _RING_1, 5: _RING_1 + _RING_2}
 
 
 def check_kernel_size(op: str, kernel_size: int) -> None:
-    if kernel_size not in KERNEL_SIZES:
-        raise ValueError(f"{op}: kernel_size must be 3 or 5, got {kernel_size!r}")
+    if not isinstance(kernel_size, numbers.Integral) or isinstance(kernel_size, bool) or kernel_size not in KERNEL_SIZES:
+        raise ValueError(f"{op}: kernel_size must be 3 or 5, got {got(kernel_size)}")
 
 
 def head_offsets(num_heads: int, kernel_size: int = 3) -> list[tuple[int, int]]:
@@ -32,7 +36,7 @@ def head_offsets(num_heads: int, kernel_size: int = 3) -> list[tuple[int, int]]:
     """
     check_kernel_size("head_offsets", kernel_size)
     order = _ORDER[kernel_size]
-    return [order[i % len(order)] for i in range(num_heads)]
+    return [order[i % len(order)] for i in range(check_int("head_offsets", "num_heads", num_heads, 0))]
 
 
 def random_offsets(num_heads: int, kernel_size: int = 3, generator: torch.Generator | None = None) -> list[tuple[int, int]]:

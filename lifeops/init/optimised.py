@@ -18,8 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lifeops import geometry
+from lifeops.arguments import check_flags, check_int, check_positive, got
 from lifeops.init.closed_form import check_embedding, check_generator, normalised
-from lifeops.init.offsets import random_offsets, shift_matrix
+from lifeops.init.offsets import check_kernel_size, random_offsets, shift_matrix
 from lifeops.init.threads import one_thread
 
 OP = "optimised_qk"
@@ -38,10 +40,12 @@ class OptimisedQK(NamedTuple):
 
 def sincos_position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
     """(H*W, C): sines and cosines of row and column at C/4 frequencies 10000^(-i / (C/4)). Raises ValueError unless C % 4 == 0."""
+    name = "sincos_position_embedding"
+    g, dim = geometry.to_grid(name, grid, 0), check_int(name, "dim", dim, 0)
     if dim % 4:
         raise ValueError(f"sincos_position_embedding: dim must be a multiple of 4, got {dim}")
     frequencies = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    y, x = torch.meshgrid(torch.arange(grid[0]).double(), torch.arange(grid[1]).double(), indexing="ij")
+    y, x = torch.meshgrid(torch.arange(g.height).double(), torch.arange(g.width).double(), indexing="ij")
     angles = [p.flatten()[:, None] * frequencies for p in (y, x)]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
 
@@ -75,20 +79,33 @@ def optimised_qk(
     Raises ValueError, TypeError where sizes do not fit.
     """
     check_generator(OP, generator)
+    counts = {"steps": steps, "num_layers": num_layers, "num_heads": num_heads}
+    steps, num_layers, num_heads = (check_int(OP, name, n) for name, n in counts.items())
+    check_positive(OP, "lr", lr), check_flags(OP, warm_start=warm_start, progress=progress), check_kernel_size(OP, kernel_size)
     if steps < 0 or num_layers < 1 or num_heads < 1:
         raise ValueError(f"{OP}: steps must be at least 0, num_layers and num_heads at least 1, got {steps}, {num_layers} and {num_heads}")
     grid = check_embedding(OP, position_embedding, grid, head_dim)
-    if offsets is None:
-        offsets = [random_offsets(num_heads, kernel_size, generator) for _ in range(num_layers)]
+    offsets = [random_offsets(num_heads, kernel_size, generator) for _ in range(num_layers)] if offsets is None else _pairs(offsets)
     X = normalised(position_embedding).float()
-    S = torch.stack([torch.stack([shift_matrix(grid, tuple(o)) for o in layer]) for layer in offsets])
-    if S.shape[:2] != (num_layers, num_heads):
+    if [len(layer) for layer in offsets] != [num_heads] * num_layers:
         raise ValueError(f"{OP}: offsets must be {num_layers} lists of {num_heads} pairs, got {[len(layer) for layer in offsets]}")
+    S = torch.stack([torch.stack([shift_matrix(grid, o) for o in layer]) for layer in offsets])
     norm = (X.shape[1] / (3 * head_dim * num_heads)) ** 0.5
     start = _warm(X, S, head_dim, generator) if warm_start else _cold(X, S, head_dim, generator)
     Q, K = _fit(X, S, start, norm, steps, lr, progress)
     with torch.no_grad():
-        return OptimisedQK(Q, K, [[tuple(o) for o in layer] for layer in offsets], impulse_loss(X, Q, K, S))
+        return OptimisedQK(Q, K, [list(layer) for layer in offsets], impulse_loss(X, Q, K, S))
+
+
+def _pairs(offsets) -> list[list[tuple[int, int]]]:
+    """Offsets as users write them: per layer a list of (dy, dx), one for each head."""
+    try:
+        pairs = [[tuple(check_int(OP, "offsets", n) for n in pair) for pair in layer] for layer in offsets]
+    except TypeError as error:
+        raise TypeError(f"{OP}: offsets must be lists of pairs of ints, one list per layer, got {got(offsets)}") from error
+    if not pairs or not all(pairs) or any(len(pair) != 2 for layer in pairs for pair in layer):
+        raise ValueError(f"{OP}: offsets must be lists of pairs of ints, one list per layer, got {got(offsets)}")
+    return pairs
 
 
 def _cold(X, S, head_dim, generator):

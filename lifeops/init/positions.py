@@ -45,8 +45,9 @@ def find(model, dim: int, grid, position_embedding: Tensor | None) -> Positions 
     if grid is None:
         raise ValueError(f"{OP}: the grid is unknown (no patch_embed.grid_size, no image_size and patch_size): pass grid=(H, W)")
     g = geometry.to_grid(OP, grid, 0)
-    if tensor.shape[-1] != dim or tensor.dim() not in (2, 3) or (tensor.dim() == 3 and tensor.shape[0] != 1):
-        raise ValueError(f"{OP}: the position embedding must have shape (1, N, {dim}) or (N, {dim}), got {tuple(tensor.shape)}")
+    if tensor.dim() not in (2, 3) or tensor.shape[-1] != dim or (tensor.dim() == 3 and tensor.shape[0] != 1):
+        what = "position_embedding" if given else "the position embedding"
+        raise ValueError(f"{OP}: {what} must have shape (1, N, {dim}) or (N, {dim}), got {tuple(tensor.shape)}")
     found = Positions(tensor, isinstance(tensor, nn.Parameter) and tensor.requires_grad, (g.height, g.width))
     _check_rows(found, _prefix(model))
     return found

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lifeops import geometry
+from lifeops.arguments import check_choice, check_flags, check_int, check_number, got
 from lifeops.init import positions, projections
 from lifeops.init.closed_form import (
     check_embedding,
     check_generator,
+    check_numbers,
     mimetic_qk,
     normalised,
     row_space,
@@ -76,6 +80,7 @@ def structured_(
         tokens where 2024 forbids them, attention that is more than softmax(q kᵀ) of its projections. Nothing is changed then.
     """
     _check_arguments(method, version, kernel_size, generator)
+    _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress)
     layers = projections.find(model_or_blocks, with_heads=method != "default")
     embedding = _embedding(model_or_blocks, layers, method, version, grid, position_embedding)
     defaults = _AUTHORS[method] if version == 2025 else _AUTHORS["default"]
@@ -94,12 +99,23 @@ def structured_(
 
 
 def _check_arguments(method, version, kernel_size, generator) -> None:
-    if method not in METHODS:
-        raise ValueError(f"{OP}: method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
-    if version not in VERSIONS:
-        raise ValueError(f"{OP}: version must be 2024 or 2025, got {version!r}")
+    check_choice(OP, "method", method, METHODS)
+    if not isinstance(version, numbers.Integral) or version not in VERSIONS:
+        raise ValueError(f"{OP}: version must be 2024 or 2025, got {got(version)}")
     check_kernel_size(OP, kernel_size)
     check_generator(OP, generator)
+
+
+def _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress) -> None:
+    scales = {"position_scale": position_scale, "qk_scale": qk_scale, "value_scale": value_scale}
+    for name, value in scales.items():
+        check_number(OP, name, value, optional=True)
+    if position_embedding is not None:
+        check_numbers(OP, "position_embedding", position_embedding)
+    if grid is not None:
+        geometry.to_grid(OP, grid, 0)
+    check_int(OP, "steps", steps, 0)
+    check_flags(OP, shared=shared is not None and shared, progress=progress)
 
 
 def _embedding(model, layers: list[Projections], method, version, grid, given) -> Positions | None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lifeops.arguments import check_choice, under
 from lifeops.integrations import timm
 from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grid_copies import living
@@ -114,11 +115,11 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
-    if system not in SYSTEMS:
-        raise ValueError(f"convert: system must be one of {', '.join(map(repr, SYSTEMS))}, got {system!r}")
+    check_choice("convert", "system", system, SYSTEMS)
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
-    plan = SYSTEMS[system](model, **options)
+    with under("convert"):
+        plan = SYSTEMS[system](model, **options)
     record = Conversion(system, plan.swaps)
     for old, new in plan.swaps:
         new.__dict__.update({name: old.__dict__[name] for name in _HOOKS})  # shared: who registers or removes one means both

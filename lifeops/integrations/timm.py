@@ -7,10 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lifeops.arguments import check_choice, check_flags, check_int, check_positive
 from lifeops.nn.dw_shortcut import ShortcutModule, wrap
+from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
 from lifeops.nn.life import LifeAttention
-from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
+from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
 from lifeops.nn.plain import exactly, why_not
+from lifeops.ops.life_qkv import AUX_KEYS
 
 _LOOKED_FOR = "a timm VisionTransformer: patch_embed with grid_size, num_prefix_tokens, and blocks[i].attn with qkv, proj, num_heads"
 
@@ -55,10 +58,15 @@ def _check_attention(path: str, attn: nn.Module) -> None:
         raise ValueError(f"convert: {path} must map {dim} channels to {dim}, got {attn.qkv.in_features} to {attn.proj.out_features}")
 
 
+def _rate(attn: nn.Module, name: str) -> float:
+    """Of a dropout that may be missing or an Identity."""
+    return getattr(getattr(attn, name, None), "p", 0.0)
+
+
 def _replacement(attn: nn.Module, num_prefix_tokens: int, options: dict) -> LifeAttention:
     weight = attn.proj.weight
     new = LifeAttention(
-        attn.proj.in_features, attn.num_heads, num_prefix_tokens, attn_drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p,
+        attn.proj.in_features, attn.num_heads, num_prefix_tokens, attn_drop=_rate(attn, "attn_drop"), proj_drop=_rate(attn, "proj_drop"),
         proj_bias=attn.proj.bias is not None, device=weight.device, dtype=weight.dtype, **options,
     )  # fmt: skip
     with torch.no_grad():
@@ -82,14 +90,14 @@ def _prefix_tokens(model: nn.Module, num_prefix_tokens: int | None) -> int:
     prefix = getattr(model, "num_prefix_tokens", None) if num_prefix_tokens is None else num_prefix_tokens
     if prefix is None:
         raise ValueError(f"convert: {type(model).__name__} does not say num_prefix_tokens; pass num_prefix_tokens=…")
-    if not isinstance(prefix, int) or prefix < 0:
-        raise ValueError(f"convert: num_prefix_tokens must be an int >= 0, got {prefix!r}")
-    return prefix
+    return check_int("convert", "num_prefix_tokens", prefix, 0)
 
 
 def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **options) -> Plan:
     """Replace the attention of every block."""
     _options(options, ("qkv_norm", "aux_key", "recompute"))
+    check_flags("convert", **{name: options[name] for name in options.keys() & {"qkv_norm", "recompute"}})
+    check_choice("convert", "aux_key", options.get("aux_key", AUX_KEYS[0]), AUX_KEYS)
     prefix = _prefix_tokens(model, num_prefix_tokens)
     found = {}
     for i, block in enumerate(model.blocks):
@@ -125,6 +133,8 @@ def convert_localvit(
 ) -> Plan:  # fmt: skip
     """Replace every block by one with the same attention and LocalViT's feed-forward instead of LayerNorm and MLP."""
     _options(options, ("act", "reduction", "expand_ratio"))
+    check_choice("convert", "act", act, ACTS)
+    check_int("convert", "reduction", reduction, 1, optional=True), check_positive("convert", "expand_ratio", expand_ratio, optional=True)
     prefix = _prefix_tokens(model, num_prefix_tokens)
     made: dict[int, tuple[nn.Module, nn.Module]] = {}
     for i, block in enumerate(model.blocks):
@@ -151,6 +161,9 @@ def convert_dw_shortcut(
 ) -> Plan:
     """Put a shortcut around every ``every`` blocks, which stay what they are."""
     _options(options, ("every", "kernel_sizes"))
+    kernel_sizes = check_kernel_sizes("convert", "kernel_sizes", kernel_sizes)
+    check_int("convert", "every", every, 1)
+    check_int("convert", "num_prefix_tokens", num_prefix_tokens, 0, optional=True)
     paths, prefix = _stages(model, num_prefix_tokens)
     swaps, groups = [], []
     for path in paths:

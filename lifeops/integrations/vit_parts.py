@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lifeops.arguments import check_floating, got, is_dense
 from lifeops.nn.grids import embedded_grid
+from lifeops.nn.inputs import check_like
 
 
 class Parts:
@@ -73,9 +75,9 @@ def _num_prefix_tokens(host: nn.Module) -> int:
 def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
     """Raises ValueError if there is no patch embedding or no image."""
     images = images.get("pixel_values") if isinstance(images, Mapping) else images
-    if not isinstance(images, Tensor) or images.dim() != 4:
-        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"rollout: images must be (B, channels, height, width) or a mapping with such pixel_values, got {got}")
+    if not is_dense(images) or images.dim() != 4:
+        expected = "dense (B, channels, height, width) or a mapping with such pixel_values"
+        raise ValueError(f"rollout: images must be {expected}, got {got(images)}")
     for host in model.modules():
         if hasattr(host, "patch_embed"):
             return Parts(model, host, host.patch_embed, images, num_prefix_tokens)
@@ -85,13 +87,22 @@ def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
     raise ValueError(f"rollout: {type(model).__name__} has no {looked_for}")
 
 
+def _check_embedded(embed: nn.Module, args: tuple) -> None:
+    """What reaches the patch embedding: a model may have made floats of its images before."""
+    x = args[0] if args else None
+    if isinstance(x, Tensor):
+        check_floating("rollout", "images", x)
+        check_like("rollout", "images", x, getattr(embed, "proj", None))
+
+
 @contextlib.contextmanager
 def watched(parts: Parts, features: bool) -> Iterator[None]:
     """Notes the grid of the forward pass and, if asked for, the last tokens."""
     def embedded(module, args, output):
         parts.embedded = embedded_grid(module, args, output)
 
-    handles = [] if parts.transformers else [parts.embed.register_forward_hook(embedded)]
+    handles = [parts.embed.register_forward_pre_hook(_check_embedded)]
+    handles += [] if parts.transformers else [parts.embed.register_forward_hook(embedded)]
     if features:
         handles.append(parts.norm().register_forward_hook(lambda module, args, output: setattr(parts, "features", output)))
     try:

@@ -11,45 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifeops.arguments import check_callable
+from lifeops.models.inputs import check_images, check_rates, check_sizes, grid_of, to_pair
 from lifeops.told import ToldInMetadata
 
 AttentionFactory = Callable[[int, int, int], nn.Module]
 BlockFactory = Callable[[int, int, int, nn.Module], nn.Module]
 
 
-def to_pair(model: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    """``value`` as (H, W), checked."""
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
-        raise ValueError(f"{model}: {name} must be a positive int or two of them (H, W), got {value!r}")
-    return pair
-
-
-def grid_of(model: str, img_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Patches per side."""
-    if any(n % p for n, p in zip(img_size, patch_size, strict=True)):
-        raise ValueError(f"{model}: img_size must be a multiple of patch_size {patch_size}, got {img_size}")
-    return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
-
-
-def check_images(model: str, x: Tensor, in_chans: int, img_size: tuple[int, int]) -> None:
-    expected = (in_chans, *img_size)
-    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-        raise ValueError(f"{model}: x must be images (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
-
-
 class PatchEmbed(nn.Module):
     """Images (B, in_chans, H, W) to patch tokens (B, H/p * W/p, C), row-major. ``grid_size`` is (H/p, W/p)."""
 
-    def __init__(self, img_size: tuple[int, int], patch_size: tuple[int, int], in_chans: int, embed_dim: int):
+    def __init__(
+        self, img_size: tuple[int, int], patch_size: tuple[int, int], in_chans: int, embed_dim: int, model: str = "VisionTransformer"
+    ):
         super().__init__()
-        self.grid_size = grid_of("VisionTransformer", img_size, patch_size)
+        self.model, self.grid_size = model, grid_of(model, img_size, patch_size)
         self.img_size, self.patch_size = img_size, patch_size
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images("VisionTransformer", x, self.proj.in_channels, self.img_size)
+        check_images(self.model, x, self.proj.in_channels, self.img_size, self.proj)
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -150,7 +133,13 @@ class VisionTransformer(nn.Module):
         block: BlockFactory | None = None,
     ):
         super().__init__()
-        _check_sizes(embed_dim, num_heads, class_token, dist_token, num_reg_tokens, drop_path_rate)
+        name = "VisionTransformer"
+        sizes = {"in_chans": in_chans, "num_classes": num_classes, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        check_sizes(name, **sizes, num_reg_tokens=num_reg_tokens)
+        flags = {"class_token": class_token, "dist_token": dist_token, "qkv_bias": qkv_bias}
+        check_rates(name, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), eps=norm_eps, **flags)
+        check_callable(name, "attn", attn), check_callable(name, "block", block)
+        _check_tokens(embed_dim, num_heads, class_token, dist_token)
         self.num_classes, self.embed_dim = num_classes, embed_dim
         self.num_prefix_tokens = P = int(class_token) + int(dist_token) + num_reg_tokens
         sizes = ("img_size", img_size), ("patch_size", patch_size)
@@ -203,15 +192,11 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _check_sizes(embed_dim: int, num_heads: int, class_token: bool, dist_token: bool, num_reg_tokens: int, drop_path_rate: float) -> None:
+def _check_tokens(embed_dim: int, num_heads: int, class_token: bool, dist_token: bool) -> None:
     if embed_dim % num_heads:
         raise ValueError(f"VisionTransformer: embed_dim must be a multiple of num_heads {num_heads}, got {embed_dim}")
     if dist_token and not class_token:
         raise ValueError("VisionTransformer: dist_token needs class_token (the two logits are averaged)")
-    if num_reg_tokens < 0:
-        raise ValueError(f"VisionTransformer: num_reg_tokens must not be negative, got {num_reg_tokens}")
-    if not 0.0 <= drop_path_rate < 1.0:
-        raise ValueError(f"VisionTransformer: drop_path_rate must be in [0, 1), got {drop_path_rate}")
 
 
 def _token(count: int, dim: int) -> nn.Parameter:

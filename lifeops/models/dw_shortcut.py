@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from lifeops.arguments import check_choice, check_int, under
 from lifeops.models.swin import SwinTransformer
 from lifeops.models.vit_cait import CaiT, ViT
+from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
 
 VARIANTS = {  # parameters with 10 classes, without and with shortcuts
     "vit_tiny": (ViT, {"embed_dim": 192, "num_heads": 3}),  # 5,519,434  5,547,082
@@ -16,6 +18,7 @@ VARIANTS = {  # parameters with 10 classes, without and with shortcuts
 }
 
 
+@under("dw_shortcut")
 def dw_shortcut(variant: str = "vit_tiny", *, every: int | None = 1, kernel_sizes: int | tuple[int, ...] = 3, **host) -> nn.Module:
     """A Transformer with depth-wise convolution shortcuts around its blocks.
 
@@ -28,7 +31,8 @@ def dw_shortcut(variant: str = "vit_tiny", *, every: int | None = 1, kernel_size
 
     Raises ValueError for an unknown variant or sizes that do not fit.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"dw_shortcut: variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    check_choice("dw_shortcut", "variant", variant, VARIANTS)
+    check_kernel_sizes("dw_shortcut", "kernel_sizes", kernel_sizes)
+    check_int("dw_shortcut", "every", every, 1, optional=True)
     build, sizes = VARIANTS[variant]
     return build(**{**sizes, **host}, every=every, kernel_sizes=kernel_sizes)

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lifeops.arguments import check_choice, under
 from lifeops.models.deit import Attention, VisionTransformer
-from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
+from lifeops.models.inputs import check_rates, check_sizes
+from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
 
 
 class Variant(NamedTuple):
@@ -26,6 +28,7 @@ VARIANTS = {
 }
 
 
+@under("localvit")
 def localvit(
     variant: str = "tiny_mlp4_act3_r192", *, embed_dim=None, num_heads=None, mlp_ratio=None, act=None, reduction=None, qkv_bias=True,
     norm_eps=1e-6, **host,
@@ -39,10 +42,13 @@ def localvit(
 
     Raises ValueError for an unknown variant or sizes that do not fit.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"localvit: variant must be one of {', '.join(map(repr, VARIANTS))}, got {variant!r}")
+    check_choice("localvit", "variant", variant, VARIANTS)
     given = {"embed_dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "act": act, "reduction": reduction}
     v = VARIANTS[variant]._replace(**{k: value for k, value in given.items() if value is not None})
+
+    check_sizes("localvit", embed_dim=v.embed_dim, num_heads=v.num_heads, reduction=v.reduction)
+    check_rates("localvit", mlp_ratio=v.mlp_ratio, eps=norm_eps, qkv_bias=qkv_bias)
+    check_choice("localvit", "act", v.act, ACTS)
 
     def block(dim, num_heads, num_prefix_tokens, drop_path):
         conv = LocalityFeedForward(dim, v.mlp_ratio, v.act, v.reduction, num_prefix_tokens=num_prefix_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lifeops.arguments import check_choice, got, under
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import VARIANTS as SHORTCUT_VARIANTS
 from lifeops.models.dw_shortcut import dw_shortcut
@@ -69,7 +70,8 @@ def _timm_model(name: str, host: dict) -> nn.Module:
     if not timm.is_model(name):
         raise ValueError(f"named: the model must be one of {', '.join(NAMES)} or a timm model, got {name!r}")
     try:
-        return timm.create_model(name, **host)
+        with under("named"):
+            return timm.create_model(name, **host)
     except TypeError as error:
         raise ValueError(f"named: {name} does not take all of {', '.join(host)}: {error}") from error
 
@@ -84,6 +86,15 @@ def _timm(name: str, system: str, host: dict) -> nn.Module:
     return model if own == system else convert(model, system)
 
 
+@under("named")
+def _own(name: str, system: str, host: dict) -> nn.Module:
+    if name in DEIT:
+        return _deit(name, system, host)
+    if name in LOCALVIT:
+        return _localvit(name, system, host)
+    return dw_shortcut(name, every=None if system == "plain" else 1, **host)
+
+
 def named(name: str, system: str = "plain", **host) -> nn.Module:
     """The model ``name`` with ``system`` built in, on the current default device.
 
@@ -96,17 +107,13 @@ def named(name: str, system: str = "plain", **host) -> nn.Module:
 
     Raises ValueError for an unknown name or system, and where the model cannot have the system.
     """
-    if set(system.split(" + ")) - set(SYSTEMS):
-        raise ValueError(f"named: system must be one of {', '.join(map(repr, SYSTEMS))}, got {system!r}")
+    if not isinstance(name, str):
+        raise TypeError(f"named: name must be a str, got {got(name)}")
+    if not isinstance(system, str) or set(system.split(" + ")) - set(SYSTEMS):
+        check_choice("named", "system", system, SYSTEMS)
     if name in NAMES and system not in systems_of(name):
         raise ValueError(f"named: the system of {name} must be one of {', '.join(map(repr, systems_of(name)))}, got {system!r}")
-    if name in DEIT:
-        return _deit(name, system, host)
-    if name in LOCALVIT:
-        return _localvit(name, system, host)
-    if name in SHORTCUT_VARIANTS:
-        return dw_shortcut(name, every=None if system == "plain" else 1, **host)
-    return _timm(name, system, host)
+    return _own(name, system, host) if name in NAMES else _timm(name, system, host)
 
 
 def image_size(name: str, img_size: tuple[int, int] | None = None) -> tuple[int, int, int]:

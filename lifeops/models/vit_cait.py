@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifeops.models.deit import check_images, grid_of, to_pair
+from lifeops.arguments import check_rate, check_tensor
+from lifeops.models.inputs import check_images, check_rates, check_sizes, grid_of, to_pair
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
+from lifeops.nn.inputs import check_like
+from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
 from lifeops.told import ToldInMetadata
 
 
@@ -147,12 +150,24 @@ class ClassTransformer(nn.Module):
         return x
 
 
+def _check_stack(model: nn.Module, depths: dict, mlp_ratio, every, kernel_sizes) -> None:
+    """What is asked of a host's layers."""
+    name = type(model).__name__
+    check_sizes(name, **depths)
+    check_rates(name, mlp_ratio=mlp_ratio)
+    check_kernel_sizes(name, "kernel_sizes", kernel_sizes)
+    if every is not None:
+        check_every(name, every, depths["depth"])
+
+
 class _Host(nn.Module):
     """What the two hosts share: patch embedding, tokens and head."""
 
     def __init__(self, img_size, patch_size, in_chans, num_classes, embed_dim, num_heads, head_dim, drop_rate, num_pos_prefix):
         super().__init__()
         name = type(self).__name__
+        sizes = {"in_chans": in_chans, "num_classes": num_classes, "embed_dim": embed_dim, "num_heads": num_heads}
+        check_sizes(name, ("head_dim",), **sizes, head_dim=head_dim)
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(f"{name}: embed_dim must be a multiple of num_heads {num_heads} without head_dim, got {embed_dim}")
         self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
@@ -162,8 +177,14 @@ class _Host(nn.Module):
         self.to_patch_embedding = nn.Sequential(patches, nn.Linear(in_chans * patch_size[0] * patch_size[1], embed_dim))
         self.pos_embedding = nn.Parameter(torch.randn(1, num_pos_prefix + self.grid_size[0] * self.grid_size[1], embed_dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, embed_dim))
-        self.dropout = nn.Dropout(drop_rate)
+        self.dropout = nn.Dropout(check_rate(name, "drop_rate", drop_rate, one=True))
         self.mlp_head = nn.Sequential(nn.LayerNorm(embed_dim), nn.Linear(embed_dim, num_classes))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images to patch tokens."""
+        check_tensor(type(self).__name__, "x", x)
+        check_like(type(self).__name__, "x", x, self.to_patch_embedding._modules.get("1"))
+        return self.to_patch_embedding(x)
 
 
 class ViT(_Host):
@@ -183,6 +204,7 @@ class ViT(_Host):
         drop_rate=0.0, every=1, kernel_sizes=3,
     ):  # fmt: skip
         super().__init__(img_size, patch_size, in_chans, num_classes, embed_dim, num_heads, head_dim, drop_rate, 1)
+        _check_stack(self, {"depth": depth}, mlp_ratio, every, kernel_sizes)
         hidden = round(embed_dim * mlp_ratio)
 
         def layer():
@@ -192,7 +214,7 @@ class ViT(_Host):
         self.transformer = Transformer([layer() for _ in range(depth)], embed_dim, every, kernel_sizes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.to_patch_embedding(x)
+        x = self.embed(x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embedding
         return self.mlp_head(self.transformer(self.dropout(x), self.grid_size)[:, 0])
 
@@ -208,6 +230,7 @@ class CaiT(_Host):
         mlp_ratio=4.0, drop_rate=0.0, every=1, kernel_sizes=3,
     ):  # fmt: skip
         super().__init__(img_size, patch_size, in_chans, num_classes, embed_dim, num_heads, head_dim, drop_rate, 0)
+        _check_stack(self, {"depth": depth, "cls_depth": cls_depth}, mlp_ratio, every, kernel_sizes)
         hidden = round(embed_dim * mlp_ratio)
 
         def layers(count):
@@ -220,6 +243,6 @@ class CaiT(_Host):
         self.cls_transformer = ClassTransformer(layers(cls_depth))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_transformer(self.dropout(self.to_patch_embedding(x) + self.pos_embedding), self.grid_size)
+        x = self.patch_transformer(self.dropout(self.embed(x) + self.pos_embedding), self.grid_size)
         cls = self.cls_transformer(self.cls_token.expand(x.shape[0], -1, -1), x)
         return self.mlp_head(cls[:, 0])

@@ -39,7 +39,7 @@ def attend(module, q, k, v, attn_mask, is_causal, local=None, *, grid, num_prefi
 
 
 def _by_op(q, k, v, local, attn_mask, drop, grid, num_prefix_tokens):
-    request = config.requested_backend(None)
+    request = config.requested_backend("local_attention", None)
     if local is None and q.device.type != "cpu" and request in ("", "cuda"):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=drop).transpose(1, 2).flatten(2)
     parameters = (None, None) if local is None else (local.weight, local.bias)

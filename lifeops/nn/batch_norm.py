@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lifeops.arguments import check_module
 from lifeops.nn.plain import Rule, why_not
 from lifeops.ops.batch_norm import affine_of
 
@@ -85,6 +86,7 @@ def fuse_(module: nn.Module) -> nn.Module:
 
     Raises ValueError in training mode, and where batch norms keep no running statistics.
     """
+    check_module("fuse_", "module", module)
     found = [m for m in module.modules() if hasattr(m, _FOLD)]
     if not found:
         raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward or DWShortcut")

@@ -35,8 +35,6 @@ class SELayer(_ChannelAttention):
 
     def __init__(self, channels: int, reduction: int, **dd):
         super().__init__()
-        if reduction < 1 or reduction > channels:
-            raise ValueError(f"SELayer: reduction must be between 1 and the {channels} hidden channels, got {reduction}")
         width = channels // reduction
         self.fc = nn.Sequential(nn.Linear(channels, width, **dd), nn.ReLU(), nn.Linear(width, channels, **dd), nn.Hardsigmoid())
         self.kind = "se"

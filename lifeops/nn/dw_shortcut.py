@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from lifeops import config, geometry, torchlib
+from lifeops.arguments import check_factory, check_int, got
 from lifeops.nn.batch_norm import check_constant, check_readable, on_batch, sync_group, update_running
 from lifeops.nn.dw_shortcut_fold import BorderBias, ChannelAffine, merged
 from lifeops.nn.grids import GridHolder
+from lifeops.nn.inputs import check_input, check_like, check_sequence, kernel_sizes
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, is_plain
 from lifeops.nn.scripting import NotScripted
@@ -23,17 +27,16 @@ _NORM = exactly(*BATCH_NORMS, ChannelAffine, BorderBias)
 # ------------------------------------------------------------------------------------------------ the functional core
 
 
-def _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens):
-    g = geometry.to_grid(NAME, grid, num_prefix_tokens)
-    if x.dim() != 3:
-        raise ValueError(f"{NAME}: x must have shape (B, N, C), got {tuple(x.shape)}")
-    geometry.check_tokens(NAME, "x", x.shape[1], g.height, g.width, g.prefix)
+def _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens):
+    grid = check_input(op, x, None, grid, num_prefix_tokens)
+    check_sequence(op, "block_output", block_output)
     if block_output.shape != x.shape or block_output.device != x.device:
-        got = f"{tuple(block_output.shape)} on {block_output.device}"
-        raise ValueError(f"{NAME}: block_output must be like x, {tuple(x.shape)} on {x.device}, got {got}")
+        expected, came = (f"{tuple(t.shape)} on {t.device}" for t in (x, block_output))
+        raise ValueError(f"{op}: block_output must be like x, {expected}, got {came}")
     if not convs or len(convs) != len(batchnorms):
-        raise ValueError(f"{NAME}: convs and batchnorms must be equally many and not none, got {len(convs)} and {len(batchnorms)}")
-    return g.height, g.width
+        raise ValueError(f"{op}: convs and batchnorms must be equally many and not none, got {len(convs)} and {len(batchnorms)}")
+    check_like(op, "x", x, convs[0], any_dtype=True)
+    return grid
 
 
 def _is_constant(norm) -> bool:
@@ -103,7 +106,7 @@ def _sum(x, y, convs, batchnorms, grid, P, backend, fused):
     return y
 
 
-def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None, *, fused=False):
+def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None, *, fused=False, op=NAME):
     """block_output + [0 for the prefix tokens | sum_k conv_k(batchnorm_k(GELU(x_patch)))].
 
     The convolutions zero-pad what the batch norms give. Training: the statistics of GELU(x_patch), the same for all kernels, are
@@ -115,14 +118,14 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
         x: (B, P + H*W, C), the input of the block(s). block_output: what came out, same shape; x is read in its dtype.
         convs: depth-wise nn.Conv2d, odd kernels, same padding. batchnorms: one for each.
         grid, num_prefix_tokens: (H, W), P. backend: as in :func:`lifeops.token_dwconv`.
-        fused: the caller knows that all of them are plain.
+        fused: the caller knows that all of them are plain. op: who complains.
 
     Returns the sum with block_output's dtype, under autocast too: reading and writing is all this costs, a cast would cost more.
 
     Raises ValueError for shapes that do not fit and for a training batch of one value per channel.
     """
-    grid = _check(x, block_output, convs, batchnorms, grid, num_prefix_tokens)
-    backend = config.requested_backend(backend)
+    grid = _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens)
+    backend = config.requested_backend(NAME, backend)
     y, P = block_output, num_prefix_tokens
     with torchlib.without_autocast(x):
         return _sum(x.to(y.dtype), y, convs, batchnorms, grid, P, backend, fused)
@@ -131,20 +134,12 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
 # ------------------------------------------------------------------------------------------------ modules
 
 
-def kernel_sizes(kernel_size) -> tuple[int, ...]:
-    """``kernel_size`` as a tuple, checked."""
-    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-    if not sizes or any(not isinstance(k, int) or k < 1 or k % 2 == 0 for k in sizes):
-        raise ValueError(f"DWShortcut: kernel_size must be an odd positive int or several of them, got {kernel_size!r}")
-    return sizes
-
-
 class ShortcutModule(NotScripted, nn.Module):
     """Holds ``convs`` and ``batchnorms`` of ``count`` shortcuts, those of one shortcut's parallel kernels side by side."""
 
     def __init__(self, dim: int, count: int, kernel_size: int | tuple[int, ...], **dd):
         super().__init__()
-        sizes = kernel_sizes(kernel_size) * count
+        sizes = kernel_sizes("DWShortcut", "kernel_size", kernel_size) * count
         self.count = count
         self.convs = nn.ModuleList(nn.Conv2d(dim, dim, k, padding=k // 2, groups=dim, **dd) for k in sizes)
         self.batchnorms = nn.ModuleList(nn.BatchNorm2d(dim, **dd) for _ in sizes)
@@ -160,9 +155,9 @@ class ShortcutModule(NotScripted, nn.Module):
         kinds = ("convs", depthwise), ("batchnorms", _NORM)
         return [(f"{name}.{j}", rule) for name, rule in kinds for j in range(len(self.convs))]
 
-    def add_shortcut(self, i: int, x, block_output, grid: tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
+    def add_shortcut(self, i: int, x, block_output, grid: tuple[int, int], num_prefix_tokens: int, op: str = NAME) -> torch.Tensor:
         """``block_output`` with shortcut ``i`` of ``x`` added."""
-        return dw_shortcut(x, block_output, *self.kernels(i), grid, num_prefix_tokens, fused=is_fused(self))
+        return dw_shortcut(x, block_output, *self.kernels(i), grid, num_prefix_tokens, fused=is_fused(self), op=op)
 
     def fold_batch_norms_(self, check: bool) -> None:
         """Merge each shortcut's kernels and norms into one of each, or only ``check`` that it can be done."""
@@ -199,16 +194,17 @@ class DWShortcut(ShortcutModule):
     needs_grid = True
 
     def __init__(self, dim, kernel_size=3, num_prefix_tokens=1, *, grid=None, device=None, dtype=None):
-        super().__init__(dim, 1, kernel_size, device=device, dtype=dtype)
+        dim, num_prefix_tokens = check_int("DWShortcut", "dim", dim, 1), check_int("DWShortcut", "num_prefix_tokens", num_prefix_tokens, 0)
+        grid = geometry.fixed_grid("DWShortcut", grid, num_prefix_tokens)
+        super().__init__(dim, 1, kernel_size, **check_factory("DWShortcut", device, dtype))
         self.dim, self.num_prefix_tokens = dim, num_prefix_tokens
         self.grid_holder = GridHolder(grid)
 
     def forward(self, x: torch.Tensor, block_output: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x, block_output (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
         grid = self.grid_holder.of("DWShortcut", grid)
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"DWShortcut: x must have shape (B, N, {self.dim}), got {tuple(x.shape)}")
-        return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens)
+        check_sequence("DWShortcut", "x", x, self.dim)
+        return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens, "DWShortcut")
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_prefix_tokens={self.num_prefix_tokens}"
@@ -240,8 +236,8 @@ class ShortcutBlocks(nn.Module):
 
 
 def check_every(op: str, every: int, depth: int) -> None:
-    if not isinstance(every, int) or every < 1 or depth % every:
-        raise ValueError(f"{op}: every must be a positive int that divides the {depth} blocks, got {every!r}")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1 or depth % every:
+        raise ValueError(f"{op}: every must be a positive int that divides the {depth} blocks, got {got(every)}")
 
 
 def _width(block: nn.Module) -> int:
@@ -251,6 +247,13 @@ def _width(block: nn.Module) -> int:
     if not found:
         raise ValueError(f"wrap: cannot tell the width of {type(block).__name__}, which has no LayerNorm; pass dim=…")
     return found[0][-1]
+
+
+def _checked_blocks(blocks) -> list[nn.Module]:
+    found = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+    if not found or not isinstance(blocks, Iterable) or not all(isinstance(block, nn.Module) for block in found):
+        raise TypeError(f"wrap: blocks must be modules, at least one, got {got(blocks)}")
+    return found
 
 
 def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=None) -> nn.ModuleList:
@@ -267,8 +270,11 @@ def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=
 
     Raises ValueError where ``every`` does not divide the number of blocks or the width cannot be told.
     """
-    blocks = list(blocks)
+    blocks = _checked_blocks(blocks)
     check_every("wrap", every, len(blocks))
+    kernel_size, dim = kernel_sizes("wrap", "kernel_size", kernel_size), check_int("wrap", "dim", dim, 1, optional=True)
+    num_prefix_tokens = check_int("wrap", "num_prefix_tokens", num_prefix_tokens, 0)
+    grid = geometry.fixed_grid("wrap", grid, num_prefix_tokens)
     groups = [blocks[i : i + every] for i in range(0, len(blocks), every)]
 
     def shortcut(block):

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lifeops import geometry
+from lifeops.arguments import check_module
 from lifeops.nn.grid_copies import Copied
 
 Grid = tuple[int, int]
@@ -281,8 +282,7 @@ def holders(module: nn.Module) -> list[GridHolder]:
     return list({id(h): h for h in found if h is not None}.values())
 
 
-@contextlib.contextmanager
-def use_grid(model: nn.Module, grid: Grid) -> Iterator[None]:
+def use_grid(model: nn.Module, grid: Grid) -> contextlib.AbstractContextManager[None]:
     """Inside the ``with``, in this thread, the tokens given to lifeops' modules in ``model`` lie on ``grid`` (H, W).
 
     For parts of a converted model that are called on their own: ``with lifeops.use_grid(model, (14, 14)): model.blocks[0](tokens)``.
@@ -290,11 +290,17 @@ def use_grid(model: nn.Module, grid: Grid) -> Iterator[None]:
 
     Raises ValueError if no module of ``model`` asks for a grid, TypeError or ValueError for what is no grid.
     """
+    check_module("use_grid", "model", model)
     g = geometry.to_grid("use_grid", grid, 0)
     found = holders(model)
     if not found:
         raise ValueError(f"use_grid: {type(model).__name__} has no module of lifeops that asks for a grid")
+    return _use(found, (g.height, g.width))
+
+
+@contextlib.contextmanager
+def _use(found: list[GridHolder], grid: Grid) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for holder in found:
-            stack.enter_context(holder.use((g.height, g.width)))
+            stack.enter_context(holder.use(grid))
         yield

@@ -6,20 +6,29 @@ import torch
 from torch import nn
 
 from lifeops import geometry
+from lifeops.arguments import check_choice, check_factory, check_flags, check_int, check_rate
 from lifeops.nn.attend import DROPOUT, attend
 from lifeops.nn.grids import GridHolder
+from lifeops.nn.inputs import check_heads, check_input, check_like, check_mask
 from lifeops.nn.maps import call, on_patches, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, pointwise, without_bias
 from lifeops.nn.scripting import NotScripted
-from lifeops.ops.life_qkv import scale1_keys, scale_dims
+from lifeops.ops.life_qkv import AUX_KEYS, scale1_keys, scale_dims
 from lifeops.ops.life_qkv_function import join_scales, life_qkv
 from lifeops.ops.project_scales import project_scales
 from lifeops.told import ToldInMetadata
 
 
-def _check_heads(name: str, dim: int, num_heads: int) -> None:
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"{name}: dim must be a multiple of num_heads, got dim = {dim}, num_heads = {num_heads}")
+def _check_options(name: str, dim, num_heads, num_prefix_tokens, qkv_norm, aux_key, recompute):
+    """(dim, num_heads, P) of both modules, checked under the name of the one that was called."""
+    dim, num_heads = check_heads(name, dim, num_heads)
+    if dim < 3:
+        raise ValueError(f"{name}: three scales need a dim of at least 3, got {dim}")
+    check_choice(name, "aux_key", aux_key, AUX_KEYS)
+    if aux_key == "scale1" and dim % 3:
+        raise ValueError(f"{name}: aux_key='scale1' needs a dim divisible by 3 (the authors' models), got {dim}")
+    check_flags(name, qkv_norm=qkv_norm, recompute=recompute)
+    return dim, num_heads, check_int(name, "num_prefix_tokens", num_prefix_tokens, 0)
 
 
 class _Scale(nn.Module):
@@ -56,12 +65,9 @@ class LifeQKV(NotScripted, ToldInMetadata):
         self, dim, num_heads, num_prefix_tokens=1, qkv_norm=False, aux_key="multiscale", *, recompute=False, device=None, dtype=None
     ):
         super().__init__()
-        _check_heads("LifeQKV", dim, num_heads)
-        if aux_key not in ("multiscale", "scale1"):
-            raise ValueError(f"LifeQKV: aux_key must be 'multiscale' or 'scale1', got {aux_key!r}")
-        if aux_key == "scale1" and dim % 3:
-            raise ValueError(f"LifeQKV: aux_key='scale1' needs a dim divisible by 3 (the authors' models), got {dim}")
-        dd = {"device": device, "dtype": dtype}
+        options = num_prefix_tokens, qkv_norm, aux_key, recompute
+        dim, num_heads, num_prefix_tokens = _check_options("LifeQKV", dim, num_heads, *options)
+        dd = check_factory("LifeQKV", device, dtype)
         self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
         self.aux_key, self.recompute = aux_key, recompute
         widths = [3 * d for d in scale_dims(dim)]
@@ -96,8 +102,6 @@ class LifeQKV(NotScripted, ToldInMetadata):
     def _composed(self, x, grid):
         """The scales by calling every layer."""
         P = self.num_prefix_tokens
-        g = geometry.to_grid("LifeQKV", grid, P)
-        geometry.check_tokens("LifeQKV", "x", x.shape[1], g.height, g.width, P)
         z1 = self.scale1(x)
         z2 = self.scale2(z1, grid, P)
         z3 = self.scale3(z2, grid, P)
@@ -105,6 +109,8 @@ class LifeQKV(NotScripted, ToldInMetadata):
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, P + H*W, C), grid (H, W) -> q, k, v, each (B, N, C) with channels ordered by scale."""
+        grid = check_input("LifeQKV", x, self.dim, grid, self.num_prefix_tokens)
+        check_like("LifeQKV", "x", x, self.scale1)
         qkv = join_scales(self.scales(x, grid))
         return qkv if self.norm is None else tuple(self.norm(t) for t in qkv)
 
@@ -140,9 +146,13 @@ class LifeAttention(NotScripted, nn.Module):
         proj_bias=True, recompute=False, device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        _check_heads("LifeAttention", dim, num_heads)
+        options = num_prefix_tokens, qkv_norm, aux_key, recompute
+        dim, num_heads, num_prefix_tokens = _check_options("LifeAttention", dim, num_heads, *options)
+        check_flags("LifeAttention", proj_bias=proj_bias)
+        check_rate("LifeAttention", "attn_drop", attn_drop), check_rate("LifeAttention", "proj_drop", proj_drop, one=True)
+        grid = geometry.fixed_grid("LifeAttention", grid, num_prefix_tokens)
         self.dim, self.num_heads, self.head_dim, self.scale = dim, num_heads, dim // num_heads, (dim // num_heads) ** -0.5
-        dd = {"device": device, "dtype": dtype}
+        dd = check_factory("LifeAttention", device, dtype)
         self.qkv = LifeQKV(dim, num_heads, num_prefix_tokens, qkv_norm, aux_key, recompute=recompute, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
@@ -176,7 +186,10 @@ class LifeAttention(NotScripted, nn.Module):
         self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
         """x (B, P + H*W, C) -> (B, P + H*W, C). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention."""
-        grid = self.grid_holder.of("LifeAttention", grid)
+        grid = check_input("LifeAttention", x, self.dim, self.grid_holder.of("LifeAttention", grid), self.num_prefix_tokens)
+        check_like("LifeAttention", "x", x, getattr(self.qkv, "scale1", None))
+        check_mask("LifeAttention", attn_mask, x, self.num_heads)
+        check_flags("LifeAttention", is_causal=is_causal)
         fused = is_fused(self)
         if fused and self.qkv.aligned and self.qkv.norm is None:
             masks = _mask_per_scale(attn_mask, self.num_heads)

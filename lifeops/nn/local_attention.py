@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lifeops import geometry
+from lifeops.arguments import check_callable, check_factory, check_flags, check_int, check_rate
 from lifeops.nn.attend import DROPOUT, attend
 from lifeops.nn.grids import GridHolder
+from lifeops.nn.inputs import check_heads, check_input, check_kernel_size, check_like, check_mask
 from lifeops.nn.plain import depthwise, is_fused
 from lifeops.nn.scripting import NotScripted
 
@@ -33,14 +36,18 @@ class LocalAttention(NotScripted, nn.Module):
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        if num_heads < 1 or (attn_head_dim is None and dim % num_heads):
-            raise ValueError(f"LocalAttention: dim must be a multiple of num_heads, got dim = {dim}, num_heads = {num_heads}")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"LocalAttention: kernel_size must be odd, got {kernel_size}")
-        if num_prefix_tokens < 0:
-            raise ValueError(f"LocalAttention: num_prefix_tokens must not be negative, got {num_prefix_tokens}")
-        dd, norm_layer = {"device": device, "dtype": dtype}, nn.LayerNorm if norm_layer is None else norm_layer
-        self.num_heads, self.num_prefix_tokens = num_heads, num_prefix_tokens
+        name = "LocalAttention"
+        attn_head_dim, dim_out = (check_int(name, n, v, 1, True) for n, v in (("attn_head_dim", attn_head_dim), ("dim_out", dim_out)))
+        sizes = (check_int(name, n, v, 1) for n, v in (("dim", dim), ("num_heads", num_heads)))
+        dim, num_heads = check_heads(name, dim, num_heads) if attn_head_dim is None else sizes
+        kernel_size, num_prefix_tokens = check_kernel_size(name, kernel_size), check_int(name, "num_prefix_tokens", num_prefix_tokens, 0)
+        grid = geometry.fixed_grid(name, grid, num_prefix_tokens)
+        flags = {"qkv_bias": qkv_bias, "qk_norm": qk_norm, "scale_norm": scale_norm, "proj_bias": proj_bias, "gated": gated}
+        check_flags(name, **flags, local_bias=local_bias)
+        check_rate(name, "attn_drop", attn_drop), check_rate(name, "proj_drop", proj_drop, one=True)
+        check_callable(name, "norm_layer", norm_layer)
+        dd, norm_layer = check_factory(name, device, dtype), nn.LayerNorm if norm_layer is None else norm_layer
+        self.dim, self.num_heads, self.num_prefix_tokens = dim, num_heads, num_prefix_tokens
         self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
         self.attn_dim, self.scale = num_heads * self.head_dim, self.head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
@@ -63,7 +70,10 @@ class LocalAttention(NotScripted, nn.Module):
         self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
         """x (B, P + H*W, dim) -> (B, P + H*W, dim_out). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention."""
-        grid = self.grid_holder.of("LocalAttention", grid)
+        grid = check_input("LocalAttention", x, self.dim, self.grid_holder.of("LocalAttention", grid), self.num_prefix_tokens)
+        check_like("LocalAttention", "x", x, self.qkv)
+        check_mask("LocalAttention", attn_mask, x, self.num_heads)
+        check_flags("LocalAttention", is_causal=is_causal)
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         place = {"grid": grid, "num_prefix_tokens": self.num_prefix_tokens}
         y = attend(self, self.q_norm(q), self.k_norm(k), v, attn_mask, is_causal, self.local, fused=is_fused(self), **place)

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from lifeops import config, geometry, torchlib
+from lifeops.arguments import LARGEST, check_choice, check_factory, check_flags, check_int, check_module, check_number
 from lifeops.nn.batch_norm import check_constant, check_readable, constants, on_batch, sync_group, total_count, update_running
 from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
+from lifeops.nn.inputs import check_input, check_like, check_sequence
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, is_plain, pointwise, reasons
 from lifeops.nn.scripting import NotScripted
@@ -21,6 +23,15 @@ from lifeops.told import ToldInMetadata
 
 ACTS = {"relu6": ("relu6", "")} | {"hs" + f"+{kind}" * bool(kind): ("hardswish", kind) for kind in GATES}
 """The authors' names: activation and channel attention."""
+
+
+def hidden_width(op: str, dim, expand_ratio) -> tuple[int, int]:
+    """(C, H_), checked."""
+    dim, ratio = check_int(op, "dim", dim, 1), check_number(op, "expand_ratio", expand_ratio)
+    hidden = dim * ratio
+    if not 1 <= hidden < LARGEST:
+        raise ValueError(f"{op}: dim * expand_ratio must be at least 1, got {dim} * {expand_ratio}")
+    return dim, int(hidden)
 
 
 class LocalityFeedForward(NotScripted, ToldInMetadata):
@@ -52,12 +63,12 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
-        if act not in ACTS:
-            raise ValueError(f"LocalityFeedForward: act must be one of {', '.join(map(repr, ACTS))}, got {act!r}")
-        hidden = int(dim * expand_ratio)
-        if hidden < 1:
-            raise ValueError(f"LocalityFeedForward: dim * expand_ratio must be at least 1, got {dim} * {expand_ratio}")
-        dd = {"device": device, "dtype": dtype}
+        name = "LocalityFeedForward"
+        check_choice(name, "act", act, ACTS)
+        dim, hidden = hidden_width(name, dim, expand_ratio)
+        reduction, num_prefix_tokens = check_int(name, "reduction", reduction), check_int(name, "num_prefix_tokens", num_prefix_tokens, 0)
+        check_flags(name, wo_dp_conv=wo_dp_conv, dp_first=dp_first)
+        grid, dd = geometry.fixed_grid(name, grid, num_prefix_tokens), check_factory(name, device, dtype)
         self.dim, self.hidden_dim, self.num_prefix_tokens = dim, hidden, num_prefix_tokens
         self.act, (self.activation, self.attention) = act, ACTS[act]
 
@@ -74,6 +85,8 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
         layers = [*product(dim, hidden), activation()]
         if not wo_dp_conv:
             layers = [*local(dim), *layers] if dp_first else [*layers, *local(hidden)]
+        if self.attention == "se" and not 1 <= reduction <= hidden:
+            raise ValueError(f"{name}: reduction must be between 1 and the {hidden} hidden channels, got {reduction}")
         if self.attention == "se":
             layers.append(SELayer(hidden, reduction, **dd))
         elif self.attention:
@@ -126,7 +139,7 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
         dtype = torchlib.autocast_dtype(x) or x.dtype
         wide = accumulate_dtype(dtype)
         expand, local, project, norms = self.conv[0], self.conv[3], self.conv[-2], self._norms()
-        cfg = self._config(dtype, grid, norms, config.requested_backend(None))
+        cfg = self._config(dtype, grid, norms, config.requested_backend("LocalityFeedForward", None))
         values = [_norm_values(n, wide) for n in norms]
         if any(chain.on_batch(v) for v in values):
             _check_batch(x.shape[0] * chain.patches(cfg), x, cfg)
@@ -147,11 +160,8 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
         grid = self.grid_holder.of("LocalityFeedForward", grid)
-        g = geometry.to_grid("LocalityFeedForward", grid, self.num_prefix_tokens)
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"LocalityFeedForward: x must have shape (B, N, {self.dim}), got {tuple(x.shape)}")
-        geometry.check_tokens("LocalityFeedForward", "x", x.shape[1], g.height, g.width, g.prefix)
-        grid = g.height, g.width
+        grid = check_input("LocalityFeedForward", x, self.dim, grid, self.num_prefix_tokens)
+        check_like("LocalityFeedForward", "x", x, next(self.conv.children(), None))
         return self._run(x, grid) if self._fast(x, grid) else self._composed(x, grid)
 
     def fold_batch_norms_(self, check: bool) -> None:
@@ -177,6 +187,10 @@ class LocalViTBlock(ToldInMetadata):
 
     def __init__(self, norm1: nn.Module, attn: nn.Module, conv: LocalityFeedForward, drop_path1=None, ls1=None):
         super().__init__()
+        for name, module in (("norm1", norm1), ("attn", attn), ("conv", conv)):
+            check_module("LocalViTBlock", name, module)
+        for name, module in (("drop_path1", drop_path1), ("ls1", ls1)):
+            check_module("LocalViTBlock", name, module, optional=True)
         self.norm1, self.attn, self.conv = norm1, attn, conv
         self.ls1 = nn.Identity() if ls1 is None else ls1
         self.drop_path1 = nn.Identity() if drop_path1 is None else drop_path1
@@ -187,6 +201,10 @@ class LocalViTBlock(ToldInMetadata):
         return getattr(self.attn, "num_heads", None)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, **options) -> torch.Tensor:
+        check_sequence("LocalViTBlock", "x", x, getattr(self.conv, "dim", None))
+        check_like("LocalViTBlock", "x", x, self.norm1, any_dtype=True)
+        if grid is not None:
+            geometry.to_grid("LocalViTBlock", grid, 0)
         if getattr(self.attn, "needs_grid", False) and grid is not None:
             options["grid"] = grid
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **options)))

@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from lifeops.arguments import check_choice
+
 ACTS = ("none", "relu6", "hardswish", "gelu")
 GELU_FIRST = "gelu_first"  # of a prologue: scale * gelu(x) + shift, where the others are f(scale * x + shift)
 PROLOGUES = (*ACTS, GELU_FIRST)
@@ -14,8 +16,7 @@ EXACT = ("none", "relu6")  # integers stay integers, derivatives too
 
 
 def check(op: str, name: str, act: str, known: tuple[str, ...] = ACTS) -> None:
-    if act not in known:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, known))}, got {act!r}")
+    check_choice(op, name, act, known)
 
 
 def _gelu(v: torch.Tensor) -> torch.Tensor:

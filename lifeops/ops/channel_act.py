@@ -20,7 +20,7 @@ import torch
 
 from lifeops import torchlib
 from lifeops.ops import activations
-from lifeops.ops.token_dwconv import DTYPES
+from lifeops.ops.token_dwconv import check_rows
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
 from lifeops.registry import Op
 
@@ -41,10 +41,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_sequence(op, name, t, patches, like=None):
-    if t.dim() != 3:
-        raise ValueError(f"{op}: {name} must have shape (B, N, C), got {tuple(t.shape)}")
-    if t.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name}.dtype must be float64, float32, float16 or bfloat16, got {t.dtype}")
+    check_rows(op, name, t)
     if patches < 0 or t.shape[1] < patches:
         raise ValueError(f"{op}: {name} must have at least the {patches} patch tokens, got {t.shape[1]}")
     if like is not None and (t.shape[0], t.shape[2], t.dtype, t.device) != (like.shape[0], like.shape[2], like.dtype, like.device):

@@ -199,6 +199,6 @@ def dw_shortcut_train(x, block_output, kernels, eps, grid, num_prefix_tokens, re
         (y, mean, var): y like x; mean and unbiased variance of g, (C,) float32 (float64 for float64), without gradient.
         Differentiable, once, in x, block_output and the kernels' tensors.
     """
-    cfg = Config(tuple(eps), *grid, num_prefix_tokens, reduce, config.requested_backend(backend))
+    cfg = Config(tuple(eps), *grid, num_prefix_tokens, reduce, config.requested_backend(step.NAME, backend))
     function = DWShortcutStep if len(kernels) == 1 and _one_op(x, reduce, cfg.backend) else DWShortcut
     return function.apply(cfg, x, block_output, *(p for kernel in kernels for p in kernel))

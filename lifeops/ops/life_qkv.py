@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from lifeops import geometry, torchlib
+from lifeops.arguments import check_floating
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.full_precision import full_precision
 from lifeops.ops.token_dwconv_samples import Maker, lay_out
@@ -24,6 +25,7 @@ from lifeops.pointwise import pointwise
 from lifeops.registry import BACKEND_PRIORITY, Op, reasons_against, register
 
 NAME = "life_qkv"
+AUX_KEYS = ("multiscale", "scale1")
 
 
 def scale_dims(dim: int) -> tuple[int, int, int]:
@@ -51,9 +53,16 @@ def _check_dwconv(name, weight):
         raise TypeError(f"{NAME}: {name}.dtype must be float64, float32, float16 or bfloat16, got {weight.dtype}")
 
 
+def _check_dwconv(name, weight):
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise ValueError(f"{NAME}: {name} must have shape ({weight.shape[0]}, 1, K, K) with an odd K, got {tuple(weight.shape)}")
+    check_floating(NAME, name, weight)
+
+
 def check(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, keep, backend):
     if x.dim() != 3:
         raise ValueError(f"{NAME}: x must have shape (B, N, C), got {tuple(x.shape)}")
+    check_floating(NAME, "x", x)
     geometry.check_tokens(NAME, "x", x.shape[1], H, W, P)
     C = x.shape[2]
     if C < 3:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lifeops import config, geometry, registry, torchlib
+from lifeops.arguments import check_choice, check_flags, check_floating, check_tensors
 from lifeops.ops import life_qkv as spec
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.token_dwconv_function import TokenDWConv, TokenDWConvWeightGrad, token_dwconv
@@ -162,7 +163,8 @@ def _differentiable_scales(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key, k
     return spec.scale1_keys(z1, z2, z3, P) if scale1_key and P else (z1, z2, z3)
 
 
-def _check_weights(w1, pw2, pw3):
+def _check_weights(x, w1, b1, dw2, pw2, dw3, pw3):
+    check_tensors(spec.NAME, ("b1",), x=x, w1=w1, b1=b1, dw2=dw2, pw2=pw2, dw3=dw3, pw3=pw3)
     for name, w in (("pw2", pw2), ("pw3", pw3)):
         if w.dim() not in (2, 4) or w.shape[2:].numel() != 1:
             raise ValueError(f"{spec.NAME}: {name} must have shape (C_out, C_in) or (C_out, C_in, 1, 1), got {tuple(w.shape)}")
@@ -217,18 +219,19 @@ def explain(x, w1, b1, dw2, pw2, dw3, pw3, *, grid, num_prefix_tokens=1, aux_key
 def _arguments(x, w1, b1, dw2, pw2, dw3, pw3, grid, num_prefix_tokens, aux_key, layout, recompute, backend):
     """The schema's arguments: autocast followed, geometry and names checked, backend resolved."""
     g = geometry.to_grid(spec.NAME, grid, num_prefix_tokens)
-    if aux_key not in ("multiscale", "scale1"):
-        raise ValueError(f"{spec.NAME}: aux_key must be 'multiscale' or 'scale1', got {aux_key!r}")
-    if layout not in ("qkv", "scales"):
-        raise ValueError(f"{spec.NAME}: layout must be 'qkv' or 'scales', got {layout!r}")
-    _check_weights(w1, pw2, pw3)
+    check_choice(spec.NAME, "aux_key", aux_key, spec.AUX_KEYS)
+    check_choice(spec.NAME, "layout", layout, ("qkv", "scales"))
+    check_flags(spec.NAME, recompute=recompute)
+    _check_weights(x, w1, b1, dw2, pw2, dw3, pw3)
     dtype = torchlib.autocast_dtype(x)
     if dtype is not None:
+        for name, t in (("w1", w1), ("b1", w1 if b1 is None else b1), ("pw2", pw2), ("pw3", pw3)):
+            check_floating(spec.NAME, name, t)
         x, w1, pw2, pw3 = (t.to(dtype) for t in (x, w1, pw2, pw3))
         b1 = None if b1 is None else b1.to(dtype)
     place = g.height, g.width, g.prefix, aux_key == "scale1"
     keep = torch.is_grad_enabled() and not recompute and not torchlib.captured()  # a program is the same with and without gradients
-    return x, w1, b1, dw2, pw2, dw3, pw3, *place, keep, config.requested_backend(backend)
+    return x, w1, b1, dw2, pw2, dw3, pw3, *place, keep, config.requested_backend(spec.NAME, backend)
 
 
 def _flat(args):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from lifeops import config, geometry, registry, torchlib
+from lifeops.arguments import check_generator, check_number, check_rate, check_tensors
 from lifeops.ops import local_attention as spec
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops.channel_act import accumulate_dtype
@@ -106,8 +107,6 @@ def _exported(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, 
 
 def _four(name, attn_mask, q):
     """A mask that broadcasts to (B, h, N, N) as a (B or 1, h or 1, N, N) view."""
-    if not isinstance(attn_mask, torch.Tensor):
-        raise TypeError(f"{name}: attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
     if attn_mask.dim() > 4:
         raise ValueError(f"{name}: attn_mask must have at most 4 dimensions, got {tuple(attn_mask.shape)}")
     attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
@@ -121,6 +120,10 @@ def _arguments(q, k, v, weight, bias, grid, num_prefix_tokens, scale, attn_mask,
     name = spec.NAME
     if not all(isinstance(t, torch.Tensor) for t in (q, k, v)):
         raise TypeError(f"{name}: q, k and v must be tensors, got {', '.join(type(t).__name__ for t in (q, k, v))}")
+    given = {"q": q, "k": k, "v": v, "weight": weight, "bias": bias, "attn_mask": attn_mask, "key_mask": key_mask}
+    check_tensors(name, ("weight", "bias", "attn_mask", "key_mask"), **given)
+    dropout_p, scale = check_rate(name, "dropout_p", dropout_p), check_number(name, "scale", scale, optional=True)
+    check_generator(name, generator)
     g = geometry.to_grid(name, grid, num_prefix_tokens)
     spec._check_heads(name, q, k, v, g.height, g.width, g.prefix)
     dtype = torchlib.autocast_dtype(q)
@@ -131,9 +134,9 @@ def _arguments(q, k, v, weight, bias, grid, num_prefix_tokens, scale, attn_mask,
     if dropout_p > 0:
         device = q.device if generator is None else generator.device
         seed = torch.randint(2**62, (1,), generator=generator, device=device).to(q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else scale  # no channels: nothing to attend with
     place = g.height, g.width, g.prefix
-    return q, k, v, weight, bias, attn_mask, key_mask, seed, *place, scale, float(dropout_p), config.requested_backend(backend)
+    return q, k, v, weight, bias, attn_mask, key_mask, seed, *place, scale, dropout_p, config.requested_backend(name, backend)
 
 
 def _existing(t, key_mask):
@@ -197,6 +200,7 @@ def explain(
     generator=None, backend=None,
 ):  # fmt: skip
     """Which backend each op of this call takes, and why not the others."""
+    check_generator(spec.NAME, generator)
     seed = generator if generator is None else torch.Generator(generator.device)  # the caller's is left alone
     args = _arguments(q, k, v, weight, bias, grid, num_prefix_tokens, scale, attn_mask, key_mask, dropout_p, seed, backend)
     spec.check(*args)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from lifeops import config, registry, torchlib
+from lifeops.arguments import check_choice, check_number, check_tensors
 from lifeops.ops.channel_act import accumulate_dtype
 from lifeops.ops.full_precision import full_precision
 from lifeops.ops.token_dwconv import DTYPES
@@ -49,13 +50,11 @@ def dropped_entries(discard_ratio: float, N: int) -> int:
 # ------------------------------------------------------------------------------------------------ check, reference, fake
 
 
-def _check_options(head_fusion, residual, discard_ratio):
-    if head_fusion not in FUSIONS:
-        raise ValueError(f"{NAME}: head_fusion must be one of 'mean', 'max', 'min', got {head_fusion!r}")
-    if not 0 <= residual <= 1:
-        raise ValueError(f"{NAME}: residual must be between 0 and 1, got {residual}")
-    if not 0 <= discard_ratio < 1:
-        raise ValueError(f"{NAME}: discard_ratio must be at least 0 and below 1, got {discard_ratio}")
+def _check_options(head_fusion, residual, discard_ratio, op=NAME):
+    """(residual, discard_ratio) as floats."""
+    check_choice(op, "head_fusion", head_fusion, FUSIONS)
+    residual = check_number(op, "residual", residual, "between 0 and 1", lambda v: 0 <= v <= 1)
+    return residual, check_number(op, "discard_ratio", discard_ratio, "at least 0 and below 1", lambda v: 0 <= v < 1)
 
 
 def check(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
@@ -199,8 +198,12 @@ _step = torchlib.overload(op)
 
 def _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     """The schema's arguments from the user's."""
-    scale = max(1, q.shape[-1]) ** -0.5 if scale is None else scale  # d = 0 is for check to refuse
-    return r, q, k, float(scale), head_fusion, float(residual), float(discard_ratio), config.requested_backend(backend)
+    check_tensors(NAME, r=r, q=q, k=k)
+    residual, discard_ratio = _check_options(head_fusion, residual, discard_ratio)
+    scale = check_number(NAME, "scale", scale, optional=True)
+    if scale is None:
+        scale = max(1, q.shape[-1]) ** -0.5 if q.dim() else 1.0  # check refuses q without dimensions
+    return r, q, k, scale, head_fusion, residual, discard_ratio, config.requested_backend(NAME, backend)
 
 
 def rollout_step(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, discard_ratio=0.0, backend=None):
@@ -221,10 +224,10 @@ def rollout_step(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, disca
     Raises:
         ValueError, TypeError: sizes, dtypes or options that do not fit. NotSupported: ``backend`` cannot run it.
     """
+    args = _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (r, q, k)):
         raise RuntimeError(f"{NAME}: is not differentiable; call it under torch.no_grad() or on detached tensors")
-    args = _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend)
-    if torch.is_autocast_enabled(q.device.type):  # else the reference's products would be cast down
+    if torchlib.autocast_enabled(q.device):  # else the reference's products would be cast down
         with torch.autocast(q.device.type, enabled=False):
             return _step(*args)
     return _step(*args)

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 
 from lifeops import geometry, torchlib
+from lifeops.arguments import FLOATS, check_choice, check_floating
 from lifeops.ops import token_dwconv_samples as cases
 from lifeops.ops.full_precision import full_precision
 from lifeops.registry import Op
 
 NAME = "token_dwconv"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = FLOATS
 PREFIX = ("keep", "zero", "drop")
 
 
@@ -39,11 +40,15 @@ class Problem(NamedTuple):
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _check_sequence(op, name, t, H, W, P):
+def check_rows(op, name, t):
+    """(B, N, C), floating point."""
     if t.dim() != 3:
         raise ValueError(f"{op}: {name} must have shape (B, N, C), got {tuple(t.shape)}")
-    if t.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name}.dtype must be float64, float32, float16 or bfloat16, got {t.dtype}")
+    check_floating(op, name, t)
+
+
+def _check_sequence(op, name, t, H, W, P):
+    check_rows(op, name, t)
     geometry.check_tokens(op, name, t.shape[1], H, W, P)
 
 
@@ -60,13 +65,11 @@ def _check_weight(op, weight, x):
 def _check_companion(op, name, t, x):
     if t.device != x.device:
         raise ValueError(f"{op}: {name} must be on the sequence's device {x.device}, got {t.device}")
-    if t.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name}.dtype must be float64, float32, float16 or bfloat16, got {t.dtype}")
+    check_floating(op, name, t)
 
 
 def _check_prefix(op, prefix):
-    if prefix not in PREFIX:
-        raise ValueError(f"{op}: prefix must be one of 'keep', 'zero', 'drop', got {prefix!r}")
+    check_choice(op, "prefix", prefix, PREFIX)
 
 
 def _rows(H, W, P, prefix):

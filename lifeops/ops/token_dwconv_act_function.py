@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lifeops import torchlib
+from lifeops.arguments import check_floating, check_tensor
 from lifeops.ops import activations, channel_act
 from lifeops.ops import token_dwconv as dwconv
 from lifeops.ops import token_dwconv_act as spec
@@ -92,15 +93,22 @@ class ChannelActivation(torch.autograd.Function):
 
 
 def _values(name, x, steps):
-    """scale, shift and act of a step, in the dtype the kernels sum in."""
+    """scale, shift and act of a step, checked beside ``x``, in the dtype the kernels sum in."""
     if steps is None:
         steps = ChannelAct()
     if not isinstance(steps, tuple) or len(steps) != 3:
         raise TypeError(f"token_dwconv: {name} must be a lifeops.ChannelAct(scale, shift, act), got {type(steps).__name__}")
     scale, shift, act = steps
     activations.check("token_dwconv", f"{name}.act", act, activations.PROLOGUES if name == "prologue" else activations.ACTS)
+    values = {f"{name}.scale": scale, f"{name}.shift": shift}
+    for part, t in values.items():
+        check_tensor("token_dwconv", part, t, optional=True)
+        if t is not None:
+            check_floating("token_dwconv", part, t)
     dtype = channel_act.accumulate_dtype(x.dtype)
-    return ChannelAct(*(None if t is None else t.to(dtype) for t in (scale, shift)), act)
+    values = {part: None if t is None else t.to(dtype) for part, t in values.items()}
+    channel_act.check_values("token_dwconv", x, **values)
+    return ChannelAct(*values.values(), act)
 
 
 def _transformed(args, before: ChannelAct, after: ChannelAct):
@@ -146,9 +154,9 @@ torchlib.set_autograd(spec.fwd_op, _operator)
 def convolve(args, prologue, epilogue, pool, stats):
     """token_dwconv with the rest: ``args`` are the schema arguments of the plain operator."""
     x, weight, bias, residual, H, W, P, prefix, backend = args
+    dwconv.check(*args)
     before, after = _values("prologue", x, prologue), _values("epilogue", x, epilogue)
     full = (x, weight, bias, *before, *after, residual, H, W, P, prefix, pool, stats, backend)
-    spec.check(*full)
     asked = pool, stats, stats
     if torch._C._are_functorch_transforms_active():
         y = _transformed(args, before, after)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from lifeops import config, geometry, registry, torchlib
+from lifeops.arguments import check_flags, check_tensors, is_dense
 from lifeops.ops import token_dwconv as spec
 
 _fwd = torchlib.caller(spec.fwd_op)
@@ -190,15 +191,23 @@ torchlib.set_vmap(spec.bwd_db_op, _vmap_bwd_db)
 # ------------------------------------------------------------------------------------------------ public
 
 
-def _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend):
-    """The schema's arguments: autocast followed as conv2d's class does, geometry checked, backend resolved."""
+def _refuse(x, weight, bias, residual):
     if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)):
         raise TypeError(f"{spec.NAME}: x and weight must be tensors, got {type(x).__name__} and {type(weight).__name__}")
+    check_tensors(spec.NAME, ("bias", "residual"), x=x, weight=weight, bias=bias, residual=residual)
+
+
+def _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend):
+    """The schema's arguments: autocast followed as conv2d's class does, geometry checked, backend resolved."""
+    if not (is_dense(x) and is_dense(weight) and (bias is None or is_dense(bias)) and (residual is None or is_dense(residual))):
+        _refuse(x, weight, bias, residual)
+    if type(prefix) is not str:  # the rest is found out once per signature
+        spec._check_prefix(spec.NAME, prefix)
     g = geometry.to_grid(spec.NAME, grid, num_prefix_tokens)
     dtype = torchlib.autocast_dtype(x)
     if dtype is not None and (x.dtype != dtype or (residual is not None and residual.dtype != dtype)):
-        x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
-    return x, weight, bias, residual, g.height, g.width, g.prefix, prefix, config.requested_backend(backend)
+        x, residual = x.to(dtype), residual.to(dtype) if residual is not None and residual.is_floating_point() else residual
+    return x, weight, bias, residual, g.height, g.width, g.prefix, prefix, config.requested_backend(spec.NAME, backend)
 
 
 def token_dwconv(
@@ -236,6 +245,10 @@ def token_dwconv(
         lifeops.NotSupported: the requested backend cannot run this problem.
     """
     args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
+    if torch._C._are_functorch_transforms_active():  # a vmap folds the tensors before the operator sees them
+        spec.check(*args)
+    if not (pool is False and stats is False):
+        check_flags(spec.NAME, pool=pool, stats=stats)
     if prologue is None and epilogue is None and not pool and not stats:
         return torchlib.apply(TokenDWConv, _fwd, *args)
     from lifeops.ops.token_dwconv_act_function import convolve  # built on this function
@@ -249,6 +262,7 @@ def explain(
 ):  # fmt: skip
     """Which backend each op of this call takes, and why not the others."""
     args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
+    check_flags(spec.NAME, pool=pool, stats=stats)
     spec.check(*args)
     x, request = args[0], args[-1]
     if prologue is not None or epilogue is not None or pool or stats:

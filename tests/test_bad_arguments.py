@@ -1,0 +1,100 @@
+"""Every parameter of every public callable with what does not belong there: a ValueError or TypeError that begins with the callable's
+name and names the parameter, never an error from inside torch, never an answer.
+"""
+
+import numpy as np
+import pytest
+import torch
+from argument_catalogue import CASES, DWCONV, KINDS, LIFE, PLACE, Q, X, tensors
+
+import lifeops
+
+FINE = {
+    ("attn_mask", "bool"), ("attn_mask", "rank"), ("rollout", "targets", "int"),  # a token
+    ("position_embedding", "sizes"), *((op, "weight", "meta") for op in CASES if op.strip() in lifeops.init.__all__),  # as torch.nn.init
+}  # fmt: skip
+
+
+def _bad_values():
+    for name, case in CASES.items():
+        for parameter, kind in case.kinds.items():
+            if kind is not None:
+                values = KINDS[kind].items()
+            else:
+                values = tensors(case.good[parameter])
+                values = list(values) if parameter in case.optional else [("None", None), *values]
+            for what, value in values:
+                if (parameter, what) in FINE or (name, parameter, what) in FINE:
+                    continue
+                yield pytest.param(name, parameter, what, value, id=f"{name}-{parameter}-{what}")
+
+
+@pytest.mark.parametrize(("name", "parameter", "what", "value"), _bad_values())
+def test_bad_argument(name, parameter, what, value):
+    case = CASES[name]
+    with pytest.raises((ValueError, TypeError)) as caught:
+        case.call(**{**case.good, parameter: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name.strip()}: "), message
+    assert any(known in message for known in (case.kinds if what in ("meta", "sizes") else [parameter])), message
+
+
+@pytest.mark.parametrize("name", ["LifeQKV ", "LifeAttention ", "LocalAttention ", "LocalityFeedForward ", "VisionTransformer ", "ViT "])
+def test_tokens_of_another_dtype_than_the_weights(name):
+    case = CASES[name]
+    good = {**case.good, "x": case.good["x"].double()}
+    with pytest.raises(TypeError, match=f"{name.strip()}: x.dtype must be the weights' torch.float32, got torch.float64"):
+        case.call(**good)
+
+
+GOOD_GRIDS = {
+    "list": [2, 3], "size": torch.Size((2, 3)), "numpy": (np.int64(2), np.int32(3)), "shape": X[0, :2, :3].shape,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grid", GOOD_GRIDS)
+def test_grids_as_people_have_them(grid):
+    expected = lifeops.token_dwconv(**DWCONV)
+    place = {"grid": GOOD_GRIDS[grid], "num_prefix_tokens": np.int64(1)}
+    assert torch.equal(lifeops.token_dwconv(**{**DWCONV, **place}), expected)
+    module = lifeops.nn.LocalAttention(np.int64(9), np.int64(3), np.int64(3), grid=GOOD_GRIDS[grid], attn_drop=np.float32(0.25)).eval()
+    assert torch.equal(module(X), module(X, (2, 3)))
+
+
+def test_numpy_numbers_and_flags():
+    expected = lifeops.local_attention(Q, Q, Q, scale=0.5, **PLACE)
+    assert torch.equal(lifeops.local_attention(Q, Q, Q, scale=np.float32(0.5), dropout_p=np.float64(0), **PLACE), expected)
+    plain = lifeops.token_dwconv(**DWCONV)
+    assert torch.equal(lifeops.token_dwconv(**{**DWCONV, "pool": 0, "stats": np.False_}), plain)
+    assert torch.equal(lifeops.token_dwconv(**{**DWCONV, "pool": np.True_}).y, plain)
+
+
+CALLS = {
+    "token_dwconv": lambda x: lifeops.token_dwconv(x, DWCONV["weight"], grid=(2, 3), num_prefix_tokens=1),
+    "life_qkv": lambda x: lifeops.life_qkv(x, *LIFE_WEIGHTS, **PLACE)[0],
+    "local_attention": lambda x: lifeops.local_attention(*[x.unflatten(2, (3, 3)).transpose(1, 2)] * 3, scale=0.5, **PLACE),
+    "grid of the map": lambda x: lifeops.token_dwconv(x[:, 1:], DWCONV["weight"], grid=x[:, 1:].unflatten(1, (-1, 3)).shape[1:3]),
+    "use_backend": lambda x: _under_a_backend(x),
+    "DWShortcut": lifeops.nn.DWShortcut(9, grid=(2, 3)).eval(),
+    "LifeAttention": lifeops.nn.LifeAttention(9, 3, grid=(2, 3)),
+    "LocalAttention": lifeops.nn.LocalAttention(9, 3, grid=(2, 3)),
+    "LocalityFeedForward": lifeops.nn.LocalityFeedForward(9, grid=(2, 3)).eval(),
+}
+LIFE_WEIGHTS = [LIFE[name] for name in ("w1", "b1", "dw2", "pw2", "dw3", "pw3")]
+
+
+def _under_a_backend(x):
+    with lifeops.use_backend("reference"):
+        return lifeops.token_dwconv(x, DWCONV["weight"], grid=(2, 3), num_prefix_tokens=1)
+
+
+def _args(call, x):
+    return (x, x + 1) if isinstance(call, lifeops.nn.DWShortcut) else (x,)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_checks_compile_without_a_break(name):
+    call, args = CALLS[name], _args(CALLS[name], X)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(*args), call(*args))
