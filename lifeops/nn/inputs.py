@@ -63,12 +63,13 @@ def check_sequence(op: str, name: str, x, dim: int | None = None) -> None:
 def check_like(op: str, name: str, x: torch.Tensor, layer, any_dtype: bool = False) -> None:
     """Raise where ``layer``, which reads ``x`` first, cannot: its weight is of another dtype (autocast is off) or on another device.
 
-    Layers that were hooked, adapted, quantised, sharded or offloaded may know how, and are left to try.
+    Layers that were hooked, adapted, quantised, sharded or offloaded (weights on meta, which a hook on what holds them loads) may know
+    how, and are left to try.
     """
     weight = getattr(layer, "_parameters", {}).get("weight")  # reading a parametrised one would compute it
     if not isinstance(weight, torch.Tensor) or (x.device == weight.device and (any_dtype or x.dtype == weight.dtype)):
         return
-    if not weight.is_floating_point() or why_not(layer, lambda _: []) or global_hooks():
+    if not weight.is_floating_point() or weight.is_meta or why_not(layer, lambda _: []) or global_hooks():
         return
     if x.device != weight.device:
         raise ValueError(f"{op}: {name} must be on the weights' device {weight.device}, got {x.device}")
