@@ -26,23 +26,27 @@ __device__ __forceinline__ void store_row(T* row, const Tile& tile, const Steps<
   for_owned<kTileW>(tile, [&](int q) { pack<T, kVec>(values[q]).store(columns.at(row, q)); });
 }
 
-// Statistics of what is stored, row by row: the last column is always owned, so the strip's first value of it is k.
+// Statistics of what is stored, row by row: the last column is always owned, so the strip's first value of it is k. Rounds the values
+// to what is stored: a second copy of them would not fit the registers.
 template <typename T, int kVec, int kTileW>
-__device__ __forceinline__ void add_to_sums(const Tile& tile, int row, const acc_t<T> (&values)[kTileW][kVec],
+__device__ __forceinline__ void add_to_sums(const Tile& tile, int row, acc_t<T> (&values)[kTileW][kVec],
                                             acc_t<T> (&sums)[kForwardSums][kVec]) {
-  acc_t<T> stored[kTileW][kVec];
 #pragma unroll
-  for (int q = 0; q < kTileW; ++q) unpack<T, kVec>(pack<T, kVec>(values[q]), stored[q]);
+  for (int q = 0; q < kTileW; ++q) unpack<T, kVec>(pack<T, kVec>(values[q]), values[q]);
   const int owned = kTileW - tile.first;
   const JoinBlock<acc_t<T>> join(row * owned, owned);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    if (row == 0) sums[0][i] = zero_unless_finite(stored[kTileW - 1][i]);
-    acc_t<T> d[kTileW];
-#pragma unroll
-    for (int q = 0; q < kTileW; ++q) d[q] = stored[q][i] - sums[0][i];
-    if (tile.first == 0) join_values<kTileW>(d, 0, join, &sums[1][i], &sums[2][i]);
-    else join_values<kTileW>(d, tile.first, join, &sums[1][i], &sums[2][i]);
+    if (row == 0) sums[0][i] = zero_unless_finite(values[kTileW - 1][i]);
+    const acc_t<T> k = sums[0][i];
+    acc_t<T> block = 0, square = 0;
+    for_owned<kTileW>(tile, [&](int q) { block += values[q][i] - k; });
+    const acc_t<T> mean = block / static_cast<acc_t<T>>(owned);
+    for_owned<kTileW>(tile, [&](int q) {
+      const acc_t<T> d = values[q][i] - k - mean;
+      square += d * d;
+    });
+    join(block, square, &sums[1][i], &sums[2][i]);
   }
 }
 
