@@ -3,6 +3,7 @@
 from itertools import groupby
 from pathlib import Path
 
+import tool_checks_capture
 import tool_checks_count
 import tool_checks_explain
 import tool_checks_offload
@@ -16,7 +17,7 @@ from tool_systems import SYSTEMS
 
 CHECKS = [  # in the page's order
     tool_checks_peft, tool_checks_quantise, tool_checks_torch, tool_checks_explain, tool_checks_offload, tool_checks_shard,
-    tool_checks_count, tool_checks_own,
+    tool_checks_capture, tool_checks_count, tool_checks_own,
 ]  # fmt: skip
 TABLE = sorted(TOOLS, key=lambda tool: [check.__name__ for check in CHECKS].index(tool.check.__module__))
 PAGE = Path(__file__).parent.parent / "docs" / "tools.md"
