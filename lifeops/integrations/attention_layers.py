@@ -265,7 +265,7 @@ def recorded(model: nn.Module, parts=None) -> Iterator[list]:
             else:
                 _hook_global(records, path, module, kind, check, handles)
         if check is not None:
-            handles.append(parts.embed.register_forward_hook(check.embedded))
+            handles.append(parts.embed.register_forward_hook(check.place.embedded))
             stack.enter_context(check.watch)
         yield records
         if check is not None:

@@ -11,7 +11,9 @@ Four things, none of which a model's parts tell:
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,6 +47,15 @@ class Watch(TorchDispatchMode):
         self.shadows: dict[int, tuple[Tensor, Tensor]] = {}
         self.lost: str | None = None  # the operator at which the shadows could not be followed
         self.paused = False
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Operators of a check itself."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
 
     # -------------------------------------------------------------------------------------------- marks
 
