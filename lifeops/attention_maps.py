@@ -242,7 +242,8 @@ def rollout(
     options = Options(head_fusion, residual, discard_ratio, backend)
     parts = parts_of(model, images, num_prefix_tokens)
     with _untouched(model):
-        with recorded(model, parts if verify else None) as records, watched(parts, targets in ("hard", "soft") if isinstance(targets, str) else False):
+        by_class = isinstance(targets, str) and targets in ("hard", "soft")
+        with recorded(model, parts if verify else None) as records, watched(parts, by_class):
             output = model(**images) if isinstance(images, Mapping) else model(images)
         records = _from_layer(records, start_layer, model)
         tokens = _tokens_of(records, parts)

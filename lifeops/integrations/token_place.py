@@ -72,7 +72,7 @@ class Place:
     def _why(path: str, starts: list[int], N: int, n: int, prefix: int, grid: tuple[int, int], arrived: bool) -> str:
         H, W = grid
         counted = f"{prefix} prefix tokens and a {H} x {W} grid are {prefix + H * W} tokens, the layers have {N}"
-        found = counted if N != prefix + H * W else f"{path} does not read the {n} patches as tokens {prefix} to {N - 1} in their order"
+        found = counted if prefix + H * W != N else f"{path} does not read the {n} patches as tokens {prefix} to {N - 1} in their order"
         if starts and starts[0] + n < N:
             s = starts[0]
             return f"{found}: tokens {s} to {s + n - 1} are the patches, and {N - s - n} come behind them, which is not known"
@@ -80,6 +80,6 @@ class Place:
             return f"{found}: in {path} tokens {starts[0]} to {N - 1} are the {n} patches (give num_prefix_tokens=…)"
         if not arrived:
             return f"{found}: none of the {n} patches can be followed there"
-        if N < n:
+        if n > N:
             return f"{found}: of {n} patches some are dropped (turn patch dropout off)"
         return f"{found}: the patches are shuffled, dropped, packed or mixed before it"

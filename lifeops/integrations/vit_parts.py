@@ -83,7 +83,7 @@ def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
     for host in model.modules():
         if isinstance(getattr(host, "patch_embed", None), (nn.ModuleList, nn.ModuleDict)):
             found = f"{len(host.patch_embed)} patch embeddings"
-            raise ValueError(f"rollout: {type(host).__name__} has {found}, so its tokens lie on no one grid; looked for a single patch_embed")
+            raise ValueError(f"rollout: {type(host).__name__} has {found}, so no grid holds its tokens; looked for a single patch_embed")
         if isinstance(getattr(host, "patch_embed", None), nn.Module):
             return Parts(model, host, host.patch_embed, images, num_prefix_tokens)
         if isinstance(getattr(getattr(host, "embeddings", None), "patch_embeddings", None), nn.Module):
