@@ -58,5 +58,7 @@ def channels_first(embed: torch.nn.Module, output: torch.Tensor) -> bool:
     told = getattr(embed, "output_fmt", None)
     if told is not None:
         return str(told).endswith("NCHW")
+    if isinstance(embed, torch.nn.Conv2d):
+        return True
     widths = [m.out_channels for m in embed.modules() if isinstance(m, torch.nn.Conv2d)]
     return bool(widths) and output.shape[1] == widths[-1] != output.shape[-1]

@@ -24,6 +24,7 @@ from lifeops.init.positions import Positions
 from lifeops.init.projections import Projections
 from lifeops.init.report import Report, add_layer
 from lifeops.init.threads import one_thread
+from lifeops.init.verified import verified
 
 OP = "structured_"
 METHODS = ("impulse", "mimetic", "default")
@@ -45,6 +46,7 @@ def structured_(
     model_or_blocks, method: str = "impulse", *, version: int = 2025, kernel_size: int = 3, generator: torch.Generator | None = None,
     position_scale: float | None = None, qk_scale: float | None = None, value_scale: float | None = None,
     position_embedding: Tensor | None = None, grid=None, shared: bool | None = None, steps: int = STEPS, progress: bool = True,
+    verify: bool = True,
 ) -> Report:  # fmt: skip
     """Initialise the attention of every block in place and say what came of it.
 
@@ -67,13 +69,17 @@ def structured_(
         grid: (H, W) where the model does not say it.
         shared: one q, k solution for all layers (default: 2024 True, 2025 False; values are drawn per layer in any case).
         steps, progress: of the 2024 optimisation.
+        verify: run a model once on a blank image, before anything is changed: every layer must be softmax(q kᵀ / √d) v of its
+            projections, over all tokens, and read the position embedding where its rows are taken to belong. Pooling heads are left
+            alone. Where "mimetic" finds other positions, the report has no mass. A list of blocks is taken as it is.
 
     Returns:
         :class:`lifeops.init.Report`: per layer and head the offset, the attention mass on the impulse and the hit rate, measured on
         the written weights and the position embedding alone; ``print`` it.
 
     Raises ValueError, TypeError: unknown method, no attention or position embedding found, head width >= number of patches, prefix
-        tokens where 2024 forbids them, attention that is more than softmax(q kᵀ) of its projections. Nothing is changed then.
+        tokens where 2024 forbids them, attention that is more than softmax(q kᵀ) of its projections, windows, tokens behind the
+        patches, a model that does not run. Nothing is changed then.
     """
     _check_arguments(method, version, kernel_size, generator)
     layers = projections.find(model_or_blocks, with_heads=method != "default")
@@ -81,6 +87,9 @@ def structured_(
     defaults = _AUTHORS[method] if version == 2025 else _AUTHORS["default"]
     given = Scales(position_scale, qk_scale, value_scale)
     scales = Scales(*(d if g is None else g for d, g in zip(defaults, given, strict=True)))
+    if verify and method != "default" and isinstance(model_or_blocks, torch.nn.Module):
+        factor = scales.position if embedding is not None and embedding.learned else 1.0
+        layers, embedding = verified(model_or_blocks, layers, embedding, position_embedding is None, method == "impulse", factor)
     report = Report(method, version if method == "impulse" else None)
     if method == "impulse" and version == 2024:
         offsets = _write_2024(layers, embedding, scales, kernel_size, generator, shared is None or shared, steps, progress, report)

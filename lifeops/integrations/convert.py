@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lifeops.integrations import timm
-from lifeops.integrations.convert_probe import HOOKS, can_run, undisturbed
 from lifeops.integrations.convert_probe import probe as run_once
+from lifeops.integrations.undisturbed import HOOKS, can_run, undisturbed
 from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grids import GridHolder
 
