@@ -24,7 +24,7 @@ from lifeops.init.positions import Positions
 from lifeops.init.projections import Projections
 from lifeops.init.report import Report, add_layer
 from lifeops.init.threads import one_thread
-from lifeops.init.verified import verified
+from lifeops.init.verified import taken, verified
 
 OP = "structured_"
 METHODS = ("impulse", "mimetic", "default")
@@ -69,9 +69,10 @@ def structured_(
         grid: (H, W) where the model does not say it.
         shared: one q, k solution for all layers (default: 2024 True, 2025 False; values are drawn per layer in any case).
         steps, progress: of the 2024 optimisation.
-        verify: run a model once on a blank image, before anything is changed: every layer must be softmax(q kᵀ / √d) v of its
-            projections, over all tokens, and read the position embedding where its rows are taken to belong. Pooling heads are left
-            alone. Where "mimetic" finds other positions, the report has no mass. A list of blocks is taken as it is.
+        verify: run a model once on an image, before anything is changed: every layer must be softmax(q kᵀ / √d) v of its projections,
+            over all tokens, with the position embedding's rows where they are taken to belong; and afterwards, where everything is put
+            back otherwise, the first layer's mass on blank patches must be the report's. Pooling heads are left alone. Where "mimetic"
+            finds other positions, the report has no mass. A list of blocks is taken as it is.
 
     Returns:
         :class:`lifeops.init.Report`: per layer and head the offset, the attention mass on the impulse and the hit rate, measured on
@@ -87,9 +88,11 @@ def structured_(
     defaults = _AUTHORS[method] if version == 2025 else _AUTHORS["default"]
     given = Scales(position_scale, qk_scale, value_scale)
     scales = Scales(*(d if g is None else g for d, g in zip(defaults, given, strict=True)))
+    checked = before = None
     if verify and method != "default" and isinstance(model_or_blocks, torch.nn.Module):
-        factor = scales.position if embedding is not None and embedding.learned else 1.0
-        layers, embedding = verified(model_or_blocks, layers, embedding, position_embedding is None, method == "impulse", factor)
+        checked = verified(model_or_blocks, layers, embedding, position_embedding is None, method == "impulse")
+        layers, embedding = checked.layers, checked.positions
+        before = taken(layers, embedding) if method == "impulse" else None
     report = Report(method, version if method == "impulse" else None)
     if method == "impulse" and version == 2024:
         offsets = _write_2024(layers, embedding, scales, kernel_size, generator, shared is None or shared, steps, progress, report)
@@ -99,6 +102,8 @@ def structured_(
         offsets = (_write_mimetic if method == "mimetic" else _write_default)(layers, embedding, scales, generator, bool(shared))
     for i, layer in enumerate(layers):
         add_layer(report, i, layer, None if embedding is None else embedding.patches, embedding and embedding.grid, offsets and offsets[i])
+    if checked is not None:
+        checked.settle(report, before)
     return report
 
 

@@ -29,11 +29,12 @@ _MOVES = ("gather", "index_select", "index", "roll", "flip", "masked_select", "s
 
 
 class Event(NamedTuple):
-    """``what`` ran in the module at ``path``. ``square``: as many queries as keys."""
+    """``what`` ran in the module at ``path``. ``square``: as many queries as keys, each attending by a softmax."""
 
     what: str
     path: str
     square: bool = False
+    queries: int = 0
 
 
 class Watch(TorchDispatchMode):
@@ -102,16 +103,16 @@ class Watch(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2]
         first = tensors[0]
         if "attention" in name and first.dim() == 4 and len(tensors) > 1:
-            self._add(self.attended, name, first.shape[-2] == tensors[1].shape[-2] > 1)
+            self._add(self.attended, name, first.shape[-2] == tensors[1].shape[-2] > 1, first.shape[-2])
         elif name in _SOFTMAX and first.dim() >= 3 and args[1] % first.dim() == first.dim() - 1:
             if first.shape[-1] == first.shape[-2] > 1:
-                self._add(self.attended, "softmax over a square", True)
+                self._add(self.attended, "softmax over a square", True, first.shape[-2])
         elif name in _PRODUCTS and all(self.marks(t) for t in tensors[-2:]):
-            self._add(self.attended, "a product of two activations", False)
+            self._add(self.attended, "a product of two activations", False, tensors[-2].shape[-2])
         elif name in _MOVES and first.dim() >= 3 and self.marks(first):
             self._add(self.moved, name)
 
-    def _add(self, events: list[Event], what: str, square: bool = False) -> None:
+    def _add(self, events: list[Event], what: str, square: bool = False, queries: int = 0) -> None:
         """Note it with the innermost module that runs, unless a known one runs it."""
         frame, path = sys._getframe(2), None
         while frame is not None:
@@ -121,7 +122,7 @@ class Watch(TorchDispatchMode):
                     return
                 path = self.names.get(id(owner)) if path is None else path
             frame = frame.f_back
-        events.append(Event(what, path or "the model itself", square))
+        events.append(Event(what, path or "the model itself", square, queries))
 
     # -------------------------------------------------------------------------------------------- shadows
 
