@@ -350,7 +350,7 @@ STRUCTURED_REFUSES = {
     "few detection tokens": ("impulse", _hf("Yolos", image_size=(32, 32), num_detection_tokens=3), r"must belong to the patches"),
     "dropped": ("impulse", _hf("ViTMAE"), r"attends inside 5 tokens"),
     "differential": ("impulse", _vit(**WIDE, attn_layer="diff"), r"is DiffAttention, which does not compute"),
-    "shared bias": ("mimetic", lambda: timm.models.Beit(**BEIT, use_shared_rel_pos_bias=True), r"has a relative position bias \(rel_pos_bias"),
+    "shared bias": ("mimetic", lambda: timm.models.Beit(**BEIT, use_shared_rel_pos_bias=True), r"has a relative position bias \("),
     "bias in a child": ("mimetic", _hf("Beit", use_relative_position_bias=True), r"relative_position_bias_table"),
     "relative": ("mimetic", _named("vit_relpos_small_patch16_224"), r"has rel_pos"),
     "sam": ("mimetic", _named("samvit_base_patch16", embed_dim=48, num_heads=3), r"has rel_pos_h, rel_pos_w"),

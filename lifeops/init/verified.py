@@ -17,7 +17,7 @@ from lifeops.init.positions import Positions
 from lifeops.init.projections import OP, Projections
 from lifeops.init.report import HeadReport, Report, measure
 from lifeops.integrations.token_place import Place, chosen, rows_at
-from lifeops.integrations.undisturbed import can_run, undisturbed
+from lifeops.integrations.undisturbed import can_run, of_several_precisions, undisturbed
 
 _CLOSE = 0.05  # the report's mean mass on the impulse to the model's
 
@@ -122,7 +122,7 @@ def _try(model: nn.Module, layers: list[Projections], embed: nn.Module | None) -
             if str(e).startswith(f"{OP}:"):
                 raise
             error = e
-    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
+    if of_several_precisions(model):
         return None
     why = f"{type(error).__name__}: {error}"
     raise ValueError(f"{OP}: {type(model).__name__} cannot be tried on an image ({why}): pass its blocks, or verify=False")

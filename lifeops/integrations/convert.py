@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from lifeops.integrations import timm
+from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
-from lifeops.integrations.undisturbed import HOOKS, can_run, undisturbed
+from lifeops.integrations.undisturbed import HOOKS, undisturbed
 from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grids import GridHolder
 
@@ -127,7 +128,7 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, **opt
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
     plan = SYSTEMS[system](model, **options)
-    if probe and plan.blocks and can_run(model):
+    if probe and plan.blocks and can_try(model):
         _try(model, plan)
     record = Conversion(system, plan.swaps)
     for old, new in plan.swaps:

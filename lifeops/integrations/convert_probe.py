@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lifeops.integrations.attention_check import LayerCheck, attended, merge_point, off
 from lifeops.integrations.pass_watch import Watch
 from lifeops.integrations.token_place import Place
-from lifeops.integrations.undisturbed import forward_of
+from lifeops.integrations.undisturbed import can_run, forward_of, of_several_precisions, undisturbed
 from lifeops.nn.grids import embedded_grid
 
 
@@ -47,6 +47,20 @@ def _image(model: nn.Module) -> Tensor:
         raise ValueError(f"{type(embed).__name__}, the patch embedding, has no {lacks}")
     image = torch.randn(1, conv.in_channels, *((size, size) if isinstance(size, int) else size), generator=torch.Generator().manual_seed(0))
     return image.to(conv.weight.device, conv.weight.dtype)
+
+
+def can_try(model: nn.Module) -> bool:
+    """Whether the model has numbers and, if it has several precisions, which autocast may be there for, runs as it is."""
+    if not can_run(model):
+        return False
+    if not of_several_precisions(model):
+        return True
+    try:
+        with undisturbed(model):
+            model.forward(_image(model))
+    except Exception:
+        return False
+    return True
 
 
 def probe(model: nn.Module, blocks: dict[str, nn.Module], prefix: int) -> Probed:
@@ -119,6 +133,8 @@ def call(path: str, block: nn.Module, given: Call) -> Tensor:
     try:
         return block(*given.args, **given.kwargs)
     except Exception as error:
+        if str(error).startswith("convert:"):
+            raise
         raise ValueError(f"convert: {path} cannot be called as the model calls it: {type(error).__name__}: {error}") from error
 
 
@@ -159,7 +175,7 @@ def check_attention(path: str, block: nn.Module, attn: nn.Module, given: Call, t
         handles.append(point.register_forward_pre_hook(lambda m, args: runs[-1].merged(args[0])))
     try:
         with forward_of(attn, forward):
-            block(*given.args, **given.kwargs)
+            call(path, block, given)
     finally:
         for handle in handles:
             handle.remove()

@@ -53,3 +53,7 @@ def can_run(model: nn.Module) -> bool:
     fake = torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
     tensors = [*model.parameters(), *model.buffers()]
     return bool(tensors) and not fake and not any(t.is_meta or isinstance(t, torch._subclasses.FakeTensor) for t in tensors)
+
+
+def of_several_precisions(model: nn.Module) -> bool:
+    return len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
