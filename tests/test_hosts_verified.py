@@ -320,6 +320,27 @@ def test_convert_compares_numbers():
     _unchanged(wrong, lambda m: lifeops.convert(m, num_prefix_tokens=1), r"tokens 3 to 26 are the 24 patches \(give num_prefix_tokens=…\)")
 
 
+class _Embed(nn.Module):
+    """Tells its grid, or that it has none, and nothing else."""
+
+    def __init__(self, proj, grid_size):
+        super().__init__()
+        self.proj, self.grid_size = proj, grid_size
+
+    def forward(self, x):
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("grid_size", [None, (4, 6)])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_embeddings_that_tell_no_image_size(system, grid_size):
+    model = _vit(dynamic_img_size=True)()
+    model.patch_embed = _Embed(model.patch_embed.proj, grid_size)
+    if grid_size is None:
+        model.pos_embed, model.patch_embed.grid_size = None, None
+    assert lifeops.convert(model, system)(torch.randn(1, 3, 32, 48)).shape == (1, 5)
+
+
 def test_a_probe_leaves_no_trace():
     """Hooks do not run, buffers and random numbers stay; models without numbers are not tried."""
     model, ran = _vit(drop_path_rate=0.2, proj_drop_rate=0.1)().train(), []
@@ -406,6 +427,21 @@ def test_reports_are_the_models(name):
     grid = (4, 6) if name == "timm" else (4, 4)
     mass = [lifeops.init.report.measure(patches[h.head], grid, h.offset)[0] for h in report.layer(0)]
     assert sum(mass) / len(mass) == pytest.approx(sum(h.mass for h in report.layer(0)) / len(mass), abs=0.05)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_converted_models_are_initialised(system, size):
+    torch.manual_seed(0)
+    model = lifeops.convert(_vit(**WIDE, img_size=size)(), system)
+    plain = _vit(**WIDE, img_size=size)()
+    plain.load_state_dict(lifeops.revert(copy.deepcopy(model)).state_dict())
+    report = structured_(model, generator=torch.Generator().manual_seed(0))
+    assert report.num_layers == 2
+    assert all(h.mass > 0.3 for h in report.heads)
+    if system != "life":
+        expected = structured_(plain, generator=torch.Generator().manual_seed(0))
+        assert [h.mass for h in report.heads] == [h.mass for h in expected.heads]
 
 
 def _first_attention(model, path):

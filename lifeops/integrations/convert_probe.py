@@ -39,12 +39,12 @@ def _image(model: nn.Module) -> Tensor:
     """One random image of the size the patch embedding was built for."""
     embed = model.patch_embed
     conv = next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
-    size, patch = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
-    if size is None and patch is not None:
-        size = [g * p for g, p in zip(embed.grid_size, (patch, patch) if isinstance(patch, int) else patch, strict=True)]
-    if size is None or conv is None:
-        lacks = "img_size or patch_size" if size is None else "a Conv2d"
-        raise ValueError(f"{type(embed).__name__}, the patch embedding, has no {lacks}")
+    if conv is None:
+        raise ValueError(f"{type(embed).__name__}, the patch embedding, has no Conv2d")
+    size = getattr(embed, "img_size", None)
+    if size is None:
+        patch, grid = getattr(embed, "patch_size", conv.stride), embed.grid_size or (4, 4)
+        size = [g * p for g, p in zip(grid, (patch, patch) if isinstance(patch, int) else patch, strict=True)]
     image = torch.randn(1, conv.in_channels, *((size, size) if isinstance(size, int) else size), generator=torch.Generator().manual_seed(0))
     return image.to(conv.weight.device, conv.weight.dtype)
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from lifeops.nn.grids import GridHolder
+
 HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")) and "hooks" in name)
 
 
@@ -26,9 +28,15 @@ def forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.__dict__["forward"] = own
 
 
+def _without_users(hooks: dict[str, OrderedDict]) -> dict[str, OrderedDict]:
+    """Only the hooks that tell a converted model's modules their grid."""
+    own = {key for found in hooks.values() for key, hook in found.items() if isinstance(getattr(hook, "__self__", None), GridHolder)}
+    return {name: OrderedDict((key, hook) for key, hook in found.items() if key in own) for name, found in hooks.items()}
+
+
 @contextlib.contextmanager
 def undisturbed(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no hooks, no gradient, no autocast; all of it and the random numbers as before afterwards."""
+    """Evaluation mode, no hooks of the user's, no gradient, no autocast; all of it and the random numbers as before afterwards."""
     modules = {id(m): m for model in models for m in model.modules()}.values()
     before = [(m, m.training, {name: m.__dict__[name] for name in HOOKS}) for m in modules]
     devices = {p.device for model in models for p in model.parameters()}
@@ -40,7 +48,7 @@ def undisturbed(*models: nn.Module) -> Iterator[None]:
         try:
             for m, _, hooks in before:
                 m.training = False
-                m.__dict__.update({name: OrderedDict() for name in hooks})
+                m.__dict__.update(_without_users(hooks))
             yield
         finally:
             for m, training, hooks in before:
