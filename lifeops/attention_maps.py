@@ -34,7 +34,8 @@ class Rollout(NamedTuple):
 
     Attributes:
         maps: (B, R, H, W), each map's weights of the patches.
-        prefix: (B, R), what fell on the prefix tokens; 1 - maps.sum((2, 3)) unless ``prefix="normalize"``.
+        prefix: (B, R), what fell on no patch: on the prefix tokens, or on the padding of a Swin's windows. 1 - maps.sum((2, 3)) unless
+            ``prefix="normalize"``.
         labels: what each of the R maps is of.
         weights: (B, R, N), the output tokens' weights π the roll-out began with.
         output: what the model returned.
@@ -202,6 +203,11 @@ def _tokens_of(records: list, parts: Parts) -> _Tokens:
     windowed = hasattr(last, "attention")
     grid, prefix = (last.grid, 0) if windowed else (parts.grid(), parts.num_prefix_tokens)
     tokens = prefix + grid[0] * grid[1]
+    other = next((layer for layer in records if not windowed and layer.attends and layer.tokens != last.tokens), None)
+    if other is not None:
+        raise ValueError(
+            f"rollout: {other.path} has {other.tokens} tokens and {last.path} {last.tokens}: tokens are dropped, joined or added on the way"
+        )
     if tokens != last.tokens:
         found = f"{prefix} prefix tokens and a {grid[0]} x {grid[1]} grid are {tokens} tokens, the layers have {last.tokens}"
         raise ValueError(f"rollout: {found} (give num_prefix_tokens=…; turn patch dropout off)")
@@ -212,7 +218,7 @@ def _tokens_of(records: list, parts: Parts) -> _Tokens:
 def rollout(
     model: nn.Module, images, targets=None, *, classes: Sequence[int] | None = None, token_logits: Tensor | Callable | None = None,
     head_fusion: str = "mean", residual: float = 0.5, discard_ratio: float = 0.0, start_layer: int = 0, prefix: str = "keep",
-    num_prefix_tokens: int | None = None, backend: str | None = None,
+    num_prefix_tokens: int | None = None, verify: bool = True, backend: str | None = None,
 ) -> Rollout:  # fmt: skip
     """Which patches the output tokens of a Vision Transformer draw on: M = πᵀ Â_L … Â_1 on the patch grid, one map per π.
 
@@ -237,12 +243,16 @@ def rollout(
         start_layer: the first attention layer that counts, from 0; the map is then of that layer's input tokens.
         prefix: "keep": a map sums to 1 minus what fell on the prefix tokens (``Rollout.prefix``); "normalize": to 1.
         num_prefix_tokens: P, if the model does not say it.
+        verify: check on this very pass that the maps are the model's: each layer's real output is softmax(scale q kᵀ) v (a few query
+            rows), each reads what the one before gave, the patches are the tokens they are taken for, and nothing else attends.
+            Costs about a query, key and value projection of two images per layer.
 
     Returns:
         :class:`Rollout`. Maps are float32 (float64 for float64 models).
 
     Raises:
-        ValueError: a model without known attention, or with more than is known; options or targets that do not fit.
+        ValueError: a model without known attention, with more than is known, or that does something else than what is checked
+            (``verify``); options or targets that do not fit.
     """
     check_module("rollout", "model", model)
     _check(start_layer, prefix, classes, targets)
@@ -252,17 +262,20 @@ def rollout(
     options = Options(head_fusion, residual, discard_ratio, backend)
     parts = parts_of(model, images, num_prefix_tokens)
     with _untouched(model):
-        classified = isinstance(targets, str) and targets in ("hard", "soft")
-        with recorded(model) as records, watched(parts, classified), under("rollout"):
+        by_class = isinstance(targets, str) and targets in ("hard", "soft")
+        with recorded(model, parts if verify else None) as records, watched(parts, by_class), under("rollout"):
             output = model(**images) if isinstance(images, Mapping) else model(images)
         records = _from_layer(records, start_layer, model)
         tokens = _tokens_of(records, parts)
         weights, labels = _start(tokens, targets, classes, token_logits, parts, output)
-        grid = next(layer.grid for layer in records if layer.attends) if hasattr(records[0], "attention") else tokens.grid
+        windowed = hasattr(records[0], "attention")
+        grid = next(layer.grid for layer in records if layer.attends) if windowed else tokens.grid
         r = weights
         while records:
             r = records.pop().back(r, options)
-    on_prefix, maps = r[..., : tokens.prefix].sum(-1), r[..., tokens.prefix :].unflatten(-1, grid)
+    maps = r[..., tokens.prefix :].unflatten(-1, grid)
+    lost = weights.sum(-1) - r.sum(-1)  # in the padding of windows
+    on_prefix = r[..., : tokens.prefix].sum(-1) + (lost if windowed else 0)
     if prefix == "normalize":
         total = maps.sum((2, 3), keepdim=True)
         maps = maps / torch.where(total > 0, total, 1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from lifeops.arguments import LARGEST, check_int, got
 
 
@@ -63,3 +65,14 @@ def check_tokens(op: str, name: str, count, height, width, prefix, dim: int = 1)
             f"{op}: {name}.shape[{dim}] must be P + H*W = {expected}, got {count}"
             " (dropped or packed patch tokens have no grid: turn patch dropout off)"
         )
+
+
+def channels_first(embed: torch.nn.Module, output: torch.Tensor) -> bool:
+    """Whether the maps of a patch embedding are (B, C, H, W): as it says, or as the width of its last convolution shows; else NHWC."""
+    told = getattr(embed, "output_fmt", None)
+    if told is not None:
+        return str(told).endswith("NCHW")
+    if isinstance(embed, torch.nn.Conv2d):
+        return True
+    widths = [m.out_channels for m in embed.modules() if isinstance(m, torch.nn.Conv2d)]
+    return bool(widths) and output.shape[1] == widths[-1] != output.shape[-1]

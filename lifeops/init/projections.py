@@ -27,6 +27,8 @@ LOOKED_FOR = (
 )
 _BETWEEN = ("gate", "rope", "proj_l", "bias_k", "relative_position_bias_table")
 """What other parts between the projections and the softmax are called."""
+_BIASES = ("rel_pos", "relative_position")
+"""In names of parameters, at any depth; they start as zeros in some models, and the attention as a plain one."""
 
 
 @dataclass
@@ -82,6 +84,9 @@ def find(model, with_heads: bool = True) -> list[Projections]:
     rotary = [name for name, m in model.named_modules() if name.rpartition(".")[2].startswith("rope")]
     if with_heads and rotary:
         raise ValueError(f"{OP}: the model rotates queries and keys ({rotary[0]}), so its attention is not that of its projections alone")
+    biases = [name for name, _ in model.named_parameters() if any(bias in name for bias in _BIASES)]
+    if with_heads and biases:
+        raise ValueError(f"{OP}: the model has a relative position bias ({biases[0]}): its attention is not that of its projections alone")
     return found
 
 
@@ -189,6 +194,7 @@ def _check(p: Projections, with_heads: bool) -> None:
     if with_heads:
         between = [n for n in ("q_norm", "k_norm", "norm") if not isinstance(getattr(p.module, n, nn.Identity()), nn.Identity)]
         between += [n for n in _BETWEEN if getattr(p.module, n, None) is not None]
+        between += sorted({n for n, _ in p.module.named_parameters() if any(bias in n for bias in _BIASES)} - {*between})
         if between:
             raise ValueError(f"{OP}: {name} has {', '.join(between)}, so its attention is not softmax(q kᵀ / √d) of its projections alone")
         if p.q.shape[0] > p.dim:

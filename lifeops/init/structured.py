@@ -28,6 +28,7 @@ from lifeops.init.positions import Positions
 from lifeops.init.projections import Projections
 from lifeops.init.report import Report, add_layer
 from lifeops.init.threads import one_thread
+from lifeops.init.verified import taken, verified
 
 OP = "structured_"
 METHODS = ("impulse", "mimetic", "default")
@@ -49,6 +50,7 @@ def structured_(
     model_or_blocks, method: str = "impulse", *, version: int = 2025, kernel_size: int = 3, generator: torch.Generator | None = None,
     position_scale: float | None = None, qk_scale: float | None = None, value_scale: float | None = None,
     position_embedding: Tensor | None = None, grid=None, shared: bool | None = None, steps: int = STEPS, progress: bool = True,
+    verify: bool = True,
 ) -> Report:  # fmt: skip
     """Initialise the attention of every block in place and say what came of it.
 
@@ -71,13 +73,18 @@ def structured_(
         grid: (H, W) where the model does not say it.
         shared: one q, k solution for all layers (default: 2024 True, 2025 False; values are drawn per layer in any case).
         steps, progress: of the 2024 optimisation.
+        verify: run a model once on an image, before anything is changed: every layer must be softmax(q kᵀ / √d) v of its projections,
+            over all tokens, with the position embedding's rows where they are taken to belong; and afterwards, where everything is put
+            back otherwise, the first layer's mass on blank patches must be the report's. Pooling heads are left alone. Where "mimetic"
+            finds other positions, the report has no mass. A list of blocks is taken as it is.
 
     Returns:
         :class:`lifeops.init.Report`: per layer and head the offset, the attention mass on the impulse and the hit rate, measured on
         the written weights and the position embedding alone; ``print`` it.
 
     Raises ValueError, TypeError: unknown method, no attention or position embedding found, head width >= number of patches, prefix
-        tokens where 2024 forbids them, attention that is more than softmax(q kᵀ) of its projections. Nothing is changed then.
+        tokens where 2024 forbids them, attention that is more than softmax(q kᵀ) of its projections, windows, tokens behind the
+        patches, a model that does not run. Nothing is changed then.
     """
     _check_arguments(method, version, kernel_size, generator)
     _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress)
@@ -86,6 +93,11 @@ def structured_(
     defaults = _AUTHORS[method] if version == 2025 else _AUTHORS["default"]
     given = Scales(position_scale, qk_scale, value_scale)
     scales = Scales(*(d if g is None else g for d, g in zip(defaults, given, strict=True)))
+    checked = before = None
+    if verify and method != "default" and isinstance(model_or_blocks, torch.nn.Module):
+        checked = verified(model_or_blocks, layers, embedding, position_embedding is None, method == "impulse")
+        layers, embedding = checked.layers, checked.positions
+        before = taken(layers, embedding) if method == "impulse" else None
     report = Report(method, version if method == "impulse" else None)
     if method == "impulse" and version == 2024:
         offsets = _write_2024(layers, embedding, scales, kernel_size, generator, shared is None or shared, steps, progress, report)
@@ -95,6 +107,8 @@ def structured_(
         offsets = (_write_mimetic if method == "mimetic" else _write_default)(layers, embedding, scales, generator, bool(shared))
     for i, layer in enumerate(layers):
         add_layer(report, i, layer, None if embedding is None else embedding.patches, embedding and embedding.grid, offsets and offsets[i])
+    if checked is not None:
+        checked.settle(report, before)
     return report
 
 

@@ -9,13 +9,15 @@ from torch import nn
 
 from lifeops.arguments import check_choice, under
 from lifeops.integrations import timm
+from lifeops.integrations.convert_probe import can_try
+from lifeops.integrations.convert_probe import probe as run_once
+from lifeops.integrations.undisturbed import HOOKS, undisturbed
 from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
 
 RECORD = "_lifeops_conversion"
 SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit, "dw_shortcut": timm.convert_dw_shortcut}
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")) and "hooks" in name)
 
 
 class _State(NamedTuple):
@@ -86,7 +88,14 @@ def _hook(model: nn.Module, record: Conversion, blocks: list[nn.Module]) -> None
     holder.watch(model.patch_embed)
 
 
-def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
+def _try(model: nn.Module, plan: timm.Plan) -> None:
+    """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe."""
+    blocks = {id(block): (f"blocks.{i}", block) for i, block in reversed(list(enumerate(model.blocks)))}
+    with undisturbed(model, *(new for _, new in plan.swaps)):
+        plan.check(run_once(model, dict(blocks.values()), plan.prefix))
+
+
+def convert(model: nn.Module, system: str = "life", *, probe: bool = True, **options) -> nn.Module:
     """Give a timm ViT local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
 
     ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention` (cls, distilled and register tokens,
@@ -101,6 +110,10 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     blocks, or around the blocks of every Swin stage. ``blocks`` then holds groups of the same blocks, so that state-dict names
     change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again.
 
+    Each block is tried first: the model runs on one random image, its blocks passing on their tokens, and each is then called once as the
+    model calls it. "life" must replace plain softmax attention over all tokens, "localvit" leave the attention's branch what it is. Not on
+    the meta device or where weights are offloaded; ``probe=False`` leaves it out, and what it costs: about two forward passes ("life").
+
     Blocks that the model holds several times stay shared, hooks on a replaced module act on its replacement, and a conversion that
     fails changes nothing.
 
@@ -110,8 +123,9 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
     int or several; all: ``num_prefix_tokens`` overrides the model's own.
 
     Raises:
-        ValueError: unknown system, a model converted before, one that is not a ViT as looked for (the message lists it), or one whose
-            layers were adapted, quantised or sharded: convert it first. TypeError: no module, unknown options.
+        ValueError: unknown system, a model converted before, one that is not a ViT as looked for (the message lists it) or whose blocks do
+            something else when tried, or one whose layers were adapted, quantised or sharded: convert it first. TypeError: no module,
+            unknown options.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -120,9 +134,11 @@ def convert(model: nn.Module, system: str = "life", **options) -> nn.Module:
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
     with under("convert"):
         plan = SYSTEMS[system](model, **options)
+    if probe and plan.blocks and can_try(model):
+        _try(model, plan)
     record = Conversion(system, plan.swaps)
     for old, new in plan.swaps:
-        new.__dict__.update({name: old.__dict__[name] for name in _HOOKS})  # shared: who registers or removes one means both
+        new.__dict__.update({name: old.__dict__[name] for name in HOOKS})  # shared: who registers or removes one means both
         new._is_full_backward_hook = old._is_full_backward_hook
     for module in plan.asks:
         module.grid_holder = record.holder

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from lifeops.arguments import check_choice, check_flags, check_int, check_positive
+from lifeops.integrations.convert_probe import Probed, call, check_attention, check_branch, check_shortcut, sequence
 from lifeops.nn.dw_shortcut import ShortcutModule, wrap
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
 from lifeops.nn.life import LifeAttention
@@ -22,12 +24,15 @@ class Plan(NamedTuple):
     """What a conversion is going to do: nothing is changed before all of it is known.
 
     ``swaps``: (module, the one that takes its place). ``asks``: the new modules that ask for a grid. ``blocks``: the modules called with
-    the tokens, during each of which one grid holds; none where the modules see it themselves.
+    the tokens, during each of which one grid holds; none where the modules see it themselves. ``prefix``: P. ``check``: compares the new
+    with the old, given what the model gives its blocks; raises ValueError.
     """
 
     swaps: list[tuple[nn.Module, nn.Module]]
     asks: list[nn.Module]
     blocks: list[nn.Module]
+    prefix: int
+    check: Callable[[Probed], None]
 
 
 def _once(modules) -> list[nn.Module]:
@@ -42,6 +47,12 @@ def _readable(path: str, layer: nn.Module) -> None:
         raise ValueError(f"convert: {path} cannot be read: {'; '.join(wrong)} (convert first, then adapt, quantise, prune or shard)")
 
 
+def _beyond(module: nn.Module, known: tuple[str, ...]) -> list[str]:
+    """The parts with parameters that are none of ``known``."""
+    parts = {name.partition(".")[0]: None for name, _ in module.named_parameters(remove_duplicate=False)}
+    return [name for name in parts if name not in known]
+
+
 def _check_attention(path: str, attn: nn.Module) -> None:
     missing = [name for name in ("qkv", "proj", "num_heads") if not hasattr(attn, name)]
     if missing:
@@ -50,6 +61,7 @@ def _check_attention(path: str, attn: nn.Module) -> None:
         _readable(f"{path}.qkv", attn.qkv)
     odd = [n for n in ("q_norm", "k_norm", "norm") if not isinstance(getattr(attn, n, nn.Identity()), nn.Identity)]
     odd += [n for n in ("gate", "rope") if getattr(attn, n, None) is not None]
+    odd += _beyond(attn, ("qkv", "proj", "q_bias", "k_bias", "v_bias", *odd))
     if odd:
         raise ValueError(f"convert: {path} has {', '.join(odd)}, which LIFE's attention does not know (use qkv_norm=True for its own norm)")
     _readable(f"{path}.proj", attn.proj)
@@ -87,7 +99,8 @@ def _prefix_tokens(model: nn.Module, num_prefix_tokens: int | None) -> int:
     """P of a model that looks like a ViT."""
     if not (hasattr(model, "blocks") and hasattr(getattr(model, "patch_embed", None), "grid_size")):
         raise ValueError(f"convert: {type(model).__name__} is not a known ViT; looked for {_LOOKED_FOR}")
-    prefix = getattr(model, "num_prefix_tokens", None) if num_prefix_tokens is None else num_prefix_tokens
+    told = 0 if hasattr(model, "blocks_token_only") else getattr(model, "num_prefix_tokens", None)  # CaiT's cls joins behind the blocks
+    prefix = told if num_prefix_tokens is None else num_prefix_tokens
     if prefix is None:
         raise ValueError(f"convert: {type(model).__name__} does not say num_prefix_tokens; pass num_prefix_tokens=…")
     return check_int("convert", "num_prefix_tokens", prefix, 0)
@@ -106,7 +119,27 @@ def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **op
             _check_attention(f"blocks.{i}.attn", attn)
             found[id(attn)] = attn
     swaps = [(attn, _replacement(attn, prefix, options)) for attn in found.values()]
-    return Plan(swaps, [new for _, new in swaps], _once(model.blocks))
+    instead = {id(attn): new for attn, new in swaps}
+
+    def check(probed: Probed) -> None:
+        for path, block in _paths(model.blocks, probed):
+            given, attn = probed.calls[id(block)], block.attn
+            sequence(path, given.x)
+            check_attention(path, block, attn, given, ("attn_mask", "is_causal"))
+            try:
+                block._modules["attn"] = instead[id(attn)]
+                with block.attn.grid_holder.use(probed.grid):
+                    call(path, block, given)
+            finally:
+                block._modules["attn"] = attn
+
+    return Plan(swaps, [new for _, new in swaps], _once(model.blocks), prefix, check)
+
+
+def _paths(blocks, probed: Probed) -> list[tuple[str, nn.Module]]:
+    """The blocks that ran, each once, with where they are."""
+    found = {id(block): (f"blocks.{i}", block) for i, block in reversed(list(enumerate(blocks)))}
+    return [pair for key, pair in reversed(found.items()) if key in probed.calls]
 
 
 def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reduction: int | None, expand_ratio: float | None) -> LocalViTBlock:
@@ -114,6 +147,9 @@ def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reductio
     if missing or not hasattr(block.mlp, "fc1"):
         lacks = ", ".join(missing) or "mlp.fc1"
         raise ValueError(f"convert: {path} is {type(block).__name__} without {lacks}; looked for a timm Block with norm1, attn, norm2, mlp")
+    odd = _beyond(block, ("norm1", "attn", "ls1", "norm2", "mlp", "ls2", "gamma_2"))
+    if odd:
+        raise ValueError(f"convert: {path} is {type(block).__name__} with {', '.join(odd)}, which LocalViT's block does not have")
     _readable(f"{path}.mlp.fc1", block.mlp.fc1)
     weight = block.mlp.fc1.weight
     hidden, dim = weight.shape
@@ -121,7 +157,8 @@ def _localvit_block(path: str, block: nn.Module, prefix: int, act: str, reductio
         dim, hidden / dim if expand_ratio is None else expand_ratio, act, dim if reduction is None else reduction,
         num_prefix_tokens=prefix, device=weight.device, dtype=weight.dtype,
     )  # fmt: skip
-    new = LocalViTBlock(block.norm1, block.attn, conv, getattr(block, "drop_path1", None), getattr(block, "ls1", None))
+    drop_path = getattr(block, "drop_path1", getattr(block, "drop_path", None))
+    new = LocalViTBlock(block.norm1, block.attn, conv, drop_path, getattr(block, "ls1", None))
     new.conv.train(block.training)
     new.training = block.training
     return new
@@ -141,7 +178,13 @@ def convert_localvit(
         if id(block) not in made:
             made[id(block)] = block, _localvit_block(f"blocks.{i}", block, prefix, act, reduction, expand_ratio)
     news = [new for _, new in made.values()]
-    return Plan(list(made.values()), [new.conv for new in news], news)
+
+    def check(probed: Probed) -> None:
+        for path, block in _paths(model.blocks, probed):
+            sequence(path, probed.calls[id(block)].x)
+            check_branch(path, block, made[id(block)][1], probed.calls[id(block)])
+
+    return Plan(list(made.values()), [new.conv for new in news], news, prefix, check)
 
 
 def _stages(model: nn.Module, num_prefix_tokens: int | None) -> tuple[list[str], int]:
@@ -151,8 +194,6 @@ def _stages(model: nn.Module, num_prefix_tokens: int | None) -> tuple[list[str],
     stages = list(getattr(model, "layers", ()))
     if stages and hasattr(model, "patch_embed") and all(hasattr(stage, "blocks") for stage in stages):
         return [f"layers.{i}.blocks" for i in range(len(stages))], num_prefix_tokens or 0
-    if hasattr(model, "blocks_token_only"):
-        num_prefix_tokens = num_prefix_tokens or 0
     return ["blocks"], _prefix_tokens(model, num_prefix_tokens)
 
 
@@ -173,4 +214,10 @@ def convert_dw_shortcut(
         new.training = blocks.training
         swaps.append((blocks, new))
         groups += wrapped
-    return Plan(swaps, [group.shortcut for group in groups], groups if paths == ["blocks"] else [])
+
+    def check(probed: Probed) -> None:
+        for i, group in enumerate(groups):
+            if id(group.blocks[0]) in probed.calls:
+                check_shortcut(f"blocks.{i * every}", group, probed.calls[id(group.blocks[0])], probed.grid)
+
+    return Plan(swaps, [group.shortcut for group in groups], groups if paths == ["blocks"] else [], prefix, check)

@@ -31,9 +31,13 @@ class Parts:
     def grid(self) -> tuple[int, int]:
         """(H, W) of the patches of the forward pass."""
         if self.transformers:
-            patch = self.embed.patch_size
+            patch = getattr(self.embed, "patch_size", None)
+            if patch is None:
+                raise ValueError(f"rollout: {type(self.embed).__name__}, the patch embedding, does not say its patch_size")
             patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
             return self.image_size[0] // patch[0], self.image_size[1] // patch[1]
+        if self.embedded is None:
+            raise ValueError(f"rollout: {type(self.embed).__name__}, the patch embedding of {type(self.host).__name__}, has not run")
         return tuple(self.embedded)
 
     def norm(self) -> nn.Module:
@@ -79,9 +83,12 @@ def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
         expected = "dense (B, channels, height, width) or a mapping with such pixel_values"
         raise ValueError(f"rollout: images must be {expected}, got {got(images)}")
     for host in model.modules():
-        if hasattr(host, "patch_embed"):
+        if isinstance(getattr(host, "patch_embed", None), (nn.ModuleList, nn.ModuleDict)):
+            found = f"{len(host.patch_embed)} patch embeddings"
+            raise ValueError(f"rollout: {type(host).__name__} has {found}, so no grid holds its tokens; looked for a single patch_embed")
+        if isinstance(getattr(host, "patch_embed", None), nn.Module):
             return Parts(model, host, host.patch_embed, images, num_prefix_tokens)
-        if hasattr(getattr(host, "embeddings", None), "patch_embeddings"):
+        if isinstance(getattr(getattr(host, "embeddings", None), "patch_embeddings", None), nn.Module):
             return Parts(model, host, host.embeddings.patch_embeddings, images, num_prefix_tokens)
     looked_for = "patch_embed (timm, lifeops) or embeddings.patch_embeddings (transformers)"
     raise ValueError(f"rollout: {type(model).__name__} has no {looked_for}")

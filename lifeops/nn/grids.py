@@ -77,9 +77,8 @@ def _runs(scope: _Scope) -> bool:
 
 def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor) -> Grid:
     """(H, W) of what a patch embedding gave out: maps tell it, timm's and lifeops' flat tokens come from one that says it."""
-    if output.dim() == 4:  # dynamic_img_size: NHWC unless told otherwise
-        nchw = str(getattr(embed, "output_fmt", "NHWC")).endswith("NCHW")
-        grid = output.shape[2:4] if nchw else output.shape[1:3]
+    if output.dim() == 4:  # dynamic_img_size
+        grid = output.shape[2:4] if geometry.channels_first(embed, output) else output.shape[1:3]
     else:
         grid = _flat_grid(embed, args, output)
     # torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones

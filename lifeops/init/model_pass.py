@@ -1,0 +1,183 @@
+"""One forward pass of a model whose attention ``structured_`` is about to set: what each layer computes and what the first one reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lifeops.init.projections import OP, Projections
+from lifeops.integrations.attention_check import LayerCheck, attended
+from lifeops.integrations.pass_watch import Watch
+from lifeops.integrations.token_place import Place
+from lifeops.integrations.undisturbed import forward_of
+from lifeops.nn.life import LifeAttention
+
+_EMBEDDINGS = ("patch_embed", "patch_embeddings", "patch_embedding", "conv_proj", "to_patch_embedding")
+
+
+class _Stop(Exception):
+    pass
+
+
+def embedding_module(model: nn.Module) -> nn.Module | None:
+    """The patch embedding by name, or else the first convolution."""
+    named = [m for name, m in model.named_modules() if name.rpartition(".")[2] in _EMBEDDINGS and not isinstance(m, nn.ModuleList)]
+    return next(iter(named or [m for m in model.modules() if isinstance(m, nn.Conv2d)]), None)
+
+
+def images(model: nn.Module, embed: nn.Module | None) -> list[Tensor]:
+    """Random images of the sizes that the model may have been built for."""
+    conv = next((m for m in (embed or model).modules() if isinstance(m, nn.Conv2d)), None)
+    channels, like = (3, next(model.parameters())) if conv is None else (conv.in_channels, conv.weight)
+    generator = torch.Generator().manual_seed(0)
+    holders = [h for m in model.modules() for h in (m, getattr(m, "config", None))]
+    found = [getattr(holder, name, None) for holder in holders for name in ("img_size", "image_size")]
+    pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in found if isinstance(size, (int, tuple, list))]
+    sizes = dict.fromkeys(size for size in pairs if len(size) == 2 and all(isinstance(n, int) for n in size)) or {(224, 224): None}
+    return [torch.randn(1, channels, *size, generator=generator).to(like.device, like.dtype) for size in sizes]
+
+
+# ------------------------------------------------------------------------------------------------ reading a layer
+
+
+def _out(p: Projections) -> nn.Module | None:
+    """The output projection where it is called as a module."""
+    m = p.module
+    if isinstance(m, (LifeAttention, nn.MultiheadAttention)):
+        return None
+    if hasattr(m, "to_out"):
+        return m.to_out[0] if isinstance(m.to_out, nn.Sequential) else m.to_out
+    if isinstance(getattr(getattr(m, "output", None), "dense", None), nn.Linear):
+        return m.output.dense
+    return next(getattr(m, n) for n in ("o_proj", "out_proj", "proj") if isinstance(getattr(m, n, None), nn.Linear))
+
+
+def _fused(m: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """timm's qkv, in BEiT with biases of its own."""
+    qkv = m.qkv(x)
+    if isinstance(getattr(m, "q_bias", None), Tensor):
+        k_bias = m.k_bias if isinstance(getattr(m, "k_bias", None), Tensor) else torch.zeros_like(m.q_bias)
+        qkv = qkv + torch.cat((m.q_bias, k_bias, m.v_bias))
+    return qkv.chunk(3, -1)
+
+
+def _qkv(p: Projections, x: Tensor, args: tuple) -> tuple[Tensor, ...]:
+    """q, k and v (B, h, N, d) of x (B, N, C)."""
+    m, inner = p.module, getattr(p.module, "attention", None)
+    if isinstance(m, LifeAttention):
+        return m.qkv_heads(x, *args[1:2])
+    if isinstance(m, nn.MultiheadAttention):
+        flat = torch.nn.functional.linear(x, m.in_proj_weight, m.in_proj_bias).chunk(3, -1)
+    elif hasattr(m, "to_qkv"):
+        flat = m.to_qkv(x).chunk(3, -1)
+    elif isinstance(getattr(m, "qkv", None), nn.Linear):
+        flat = _fused(m, x)
+    elif isinstance(getattr(m, "q_proj", None), nn.Linear):
+        flat = m.q_proj(x), m.k_proj(x), m.v_proj(x)
+    else:
+        flat = inner.query(x), inner.key(x), inner.value(x)
+    return tuple(t.unflatten(-1, (p.num_heads, -1)).transpose(1, 2) for t in flat)
+
+
+def _flat(x):
+    """Maps as tokens."""
+    return x.flatten(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x
+
+
+# ------------------------------------------------------------------------------------------------ the pass
+
+
+class Pass:
+    """What one forward pass told: the first layer's input, the tokens of every layer, layers that attend from elsewhere."""
+
+    def __init__(self, layers: list[Projections]):
+        self.layers, self.sizes, self.pools = layers, {}, set()
+        self.first: Tensor | None = None
+        self.rows: Tensor | None = None  # of the first layer's input, which of them are followed patches
+
+    def forward(self, p: Projections, place: Place) -> Callable:
+        own, out = p.module.forward, _out(p)
+
+        def forward(*args, **kwargs):
+            if isinstance(p.module, nn.MultiheadAttention) and self._pool(p, args, kwargs):
+                return own(*args, **kwargs)
+            given = args[0] if args else next((a for a in kwargs.values() if isinstance(a, Tensor)), None)
+            turned = isinstance(p.module, nn.MultiheadAttention) and not p.module.batch_first
+            x = _flat(given.transpose(0, 1) if turned else given)
+            if not isinstance(x, Tensor) or x.dim() != 3:
+                raise ValueError(f"{OP}: {p.path} is given {tuple(getattr(x, 'shape', ()))}, looked for tokens (B, N, C)")
+            self._begin(p, given, x, place)
+            with place.watch.quiet():
+                try:
+                    check = LayerCheck(f"{OP}: {p.path}", p.module, attended(*_qkv(p, x[:1], args), None, [0]), x)
+                except RuntimeError as error:
+                    raise ValueError(f"{OP}: {p.path} cannot be read as plain attention: {error}") from error
+            hook = out and out.register_forward_pre_hook(lambda m, args: check.merged(_flat(args[0])))
+            try:
+                output = own(*args, **kwargs)
+            finally:
+                if hook:
+                    hook.remove()
+            with place.watch.quiet():
+                joined = output[0] if isinstance(output, tuple) else output
+                check.ended(_flat(joined.transpose(0, 1) if turned else joined))
+            return output
+
+        return forward
+
+    def _pool(self, p: Projections, args, kwargs) -> bool:
+        """Whether a torch attention's queries come from elsewhere: a pooling head is no layer."""
+        query, key = (args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("query", "key")))
+        if query is not key:
+            self.pools.add(p.path)
+        return query is not key
+
+    def _begin(self, p: Projections, given: Tensor, x: Tensor, place: Place) -> None:
+        if self.first is None:
+            shadow = place.watch.shadow_of(given)
+            self.first, self.rows = x, None if shadow is None else _flat(shadow)[0].isnan().any(-1)
+        self.sizes.setdefault(p.path, tuple(x.shape[:2]))
+
+
+def run(model: nn.Module, image: Tensor, seen: Pass, embed: nn.Module | None) -> Place:
+    watch = Watch({id(m): path for path, m in model.named_modules()}, {id(p.module) for p in seen.layers})
+    place = Place(OP, watch, embed)
+    with contextlib.ExitStack() as stack:
+        for p in seen.layers:
+            stack.enter_context(forward_of(p.module, seen.forward(p, place)))
+        if embed is not None:
+            own = embed.forward
+
+            def embedded(*args, **kwargs):
+                output = own(*args, **kwargs)
+                place.embedded(embed, args, output)
+                return output
+
+            stack.enter_context(forward_of(embed, embedded))
+        with watch:
+            model.forward(image)
+    for event in (e for e in watch.attended if e.queries > 1):
+        raise ValueError(f"{OP}: {event.path} attends or mixes tokens in a way that is not known: {event.what}; it would be left as it is")
+    return place
+
+
+def first_input(model: nn.Module, image: Tensor, layer: Projections, embed: nn.Module) -> Tensor | None:
+    """(N, C) of the first layer, the patches' own contents left out; (None where it does not run)."""
+    found, own = [], embed.forward
+
+    def stop(*args, **kwargs):
+        x = args[0] if args else next(a for a in kwargs.values() if isinstance(a, Tensor))
+        turned = isinstance(layer.module, nn.MultiheadAttention) and not layer.module.batch_first
+        found.append(_flat(x.transpose(0, 1) if turned else x)[0])
+        raise _Stop
+
+    def blank(*args, **kwargs):
+        output = own(*args, **kwargs)
+        return tuple(torch.zeros_like(t) if isinstance(t, Tensor) else t for t in output) if isinstance(output, tuple) else output * 0
+
+    with forward_of(embed, blank), forward_of(layer.module, stop), contextlib.suppress(_Stop):
+        model.forward(image)
+    return found[0] if found else None

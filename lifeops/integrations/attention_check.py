@@ -1,0 +1,119 @@
+"""Whether a layer attends as it is read: a few query rows of softmax(scale q kᵀ) v, computed again, against what it gave in that very pass.
+
+A layer can have q, k and v and do more with them than is known: a bias, a mask, a window, a second softmax. Its output tells.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.full_precision import full_precision
+
+ROWS, IMAGES = 8, 2  # O(N) memory and a small part of the layer's time
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+_TF32 = 5e-3
+
+
+class Rows(NamedTuple):
+    """``values`` (b, n, h*d): the heads' joined outputs of the tokens ``index`` of ``images``. ``tolerance``: relative."""
+
+    values: Tensor
+    images: list[int]
+    index: Tensor
+    tolerance: float
+
+    def of(self, tokens: Tensor) -> Tensor:
+        return tokens[self.images][:, self.index.to(tokens.device)]
+
+
+def some_images(batch: int) -> list[int]:
+    return sorted({0, batch - 1}) if batch else []
+
+
+def _tolerance(dtype: torch.dtype, device: torch.device, largest_score: float) -> float:
+    """Scores are rounded before the exponential, in q's precision where the model attends eagerly."""
+    if device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
+        return _TF32 + largest_score * 2**-9
+    return _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16]) + 4 * torch.finfo(dtype).eps * largest_score
+
+
+@full_precision
+def attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None, images: list[int]) -> Rows:
+    """q, k, v (b, h, N, d) of ``images`` to some rows of the attention's output."""
+    N, d = q.shape[2:]
+    index = torch.linspace(0, N - 1, min(N, ROWS)).round().long().unique().to(q.device)
+    wide = accumulate_dtype(q.dtype)
+    scores = (d**-0.5 if scale is None else scale) * q[:, :, index].to(wide) @ k.to(wide).transpose(-2, -1)
+    values = (scores.softmax(-1) @ v.to(wide)).transpose(1, 2).flatten(2)
+    largest = scores.abs().nan_to_num(0, 0, 0).max().item() if scores.numel() else 0.0
+    return Rows(values, images, index, _tolerance(q.dtype, q.device, largest))
+
+
+def off(real: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest entry; where either is not finite nothing can be said. 1 for other shapes."""
+    if real.shape != expected.shape:
+        return 1.0
+    real, expected = real.to(torch.float64), expected.to(torch.float64)
+    both = real.isfinite() & expected.isfinite()
+    if not both.any():
+        return 0.0
+    difference = (real - expected)[both].abs().max()
+    return (difference / real[both].abs().maximum(expected[both].abs()).max().clamp_min(1e-300)).item()
+
+
+def merge_point(module: nn.Module) -> nn.Module | None:
+    """The module that is given the heads' joined outputs. None if there is none, or if a hook on it would change what runs."""
+    if hasattr(module, "fused_layers"):
+        return None
+    norm = getattr(module, "norm", None)
+    names = ("norm",) if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else ("proj", "o_proj", "out_proj")
+    return next((m for m in (getattr(module, name, None) for name in names) if isinstance(m, nn.Module)), None)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether some attention or output is dropped at random, so that nothing can be compared."""
+    if not module.training:
+        return False
+    rates = [m.p for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
+    rates += [getattr(module, name, 0) for name in ("attention_dropout", "dropout_prob", "dropout")]
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+
+
+class LayerCheck:
+    """One run of one layer: ``rows`` are what is expected, ``done`` once they were compared."""
+
+    def __init__(self, path: str, module: nn.Module, rows: Rows, x: Tensor):
+        self.path, self.module, self.rows, self.x, self.done = path, module, rows, x, False
+
+    def merged(self, tokens: Tensor) -> None:
+        """Compare with what the merge point is given."""
+        expected, gate = self.rows.values, getattr(self.module, "gate", None)
+        if isinstance(gate, nn.Module) and merge_point(self.module) is not getattr(self.module, "norm", None):
+            expected = expected * gate(self.rows.of(self.x)).sigmoid()
+        self._compare(tokens, expected, "what its heads give")
+
+    def ended(self, output) -> None:
+        """Compare with what the layer gives, if nothing was compared before."""
+        if self.done:
+            return
+        output, expected = output[0] if isinstance(output, (tuple, list)) else output, self.rows.values
+        proj = next((m for m in (getattr(self.module, n, None) for n in ("proj", "o_proj", "out_proj")) if isinstance(m, nn.Module)), None)
+        if proj is not None:
+            dtype = next((p.dtype for p in proj.parameters() if p.is_floating_point()), expected.dtype)
+            expected = proj(expected.to(dtype))
+        self._compare(output, expected, "its output")
+
+    def _compare(self, tokens: Tensor, expected: Tensor, what: str) -> None:
+        fits = isinstance(tokens, Tensor) and tokens.dim() == 3 and tokens.shape[:2] == self.x.shape[:2]
+        found = off(self.rows.of(tokens), expected) if fits else 1.0
+        if found > self.rows.tolerance:
+            got = f"is off by {found:.2g} of its largest entry" if fits else f"has shape {tuple(tokens.shape)}"
+            raise ValueError(
+                f"{self.path} is {type(self.module).__name__}, which does not compute softmax(scale q kᵀ) v of its own q, k and v"
+                f" over all tokens: {what} {got}"
+            )
+        self.done = True

@@ -1,0 +1,87 @@
+"""What :func:`lifeops.rollout` takes for granted, checked during the forward pass that it records; see :mod:`pass_watch` for how.
+
+A ValueError says what was found and where. Nothing of the size N x N is held, and the model computes what it would have computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import Tensor, nn
+
+from lifeops.integrations.attention_check import LayerCheck, attended, drops, off, some_images
+from lifeops.integrations.pass_watch import Watch
+from lifeops.integrations.token_place import Place, tokens_of
+
+
+class PassCheck:
+    """``layers``: the modules that are known to attend or to merge; ``parts``: see :mod:`vit_parts`."""
+
+    def __init__(self, model: nn.Module, parts, layers: list[nn.Module]):
+        named = list(model.named_modules(remove_duplicate=False))
+        known = {id(layer) for layer in layers}
+        self.parts = parts
+        self.watch = Watch({id(m): path for path, m in reversed(named)}, known)
+        self.places = Counter(id(m) for _, m in named if id(m) in known)  # how often the model holds each
+        self.ran: Counter[int] = Counter()
+        self.last: str | None = None  # the path of the layer that ran last
+        self.place, self.count = Place("rollout", self.watch, parts.embed), 0
+        self.open: list[LayerCheck] = []
+
+    # -------------------------------------------------------------------------------------------- the layers
+
+    def enter(self, path: str, module: nn.Module, x: Tensor, prefix: int) -> None:
+        """A known layer is about to run on ``x``, which begins with ``prefix`` other tokens."""
+        self.ran[id(module)] += 1
+        if self.ran[id(module)] > self.places[id(module)]:
+            raise ValueError(f"rollout: {path} ran {self.ran[id(module)]} times in one forward pass, which is no chain of layers")
+        for event in self.watch.attended[:1]:
+            where = f"before {path}" if self.last is None else f"between {self.last} and {path}"
+            raise ValueError(f"rollout: {event.path} attends or mixes tokens in a way that is not known: {event.what}, {where}")
+        if self.last is None:
+            self.place.check(path, x, prefix, self.parts.grid())
+        elif self.count - 1 not in self.watch.marks(x):
+            raise ValueError(f"rollout: {path} does not read what {self.last} gave: they stand side by side, and roll-out chains layers")
+        for event in self.watch.moved[:1]:
+            raise ValueError(f"rollout: {event.path} moves tokens before {path}: {event.what}")
+        self.last = path
+
+    def leave(self, x: Tensor, output) -> None:
+        self.watch.mark(tokens_of(output), {*self.watch.marks(x), self.count})
+        self.count += 1
+        self.watch.attended, self.watch.moved = [], []
+
+    def begin(self, path: str, module: nn.Module, x: Tensor, read) -> None:
+        """Compute some rows of the layer's attention."""
+        if drops(module) or not x.numel():
+            self.open.append(LayerCheck(path, module, None, x))
+            self.open[-1].done = True
+            return
+        with self.watch.quiet():
+            images = some_images(x.shape[0])
+            q, k, v, scale = read(x[images])
+            self.open.append(LayerCheck(f"rollout: {path}", module, attended(q, k, v, scale, images), x))
+
+    def merged(self, module, args) -> None:
+        """A pre-hook on a layer's merge point."""
+        if self.open and not self.open[-1].done and args:
+            with self.watch.quiet():
+                self.open[-1].merged(args[0])
+
+    def end(self, module, output) -> None:
+        with self.watch.quiet():
+            self.open.pop().ended(output)
+
+    def windows(self, path: str, layer, x: Tensor, *maps: Tensor) -> None:
+        """The attention of a window block is given the windows of one of ``maps`` as roll-out cuts them."""
+        with self.watch.quiet():
+            for m in (m for m in maps if m is not None and len(m)):
+                own = layer._windows(m[:1].permute(0, 3, 1, 2)).transpose(1, 2)
+                if off(x[: len(own)], own) == 0:
+                    return
+        raise ValueError(f"rollout: {path} does not attend inside windows of {layer.window} shifted by {layer.shift} as timm's Swin does")
+
+    def finish(self) -> None:
+        """Self-attention behind the last known layer is a layer too; a pooling by a few queries is a head."""
+        for event in (e for e in self.watch.attended if e.square and self.last is not None):
+            raise ValueError(f"rollout: {event.path} attends in a way that is not known: {event.what}, behind {self.last}")

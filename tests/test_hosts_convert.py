@@ -1,0 +1,122 @@
+"""No silent wrong answer about a host: convert tries each block, or says what is in the way.
+
+Small models of timm and transformers, no weights. What computes is compared with the model's own attention elsewhere
+(test_convert, test_localvit).
+"""
+
+import copy
+import re
+
+import pytest
+import torch
+from hosts import BEIT, SYSTEMS, images_of, made, named, small_vit, timm, unchanged, vit
+from torch import nn
+
+import lifeops
+
+CONVERT_REFUSES = {
+    "rope": (named("eva02_tiny_patch14_224", img_size=56), {"life": "blocks.0 hands its attention rope"}),
+    "rope and scale": (named("vit_small_patch16_dinov3"), {"life": "hands its attention rope", "localvit": "EvaBlock with gamma_1"}),
+    "mixed rope": (named("vit_small_patch16_rope_mixed_224"), {"life": "hands its attention rope", "localvit": "with gamma_1"}),
+    "perception": (named("vit_pe_core_tiny_patch16_384"), {"life": "hands its attention rope"}),
+    "beit": (lambda: timm.models.Beit(**BEIT, init_values=0.1), {"life": "shared_rel_pos_bias", "localvit": "Block with gamma_1"}),
+    "beit table": (lambda: timm.models.Beit(**BEIT, use_rel_pos_bias=True), {"life": "has relative_position_bias_table"}),
+    "relative": (named("vit_relpos_small_patch16_224"), {"life": "has rel_pos"}),
+    "shared relative": (named("vit_srelpos_small_patch16_224"), {"life": "hands its attention shared_rel_pos"}),
+    "post norm": (small_vit(block_fn=vit.ResPostBlock), {"localvit": "ResPostBlock, whose attention branch is not"}),
+    "relative post norm": (
+        named("vit_relpos_base_patch16_rpn_224", embed_dim=48, num_heads=3), {"life": "rel_pos", "localvit": "branch is not"},
+    ),
+    "differential": (small_vit(embed_dim=48, attn_layer="diff"), {"life": "has lambda_q1, lambda_k1, lambda_q2, lambda_k2"}),
+    "cait": (named("cait_xxs24_224"), {"life": "has proj_l, proj_w", "localvit": "LayerScaleBlock with gamma_1"}),
+    "late cls": (
+        named("convit_tiny", depth=3, local_up_to_layer=1),
+        {"life": "GPSA without qkv", "localvit": "in blocks.0 tokens 0 to 15", "dw_shortcut": "in blocks.0 tokens 0 to 15"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("name", CONVERT_REFUSES)
+def test_convert_refuses_or_runs(name, system):
+    build, messages = CONVERT_REFUSES[name]
+    model = made(build)
+    if system in messages:
+        unchanged(model, lambda m: lifeops.convert(m, system), re.escape(messages[system]))
+    else:
+        x = images_of(model)
+        with torch.no_grad():
+            before = model(x)
+            assert lifeops.convert(model, system)(x).shape == before.shape
+            assert torch.equal(lifeops.revert(model)(x), before)
+
+
+@pytest.mark.parametrize("rel_pos", [False, True])
+def test_blocks_that_take_maps(rel_pos):
+    build = named("samvit_base_patch16", embed_dim=48, num_heads=3, use_rel_pos=rel_pos)
+    for system in ("life", "localvit"):
+        message = "rel_pos_h" if rel_pos and system == "life" else "blocks.0 is given maps"
+        unchanged(build(), lambda m, s=system: lifeops.convert(m, s, num_prefix_tokens=0), message)
+    assert lifeops.convert(build(), "dw_shortcut", num_prefix_tokens=0)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+class _Masked(nn.Module):
+    """An attention with the right parts and a mask of its own."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj, self.attn_drop, self.proj_drop = 3, attn.qkv, attn.proj, attn.attn_drop, attn.proj_drop
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(2, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def test_convert_compares_numbers():
+    model = small_vit()()
+    model.blocks[1].attn = _Masked(model.blocks[1].attn)
+    unchanged(model, lifeops.convert, r"blocks\.1\.attn is _Masked, which does not compute softmax\(scale q kᵀ\) v")
+    assert lifeops.convert(model, probe=False).blocks[1].attn.num_prefix_tokens == 1
+    wrong = small_vit(reg_tokens=2)()
+    unchanged(wrong, lambda m: lifeops.convert(m, num_prefix_tokens=1), r"tokens 3 to 26 are the 24 patches \(give num_prefix_tokens=…\)")
+
+
+class _Embed(nn.Module):
+    """Tells its grid, or that it has none, and nothing else."""
+
+    def __init__(self, proj, grid_size):
+        super().__init__()
+        self.proj, self.grid_size = proj, grid_size
+
+    def forward(self, x):
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("grid_size", [None, (4, 6)])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_embeddings_that_tell_no_image_size(system, grid_size):
+    model = small_vit(dynamic_img_size=True)()
+    model.patch_embed = _Embed(model.patch_embed.proj, grid_size)
+    if grid_size is None:
+        model.pos_embed, model.patch_embed.grid_size = None, None
+    assert lifeops.convert(model, system)(torch.randn(1, 3, 32, 48)).shape == (1, 5)
+
+
+def test_a_probe_leaves_no_trace():
+    """Hooks do not run, buffers and random numbers stay; models without numbers are not tried."""
+    model, ran = small_vit(drop_path_rate=0.2, proj_drop_rate=0.1)().train(), []
+    for m in (model, model.patch_embed, *model.blocks, *(block.attn for block in model.blocks), model.norm):
+        m.register_forward_hook(lambda *a: ran.append(a))
+    twin = copy.deepcopy(model)
+    for system in SYSTEMS:
+        torch.manual_seed(3)
+        lifeops.convert(model, system)
+        after = torch.get_rng_state()
+        torch.manual_seed(3)
+        lifeops.convert(twin, system, probe=False)
+        assert torch.equal(after, torch.get_rng_state())
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+        lifeops.revert(model), lifeops.revert(twin)
+    assert not ran
+    with torch.device("meta"):
+        assert lifeops.convert(small_vit()()).blocks[0].attn.qkv.scale1.weight.is_meta

@@ -1,0 +1,112 @@
+"""No silent wrong answer about a host: structured_ reports the model's own attention, or says what is in the way.
+
+Small models of timm and transformers, no weights. What computes is compared with the model's own attention elsewhere (test_init_layouts).
+"""
+
+import copy
+
+import pytest
+import torch
+from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
+
+import lifeops
+from lifeops.init import structured_
+
+WIDE = {"embed_dim": 96, "num_heads": 12}
+VITDET = {"pretrain_image_size": 32}
+STRUCTURED_REFUSES = {
+    "windows": ("impulse", hf("VitDet", **VITDET, window_size=2, window_block_indices=[0]), r"inside 4 groups of 4 tokens"),
+    "detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=20), r"last 16 rows .* must belong to"),
+    "few detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=3), r"must belong to the patches"),
+    "dropped": ("impulse", hf("ViTMAE"), r"attends inside 5 tokens"),
+    "differential": ("impulse", small_vit(**WIDE, attn_layer="diff"), r"is DiffAttention, which does not compute"),
+    "shared bias": ("mimetic", lambda: timm.models.Beit(**BEIT, use_shared_rel_pos_bias=True), r"has a relative position bias \("),
+    "bias in a child": ("mimetic", hf("Beit", use_relative_position_bias=True), r"relative_position_bias_table"),
+    "relative": ("mimetic", named("vit_relpos_small_patch16_224"), r"has rel_pos"),
+    "sam": ("mimetic", named("samvit_base_patch16", embed_dim=48, num_heads=3), r"has rel_pos_h, rel_pos_w"),
+    "channels": ("mimetic", staged("xcit_nano_12_p16_224", img_size=64), r"is XCA, which does not compute"),
+    "factorised": ("mimetic", staged("coat_lite_tiny", img_size=64), r"is FactorAttnConvRelPosEnc, which does not compute"),
+    "cosine": ("mimetic", staged("swinv2_cr_tiny_ns_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)), r"does not compute"),
+    "gated layers": ("mimetic", named("convit_tiny", depth=3, local_up_to_layer=1), r"blocks\.0\.attn attends .*would be left"),
+    "swin": ("mimetic", lambda: transformers.SwinModel(_swin()), r"relative_position_bias_table"),
+}  # fmt: skip
+
+
+def _swin():
+    return transformers.SwinConfig(image_size=32, embed_dim=24, num_heads=(2, 4), depths=(1, 1), window_size=4, patch_size=4)
+
+
+@pytest.mark.parametrize("name", STRUCTURED_REFUSES)
+def test_structured_refuses(name):
+    method, build, message = STRUCTURED_REFUSES[name]
+    assert unchanged(made(build), lambda m: structured_(m, method, generator=torch.Generator().manual_seed(0)), message)
+
+
+def test_a_report_that_is_not_the_models_is_put_back():
+    """Post-norm blocks read the embedding as it is, not layer-normed."""
+    model = made(small_vit(block_fn=vit.ResPostBlock))
+    unchanged(model, lambda m: structured_(m, generator=torch.Generator().manual_seed(0)), r"off by 0\.\d+ from the report; nothing was")
+    assert model.pos_embed.requires_grad
+    assert structured_(model, "mimetic").heads[0].mass is None
+    assert structured_(made(small_vit(block_fn=vit.ResPostBlock)), verify=False).heads[0].mass > 0.4
+
+
+STRUCTURED_RUNS = {
+    "ViT": hf("ViT"), "DINOv2": hf("Dinov2"), "registers": hf("Dinov2WithRegisters"), "CLIP": hf("CLIPVision"),
+    "SigLIP": hf("SiglipVision"),
+    "global ViTDet": hf("VitDet", **VITDET), "MSN": hf("ViTMSN"), "timm": small_vit(**WIDE, reg_tokens=3),
+    "BEiT": lambda: timm.models.Beit(**{**BEIT, **WIDE}, use_abs_pos_emb=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRUCTURED_RUNS)
+def test_reports_are_the_models(name):
+    """The mass of layer 0 against the attention that the model computes on blank patches without biases."""
+    model = made(STRUCTURED_RUNS[name])
+    head = {n: p.clone() for n, p in model.named_parameters() if n.startswith("head.")}
+    report = structured_(model, generator=torch.Generator().manual_seed(0))
+    assert report.num_layers == 2  # SigLIP's pooling head is none
+    assert all(torch.equal(p, model.get_parameter(n)) for n, p in head.items())
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if n.endswith("bias"):
+                p.zero_()
+    attention = _first_attention(model, report.heads[0].path)
+    patches = attention[:, -24:, -24:] if name == "timm" else attention[:, -16:, -16:]
+    grid = (4, 6) if name == "timm" else (4, 4)
+    mass = [lifeops.init.report.measure(patches[h.head], grid, h.offset)[0] for h in report.layer(0)]
+    assert sum(mass) / len(mass) == pytest.approx(sum(h.mass for h in report.layer(0)) / len(mass), abs=0.05)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32)])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_converted_models_are_initialised(system, size):
+    torch.manual_seed(0)
+    model = lifeops.convert(small_vit(**WIDE, img_size=size)(), system)
+    plain = small_vit(**WIDE, img_size=size)()
+    plain.load_state_dict(lifeops.revert(copy.deepcopy(model)).state_dict())
+    report = structured_(model, generator=torch.Generator().manual_seed(0))
+    assert report.num_layers == 2
+    assert all(h.mass > 0.3 for h in report.heads)
+    if system != "life":
+        expected = structured_(plain, generator=torch.Generator().manual_seed(0))
+        assert [h.mass for h in report.heads] == [h.mass for h in expected.heads]
+
+
+def _first_attention(model, path):
+    """(h, N, N) of the layer at ``path``, from its q and k."""
+    seen, layer = [], model.get_submodule(path)
+    hook = layer.register_forward_pre_hook(lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
+    with torch.no_grad():
+        model(images_of(model, 1) * 0)
+        hook.remove()
+        x = seen[0].flatten(1, 2) if seen[0].dim() == 4 else seen[0]
+        inner = getattr(layer, "attention", layer)
+        if hasattr(layer, "qkv"):
+            q, k, _ = layer.qkv(x).chunk(3, -1)
+        elif hasattr(layer, "q_proj"):
+            q, k = layer.q_proj(x), layer.k_proj(x)
+        else:
+            q, k = inner.query(x), inner.key(x)
+        q, k = (t[0].unflatten(1, (12, -1)).transpose(0, 1) for t in (q, k))
+        return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
