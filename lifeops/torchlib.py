@@ -66,6 +66,11 @@ def _seen_by_torch() -> bool:
     return _transformed() or _dispatch_modes() > 0 or _tracing() is not None or _profiling()
 
 
+def modes_look_on() -> bool:
+    """Whether dispatch modes see every operator: counters, selective checkpointing."""
+    return _dispatch_modes() > 0
+
+
 def _foreign_mode() -> bool:
     """Whether a dispatch mode of another library looks on, which knows torch's operators alone: ptflops' counter, say. One that wants to
     see lifeops' own says so with an attribute ``sees_lifeops``.
@@ -255,7 +260,8 @@ class _Once(torch.autograd.Function):
 
 def once_differentiable(name: str, instead: str) -> Callable:
     """Decorates a Function's ``backward``: a derivative of what it returns raises. torch's decorator of that name drops it in silence
-    where the incoming gradient is a constant, as in a gradient penalty.
+    where the incoming gradient is a constant, as in a gradient penalty. What the returned gradients depend on has to be among the saved
+    tensors, as the very inputs: that is how a derivative with respect to them gets here.
     """
     message = f"{name}: differentiable once, a second derivative was asked for; {instead}"
 
@@ -267,7 +273,8 @@ def once_differentiable(name: str, instead: str) -> Callable:
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return out
             found = [g for g in out if g is not None]
-            marked = iter(_Once.apply(message, len(found), *found, torch.empty(0, requires_grad=True)))
+            on = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]  # or autograd would go past it
+            marked = iter(_Once.apply(message, len(found), *found, *on, torch.empty(0, requires_grad=True)))
             return tuple(None if g is None else next(marked) for g in out)
 
         return run

@@ -361,22 +361,44 @@ def test_func(name):
             torch.testing.assert_close(each[key][i], value, rtol=1e-6, atol=1e-6)
 
 
+def _by_backward(loss, inputs):
+    loss.backward()
+    return [t.grad for t in inputs]
+
+
+def _by_inputs(loss, inputs):
+    loss.backward(inputs=inputs)
+    return [t.grad for t in inputs]
+
+
+def _by_grad(loss, inputs):
+    return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+@pytest.mark.parametrize("way", [_by_backward, _by_inputs, _by_grad])
+@pytest.mark.parametrize("plus", [0, 1])
 @pytest.mark.parametrize("name", seams.SYSTEMS)
-def test_second_derivatives_raise_or_are_right(name):
-    """A gradient penalty through an op that is differentiable once: never without its second-order term."""
+def test_second_derivatives_raise_or_are_right(name, plus, way):
+    """A gradient penalty through an op that is differentiable once: never without its second-order term, with respect to whatever."""
     module, oracle, _ = seams.build(name)
-    for frozen in (False, True):
-        module.train(name.startswith("DW")).requires_grad_(not frozen)
-        penalties = []
+    module.train(name.startswith("DW"))
+    wanted = ["x", *(key for key, _ in module.named_parameters())]
+    for chosen in [["x"], *([key] for key in wanted if "weight" in key), wanted]:
+        found = []
         for run in (seams.call, oracle):
+            module.zero_grad()
             x = seams.tokens().requires_grad_()
             y = run(module, x)
-            (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)  # a constant comes in
+            (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            leaves = {"x": x, **dict(module.named_parameters())}
             try:
-                (y.sum() + g.square().sum()).backward()
+                found.append(way(plus * y.sum() + g.square().sum(), [leaves[key] for key in chosen]))
             except RuntimeError as error:
-                assert "differentiable once, a second derivative was asked for" in str(error)  # noqa: PT017
+                assert run is seams.call, chosen
+                assert "differentiable once, a second derivative was asked for" in str(error), chosen  # noqa: PT017
                 break
-            penalties.append(x.grad)
         else:
-            torch.testing.assert_close(*penalties, rtol=1e-6, atol=1e-6)
+            for key, ours, theirs in zip(chosen, *found, strict=True):
+                assert (ours is None) == (theirs is None), key
+                if ours is not None:
+                    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6, msg=lambda text: f"{key}: {text}")  # noqa: B023

@@ -342,3 +342,58 @@ def test_compiled_with_an_embedding_that_tells_no_grid(system):
     expected = model(_images(TALL))
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(_images(TALL)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_another_image_between_the_embedding_and_the_blocks(system):
+    """A hook that runs the model's own methods on another image there."""
+    model = _model(system)
+    expected = model(_images(WIDE))
+    for method in (model, model.forward_features):
+        others = [method]
+
+        def run(module, args, out, others=others):
+            if others:
+                others.pop()(_images(TALL))
+
+        handle = model.norm_pre.register_forward_hook(run)
+        torch.testing.assert_close(model(_images(WIDE)), expected, rtol=0, atol=1e-5)
+        handle.remove()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_two_images_embedded_before_the_blocks(system):
+    """Whose tokens come first cannot be known; one after the other is."""
+    model = _model(system)
+    cls = model.cls_token.expand(2, -1, -1)
+    with torch.no_grad():
+        alone = []
+        for size, grid in ((WIDE, (2, 8)), (TALL, (8, 2))):
+            x = torch.cat((cls, model.patch_embed(_images(size)).flatten(1, 2)), 1)
+            alone.append(model.blocks(x))
+            with lifeops.use_grid(model, grid):
+                torch.testing.assert_close(alone[-1], model.blocks(x), rtol=0, atol=1e-5)
+        first = model.patch_embed(_images(WIDE))
+        model.patch_embed(_images(TALL))
+        with pytest.raises(ValueError, match=UNKNOWN):
+            model.blocks(torch.cat((cls, first.flatten(1, 2)), 1))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_function_that_embeds_sometimes(system):
+    """A later call of the same function does not find the grid of an earlier one."""
+    model = _model(system)
+
+    def run(images=None, tokens=None):
+        import sys
+
+        sys._getframe()
+        if images is not None:
+            tokens = torch.cat((model.cls_token.expand(2, -1, -1), model.patch_embed(images).flatten(1, 2)), 1)
+        return model.blocks(tokens)
+
+    with torch.no_grad():
+        for _ in range(5):
+            run(_images(WIDE))
+            with pytest.raises(ValueError, match=UNKNOWN):
+                run(tokens=torch.randn(2, 17, 24))

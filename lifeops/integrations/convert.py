@@ -20,6 +20,9 @@ RECORD = "_lifeops_conversion"
 SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit, "dw_shortcut": timm.convert_dw_shortcut}
 
 
+_KEPT = {"norm1", "attn", "ls1", "drop_path1"}  # parts of a block that its LocalViT block holds, too
+
+
 class _State(NamedTuple):
     """What a user may do to a whole model: mode, dtype, device, freezing."""
 
@@ -65,6 +68,8 @@ def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
     if (now.dtype, now.device) != (before.dtype, before.device):
         old.to(device=now.device, dtype=now.dtype)
     old._is_full_backward_hook = new._is_full_backward_hook
+    for name in _KEPT & old._modules.keys() & new._modules.keys():
+        old._modules[name] = new._modules[name]  # exchanged meanwhile, perhaps
     if now.trainable != before.trainable and len(now.trainable) == 1:
         for p in _own(old, new):
             p.requires_grad_(*now.trainable)

@@ -84,8 +84,8 @@ def _replacement(attn: nn.Module, num_prefix_tokens: int, options: dict) -> Life
     with torch.no_grad():
         for ours, theirs in zip(new.proj.parameters(), attn.proj.parameters(), strict=True):
             ours.copy_(theirs)
-    for parameter in new.proj.parameters():
-        parameter.requires_grad_(attn.proj.weight.requires_grad)
+    for ours, theirs in zip(new.proj.parameters(), attn.proj.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
     return new.train(attn.training)
 
 

@@ -27,7 +27,8 @@ def attend(module, q, k, v, attn_mask, is_causal, local=None, *, grid, num_prefi
             raise ValueError(f"{type(module).__name__}: attn_mask must be None where is_causal is set")
         attn_mask = causal_mask(q.shape[2], q.device)
     drop = module.attn_drop
-    if not fused and not is_plain(drop, DROPOUT):
+    everything = drop.training and getattr(drop, "p", 0.0) >= 1  # which torch's dropout takes, and the op refuses
+    if everything or (not fused and not is_plain(drop, DROPOUT)):
         y, own = sequence(_by_layer(drop, q, k, v, attn_mask)), False
     else:
         own = local is not None and fused

@@ -47,10 +47,13 @@ def update_running(norm: nn.Module, mean: torch.Tensor, unbiased_var: torch.Tens
     if not norm.training or not norm.track_running_stats or _recomputing():
         return
     running_mean, running_var, tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if tracked is not None:
+        tracked.add_(1)
     if running_mean is None:
         return
-    tracked.add_(1)
-    momentum = 1.0 / tracked.item() if norm.momentum is None else norm.momentum
+    momentum = norm.momentum
+    if momentum is None:
+        momentum = 0.0 if tracked is None else 1.0 / tracked.item()
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lifeops.nn.plain import channel_conv, exactly, is_fused
+from lifeops.nn.plain import channel_conv, exactly, is_fused, linear_with_bias, sequence_of
 from lifeops.ops.channel_act import accumulate_dtype
 from lifeops.ops.channel_gate import gate
 
@@ -40,8 +40,8 @@ class SELayer(_ChannelAttention):
         self.kind = "se"
 
     def fused_layers(self):
-        kinds = nn.Linear, nn.ReLU, nn.Linear, nn.Hardsigmoid
-        return [("fc", exactly(nn.Sequential)), *((f"fc.{i}", exactly(kind)) for i, kind in enumerate(kinds))]
+        kinds = linear_with_bias, exactly(nn.ReLU), linear_with_bias, exactly(nn.Hardsigmoid)
+        return [("fc", sequence_of(len(kinds))), *((f"fc.{i}", rule) for i, rule in enumerate(kinds))]
 
     def gate_params(self):
         return self.fc[0].weight, self.fc[0].bias, self.fc[2].weight, self.fc[2].bias

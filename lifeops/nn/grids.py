@@ -33,15 +33,13 @@ _MODULE_FILE = torch.nn.modules.module.__file__
 
 
 class _Scope(NamedTuple):
-    """``frame``: the Python frame in which it holds, None where a ``with`` ends it. ``method``: instead of a frame the id and the code of
-    a method's frame, which nothing closes and which must not be kept alive; no other call of the method can be taken for it, since each
-    opens its own scope first. ``waits``: the grid is still to come from the patch embedding.
+    """``frame``: the Python frame in which it holds, None where a ``with`` ends it. ``waits``: the grid is still to come from the patch
+    embedding. A method's scope is closed by nothing: its frame is kept until the thread's next call of the model looks at the scopes.
     """
 
     opener: object
-    grid: Grid | None
+    grid: Grid | tuple[()] | None
     frame: object = None
-    method: tuple[int, object] | None = None
     waits: bool = False
 
 
@@ -54,6 +52,8 @@ class _Thread(threading.local):
     def __init__(self):
         self.scopes: tuple[_Scope, ...] = ()
         self.traced: Grid | tuple[()] | None = None
+        self.fresh = False  # no block has been called since the last embedding
+        self.embedder = None  # the frame that called it
 
 
 def _caller(skip: int):
@@ -65,11 +65,11 @@ def _caller(skip: int):
 
 
 def _runs(scope: _Scope) -> bool:
-    if scope.frame is None and scope.method is None:
+    if scope.frame is None:
         return True
     frame = sys._getframe(1)
     while frame is not None:
-        if frame is scope.frame or (id(frame), frame.f_code) == scope.method:
+        if frame is scope.frame:
             return True
         frame = frame.f_back
     return False
@@ -130,7 +130,7 @@ class GridHolder(Copied):
             found = self._traced()
         else:
             scope = self._scope()
-            found = None if scope is None else scope.grid
+            found = None if scope is None else scope.grid or None
         return self._origin.grid if found is None and self._origin is not None else found
 
     def _traced(self) -> Grid | None:
@@ -212,6 +212,7 @@ class GridHolder(Copied):
             self._thread.traced = None
         else:
             self._close(model)
+            self._thread.embedder = None
 
     def embedded(self, embed, args, output):
         grid = embedded_grid(embed, args, output)
@@ -220,17 +221,24 @@ class GridHolder(Copied):
             thread.traced = grid
             return
         self._seen.add(grid)
-        scope = self._scope()
-        if scope is not None and scope.waits:
-            thread.scopes = (*thread.scopes[:-1], scope._replace(grid=grid))
+        scope, frame = self._scope(), _caller(2)
+        if scope is not None and scope.waits and (scope.grid is None or self._thread.embedder is frame):
+            here, opener = scope.frame, scope.opener
         else:  # forward_features and the like, called past model(images): the grid is that of the method that runs
-            frame = _caller(2)
-            self._open(embed, grid, method=(id(frame), frame.f_code))
+            here, opener = frame, embed
+        if scope is not None and scope.frame is here:
+            if thread.fresh and scope.grid not in (None, grid):  # two images before any block: whose tokens come first?
+                grid = _NONE
+            thread.scopes = (*thread.scopes[:-1], scope._replace(grid=grid))
+        else:
+            self._open(opener, grid, here)
+        thread.fresh, thread.embedder = True, frame
 
     def enter_block(self, block, args):
         if torch.compiler.is_compiling():
             return
         x = args[0] if args else None
+        self._thread.fresh = False
         grid = self.grid
         if torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
             carried = _carried(x, self)

@@ -14,7 +14,7 @@ from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_like, check_sequence
 from lifeops.nn.maps import call, to_maps, to_tokens
-from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, is_plain, pointwise, reasons
+from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, is_plain, pointwise, reasons, relu6, sequence_of
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops import locality_ffn as chain
 from lifeops.ops.channel_act import accumulate_dtype
@@ -111,12 +111,16 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
     # ------------------------------------------------------------------------------------------------ the fast path
 
     def fused_layers(self):
-        act = exactly(nn.ReLU6 if self.activation == "relu6" else nn.Hardswish)
-        gates = [_CHANNEL_ATTENTION] * bool(self.attention)
-        kinds = [pointwise, batch_norm, act, depthwise, batch_norm, act, *gates, pointwise, batch_norm]
-        layers = [("conv", _sequence_of(len(kinds))), *((f"conv.{i}", rule) for i, rule in enumerate(kinds))]
-        gate = self.conv._modules.get("6") if self.attention else None
-        return [*layers, *((f"conv.6.{path}", rule) for path, rule in getattr(gate, "fused_layers", list)())]
+        """The layers say which activation and which gate it is."""
+        layers, gated = self.conv._modules, len(self.conv._modules) == 9
+        act = relu6 if self._activation() == "relu6" else exactly(nn.Hardswish)
+        kinds = [pointwise, batch_norm, act, depthwise, batch_norm, act, *[_CHANNEL_ATTENTION] * gated, pointwise, batch_norm]
+        rules = [("conv", sequence_of(len(kinds))), *((f"conv.{i}", rule) for i, rule in enumerate(kinds))]
+        inner = getattr(layers.get("6"), "fused_layers", list) if gated else list
+        return [*rules, *((f"conv.6.{path}", rule) for path, rule in inner())]
+
+    def _activation(self) -> str:
+        return "relu6" if isinstance(self.conv._modules.get("2"), nn.ReLU6) else "hardswish"
 
     def _norms(self):
         return self.conv[1], self.conv[4], self.conv[-1]
@@ -132,8 +136,8 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
     def _config(self, dtype, grid, norms, backend) -> chain.Config:
         groups = tuple(sync_group(n) for n in norms)
         eps = tuple(getattr(n, "eps", 0.0) for n in norms)
-        kind = self.conv[6].kind if self.attention else ""
-        return chain.Config(dtype, self.activation, kind, *grid, self.num_prefix_tokens, eps, groups, backend)
+        kind = self.conv[6].kind if len(self.conv) == 9 else ""
+        return chain.Config(dtype, self._activation(), kind, *grid, self.num_prefix_tokens, eps, groups, backend)
 
     def _run(self, x, grid):
         dtype = torchlib.autocast_dtype(x) or x.dtype
@@ -143,14 +147,14 @@ class LocalityFeedForward(NotScripted, ToldInMetadata):
         values = [_norm_values(n, wide) for n in norms]
         if any(chain.on_batch(v) for v in values):
             _check_batch(x.shape[0] * chain.patches(cfg), x, cfg)
-        gates = tuple(p.to(wide) for p in self.conv[6].gate_params()) if self.attention else ()
+        gates = tuple(p.to(wide) for p in self.conv[6].gate_params()) if cfg.gate else ()
 
         parts = [(conv.weight, conv.bias, value) for conv, value in zip((expand, local, project), values, strict=True)]
         if not torch.is_grad_enabled() and not any(chain.on_batch(v) for v in values):
             return chain.infer(x, *parts[0], *parts[1], gates, *parts[2], cfg)
         (w1, b1, n1), (dw, bd, n2), (w2, b2, n3) = parts
         gates = (*gates, None, None, None, None)[:4]
-        y, *batch = chain.LocalityFFN.apply(cfg, x, w1, b1, *n1, dw, bd, *n2, *gates, w2, b2, *n3)
+        y, *batch = chain.LocalityFFN.apply(cfg, x, w1, b1, *n1, dw, bd, *n2, *gates, w2, b2, *n3, x[:0].clone())
         for norm, mean, var in zip(norms, batch[0::2], batch[1::2], strict=True):
             if mean is not None:
                 n = total_count(x.shape[0] * chain.patches(cfg), sync_group(norm), mean)
@@ -212,14 +216,6 @@ class LocalViTBlock(ToldInMetadata):
 
 
 _CHANNEL_ATTENTION = exactly(SELayer, ECALayer)
-
-
-def _sequence_of(count: int):
-    def rule(layers):
-        wrong = exactly(nn.Sequential)(layers)
-        return wrong or ([] if len(layers) == count else [f"it has {len(layers)} layers, the kernel computes {count}"])
-
-    return rule
 
 
 def _norm_values(norm, dtype) -> chain.Norm:

@@ -24,8 +24,10 @@ _CONVS = (nn.Conv1d, nn.Conv2d)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, type(None))
 _TRACED = "torch._subclasses"  # fake and functional tensors stand for plain ones
 _geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_values = dict.values
+_values, _bounds = dict.values, itemgetter("min_val", "max_val")
+_children, _forward_hooks = itemgetter("_modules"), itemgetter("_forward_hooks")  # the dicts themselves may be exchanged, too
 _WATCH = "_lifeops_watch"
+_is_compiling = torch.compiler.is_compiling
 
 
 # ------------------------------------------------------------------------------------------------ rules
@@ -37,13 +39,51 @@ def _name(kind: type) -> str:
 
 
 def exactly(*types: type) -> Rule:
-    """The layer is of one of these types, not of a subclass."""
+    """The layer is of one of these types, not of a subclass, and the class computes what it did when lifeops was imported."""
 
     def rule(layer):
-        names = " or ".join(map(_name, types))
-        return [] if type(layer) in types else [f"it is a {_name(type(layer))}, the kernel computes a {names}"]
+        if type(layer) in types:
+            return _patched(type(layer))
+        return [f"it is a {_name(type(layer))}, the kernel computes a {' or '.join(map(_name, types))}"]
 
     return rule
+
+
+_METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "forward", "_conv_forward")
+_LAYERS = (
+    nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardswish,
+    nn.Hardsigmoid, nn.Sequential,
+)  # fmt: skip
+_ORIGINAL = {cls: [getattr(cls, name, None) for name in _METHODS] for cls in _LAYERS}
+
+
+def _patched(cls: type) -> list[str]:
+    """Methods of torch's classes that somebody has put others in place of."""
+    original = _ORIGINAL.get(cls, ())
+    changed = [name for name, method in zip(_METHODS, original, strict=False) if getattr(cls, name, None) is not method]
+    return [f"{cls.__name__}.{name} was replaced" for name in changed]
+
+
+def relu6(layer) -> list[str]:
+    """min(max(v, 0), 6)."""
+    return exactly(nn.ReLU6)(layer) or _conv_reasons(layer, {"min_val": (0,), "max_val": (6,)})
+
+
+def sequence_of(count: int) -> Rule:
+    """So many layers one after another, named by their place."""
+
+    def rule(layers):
+        wrong = exactly(nn.Sequential)(layers)
+        found = [*layers._modules] if not wrong else []
+        fits = found == [str(i) for i in range(count)]
+        return wrong or ([] if fits else [f"it has layers {', '.join(found)}, the kernel computes {count}"])
+
+    return rule
+
+
+def linear_with_bias(layer) -> list[str]:
+    """A dense layer that adds a bias."""
+    return exactly(nn.Linear)(layer) or ["it has no bias"] * (layer._parameters.get("bias") is None)
 
 
 def _conv_reasons(layer, wanted: dict) -> list[str]:
@@ -53,15 +93,17 @@ def _conv_reasons(layer, wanted: dict) -> list[str]:
 
 def pointwise(layer) -> list[str]:
     """A 1x1 convolution of all channels."""
-    if type(layer) is not nn.Conv2d:
-        return exactly(nn.Conv2d)(layer)
+    wrong = exactly(nn.Conv2d)(layer)
+    if wrong:
+        return wrong
     return _conv_reasons(layer, {"kernel_size": ((1, 1),), "stride": ((1, 1),), "padding": ((0, 0), "same", "valid"), "groups": (1,)})
 
 
 def depthwise(layer) -> list[str]:
     """A K x K depth-wise convolution, odd K, stride 1, zero 'same' padding."""
-    if type(layer) is not nn.Conv2d:
-        return exactly(nn.Conv2d)(layer)
+    wrong = exactly(nn.Conv2d)(layer)
+    if wrong:
+        return wrong
     K = layer.kernel_size[0]
     wanted = {
         "kernel_size": ((K, K),) if K % 2 else ("an odd size",), "stride": ((1, 1),), "padding": ((K // 2, K // 2), "same"),
@@ -82,8 +124,9 @@ def without_bias(rule: Rule) -> Rule:
 
 def channel_conv(layer) -> list[str]:
     """A convolution over neighbouring channels, (1, 1, k), without a bias."""
-    if type(layer) is not nn.Conv1d:
-        return exactly(nn.Conv1d)(layer)
+    wrong = exactly(nn.Conv1d)(layer)
+    if wrong:
+        return wrong
     k = layer.kernel_size[0]
     wanted = {
         "in_channels": (1,), "out_channels": (1,), "stride": ((1,),), "padding": ((k // 2,), "same"), "dilation": ((1,),),
@@ -95,8 +138,8 @@ def channel_conv(layer) -> list[str]:
 def batch_norm(layer) -> list[str]:
     """A batch norm, or what ``fuse_`` leaves of it."""
     wrong = exactly(nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity)(layer)
-    if not wrong and type(layer) is not nn.Identity and not layer.affine:
-        return ["it has no weight and bias"]
+    if not wrong and type(layer) is not nn.Identity and None in (layer._parameters.get("weight"), layer._parameters.get("bias")):
+        return ["it has no weight or no bias"]
     return wrong
 
 
@@ -117,8 +160,7 @@ def global_hooks() -> list[str]:
 def _touched(layer: nn.Module) -> list[str]:
     """What was done to a layer beside exchanging it."""
     found = [f"it has {name.strip('_').replace('_', ' ')}" for name in _HOOKS if getattr(layer, name)]
-    if "forward" in layer.__dict__:
-        found.append("its forward was replaced (offloaded, patched)")
+    found += [f"its {name} was replaced (offloaded, patched)" for name in _METHODS if name in layer.__dict__]
     for name in ("weight", "bias"):
         t = layer._parameters.get(name, layer.__dict__.get(name))  # reading a parametrised attribute would compute it
         if not callable(t) and type(t) not in _PLAIN_TENSORS and not type(t).__module__.startswith(_TRACED):
@@ -160,25 +202,29 @@ class _Watch:
         nodes = list({id(m): m for m in (*containers[1:], *layers)}.values())
         self.owner = module._modules
         self.fused = not reasons(module)
-        self.hooks = [*_GLOBAL_HOOKS, *(getattr(m, name) for m in layers for name in _HOOKS)]
-        self.containers = [m._modules for m in containers]
+        self.hooks = [*_GLOBAL_HOOKS, *(getattr(m, name) for m in layers for name in _HOOKS[1:])]
+        self.layers = [m.__dict__ for m in layers]
+        self.inner = [m.__dict__ for m in containers]
         self.dicts = [m.__dict__ for m in nodes]
         self.parameters = [m._parameters for m in layers if m._parameters]
         self.convs = [m.__dict__ for m in layers if isinstance(m, _CONVS)]
-        self.nodes, self.state = nodes, None
+        self.bounds = [m.__dict__ for m in layers if type(m) is nn.ReLU6]
+        self.nodes = nodes
         self.state = self._look()
 
-    def _look(self):
-        """One list, which a call makes anew and compares with the one that was kept."""
-        found = [*chain.from_iterable(map(_values, self.containers))]
+    def _look(self) -> list:
+        found = [*chain.from_iterable(map(_values, map(_children, self.inner)))]
         found += map(type, self.nodes)
         found += map(len, self.dicts)
         found += map(type, chain.from_iterable(map(_values, self.parameters)))
         found += map(_geometry, self.convs)
+        if self.bounds:
+            found += map(_bounds, self.bounds)
         return found
 
     def holds(self) -> bool:
-        return not any(self.hooks) and self._look() == self.state
+        """Whether nothing has changed: one list, made anew and compared with the one that was kept."""
+        return not (any(self.hooks) or any(map(_forward_hooks, self.layers))) and self._look() == self.state
 
     def __deepcopy__(self, memo):
         return None
@@ -189,13 +235,14 @@ class _Watch:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether ``module`` may compute what its layers compute without calling them."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return not reasons(module)
-    watch = module.__dict__.get(_WATCH)
-    if watch is not None and watch.owner is module._modules and watch.holds():
+    own = module.__dict__
+    watch = own.get(_WATCH)
+    if watch is not None and watch.owner is own["_modules"] and watch.holds():
         return watch.fused
     watch = _Watch(module)
-    module.__dict__[_WATCH] = None if any(watch.hooks) else watch  # hooks come and go; past nn.Module.__setattr__
+    module.__dict__[_WATCH] = watch if watch.holds() else None  # hooks come and go; past nn.Module.__setattr__
     return watch.fused
 
 

@@ -50,12 +50,12 @@ def _backward(kind, ds, m, params):
         s = torch.sigmoid(p)
         dp = ds * s * (1 - s)
     else:
-        dp = ds * ((p > -3) & (p < 3)) / 6
+        dp = torch.where((p > -3) & (p < 3), ds / 6, 0)
     if kind != "se":
         (w,) = params
         half = w.shape[-1] // 2
         windows = F.pad(m, (half, half)).unfold(1, w.shape[-1], 1)  # (B, C, k)
         return _conv(dp, w.flip(-1)), ((windows * dp[:, :, None]).sum((0, 1))[None, None],)
     v1, _, v2, _ = params
-    dh = (dp @ v2) * (hidden > 0)
+    dh = torch.where(hidden > 0, dp @ v2, 0)  # a product would spread NaN
     return dh @ v1, (dh.t() @ m, dh.sum(0), dp.t() @ hidden, dp.sum(0))

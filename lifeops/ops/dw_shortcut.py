@@ -128,7 +128,7 @@ class DWShortcut(torch.autograd.Function):
             mean, m2, n = merge(mean, m2, n, cfg.group)
         affines = [affine_of(mean, m2 / n, *norm) for norm in zip(gammas, betas, cfg.eps, strict=True)]
         ctx.cfg, ctx.n, ctx.dtypes = cfg, n, [None if p is None else p.dtype for p in parameters]
-        ctx.save_for_backward(x, mean, *weights, *(value for a in affines for value in (a.scale, a.shift, a.rstd)))
+        ctx.save_for_backward(x, mean, *weights, *(value for a in affines for value in (a.scale, a.shift, a.rstd)), *gammas, *betas)
         var = m2 / max(1, n - 1)
         ctx.mark_non_differentiable(mean, var)
         return _forward(x, block_output, weights, biases, affines, cfg), mean, var
@@ -139,7 +139,8 @@ class DWShortcut(torch.autograd.Function):
         x, mean, *rest = ctx.saved_tensors
         cfg, count = ctx.cfg, len(ctx.cfg.eps)
         weights = rest[:count]
-        affines = [Affine(scale, shift, mean, rstd) for scale, shift, rstd in zip(*(rest[count + i :: 3] for i in range(3)), strict=True)]
+        values = zip(*(rest[count + i : 4 * count : 3] for i in range(3)), strict=True)
+        affines = [Affine(scale, shift, mean, rstd) for scale, shift, rstd in values]
         wide, K, place = mean.dtype, max(w.shape[-1] for w in weights), (cfg.H, cfg.W, cfg.P, "zero")
         sums_g, _ = _bwd_dw(dy, x, K, None, None, "gelu", *place, wide, None, cfg.backend)
         sums_1 = _window_sums(dy, cfg, K)
@@ -169,7 +170,7 @@ class DWShortcutStep(torch.autograd.Function):
         place = cfg.H, cfg.W, cfg.P
         y, mean, var, affine = _step(x, block_output, weight, bias, gamma, beta, cfg.eps[0], *place, cfg.backend)
         ctx.cfg, ctx.dtypes = cfg, [None if p is None else p.dtype for p in (weight, bias, gamma, beta)]
-        ctx.save_for_backward(x, weight, mean, affine)
+        ctx.save_for_backward(x, weight, mean, affine, gamma, beta)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)  # of mean and var, which have none
         return y, mean, var
@@ -177,7 +178,7 @@ class DWShortcutStep(torch.autograd.Function):
     @staticmethod
     @_once
     def backward(ctx, dy, *_):
-        x, weight, *values = ctx.saved_tensors
+        x, weight, *values = ctx.saved_tensors[:4]
         cfg, need = ctx.cfg, ctx.needs_input_grad
         dx, *some = _step_bwd(dy, x, weight, *values, cfg.H, cfg.W, cfg.P, need[1], cfg.backend)
         some = [g if dtype in (None, g.dtype) else g.to(dtype) for g, dtype in zip(some, ctx.dtypes, strict=True)]

@@ -129,12 +129,15 @@ def _to(grad, dtype):
 
 
 class LocalityFFN(torch.autograd.Function):
-    """(y, mean1, var1, mean2, var2, mean3, var3): the batch statistics are None where a norm does not use them."""
+    """(y, mean1, var1, mean2, var2, mean3, var3): the batch statistics are None where a norm does not use them. ``anchor``: an empty part
+    of x, by which a second derivative with respect to x gets here.
+    """
 
     @staticmethod
-    def forward(ctx, cfg: Config, x, w1, b1, g1, be1, m1, v1, dw, bd, g2, be2, m2, v2, q0, q1, q2, q3, w2, b2, g3, be3, m3, v3):
+    def forward(ctx, cfg: Config, x, w1, b1, g1, be1, m1, v1, dw, bd, g2, be2, m2, v2, q0, q1, q2, q3, w2, b2, g3, be3, m3, v3, anchor):
         norms = Norm(g1, be1, m1, v1), Norm(g2, be2, m2, v2), Norm(g3, be3, m3, v3)
         n = x.shape[0] * patches(cfg)
+        inputs = anchor, w1, g1, be1, dw, g2, be2, w2, g3, be3
         ctx.like = [(w.shape, w.stride(), w.dtype) for w in (w1, dw, w2)]
         ctx.bias_dtypes = [None if b is None else b.dtype for b in (b1, bd, b2)]
         (w1, b1), (w2, b2) = _product(w1, b1, cfg), _product(w2, b2, cfg)
@@ -154,7 +157,7 @@ class LocalityFFN(torch.autograd.Function):
         n3, *batch3, count3 = _affine(norms[2], lambda: _stats(z3, "none", patches(cfg), cfg.backend), n, cfg.eps[2], cfg.groups[2])
         y = _add_rows(x, z3, n3, cfg)
         ctx.cfg, ctx.counts, ctx.on_batch = cfg, (count1, count2, count3), tuple(on_batch(norm) for norm in norms)
-        ctx.save_for_backward(t, z1, z2, z3, m, w1, dw, w2, *n1, *n2, *n3, q0, q1, q2, q3)
+        ctx.save_for_backward(t, z1, z2, z3, m, w1, dw, w2, *n1, *n2, *n3, q0, q1, q2, q3, *inputs)
         batch = [value if on_batch(norm) else None for norm, pair in zip(norms, (batch1, batch2, batch3), strict=True) for value in pair]
         ctx.mark_non_differentiable(*(value for value in batch if value is not None))
         return y, *batch
@@ -166,7 +169,7 @@ class LocalityFFN(torch.autograd.Function):
     def backward(ctx, dy, *_):
         t, z1, z2, z3, m, w1, dw, w2, *rest = ctx.saved_tensors
         n1, n2, n3 = Affine(*rest[0:4]), Affine(*rest[4:8]), Affine(*rest[8:12])
-        gate_params = tuple(q for q in rest[12:] if q is not None)
+        gate_params = tuple(q for q in rest[12:16] if q is not None)
         cfg = ctx.cfg
         sums1, sums2, sums3 = zip(ctx.on_batch, ctx.counts, cfg.groups, strict=True)
         place = patches(cfg), cfg.backend
@@ -209,6 +212,6 @@ class LocalityFFN(torch.autograd.Function):
         dw1, ddw, dw2 = (_like(g, like) for g, like in zip((dw1, ddw, dw2), ctx.like, strict=True))
         db1, dbd, db2 = (_to(g, dtype) for g, dtype in zip((db1, dbd, db2), ctx.bias_dtypes, strict=True))
         grads = [
-            None, dx, dw1, db1, dg1, dbe1, None, None, ddw, dbd, dg2, dbe2, None, None, *dq, dw2, db2, dg3, dbe3, None, None,
+            None, dx, dw1, db1, dg1, dbe1, None, None, ddw, dbd, dg2, dbe2, None, None, *dq, dw2, db2, dg3, dbe3, None, None, None,
         ]  # fmt: skip
         return tuple(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=True))

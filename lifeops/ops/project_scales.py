@@ -24,7 +24,8 @@ class ProjectScales(torch.autograd.Function):
             if y is None:
                 y = rows @ w if bias is None else torch.addmm(bias, rows, w)
             else:
-                torch.addmm(y, rows, w, out=y)  # not addmm_, which torch's FLOP counter does not know
+                # not addmm_, which torch's FLOP counter does not know; a mode that caches results must not see them change
+                y = torch.addmm(y, rows, w) if torchlib.modes_look_on() else torch.addmm(y, rows, w, out=y)
             start += o.shape[-1]
         return y.unflatten(0, parts[0].shape[:2])
 
