@@ -97,7 +97,8 @@ def _options(options: dict, known: tuple[str, ...]) -> None:
 
 def _prefix_tokens(model: nn.Module, num_prefix_tokens: int | None) -> int:
     """P of a model that looks like a ViT."""
-    if not (hasattr(model, "blocks") and hasattr(getattr(model, "patch_embed", None), "grid_size")):
+    embed = getattr(model, "patch_embed", None)
+    if not (hasattr(model, "blocks") and isinstance(embed, nn.Module) and hasattr(embed, "grid_size")):
         raise ValueError(f"convert: {type(model).__name__} is not a known ViT; looked for {_LOOKED_FOR}")
     told = 0 if hasattr(model, "blocks_token_only") else getattr(model, "num_prefix_tokens", None)  # CaiT's cls joins behind the blocks
     prefix = told if num_prefix_tokens is None else num_prefix_tokens

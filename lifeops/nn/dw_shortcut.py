@@ -149,6 +149,9 @@ class ShortcutModule(NotScripted, nn.Module):
         if self.count == 1:
             return [*self.convs], [*self.batchnorms]
         n = len(self.convs) // self.count
+        if len(self.convs) != n * self.count or len(self.batchnorms) != len(self.convs):
+            got = f"{len(self.convs)} and {len(self.batchnorms)}"
+            raise ValueError(f"{type(self).__name__}: convs and batchnorms must be as many for each of {self.count} shortcuts, got {got}")
         return [self.convs[j] for j in range(i * n, (i + 1) * n)], [self.batchnorms[j] for j in range(i * n, (i + 1) * n)]
 
     def fused_layers(self):
