@@ -75,8 +75,8 @@ def load(name: str, checkpoint: Path | None, *, pretrained=False, system: str | 
     if name in ("lifeops", "official"):
         if checkpoint is None:
             raise ValueError(f"--model {name} reads its sizes from --checkpoint")
-        model = (lifeops_deit if name == "lifeops" else load_official)(checkpoint, key=key, **told).float()  # pictures are; a half-precision file is read all the same
-        return Loaded(model.eval(), _image_shape(model), *(_HALF if name == "lifeops" else _IMAGENET))
+        model = (lifeops_deit if name == "lifeops" else load_official)(checkpoint, key=key, **told)
+        return Loaded(model.float().eval(), _image_shape(model), *(_HALF if name == "lifeops" else _IMAGENET))
     folder = name.startswith("transformers:")
     loaded = _transformers(name.removeprefix("transformers:")) if folder else _timm(name, pretrained, system)
     if checkpoint is not None:

@@ -120,3 +120,21 @@ def test_a_probe_leaves_no_trace():
     assert not ran
     with torch.device("meta"):
         assert lifeops.convert(small_vit()()).blocks[0].attn.qkv.scale1.weight.is_meta
+
+
+def test_a_stand_in_that_does_not_attend():
+    """timm's names around a dense layer: there is no attention that LIFE's could differ from."""
+
+    class StandIn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads, self.qkv, self.proj = 3, nn.Linear(24, 72), nn.Linear(24, 24)
+            self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return self.proj(x)
+
+    model = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5)
+    for block in model.blocks:
+        block.attn = StandIn()
+    assert lifeops.convert(model, "life")(torch.randn(2, 3, 32, 32)).shape == (2, 5)

@@ -150,6 +150,17 @@ def _matters(value) -> bool:
     return isinstance(value, Tensor) or bool(value)
 
 
+def _looks_around(own, x, args, kwargs) -> bool:
+    """Whether what a token becomes depends on the others: a stand-in that does not attend has no attention to differ in."""
+    y = own(x, *args[1:], **kwargs)
+    for end in (0, -1):  # of a causal one the first token sees itself alone
+        others = 2 * x + 1
+        others[:, end] = x[:, end]
+        if not torch.equal(own(others, *args[1:], **kwargs)[:, end], y[:, end]):
+            return True
+    return False
+
+
 def check_attention(path: str, block: nn.Module, attn: nn.Module, given: Call, takes: tuple[str, ...]) -> None:
     """``attn`` is softmax(q kᵀ / √d) v over all tokens of the block, told nothing but what ``takes`` names."""
     runs = []
@@ -166,13 +177,16 @@ def check_attention(path: str, block: nn.Module, attn: nn.Module, given: Call, t
             q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         except RuntimeError as error:
             raise ValueError(f"convert: {path}.attn.qkv cannot be read as q, k and v of {attn.num_heads} heads: {error}") from error
+        if not _looks_around(own, x, args, kwargs):
+            runs.append(None)
+            return own(*args, **kwargs)
         runs.append(LayerCheck(f"convert: {path}.attn", attn, attended(q, k, v, getattr(attn, "scale", None), [0]), x))
         output = own(*args, **kwargs)
         runs[-1].ended(output)
         return output
 
     if point is not None:
-        handles.append(point.register_forward_pre_hook(lambda m, args: runs[-1].merged(args[0])))
+        handles.append(point.register_forward_pre_hook(lambda m, args: runs[-1].merged(args[0]) if runs and runs[-1] else None))
     try:
         with forward_of(attn, forward):
             call(path, block, given)
