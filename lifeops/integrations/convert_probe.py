@@ -16,7 +16,7 @@ from lifeops.integrations.attention_check import LayerCheck, attended, merge_poi
 from lifeops.integrations.pass_watch import Watch
 from lifeops.integrations.token_place import Place
 from lifeops.integrations.undisturbed import can_run, forward_of, of_several_precisions, undisturbed
-from lifeops.nn.grids import embedded_grid
+from lifeops.nn.embedded_grid import embedded_grid
 
 
 class Call(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lifeops.arguments import check_floating, got, is_dense
-from lifeops.nn.grids import embedded_grid
+from lifeops.nn.embedded_grid import embedded_grid
 from lifeops.nn.inputs import check_like
 
 

@@ -1,0 +1,41 @@
+"""Which patch grid a patch embedding has made of an image."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lifeops import geometry
+
+Grid = tuple[int, int]
+
+
+def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor) -> Grid:
+    """(H, W) of what a patch embedding gave out: maps tell it, timm's and lifeops' flat tokens come from one that says it."""
+    if output.dim() == 4:  # dynamic_img_size
+        grid = output.shape[2:4] if geometry.channels_first(embed, output) else output.shape[1:3]
+    else:
+        grid = _flat_grid(embed, args, output)
+    # torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones
+    return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in grid)
+
+
+def _flat_grid(embed, args, output):
+    size = tuple(args[0].shape[-2:]) if args and args[0].dim() == 4 else None
+    patch = getattr(embed, "patch_size", None)
+    patch = (patch, patch) if isinstance(patch, int) else patch
+    found = []
+    if size is not None and hasattr(embed, "dynamic_feat_size"):
+        found.append(embed.dynamic_feat_size(size))
+    elif size is not None and patch is not None:
+        found.append((size[0] // patch[0], size[1] // patch[1]))
+    if getattr(embed, "grid_size", None) is not None:
+        found.append(embed.grid_size)
+    for grid in found:
+        if grid[0] * grid[1] == output.shape[1]:
+            return grid
+    raise ValueError(
+        f"lifeops: {type(embed).__name__}, the model's patch embedding, gives {tuple(output.shape)}, whose {output.shape[1]} tokens are no"
+        f" grid that it tells ({', '.join(map(str, found)) or 'it has neither grid_size nor patch_size'}); give maps of four dimensions,"
+        " or grid_size=(H, W)"
+    )
