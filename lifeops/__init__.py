@@ -6,6 +6,7 @@ from lifeops.attention_maps import Rollout, rollout
 from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
+from lifeops.hosts.describe import Description, describe
 from lifeops.integrations import convert, load_official, revert
 from lifeops.integrations.fvcore import fvcore_handles
 from lifeops.nn.batch_norm import fuse_
@@ -19,11 +20,13 @@ from lifeops.ops.token_dwconv_function import token_dwconv
 __version__ = "0.1.0"
 __all__ = [
     "ChannelAct",
+    "Description",
     "FallbackWarning",
     "NotSupported",
     "Rollout",
     "autograd",
     "convert",
+    "describe",
     "explain",
     "fuse_",
     "fvcore_handles",

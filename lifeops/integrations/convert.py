@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lifeops.arguments import check_choice, under
+from lifeops.hosts.host import CONVERSION as RECORD
 from lifeops.integrations import timm
 from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
@@ -16,7 +17,6 @@ from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
 
-RECORD = "_lifeops_conversion"
 SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit, "dw_shortcut": timm.convert_dw_shortcut}
 
 

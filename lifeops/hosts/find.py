@@ -1,0 +1,24 @@
+"""Which part of a model is a known Vision Transformer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lifeops.hosts import timm, transformers
+from lifeops.hosts.host import Host
+
+
+def find_host(op: str, model: nn.Module) -> Host:
+    """The outermost part of ``model`` that an entry knows.
+
+    Raises ValueError, in the words of ``op``, with what was found and what was looked for.
+    """
+    found = []
+    for path, module in model.named_modules():
+        for library in (timm, transformers):
+            host = library.read(model, path, module)
+            if isinstance(host, Host):
+                return host
+            found += [] if host is None else [host]
+    why = f" ({'; '.join(dict.fromkeys(found))})" if found else ""
+    raise ValueError(f"{op}: {type(model).__name__} is not a known ViT{why}; looked for {timm.LOOKED_FOR}, or {transformers.LOOKED_FOR}")

@@ -1,0 +1,84 @@
+"""A Vision Transformer as conversion, roll-out and initialisation need to know it: its patch embedding, its prefix tokens, its blocks.
+
+Each library has a file of entries (:mod:`timm`, :mod:`transformers`), which go by the classes and attributes that are there; nothing is
+imported from them. What a description says is checked on the model by those who rely on it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+CONVERSION = "_lifeops_conversion"
+"""The attribute of a converted model that holds what ``revert`` needs."""
+
+PARTS = {
+    "norm1": ("norm1", "layernorm_before", "layer_norm1", "rms_norm1"),
+    "attn": ("attn", "attns", "attention", "self_attn"),
+    "ls1": ("ls1", "gamma_1", "gamma1", "layer_scale1", "lambda_1"),
+    "drop_path1": ("drop_path1", "drop_path"),
+    "norm2": ("norm2", "layernorm_after", "layer_norm2", "rms_norm2"),
+    "mlp": ("mlp", "ffns", "ffn", "intermediate"),
+    "ls2": ("ls2", "gamma_2", "gamma2", "layer_scale2", "lambda_2"),
+}
+"""What the parts of a block are called, in the order of timm's own names first."""
+
+
+class Block(NamedTuple):
+    """One block: where it is and what its parts are called, None for a part that it does not have.
+
+    ``order``: "pre": x + ls1(attn(norm1(x))); "post": x + ls1(norm1(attn(x))); "parallel": several branches read the same tokens; None:
+    not known, the class is in no entry.
+    """
+
+    path: str
+    module: nn.Module
+    order: str | None
+    norm1: str | None
+    attn: str | None
+    ls1: str | None
+    drop_path1: str | None
+    norm2: str | None
+    mlp: str | None
+    ls2: str | None
+
+    def part(self, name: str):
+        """The module, or parameter, that plays ``name``; None if there is none."""
+        found = getattr(self, name)
+        return None if found is None else getattr(self.module, found)
+
+
+class Host(NamedTuple):
+    """``trunk`` holds the patch embedding and the blocks, inside ``model`` at ``path``.
+
+    ``embed``: the patch embedding, at ``embed_path`` inside ``trunk``. ``prefix``: how many tokens come before the patches in the blocks;
+    None where the model does not say it. ``suffix``: how many come behind them. ``has_cls``: the first prefix token is a class token.
+    ``blocks_path``: of the blocks' list inside ``trunk``; the lists of several stages have one each.
+    """
+
+    library: str
+    model: nn.Module
+    path: str
+    trunk: nn.Module
+    embed_path: str
+    prefix: int | None
+    suffix: int
+    has_cls: bool
+    blocks_path: tuple[str, ...]
+    blocks: list[Block]
+
+    @property
+    def embed(self) -> nn.Module:
+        return self.trunk.get_submodule(self.embed_path)
+
+    @property
+    def staged(self) -> bool:
+        """Whether several stages, each on a grid of its own, hold the blocks."""
+        return len(self.blocks_path) > 1
+
+
+def block_of(path: str, module: nn.Module, orders: dict[str, str]) -> Block:
+    """``module`` described by its attributes; ``orders``: of the classes that are known."""
+    names = {part: next((n for n in known if getattr(module, n, None) is not None), None) for part, known in PARTS.items()}
+    return Block(path, module, orders.get(type(module).__name__), **names)

@@ -1,0 +1,52 @@
+"""timm's and lifeops' own models: ``patch_embed``, and ``blocks``, or stages of blocks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lifeops.hosts.host import Host, block_of
+
+LOOKED_FOR = "a timm model with one patch_embed and with blocks, or with layers or stages of blocks"
+
+ORDERS = {
+    **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock", "NaFlexBlock"), "pre"),
+    **dict.fromkeys(("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"), "post"),
+    **dict.fromkeys(("ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"), "parallel"),
+}
+_STAGES = ("layers", "stages", "levels", "transformers")  # the last: PiT
+
+
+def _lists(trunk: nn.Module) -> tuple[str, ...]:
+    """Where the blocks are."""
+    if isinstance(getattr(trunk, "blocks", None), (nn.ModuleList, nn.Sequential)):
+        return ("blocks",)
+    for name in _STAGES:
+        stages = getattr(trunk, name, None)
+        if isinstance(stages, (nn.ModuleList, nn.Sequential)) and len(stages) and all(hasattr(s, "blocks") for s in stages):
+            return tuple(f"{name}.{i}.blocks" for i in range(len(stages)))
+    return ()
+
+
+def _prefix(trunk: nn.Module, staged: bool) -> int | None:
+    """P in the blocks. CaiT's class token joins behind them, its ``num_prefix_tokens`` counts the result's; stages say nothing."""
+    if hasattr(trunk, "blocks_token_only") or hasattr(trunk, "cls_attn_blocks"):
+        return 0
+    prefix = getattr(trunk, "num_prefix_tokens", None)
+    if prefix is None and staged:
+        cls_token = getattr(trunk, "cls_token", None)
+        return 0 if cls_token is None else cls_token.shape[1]
+    return prefix if isinstance(prefix, int) else None
+
+
+def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
+    """``trunk`` described; why not, or None where nothing of it is there."""
+    embed, lists = getattr(trunk, "patch_embed", None), _lists(trunk)
+    if not isinstance(embed, nn.Module) or not lists:
+        return None
+    if isinstance(embed, (nn.ModuleList, nn.ModuleDict)):
+        return f"{type(trunk).__name__} has {len(embed)} patch embeddings"
+    library = "lifeops" if type(trunk).__module__.startswith("lifeops.") else "timm"
+    prefix = _prefix(trunk, len(lists) > 1)
+    blocks = [block_of(f"{name}.{i}", b, ORDERS) for name in lists for i, b in enumerate(trunk.get_submodule(name))]
+    has_cls = bool(prefix) and getattr(trunk, "cls_token", None) is not None
+    return Host(library, model, path, trunk, "patch_embed", prefix, 0, has_cls, lists, blocks)

@@ -1,0 +1,52 @@
+"""transformers' models: ``embeddings`` with a patch embedding inside, and a list of layers."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lifeops.hosts.host import Host, block_of
+
+LOOKED_FOR = "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers"
+
+_EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
+_LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
+_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+_SUFFIX = ("detection_tokens",)
+_PRE = (
+    "ViTLayer", "DeiTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer",
+    "BlipEncoderLayer", "Aimv2EncoderLayer", "ViTMAELayer", "ViTMSNLayer", "IJepaLayer", "BeitLayer", "Data2VecVisionLayer", "YolosLayer",
+    "DPTViTLayer", "EomtLayer", "VitDetLayer", "VitPoseBackboneLayer", "SamVisionLayer", "Siglip2EncoderLayer", "MetaClip2EncoderLayer",
+)  # fmt: skip
+ORDERS = dict.fromkeys(_PRE, "pre")
+
+
+def _list(trunk: nn.Module) -> str | None:
+    """Where the layers are: directly, or inside an encoder."""
+    for name in _LISTS:
+        found = trunk
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, nn.ModuleList) and len(found):
+            return name
+    return None
+
+
+def _count(embeddings: nn.Module, names: tuple[str, ...]) -> int:
+    """Tokens that the embeddings put beside the patches; class_embedding may be a vector."""
+    tokens = [t for t in (getattr(embeddings, name, None) for name in names) if t is not None]
+    return sum(1 if t.dim() == 1 else t.shape[-2] for t in tokens)
+
+
+def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
+    """``trunk`` described; why not, or None where nothing of it is there."""
+    embeddings = getattr(trunk, "embeddings", None)
+    name = next((n for n in _EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
+    if name is None:
+        return None
+    layers = _list(trunk)
+    if layers is None:
+        return f"{type(trunk).__name__} has embeddings.{name}, and no list of layers called {', '.join(_LISTS)}"
+    blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers))]
+    has_cls = any(getattr(embeddings, n, None) is not None for n in _PREFIX[:2])
+    counts = (_count(embeddings, names) for names in (_PREFIX, _SUFFIX))
+    return Host("transformers", model, path, trunk, f"embeddings.{name}", *counts, has_cls, (layers,), blocks)
