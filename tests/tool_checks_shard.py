@@ -76,28 +76,26 @@ def per_layer(system):
         assert len(fused(model)) < len(fused(build(system)[0]))
 
 
-@tool("FSDP2", "`fully_shard` on every block", "output, gradients; the blocks run fused")
-def per_block(system):
+def _sharded_runs_fused(system, parts):
     model, twin, x = build(system)
     with one_process() as mesh:
-        for block in blocks_of(model):
-            fully_shard(block, mesh=mesh)
+        for part in parts(model):
+            fully_shard(part, mesh=mesh)
         fully_shard(model, mesh=mesh)
         compare(model, twin, x)
         seen = _ran_fused(model.eval(), x)
         assert seen
         assert all(ran for _, ran in seen), seen
+
+
+@tool("FSDP2", "`fully_shard` on every block", "output, gradients; the blocks run fused")
+def per_block(system):
+    _sharded_runs_fused(system, blocks_of)
 
 
 @tool("FSDP2", "`fully_shard` on the model", "output, gradients; it runs fused")
 def whole(system):
-    model, twin, x = build(system)
-    with one_process() as mesh:
-        fully_shard(model, mesh=mesh)
-        compare(model, twin, x)
-        seen = _ran_fused(model.eval(), x)
-        assert seen
-        assert all(ran for _, ran in seen), seen
+    _sharded_runs_fused(system, lambda model: ())
 
 
 @tool("FSDP2", "`MixedPrecisionPolicy(param_dtype=torch.bfloat16)` on every block", "output, gradients within bfloat16's rounding; fused")

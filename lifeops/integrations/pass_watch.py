@@ -75,12 +75,12 @@ class Watch(TorchDispatchMode):
         """The layers whose outputs ``t`` depends on; not to be changed."""
         try:
             owner, marks = getattr(t.untyped_storage(), _MARKS, (None, _NONE))
-        except (NotImplementedError, RuntimeError):  # sparse, wrapped
+        except (NotImplementedError, RuntimeError):  # sparse, wrapped: without a storage there is nothing to mark, nor was anything marked
             return _NONE
         return marks if owner is self else _NONE
 
     def mark(self, t: Tensor, marks: frozenset[int] | set[int]) -> None:
-        with contextlib.suppress(NotImplementedError, RuntimeError):
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # see marks: what reads it finds no layer before it, which is refused
             setattr(t.untyped_storage(), _MARKS, (self, self.marks(t) | marks))
 
     # -------------------------------------------------------------------------------------------- operators

@@ -9,6 +9,7 @@ looks whether anything has changed since the rules were read, in about 2 µs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import chain
 from operator import itemgetter
@@ -64,11 +65,6 @@ def _patched(cls: type) -> list[str]:
     return [f"{cls.__name__}.{name} was replaced" for name in changed]
 
 
-def relu6(layer) -> list[str]:
-    """min(max(v, 0), 6)."""
-    return exactly(nn.ReLU6)(layer) or _conv_reasons(layer, {"min_val": (0,), "max_val": (6,)})
-
-
 def sequence_of(count: int) -> Rule:
     """So many layers one after another, named by their place."""
 
@@ -86,30 +82,53 @@ def linear_with_bias(layer) -> list[str]:
     return exactly(nn.Linear)(layer) or ["it has no bias"] * (layer._parameters.get("bias") is None)
 
 
-def _conv_reasons(layer, wanted: dict) -> list[str]:
-    values = [(name, getattr(layer, name), kinds) for name, kinds in wanted.items()]
-    return [f"{name} is {value!r}, the kernel computes {kinds[0]!r}" for name, value, kinds in values if value not in kinds]
+def _computed(kind: type):
+    """A rule from the values, by attribute, with which the kernel computes a layer of ``kind``: the first of each names them all."""
+
+    def rule_of(wanted: Callable[[nn.Module], dict]) -> Rule:
+        @functools.wraps(wanted)
+        def rule(layer) -> list[str]:
+            wrong = exactly(kind)(layer)
+            if wrong:
+                return wrong
+            values = [(name, getattr(layer, name), fits) for name, fits in wanted(layer).items()]
+            return [f"{name} is {value!r}, the kernel computes {fits[0]!r}" for name, value, fits in values if value not in fits]
+
+        return rule
+
+    return rule_of
 
 
-def pointwise(layer) -> list[str]:
+@_computed(nn.ReLU6)
+def relu6(layer) -> dict:
+    """min(max(v, 0), 6)."""
+    return {"min_val": (0,), "max_val": (6,)}
+
+
+@_computed(nn.Conv2d)
+def pointwise(layer) -> dict:
     """A 1x1 convolution of all channels."""
-    wrong = exactly(nn.Conv2d)(layer)
-    if wrong:
-        return wrong
-    return _conv_reasons(layer, {"kernel_size": ((1, 1),), "stride": ((1, 1),), "padding": ((0, 0), "same", "valid"), "groups": (1,)})
+    return {"kernel_size": ((1, 1),), "stride": ((1, 1),), "padding": ((0, 0), "same", "valid"), "groups": (1,)}
 
 
-def depthwise(layer) -> list[str]:
+@_computed(nn.Conv2d)
+def depthwise(layer) -> dict:
     """A K x K depth-wise convolution, odd K, stride 1, zero 'same' padding."""
-    wrong = exactly(nn.Conv2d)(layer)
-    if wrong:
-        return wrong
     K = layer.kernel_size[0]
-    wanted = {
+    return {
         "kernel_size": ((K, K),) if K % 2 else ("an odd size",), "stride": ((1, 1),), "padding": ((K // 2, K // 2), "same"),
         "dilation": ((1, 1),), "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",),
     }  # fmt: skip
-    return _conv_reasons(layer, wanted)
+
+
+@_computed(nn.Conv1d)
+def channel_conv(layer) -> dict:
+    """A convolution over neighbouring channels, (1, 1, k), without a bias."""
+    k = layer.kernel_size[0]
+    return {
+        "in_channels": (1,), "out_channels": (1,), "stride": ((1,),), "padding": ((k // 2,), "same"), "dilation": ((1,),),
+        "padding_mode": ("zeros",), "bias": (None,),
+    }  # fmt: skip
 
 
 def without_bias(rule: Rule) -> Rule:
@@ -120,19 +139,6 @@ def without_bias(rule: Rule) -> Rule:
         return [*rule(layer), *["it has a bias, which the kernel does not add"] * (bias is not None)]
 
     return both
-
-
-def channel_conv(layer) -> list[str]:
-    """A convolution over neighbouring channels, (1, 1, k), without a bias."""
-    wrong = exactly(nn.Conv1d)(layer)
-    if wrong:
-        return wrong
-    k = layer.kernel_size[0]
-    wanted = {
-        "in_channels": (1,), "out_channels": (1,), "stride": ((1,),), "padding": ((k // 2,), "same"), "dilation": ((1,),),
-        "padding_mode": ("zeros",), "bias": (None,),
-    }  # fmt: skip
-    return _conv_reasons(layer, wanted)
 
 
 def batch_norm(layer) -> list[str]:
