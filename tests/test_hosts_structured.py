@@ -10,14 +10,14 @@ import torch
 from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
 
 import lifeops
-from lifeops.init import structured_
+from lifeops.init import positions, structured_
 
 WIDE = {"embed_dim": 96, "num_heads": 12}
 VITDET = {"pretrain_image_size": 32}
 STRUCTURED_REFUSES = {
     "windows": ("impulse", hf("VitDet", **VITDET, window_size=2, window_block_indices=[0]), r"inside 4 groups of 4 tokens"),
-    "detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=20), r"last 16 rows .* must belong to"),
-    "few detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=3), r"must belong to the patches"),
+    "detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=20), r"has 20 tokens behind .* must belong to"),
+    "few detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=3), r"has 3 tokens behind"),
     "dropped": ("impulse", hf("ViTMAE"), r"attends inside 5 tokens"),
     "differential": ("impulse", small_vit(**WIDE, attn_layer="diff"), r"is DiffAttention, which does not compute"),
     "shared bias": ("mimetic", lambda: timm.models.Beit(**BEIT, use_shared_rel_pos_bias=True), r"has a relative position bias \("),
@@ -42,6 +42,12 @@ def test_structured_refuses(name):
     assert unchanged(made(build), lambda m: structured_(m, method, generator=torch.Generator().manual_seed(0)), message)
 
 
+def test_prefix_and_grid_are_the_hosts():
+    """timm's CaiT counts the class token of the result, transformers' models say their grid in the configuration alone."""
+    assert positions._prefix(timm.create_model("cait_xxs24_224", img_size=32, depth=1)) == 0
+    assert positions._grid(hf("SiglipVision", image_size=64)()) == (8, 8)
+
+
 def test_a_report_that_is_not_the_models_is_put_back():
     """Post-norm blocks read the embedding as it is, not layer-normed."""
     model = made(small_vit(block_fn=vit.ResPostBlock))
@@ -53,7 +59,9 @@ def test_a_report_that_is_not_the_models_is_put_back():
 
 STRUCTURED_RUNS = {
     "ViT": hf("ViT"), "DINOv2": hf("Dinov2"), "registers": hf("Dinov2WithRegisters"), "CLIP": hf("CLIPVision"),
-    "SigLIP": hf("SiglipVision"),
+    "SigLIP": hf("SiglipVision"), "BLIP": hf("BlipVision"), "AIMv2": hf("Aimv2Vision"),
+    "DINOv2, its table of 4x4 resized": hf("Dinov2", image_size=(16, 64)),
+    "registers, its table of 4x4 resized": hf("Dinov2WithRegisters", image_size=(16, 64)),
     "global ViTDet": hf("VitDet", **VITDET), "MSN": hf("ViTMSN"), "timm": small_vit(**WIDE, reg_tokens=3),
     "BEiT": lambda: timm.models.Beit(**{**BEIT, **WIDE}, use_abs_pos_emb=True),
 }  # fmt: skip
@@ -72,8 +80,8 @@ def test_reports_are_the_models(name):
             if n.endswith("bias"):
                 p.zero_()
     attention = _first_attention(model, report.heads[0].path)
-    patches = attention[:, -24:, -24:] if name == "timm" else attention[:, -16:, -16:]
-    grid = (4, 6) if name == "timm" else (4, 4)
+    grid = (4, 6) if name == "timm" else (2, 8) if "resized" in name else (4, 4)
+    patches = attention[:, -grid[0] * grid[1] :, -grid[0] * grid[1] :]
     mass = [lifeops.init.report.measure(patches[h.head], grid, h.offset)[0] for h in report.layer(0)]
     assert sum(mass) / len(mass) == pytest.approx(sum(h.mass for h in report.layer(0)) / len(mass), abs=0.05)
 

@@ -73,9 +73,30 @@ class Host(NamedTuple):
         return self.trunk.get_submodule(self.embed_path)
 
     @property
+    def grid(self) -> tuple[int, int] | None:
+        """(H, W) of the patches that the model was built for; None where nothing tells it."""
+        config = getattr(self.trunk, "config", None)
+        return next(filter(None, (told_grid(m) for m in (self.embed, self.trunk, config) if m is not None)), None)
+
+    @property
     def staged(self) -> bool:
         """Whether several stages, each on a grid of its own, hold the blocks."""
         return len(self.blocks_path) > 1
+
+
+def _pair(value) -> tuple[int, int] | None:
+    if isinstance(value, int):
+        return value, value
+    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
+
+
+def told_grid(holder) -> tuple[int, int] | None:
+    """(H, W) by ``grid_size``, or by ``image_size`` and ``patch_size``, of a module or a configuration."""
+    grid = getattr(holder, "grid_size", None)
+    if isinstance(grid, (tuple, list)) and len(grid) == 2:
+        return tuple(grid)
+    image, patch = _pair(getattr(holder, "image_size", None)), _pair(getattr(holder, "patch_size", None))
+    return (image[0] // patch[0], image[1] // patch[1]) if image and patch else None
 
 
 def block_of(path: str, module: nn.Module, orders: dict[str, str]) -> Block:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from lifeops.hosts.host import Host, block_of
 
@@ -50,3 +52,19 @@ def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
     has_cls = any(getattr(embeddings, n, None) is not None for n in _PREFIX[:2])
     counts = (_count(embeddings, names) for names in (_PREFIX, _SUFFIX))
     return Host("transformers", model, path, trunk, f"embeddings.{name}", *counts, has_cls, (layers,), blocks)
+
+
+def resized_positions(host: Host | None, grid: tuple[int, int]) -> Callable[[], Tensor] | None:
+    """Gives (H*W, C), the patches' position embeddings for ``grid`` as the host's own method resizes its table; None without one."""
+    embeddings = getattr(host and host.trunk, "embeddings", None)
+    patch = getattr(embeddings and host.embed, "patch_size", None)
+    if not hasattr(embeddings, "interpolate_pos_encoding") or patch is None:
+        return None
+    (H, W), (height, width) = grid, patch if isinstance(patch, (tuple, list)) else (patch, patch)
+
+    def resized() -> Tensor:
+        like = next(embeddings.parameters())
+        tokens = like.new_empty(1, (host.prefix > 0) + H * W, 1).expand(-1, -1, embeddings.position_embeddings.shape[-1])
+        return embeddings.interpolate_pos_encoding(tokens, H * height, W * width)[0, -H * W :]
+
+    return resized

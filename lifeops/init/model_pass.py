@@ -52,7 +52,7 @@ def _out(p: Projections) -> nn.Module | None:
         return m.to_out[0] if isinstance(m.to_out, nn.Sequential) else m.to_out
     if isinstance(getattr(getattr(m, "output", None), "dense", None), nn.Linear):
         return m.output.dense
-    return next(getattr(m, n) for n in ("o_proj", "out_proj", "proj") if isinstance(getattr(m, n, None), nn.Linear))
+    return next(getattr(m, n) for n in ("o_proj", "out_proj", "proj", "projection") if isinstance(getattr(m, n, None), nn.Linear))
 
 
 def _fused(m: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

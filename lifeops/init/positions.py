@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lifeops import geometry
+from lifeops.hosts.find import find_host
+from lifeops.hosts.host import Host, told_grid
 
 OP = "structured_"
+_ZERO = 1e-8
 _NAMES = ("pos_embed", "pos_embedding", "position_embeddings", "position_embedding")
 
 
 class Positions(NamedTuple):
-    """``tensor`` (1, P' + H*W, C) or (P' + H*W, C), the model's own; ``learned`` unless it is fixed; the rest as in ``Grid``."""
+    """``tensor`` (1, P' + H*W, C) or (P' + H*W, C), the model's own; ``learned`` unless it is fixed; the rest as in ``Grid``.
+
+    ``resized``: gives the rows (H*W, C) that the model makes of them in every pass; None where it takes them as they are.
+    """
 
     tensor: Tensor
     learned: bool
     grid: tuple[int, int]
+    resized: Callable[[], Tensor] | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -33,6 +41,11 @@ class Positions(NamedTuple):
     def patches(self) -> Tensor:
         """(H*W, C): the rows of the patches, which come last."""
         return self.rows[self.num_prefix_rows :]
+
+    @property
+    def used(self) -> Tensor:
+        """(H*W, C): the patches' rows as they reach the tokens."""
+        return self.patches if self.resized is None else self.resized().detach()
 
 
 def find(model, dim: int, grid, position_embedding: Tensor | None) -> Positions | None:
@@ -49,6 +62,12 @@ def find(model, dim: int, grid, position_embedding: Tensor | None) -> Positions 
         what = "position_embedding" if given else "the position embedding"
         raise ValueError(f"{OP}: {what} must have shape (1, N, {dim}) or (N, {dim}), got {tuple(tensor.shape)}")
     found = Positions(tensor, isinstance(tensor, nn.Parameter) and tensor.requires_grad, (g.height, g.width))
+    host = host_of(model)
+    if host is not None and host.suffix and not given:
+        raise ValueError(
+            f"{OP}: {type(host.trunk).__name__} has {host.suffix} tokens behind its patches: the last rows of the position embedding must"
+            " belong to the patches"
+        )
     _check_rows(found, _prefix(model))
     return found
 
@@ -76,26 +95,28 @@ def _search(model, dim: int) -> Tensor | None:
     return next(iter(found.values()))[1] if found else None
 
 
+def host_of(model) -> Host | None:
+    """``model`` as the entries of :mod:`lifeops.hosts` describe it; None for blocks and for models that no entry knows."""
+    if not isinstance(model, nn.Module):
+        return None
+    try:
+        return find_host(OP, model)
+    except ValueError:
+        return None
+
+
 def _grid(model) -> tuple[int, int] | None:
-    """(H, W) as the patch embedding or the model says it."""
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        grid = getattr(module, "grid_size", None)
-        if isinstance(grid, (tuple, list)) and len(grid) == 2:
-            return tuple(grid)
-        image, patch = _pair(getattr(module, "image_size", None)), _pair(getattr(module, "patch_size", None))
-        if image and patch:
-            return image[0] // patch[0], image[1] // patch[1]
-    return None
-
-
-def _pair(value) -> tuple[int, int] | None:
-    if isinstance(value, int):
-        return value, value
-    return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
+    """(H, W) as the host tells it, or the first module that does."""
+    host = host_of(model)
+    if host is not None and host.grid is not None:
+        return host.grid
+    return next(filter(None, map(told_grid, model.modules())), None) if isinstance(model, nn.Module) else None
 
 
 def _prefix(model) -> int | None:
-    prefix = getattr(model, "num_prefix_tokens", None)
+    """P in the blocks, which a model's own num_prefix_tokens may not be (CaiT)."""
+    host = host_of(model)
+    prefix = getattr(model, "num_prefix_tokens", None) if host is None else host.prefix
     return prefix if isinstance(prefix, int) else None
 
 
@@ -114,6 +135,6 @@ def scale_(found: Positions, factor: float) -> None:
 
 @torch.no_grad()
 def draw_if_zero_(found: Positions, generator: torch.Generator | None) -> None:
-    """Draw an embedding that is all zeros from N(0, 0.02²)."""
-    if not found.rows.any():
+    """Draw an embedding that is all zeros, or no more than that beside a layer norm's eps (BLIP's 1e-10), from N(0, 0.02²)."""
+    if not found.rows.numel() or found.rows.abs().max() < _ZERO:
         found.tensor.copy_(torch.empty(found.tensor.shape).normal_(std=0.02, generator=generator))

@@ -3,6 +3,7 @@
 Recognised by what a module has, in this order:
 
     qkv (Linear, rows q | k | v), proj, num_heads        timm, lifeops.models, LocalViT's and DW-shortcut hosts on them
+    qkv, projection, num_heads                           transformers' BLIP
     to_qkv, to_out (Linear or Sequential), heads          vit-pytorch
     qkv (LifeQKV), proj                                   lifeops.nn.LifeAttention: the heads of scale 1 (see ``_life``)
     q_proj, k_proj, v_proj, o_proj | out_proj | proj      transformers, timm's split attention
@@ -112,7 +113,7 @@ def _kind(m: nn.Module):
         return _life
     if isinstance(m, nn.MultiheadAttention):
         return _torch
-    if _linear(m, "qkv") and _linear(m, "proj"):
+    if _linear(m, "qkv") and (_linear(m, "proj") or _linear(m, "projection")):
         return _fused
     if _linear(m, "to_qkv") or (_linear(m, "to_q") and _linear(m, "to_kv")):
         return _to_qkv
@@ -142,7 +143,7 @@ def _whole(path, module, q, k, v, proj) -> Projections:
 
 
 def _fused(path, m):
-    return _whole(path, m, *m.qkv.weight.chunk(3), m.proj.weight)
+    return _whole(path, m, *m.qkv.weight.chunk(3), (m.proj if _linear(m, "proj") else m.projection).weight)
 
 
 def _to_qkv(path, m):

@@ -106,7 +106,7 @@ def structured_(
     else:
         offsets = (_write_mimetic if method == "mimetic" else _write_default)(layers, embedding, scales, generator, bool(shared))
     for i, layer in enumerate(layers):
-        add_layer(report, i, layer, None if embedding is None else embedding.patches, embedding and embedding.grid, offsets and offsets[i])
+        add_layer(report, i, layer, None if embedding is None else embedding.used, embedding and embedding.grid, offsets and offsets[i])
     if checked is not None:
         checked.settle(report, before)
     return report
@@ -163,7 +163,7 @@ def _embedding(model, layers: list[Projections], method, version, grid, given) -
 
 
 def _warn_if_scaled(embedding: Positions, scale: float) -> None:
-    std = embedding.patches.float().std().item()
+    std = embedding.used.float().std().item()
     if scale != 1 and std > _EXPECTED_STD:
         warnings.warn(
             f"{OP}: the position embedding has std {std:.2g} before it is multiplied by {scale:g} (0.02 is usual): initialised before?"
@@ -176,7 +176,7 @@ def _write_2025(layers, embedding, scales, kernel_size, generator, shared):
     if embedding.learned:
         positions.draw_if_zero_(embedding, generator)
     factor = scales.position if embedding.learned else 1.0
-    space = row_space(OP, normalised(embedding.patches * factor), layers[0].head_dim)  # may refuse: nothing is changed then
+    space = row_space(OP, normalised(embedding.used * factor), layers[0].head_dim)  # may refuse: nothing is changed then
     _warn_if_scaled(embedding, factor)
     positions.scale_(embedding, factor)
     chosen, solution = [], None

@@ -11,9 +11,10 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from lifeops.hosts.transformers import resized_positions
 from lifeops.init.model_pass import Pass, embedding_module, first_input, images, run
 from lifeops.init.optimised import attention_of
-from lifeops.init.positions import Positions
+from lifeops.init.positions import Positions, host_of
 from lifeops.init.projections import OP, Projections
 from lifeops.init.report import HeadReport, Report, measure
 from lifeops.integrations.token_place import Place, chosen, rows_at
@@ -89,8 +90,8 @@ def taken(layers: list[Projections], positions: Positions | None) -> list[tuple[
     return [(t, t.clone()) for t in tensors]
 
 
-def _start(model, image, seen: Pass, place: Place, positions: Positions) -> int:
-    """The token that the first patch is, if the position embedding's last rows are added to the patches."""
+def _start(model, image, seen: Pass, place: Place, positions: Positions) -> tuple[int, Positions]:
+    """The token that the first patch is, and the position embedding whose last rows are added to the patches, as they are or resized."""
     (H, W), first = positions.grid, seen.layers[0]
     starts = [] if seen.rows is None or place.mask is None else rows_at(seen.rows, place.mask)
     if not starts or len(place.mask) != H * W:
@@ -102,13 +103,16 @@ def _start(model, image, seen: Pass, place: Place, positions: Positions) -> int:
     with _rows_as(positions, marked):
         found = first_input(model, image, first, place.embed)
     at = rows_at(found.isnan().any(-1), mask.to(found.device))
+    resized = resized_positions(host_of(model), positions.grid)
+    if resized is not None and found.isnan().any(-1)[starts[0] : starts[0] + H * W].all():
+        return starts[0], positions._replace(resized=resized)  # each token draws on several rows: whether so shows in Verified.off
     if starts[0] not in at:
         where = f"tokens {at[0]} to {at[0] + H * W - 1}" if at else "no such tokens"
         raise ValueError(
             f"{OP}: the last {H * W} rows of the position embedding must belong to the patches, tokens {starts[0]} to"
             f" {starts[0] + H * W - 1} of {first.path}; they belong to {where} (tokens behind the patches? another order?)"
         )
-    return starts[0]
+    return starts[0], positions
 
 
 def _try(model: nn.Module, layers: list[Projections], embed: nn.Module | None) -> tuple[Tensor, Pass, Place] | None:
@@ -147,7 +151,8 @@ def verified(model, layers: list[Projections], positions: Positions | None, own_
             return found
         try:
             _check_sizes(seen.sizes, positions.grid)
-            found.start = _start(model, found.image, seen, place, positions) if own_table else None
+            if own_table:
+                found.start, found.positions = _start(model, found.image, seen, place, positions)
         except ValueError:
             if impulse:
                 raise
