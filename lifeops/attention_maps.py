@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from lifeops.arguments import check_choice, check_int, check_module, check_tensor, got, under
 from lifeops.config import requested_backend
-from lifeops.integrations.attention_layers import LOOKED_FOR, Options, recorded
+from lifeops.hosts.attention import LOOKED_FOR
+from lifeops.integrations.attention_layers import recorded
 from lifeops.integrations.vit_parts import Parts, parts_of, watched
+from lifeops.integrations.window_layers import Options
 from lifeops.ops.rollout_step import _check_options
 
 PREFIX = ("keep", "normalize")
@@ -202,12 +204,13 @@ def _tokens_of(records: list, parts: Parts) -> _Tokens:
     last = records[-1]
     windowed = hasattr(last, "attention")
     grid, prefix = (last.grid, 0) if windowed else (parts.grid(), parts.num_prefix_tokens)
-    tokens = prefix + grid[0] * grid[1]
-    other = next((layer for layer in records if not windowed and layer.attends and layer.tokens != last.tokens), None)
-    if other is not None:
-        raise ValueError(
-            f"rollout: {other.path} has {other.tokens} tokens and {last.path} {last.tokens}: tokens are dropped, joined or added on the way"
-        )
+    tokens, expected = prefix + grid[0] * grid[1], last.tokens
+    for other in () if windowed else reversed(records):
+        if not other.attends:  # tokens that join on the way, a class token
+            expected -= other.count
+        elif other.tokens != expected:
+            found = f"{other.path} has {other.tokens} tokens and {last.path} {last.tokens}"
+            raise ValueError(f"rollout: {found}: tokens are dropped, joined or added on the way")
     if tokens != last.tokens:
         found = f"{prefix} prefix tokens and a {grid[0]} x {grid[1]} grid are {tokens} tokens, the layers have {last.tokens}"
         raise ValueError(f"rollout: {found} (give num_prefix_tokens=…; turn patch dropout off)")
@@ -273,9 +276,10 @@ def rollout(
         r = weights
         while records:
             r = records.pop().back(r, options)
-    maps = r[..., tokens.prefix :].unflatten(-1, grid)
-    lost = weights.sum(-1) - r.sum(-1)  # in the padding of windows
-    on_prefix = r[..., : tokens.prefix].sum(-1) + (lost if windowed else 0)
+    first = r.shape[-1] - grid[0] * grid[1]  # fewer than tokens.prefix where a class token joins late
+    maps = r[..., first:].unflatten(-1, grid)
+    lost = weights.sum(-1) - r.sum(-1) if windowed or first < tokens.prefix else 0  # in the padding of windows, on what joined
+    on_prefix = r[..., :first].sum(-1) + lost
     if prefix == "normalize":
         total = maps.sum((2, 3), keepdim=True)
         maps = maps / torch.where(total > 0, total, 1)

@@ -14,11 +14,10 @@ from lifeops.models.deit import VisionTransformer
 ROLLOUT_REFUSES = {
     "layers it cannot read": (named("convit_tiny", depth=3, local_up_to_layer=1), r"blocks\.0\.attn attends or mixes tokens in a way"),
     "layers behind": (lambda: _Behind(), r"last\.self_attn attends in a way that is not known: .*, behind blocks\.1\.attn"),
-    "parallel": (small_vit(block_fn=vit.ParallelThingsBlock), r"attns\.1\.attn does not read what blocks\.0\.attns\.0\.attn gave"),
     "several embeddings": (staged("crossvit_tiny_240"), r"CrossVit has 2 patch embeddings"),
     "NCHW": (staged("pit_ti_224", img_size=64), r"a 7 x 7 grid are 49 tokens, the layers have 50: .* tokens 1 to 49 are the 49 patches"),
     "hiera": (staged("hiera_tiny_224", img_size=64), r"gives \(2, 256, 96\), whose 256 tokens are no grid"),
-    "maps": (named("samvit_base_patch16", embed_dim=48, num_heads=3, use_rel_pos=False), r"blocks\.0\.attn is given \(2, 14, 14, 48\)"),
+    "maps": (named("samvit_base_patch16", embed_dim=48, num_heads=3, use_rel_pos=False), r"0 prefix tokens and a 4 x 4 grid are 16 tokens, the layers have 196"),
     "shuffled": (hf("ViTMAE", mask_ratio=0.0), r"does not read the 16 patches as tokens 1 to 16 in their order: .* shuffled"),
     "dropped": (hf("ViTMAE", mask_ratio=0.75), r"the layers have 5: of 16 patches some are dropped"),
     "decoder": (

@@ -5,7 +5,7 @@ import torch
 
 import lifeops
 from conftest import declare_torchvision_ops
-from lifeops.integrations.attention_layers import MergeLayer, Options, WindowLayer
+from lifeops.integrations.window_layers import MergeLayer, Options, WindowLayer
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 PLAIN = Options("mean", 0.5, 0.0, None)
@@ -188,10 +188,5 @@ def test_swin(timm, version):
 
 def test_attention_with_more_than_q_and_k_is_refused(timm):
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 2}
-    x = torch.randn(1, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn is RelPosAttention with rel_pos, which roll-out does not know"):
-        lifeops.rollout(timm.models.vision_transformer_relpos.VisionTransformerRelPos(**sizes), x)
-    rotary = timm.models.eva.Eva(**sizes, use_rot_pos_emb=True, qkv_bias=False)
-    with pytest.raises(ValueError, match=r"blocks\.0\.attn was called with rope beside the tokens"):
-        lifeops.rollout(rotary, x)
-    assert not any(m._forward_pre_hooks for m in rotary.modules())
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn is DiffAttention with lambda_k1, .*, which is not known"):
+        lifeops.rollout(timm.models.VisionTransformer(**sizes, attn_layer="diff"), torch.randn(1, 3, 32, 32))

@@ -10,21 +10,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lifeops.ops.channel_act import accumulate_dtype
-from lifeops.ops.full_precision import full_precision
+from lifeops import torchlib
+from lifeops.hosts.attention import Heads
 
 ROWS, IMAGES = 8, 2  # O(N) memory and a small part of the layer's time
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _TF32 = 5e-3
+_OUT = ("proj", "o_proj", "out_proj", "attn_out_proj", "projection")  # what joins the heads
 
 
 class Rows(NamedTuple):
-    """``values`` (b, n, h*d): the heads' joined outputs of the tokens ``index`` of ``images``. ``tolerance``: relative."""
+    """``values`` (b, n, h*d): the heads' joined outputs of the tokens ``index`` of ``images``, of ``count``. ``tolerance``: relative."""
 
     values: Tensor
     images: list[int]
     index: Tensor
     tolerance: float
+    count: int
 
     def of(self, tokens: Tensor) -> Tensor:
         return tokens[self.images][:, self.index.to(tokens.device)]
@@ -41,16 +43,20 @@ def _tolerance(dtype: torch.dtype, device: torch.device, largest_score: float) -
     return _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16]) + 4 * torch.finfo(dtype).eps * largest_score
 
 
-@full_precision
 def attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None, images: list[int]) -> Rows:
     """q, k, v (b, h, N, d) of ``images`` to some rows of the attention's output."""
-    N, d = q.shape[2:]
-    index = torch.linspace(0, N - 1, min(N, ROWS)).round().long().unique().to(q.device)
-    wide = accumulate_dtype(q.dtype)
-    scores = (d**-0.5 if scale is None else scale) * q[:, :, index].to(wide) @ k.to(wide).transpose(-2, -1)
-    values = (scores.softmax(-1) @ v.to(wide)).transpose(1, 2).flatten(2)
+    return attended_by(Heads(q, k, v, scale), images)
+
+
+def attended_by(heads: Heads, images: list[int]) -> Rows:
+    """The same of whatever an attention layer does between its q and its output."""
+    q, v = heads.q, heads.v
+    with torchlib.without_autocast(q):
+        index = torch.linspace(0, q.shape[2] - 1, min(q.shape[2], ROWS)).round().long().unique().to(q.device)
+        scores = heads.scores(index)
+        values = (heads.weights(scores) @ v.to(scores.dtype)).transpose(1, 2).flatten(2)
     largest = scores.abs().nan_to_num(0, 0, 0).max().item() if scores.numel() else 0.0
-    return Rows(values, images, index, _tolerance(q.dtype, q.device, largest))
+    return Rows(values, images, index, _tolerance(q.dtype, q.device, largest), q.shape[2])
 
 
 def off(real: Tensor, expected: Tensor) -> float:
@@ -70,7 +76,7 @@ def merge_point(module: nn.Module) -> nn.Module | None:
     if hasattr(module, "fused_layers"):
         return None
     norm = getattr(module, "norm", None)
-    names = ("norm",) if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else ("proj", "o_proj", "out_proj")
+    names = ("norm",) if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else _OUT
     return next((m for m in (getattr(module, name, None) for name in names) if isinstance(m, nn.Module)), None)
 
 
@@ -90,10 +96,12 @@ class LayerCheck:
         self.path, self.module, self.rows, self.x, self.done = path, module, rows, x, False
 
     def merged(self, tokens: Tensor) -> None:
-        """Compare with what the merge point is given."""
+        """Compare with what the merge point is given: where it also projects an MLP, the attention's part comes first."""
         expected, gate = self.rows.values, getattr(self.module, "gate", None)
         if isinstance(gate, nn.Module) and merge_point(self.module) is not getattr(self.module, "norm", None):
             expected = expected * gate(self.rows.of(self.x)).sigmoid()
+        if hasattr(self.module, "in_split"):
+            tokens = tokens[..., : expected.shape[-1]]
         self._compare(tokens, expected, "what its heads give")
 
     def ended(self, output) -> None:
@@ -101,14 +109,15 @@ class LayerCheck:
         if self.done:
             return
         output, expected = output[0] if isinstance(output, (tuple, list)) else output, self.rows.values
-        proj = next((m for m in (getattr(self.module, n, None) for n in ("proj", "o_proj", "out_proj")) if isinstance(m, nn.Module)), None)
+        output = output.flatten(1, 2) if isinstance(output, Tensor) and output.dim() == 4 else output
+        proj = next((m for m in (getattr(self.module, n, None) for n in _OUT) if isinstance(m, nn.Module)), None)
         if proj is not None:
             dtype = next((p.dtype for p in proj.parameters() if p.is_floating_point()), expected.dtype)
             expected = proj(expected.to(dtype))
         self._compare(output, expected, "its output")
 
     def _compare(self, tokens: Tensor, expected: Tensor, what: str) -> None:
-        fits = isinstance(tokens, Tensor) and tokens.dim() == 3 and tokens.shape[:2] == self.x.shape[:2]
+        fits = isinstance(tokens, Tensor) and tokens.dim() == 3 and tokens.shape[:2] == (self.x.shape[0], self.rows.count)
         found = off(self.rows.of(tokens), expected) if fits else 1.0
         if found > self.rows.tolerance:
             got = f"is off by {found:.2g} of its largest entry" if fits else f"has shape {tuple(tokens.shape)}"

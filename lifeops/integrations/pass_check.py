@@ -9,7 +9,7 @@ from collections import Counter
 
 from torch import Tensor, nn
 
-from lifeops.integrations.attention_check import LayerCheck, attended, drops, off, some_images
+from lifeops.integrations.attention_check import LayerCheck, attended_by, drops, off, some_images
 from lifeops.integrations.pass_watch import Watch
 from lifeops.integrations.token_place import Place, tokens_of
 
@@ -26,21 +26,28 @@ class PassCheck:
         self.ran: Counter[int] = Counter()
         self.last: str | None = None  # the path of the layer that ran last
         self.place, self.count = Place("rollout", self.watch, parts.embed), 0
+        self.before: set[int] = set()  # the marks of what the last layers read
+        self.gave: set[int] = set()  # and of what they gave: one layer, or several side by side
         self.open: list[LayerCheck] = []
 
     # -------------------------------------------------------------------------------------------- the layers
 
-    def enter(self, path: str, module: nn.Module, x: Tensor, prefix: int) -> None:
-        """A known layer is about to run on ``x``, which begins with ``prefix`` other tokens."""
+    def enter(self, path: str, module: nn.Module, x: Tensor, prefix: int, beside: bool = False) -> None:
+        """A known layer is about to run on ``x``, which begins with ``prefix`` other tokens; ``beside`` the one that ran last."""
         self.ran[id(module)] += 1
         if self.ran[id(module)] > self.places[id(module)]:
             raise ValueError(f"rollout: {path} ran {self.ran[id(module)]} times in one forward pass, which is no chain of layers")
         for event in self.watch.attended[:1]:
             where = f"before {path}" if self.last is None else f"between {self.last} and {path}"
             raise ValueError(f"rollout: {event.path} attends or mixes tokens in a way that is not known: {event.what}, {where}")
+        if not beside:
+            self.before, self.gave = self.gave, set()
+        marks = self.watch.marks(x)
         if self.last is None:
             self.place.check(path, x, prefix, self.parts.grid())
-        elif self.count - 1 not in self.watch.marks(x):
+        elif beside and (self.gave & marks or not self.before <= marks):
+            raise ValueError(f"rollout: {path} does not read what {self.last} read, beside which it stands")
+        elif not beside and not self.before <= marks:
             raise ValueError(f"rollout: {path} does not read what {self.last} gave: they stand side by side, and roll-out chains layers")
         for event in self.watch.moved[:1]:
             raise ValueError(f"rollout: {event.path} moves tokens before {path}: {event.what}")
@@ -48,19 +55,20 @@ class PassCheck:
 
     def leave(self, x: Tensor, output) -> None:
         self.watch.mark(tokens_of(output), {*self.watch.marks(x), self.count})
+        self.gave.add(self.count)
         self.count += 1
         self.watch.attended, self.watch.moved = [], []
 
-    def begin(self, path: str, module: nn.Module, x: Tensor, read) -> None:
-        """Compute some rows of the layer's attention."""
+    def begin(self, path: str, call, read) -> None:
+        """Compute some rows of the attention of a layer's :class:`~lifeops.hosts.attention.Call`."""
+        module, x = call.module, call.x
         if drops(module) or not x.numel():
             self.open.append(LayerCheck(path, module, None, x))
             self.open[-1].done = True
             return
         with self.watch.quiet():
             images = some_images(x.shape[0])
-            q, k, v, scale = read(x[images])
-            self.open.append(LayerCheck(f"rollout: {path}", module, attended(q, k, v, scale, images), x))
+            self.open.append(LayerCheck(f"rollout: {path}", module, attended_by(read(call.of(images), True), images), x))
 
     def merged(self, module, args) -> None:
         """A pre-hook on a layer's merge point."""

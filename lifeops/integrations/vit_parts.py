@@ -12,6 +12,9 @@ from lifeops.arguments import check_floating, got, is_dense
 from lifeops.nn.embedded_grid import embedded_grid
 from lifeops.nn.inputs import check_like
 
+_CLS = ("cls_token", "class_embedding")  # as an embedding holds it
+_EMBEDDINGS = ("patch_embeddings", "patch_embedding", "patch_embed")
+
 
 class Parts:
     """What :func:`lifeops.rollout` asks of a model."""
@@ -26,12 +29,17 @@ class Parts:
     @property
     def has_cls(self) -> bool:
         owner = self.host.embeddings if self.transformers else self.host
-        return self.num_prefix_tokens > 0 and getattr(owner, "cls_token", None) is not None
+        return self.num_prefix_tokens > 0 and any(getattr(owner, name, None) is not None for name in _CLS)
+
+    @property
+    def first_prefix(self) -> int:
+        """How many prefix tokens the first layer sees: CaiT's class token joins late."""
+        return 0 if hasattr(self.host, "blocks_token_only") else self.num_prefix_tokens
 
     def grid(self) -> tuple[int, int]:
         """(H, W) of the patches of the forward pass."""
         if self.transformers:
-            patch = getattr(self.embed, "patch_size", None)
+            patch = getattr(self.embed, "patch_size", self.embed.stride if isinstance(self.embed, nn.Conv2d) else None)
             if patch is None:
                 raise ValueError(f"rollout: {type(self.embed).__name__}, the patch embedding, does not say its patch_size")
             patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
@@ -71,8 +79,8 @@ def _classifiers(model: nn.Module, host: nn.Module) -> list[nn.Linear]:
 
 def _num_prefix_tokens(host: nn.Module) -> int:
     if hasattr(host, "embeddings"):
-        names = "cls_token", "distillation_token", "register_tokens"
-        return sum(t.shape[1] for t in (getattr(host.embeddings, name, None) for name in names) if t is not None)
+        tokens = (getattr(host.embeddings, name, None) for name in (*_CLS, "distillation_token", "register_tokens"))
+        return sum(t.shape[-2] if t.dim() > 1 else 1 for t in tokens if t is not None)
     return getattr(host, "num_prefix_tokens", 0)
 
 
@@ -88,9 +96,10 @@ def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
             raise ValueError(f"rollout: {type(host).__name__} has {found}, so no grid holds its tokens; looked for a single patch_embed")
         if isinstance(getattr(host, "patch_embed", None), nn.Module):
             return Parts(model, host, host.patch_embed, images, num_prefix_tokens)
-        if isinstance(getattr(getattr(host, "embeddings", None), "patch_embeddings", None), nn.Module):
-            return Parts(model, host, host.embeddings.patch_embeddings, images, num_prefix_tokens)
-    looked_for = "patch_embed (timm, lifeops) or embeddings.patch_embeddings (transformers)"
+        inner = (getattr(getattr(host, "embeddings", None), name, None) for name in _EMBEDDINGS)
+        if (embed := next((m for m in inner if isinstance(m, nn.Module)), None)) is not None:
+            return Parts(model, host, embed, images, num_prefix_tokens)
+    looked_for = f"patch_embed (timm, lifeops) or embeddings with {' or '.join(_EMBEDDINGS)} (transformers)"
     raise ValueError(f"rollout: {type(model).__name__} has no {looked_for}")
 
 

@@ -100,17 +100,20 @@ def roll(r, attention, first, head_fusion, residual, discard_ratio):
     return out
 
 
-@full_precision
-def reference(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
-    (B, h, N, _), out = q.shape, torch.zeros(r.shape, dtype=r.dtype, device=r.device)
-    q, k = q.to(r.dtype), k.to(r.dtype).transpose(-2, -1)
-    block, wanted = max(1, _BLOCK // max(1, B * h * N)), (r != 0).any(1)[:, None, :, None]
+def roll_blocks(r, heads, attend, head_fusion, residual, discard_ratio):
+    """r Â, a block of queries at a time: attend(rows) gives their attention (B, h, n, N)."""
+    (B, _, N), out = r.shape, torch.zeros_like(r)
+    block, wanted = max(1, _BLOCK // max(1, B * heads * N)), (r != 0).any(1)[:, None, :, None]
     for first in range(0, N, block):
         rows = slice(first, first + block)
-        attention = (scale * q[:, :, rows] @ k).softmax(-1)
-        attention = torch.where(wanted[:, :, rows], attention, 0)
-        out += roll(r, attention, first, head_fusion, residual, discard_ratio)
+        out += roll(r, torch.where(wanted[:, :, rows], attend(rows), 0), first, head_fusion, residual, discard_ratio)
     return out
+
+
+@full_precision
+def reference(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
+    q, k = q.to(r.dtype), k.to(r.dtype).transpose(-2, -1)
+    return roll_blocks(r, q.shape[1], lambda rows: (scale * q[:, :, rows] @ k).softmax(-1), head_fusion, residual, discard_ratio)
 
 
 def _fake(r, q, k, scale, head_fusion, residual, discard_ratio, backend):

@@ -1,0 +1,177 @@
+"""lifeops.rollout where attention is more than softmax(scale q kᵀ): against the matrices that the model is seen to use."""
+
+import naive_rollout as naive
+import pytest
+import torch
+from hosts import HF, SMALL, hf, hooks_of, images_of, made, named, small_vit, timm, transformers, vit
+
+import lifeops
+
+NARROW = {"embed_dim": 48, "num_heads": 3}
+WIDE = {"img_size": (64, 96)}  # a 4 x 6 grid
+RELATIVE = timm.models.vision_transformer_relpos.VisionTransformerRelPos
+TOWERS = {
+    "clip": (hf("CLIPVision"), 1), "siglip": (hf("SiglipVision"), 0), "blip": (hf("BlipVision"), 1), "blip2": (hf("Blip2Vision"), 1),
+    "aimv2": (hf("Aimv2Vision"), 0), "aimv2 native": (hf("Aimv2Vision", is_native=True), 0),
+    "clip classifier": (lambda: transformers.CLIPForImageClassification(transformers.CLIPConfig(vision_config=dict(HF))), 1),
+}  # fmt: skip
+ROTARY = {
+    "dinov3 hf": (hf("DINOv3ViT", num_register_tokens=4), 5), "dinov3": (named("vit_small_patch16_dinov3", **WIDE), 5),
+    "dinov3 biases": (named("vit_small_patch16_dinov3_qkvb", **WIDE), 5),
+    "eva02": (named("eva02_tiny_patch14_224", img_size=(56, 84)), 1),
+    "eva02 base": (named("eva02_base_patch14_224", img_size=(56, 84), **NARROW), 1),
+    "axial": (named("vit_small_patch16_rope_224", **WIDE), 1), "mixed": (named("vit_small_patch16_rope_mixed_224", **WIDE), 1),
+    "pe": (named("vit_pe_core_tiny_patch16_384", **WIDE), 1),
+    "pe spatial": (named("vit_pe_lang_large_patch14_448", img_size=(56, 84), **NARROW), 1),
+    "half": (lambda: timm.models.eva.Eva(**SMALL, use_rot_pos_emb=True, rope_rotate_half=True), 1),
+}  # fmt: skip
+BIASED = {
+    "beit": (named("beit_base_patch16_224", **WIDE, **NARROW), 1),
+    "beit shared": (lambda: timm.models.beit.Beit(**SMALL, use_shared_rel_pos_bias=True), 1),
+    "beit biases only": (lambda: timm.models.beit.Beit(**SMALL, qkv_bias=True), 1),
+    "beit hf": (hf("Beit", use_relative_position_bias=True, image_size=(32, 48)), 1),
+    "beit hf shared": (hf("Beit", use_shared_relative_position_bias=True, image_size=(32, 48)), 1),
+    "beit hf both": (
+        hf("Beit", use_relative_position_bias=True, use_shared_relative_position_bias=True, image_size=(32, 48), attn_implementation="eager"),
+        1,
+    ),
+    "data2vec": (hf("Data2VecVision", use_relative_position_bias=True, image_size=(32, 48)), 1),
+    "data2vec shared": (hf("Data2VecVision", use_shared_relative_position_bias=True, image_size=(32, 48), attn_implementation="eager"), 1),
+    "relative mlp": (lambda: RELATIVE(**SMALL, rel_pos_type="mlp", class_token=True), 1),
+    "relative table": (lambda: RELATIVE(**SMALL, rel_pos_type="bias"), 0),
+    "relative shared": (lambda: RELATIVE(**SMALL, rel_pos_type="mlp", shared_rel_pos=True), 0),
+    "relative post norm": (named("vit_relpos_medium_patch16_rpn_224", **WIDE, **NARROW), 0),
+    "sam": (lambda: _sam(), 0), "sam resized": (lambda: _sam(tables=5), 0),
+}  # fmt: skip
+BESIDE_MLP = {"beside mlp": (small_vit(block_fn=vit.ParallelScalingBlock, qk_norm=True), 1)}
+HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP}
+
+
+def _sam(tables=None):
+    model = timm.models.VisionTransformerSAM(**SMALL, use_rel_pos=True, window_size=0, neck_chans=16)
+    for block in model.blocks if tables else ():  # of another grid
+        block.attn.rel_pos_h, block.attn.rel_pos_w = (torch.nn.Parameter(torch.zeros(tables, 8)) for _ in "hw")
+    return model
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_equals_the_product_of_the_models_own_matrices(name):
+    build, prefix = HOSTS[name]
+    model = made(build)
+    images, hooks = images_of(model), hooks_of(model)
+    expected = naive.product([naive.layer(a) for a in naive.attentions_of(model, images)])
+    for targets in (None, (2, 1), "mean"):
+        found = lifeops.rollout(model, images, targets)
+        assert naive.off(found.maps.flatten(2), (found.weights @ expected)[..., prefix:]) <= 1e-5
+        assert (found.maps.sum((2, 3)) + found.prefix - 1).abs().max() <= 1e-5
+    assert lifeops.rollout(model, images).labels == ("cls token" if prefix else "mean of the patch tokens",)
+    assert torch.equal(found.maps, lifeops.rollout(model, images, "mean", verify=False).maps)
+    assert hooks_of(model) == hooks
+
+
+OPTIONS = [("mean", 0.5, 0.0), ("max", 0.3, 0.0), ("min", 0.5, 0.0), ("mean", 0.2, 0.6), ("max", 0.0, 0.4)]
+
+
+@pytest.mark.parametrize("name", ["beit", "sam", "mixed"])
+@pytest.mark.parametrize(("fusion", "residual", "discard"), OPTIONS)
+def test_options_mean_the_same_with_a_bias(name, fusion, residual, discard, monkeypatch):
+    monkeypatch.setattr("lifeops.ops.rollout_step._BLOCK", 2 * 3 * 25 * 7)  # seven rows at a time
+    build, prefix = HOSTS[name]
+    model = made(build).double()
+    images = images_of(model).double()
+    options = {"head_fusion": fusion, "residual": residual, "discard_ratio": discard}
+    expected = naive.product([naive.layer(a, **options) for a in naive.attentions_of(model, images)])
+    found = lifeops.rollout(model, images, "mean", **options)
+    assert found.maps.dtype == torch.float64
+    assert naive.off(found.maps.flatten(2), (found.weights @ expected)[..., prefix:]) <= 1e-9
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("fusion", "residual", "discard"), OPTIONS)
+def test_attentions_side_by_side_are_one_layer(fused, fusion, residual, discard):
+    model = made(small_vit(block_fn=vit.ParallelThingsBlock))
+    for block in model.blocks:
+        for attn in block.attns:
+            attn.attn.fused_attn = fused
+    images = images_of(model)
+    matrices = naive.attentions_of(model, images)
+    assert len(matrices) == 4
+    fuse = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1), "min": lambda a: a.amin(1)}[fusion]
+    pairs = [(fuse(a) + fuse(b))[:, None] / 2 for a, b in zip(matrices[::2], matrices[1::2], strict=True)]
+    expected = naive.product([naive.layer(pair, "mean", residual, discard) for pair in pairs])
+    found = lifeops.rollout(model, images, head_fusion=fusion, residual=residual, discard_ratio=discard)
+    assert naive.off(found.maps.flatten(2), expected[:, :1, 1:]) <= 1e-5
+    start = lifeops.rollout(model, images, start_layer=1, head_fusion=fusion, residual=residual, discard_ratio=discard)
+    assert naive.off(start.maps.flatten(2), naive.layer(pairs[1], "mean", residual, discard)[:, :1, 1:]) <= 1e-5
+
+
+def test_what_is_no_longer_side_by_side_is_refused():
+    model = made(small_vit(block_fn=vit.ParallelThingsBlock))
+    first, second = model.blocks[0].attns
+    chained = second.norm.forward
+    second.norm.forward = lambda x: chained(x + first(x))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attns\.0\.attn ran 2 times"):
+        lifeops.rollout(model, images_of(model))
+    given = []
+    del second.norm.forward
+    first.ls.register_forward_hook(lambda module, args, output: given.append(output))
+    second.norm.register_forward_pre_hook(lambda module, args: args[0] + given[-1])
+    with pytest.raises(ValueError, match=r"blocks\.0\.attns\.1\.attn does not read what blocks\.0\.attns\.0\.attn read, beside which"):
+        lifeops.rollout(model, images_of(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("dinov3", "rotation"), ("eva02", "rotation"), ("dinov3 hf", "rotation"), ("beit", "bias"), ("sam", "bias"), ("relative mlp", "bias")],
+)
+def test_another_rotation_or_bias_is_noticed(name, change):
+    """The layer is made to compute something else than its parts tell."""
+    model = made(HOSTS[name][0])
+    images = images_of(model)
+    attn = next(m for m in model.modules() if any(hasattr(m, n) for n in ("qkv", "q_proj")))
+    own = attn.forward
+    if change == "rotation":
+        turn = lambda value: tuple(v.flip(0) for v in value) if isinstance(value, tuple) else value.flip(0)  # noqa: E731
+        names = ("rope", "position_embeddings")
+
+        def forward(x, *args, **given):
+            return own(x, *args, **{k: turn(v) if k in names else v for k, v in given.items()})
+    else:
+        tables = [p for n, p in attn.named_parameters() if "rel" in n]
+
+        def forward(x, *args, **given):
+            before = [t.detach().clone() for t in tables]
+            with torch.no_grad():
+                [t.neg_() for t in tables]
+                out = own(x, *args, **given)
+                [t.copy_(b) for t, b in zip(tables, before, strict=True)]
+            return out
+
+    attn.forward = forward
+    with pytest.raises(ValueError, match="which does not compute softmax"):
+        lifeops.rollout(model, images)
+
+
+def test_half_precision_and_autocast():
+    for name in ("dinov3", "beit", "relative shared"):
+        model = made(HOSTS[name][0])
+        images = images_of(model)
+        full = lifeops.rollout(model, images, "mean").maps
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = lifeops.rollout(model, images, "mean").maps
+        half = lifeops.rollout(model.bfloat16(), images.bfloat16(), "mean").maps
+        assert naive.off(cast, full) <= 0.05
+        assert naive.off(half, full) <= 0.05
+
+
+def test_a_mask_is_added_as_the_layer_adds_it():
+    model = made(small_vit())
+    images = images_of(model)
+    mask = torch.rand(25, 25) < 0.7
+    mask.fill_diagonal_(True)
+    for given in (mask, torch.randn(2, 1, 25, 25)):
+        for block in model.blocks:
+            block.forward = lambda x, block=block, given=given: type(block).forward(block, x, attn_mask=given)
+        expected = naive.product([naive.layer(a) for a in naive.attentions_of(model, images)])
+        found = lifeops.rollout(model, images)
+        assert naive.off(found.maps.flatten(2), expected[:, :1, 1:]) <= 1e-5
