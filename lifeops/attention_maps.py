@@ -24,6 +24,7 @@ from lifeops.arguments import check_choice, check_int, check_module, check_tenso
 from lifeops.config import requested_backend
 from lifeops.hosts.attention import LOOKED_FOR
 from lifeops.integrations.attention_layers import recorded
+from lifeops.integrations.pool_heads import over_tokens, pool_head
 from lifeops.integrations.vit_parts import Parts, parts_of, watched
 from lifeops.integrations.window_layers import Options
 from lifeops.ops.rollout_step import _check_options
@@ -36,7 +37,7 @@ class Rollout(NamedTuple):
 
     Attributes:
         maps: (B, R, H, W), each map's weights of the patches.
-        prefix: (B, R), what fell on no patch: on the prefix tokens, or on the padding of a Swin's windows. 1 - maps.sum((2, 3)) unless
+        prefix: (B, R), what fell on no patch: on the prefix tokens, or on the padding of windows. 1 - maps.sum((2, 3)) unless
             ``prefix="normalize"``.
         labels: what each of the R maps is of.
         weights: (B, R, N), the output tokens' weights π the roll-out began with.
@@ -135,13 +136,13 @@ def _patch_logits(tokens: _Tokens, given, parts: Parts, output) -> Tensor:
     return logits.to(tokens.device)
 
 
-def _start(tokens: _Tokens, targets, classes, token_logits, parts: Parts, output) -> tuple[Tensor, tuple[str, ...]]:
+def _start(tokens: _Tokens, targets, classes, token_logits, parts: Parts, output, verify: bool) -> tuple[Tensor, tuple[str, ...]]:
     """π (B, R, N) and its labels."""
     if targets is None:
         targets = "cls" if parts.has_cls else "mean"
     if isinstance(targets, Tensor):
         return _mask(tokens, targets)
-    known = "'cls', 'mean', 'hard', 'soft', a token's index, a patch (row, column) or a tensor of weights"
+    known = "'cls', 'mean', 'pool', 'hard', 'soft', a token's index, a patch (row, column) or a tensor of weights"
     if not isinstance(targets, (str, tuple)) and not _is_int(targets):
         raise TypeError(f"rollout: targets must be {known}, got {got(targets)}")
     if targets in ("hard", "soft"):
@@ -154,6 +155,9 @@ def _start(tokens: _Tokens, targets, classes, token_logits, parts: Parts, output
         if not parts.has_cls:
             raise ValueError("rollout: the model has no cls token; targets='mean' is what average pooling reads")
         return _one(tokens, 0, "cls token")
+    if targets == "pool":
+        weights = over_tokens(parts.pool.weights(verify), tokens.prefix, tokens.count - tokens.prefix, parts.pool.path)
+        return weights.to(tokens.dtype), ("attention pooling",)
     if _is_int(targets):
         return _one(tokens, int(targets), f"token {targets}")
     if isinstance(targets, tuple) and len(targets) == 2 and all(map(_is_int, targets)):
@@ -226,16 +230,19 @@ def rollout(
     """Which patches the output tokens of a Vision Transformer draw on: M = πᵀ Â_L … Â_1 on the patch grid, one map per π.
 
     Runs ``model(images)`` once, in the mode and under the autocast it is in, without gradient; parameters, buffers and hooks are as
-    before. Fused attention may stay on. Memory: the layers' inputs, O(L N C), and O(N C + R N) for a layer, per image.
+    before. Fused attention may stay on. Memory: the layers' inputs, O(L N C), and O(N C + R N) for a layer, per image; a bias or mask that
+    comes with a layer's call is kept, and such a layer's rows are computed in blocks of a fixed number of scores.
 
     Args:
-        model: a timm ViT, DeiT, DINOv2 (cls, distilled, register tokens, none), also after :func:`lifeops.convert`; a lifeops model; a
-            transformers ViT, DeiT or DINOv2; a timm Swin (windows are put back on the grid; merged patches share alike). Relative
-            positions, rotary embeddings and attention masks raise an error.
+        model: of timm a ViT, DeiT, DINOv2, DINOv3, EVA, BEiT, PE, rope, relative position or parallel ViT, CaiT, NaFlexViT (images, not
+            packed patches), SAM, Swin (1 and 2); also after :func:`lifeops.convert`; a lifeops model; of transformers a
+            ViT, DeiT, DINOv2, DINOv3, BEiT, Data2Vec, SAM, Swin (1 and 2), the vision model of CLIP, SigLIP, BLIP, AIMv2. Any other that
+            attends in one of these ways is taken if it passes ``verify``. Windows are put back on the grid; merged patches share alike.
         images: what the model takes, (B, channels, height, width), or a mapping of keyword arguments with "pixel_values".
         targets: what π is.
             "cls" (default if there is a cls token), "mean" (default else: the mean of the patch tokens), an int (a token of the
             sequence), (row, column) (a patch);
+            "pool": the tokens as the model's attention pooling weighs them (timm's global_pool="map", SigLIP, AIMv2), mean over its heads;
             "hard": for each class the patch tokens predicted as it, alike; "soft": every patch token by its probability of the class;
             a tensor of weights (R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W): divided by their sums.
         classes: the classes of "hard" and "soft"; default: those that are predicted for at least one token of the batch. A class
@@ -246,8 +253,9 @@ def rollout(
         start_layer: the first attention layer that counts, from 0; the map is then of that layer's input tokens.
         prefix: "keep": a map sums to 1 minus what fell on the prefix tokens (``Rollout.prefix``); "normalize": to 1.
         num_prefix_tokens: P, if the model does not say it.
-        verify: check on this very pass that the maps are the model's: each layer's real output is softmax(scale q kᵀ) v (a few query
-            rows), each reads what the one before gave, the patches are the tokens they are taken for, and nothing else attends.
+        verify: check on this very pass that the maps are the model's: each layer's real output is the attention we read from it times
+            its values (a few query rows), each reads what the one before gave, the patches are the tokens they are taken for, and
+            nothing else attends.
             Costs about a query, key and value projection of two images per layer.
 
     Returns:
@@ -264,15 +272,16 @@ def rollout(
     requested_backend("rollout", backend)
     options = Options(head_fusion, residual, discard_ratio, backend)
     parts = parts_of(model, images, num_prefix_tokens)
+    parts.pool = pool_head(model) if isinstance(targets, str) and targets == "pool" else None
     with _untouched(model):
         by_class = isinstance(targets, str) and targets in ("hard", "soft")
         with recorded(model, parts if verify else None) as records, watched(parts, by_class), under("rollout"):
             output = model(**images) if isinstance(images, Mapping) else model(images)
         records = _from_layer(records, start_layer, model)
         tokens = _tokens_of(records, parts)
-        weights, labels = _start(tokens, targets, classes, token_logits, parts, output)
-        windowed = hasattr(records[0], "attention")
-        grid = next(layer.grid for layer in records if layer.attends) if windowed else tokens.grid
+        weights, labels = _start(tokens, targets, classes, token_logits, parts, output, verify)
+        grid = next((layer.grid for layer in records[:1] if hasattr(layer, "attention")), tokens.grid)
+        windowed = any(hasattr(layer, "attention") for layer in records)
         r = weights
         while records:
             r = records.pop().back(r, options)

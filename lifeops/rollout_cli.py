@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--aux-key", choices=("scale1", "multiscale"), help=f"LIFE's, {untold}")
     parser.add_argument("--act", help=f"LocalViT's activation, {untold}")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="of --model lifeops or official, if not the checkpoint's")
-    parser.add_argument("--target", default=None, help="cls, mean, hard, soft, a token's index or a patch ROW,COLUMN (default: cls)")
+    parser.add_argument("--target", default=None, help="cls, mean, pool, hard, soft, a token's index or a patch ROW,COLUMN (default: cls)")
     parser.add_argument("--classes", type=int, nargs="+", help="of --target hard or soft (default: the class that the model predicts)")
     parser.add_argument("--class-names", type=Path, help="a text file with one name per line")
     parser.add_argument("--head-fusion", choices=FUSIONS, default="mean")

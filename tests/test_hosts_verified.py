@@ -17,7 +17,6 @@ ROLLOUT_REFUSES = {
     "several embeddings": (staged("crossvit_tiny_240"), r"CrossVit has 2 patch embeddings"),
     "NCHW": (staged("pit_ti_224", img_size=64), r"a 7 x 7 grid are 49 tokens, the layers have 50: .* tokens 1 to 49 are the 49 patches"),
     "hiera": (staged("hiera_tiny_224", img_size=64), r"gives \(2, 256, 96\), whose 256 tokens are no grid"),
-    "maps": (named("samvit_base_patch16", embed_dim=48, num_heads=3, use_rel_pos=False), r"0 prefix tokens and a 4 x 4 grid are 16 tokens, the layers have 196"),
     "shuffled": (hf("ViTMAE", mask_ratio=0.0), r"does not read the 16 patches as tokens 1 to 16 in their order: .* shuffled"),
     "dropped": (hf("ViTMAE", mask_ratio=0.75), r"the layers have 5: of 16 patches some are dropped"),
     "decoder": (

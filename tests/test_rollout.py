@@ -186,7 +186,7 @@ ERRORS = {
     "start_type": ({"start_layer": -1}, "start_layer must be an int of at least 0, got -1"),
     "classes": ({"classes": [1]}, "classes go with targets='hard' or 'soft'"),
     "class": ({"targets": "soft", "classes": [5]}, "classes must be some of 0 to 4, got [5]"),
-    "name": ({"targets": "dist"}, "targets must be 'cls', 'mean', 'hard', 'soft', a token's index"),
+    "name": ({"targets": "dist"}, "targets must be 'cls', 'mean', 'pool', 'hard', 'soft', a token's index"),
     "token": ({"targets": 27}, "the token must be one of 27, got 27"),
     "patch": ({"targets": (4, 0)}, "the patch must lie on the 4 x 6 grid, got (4, 0)"),
     "mask": ({"targets": torch.ones(3, 4)}, "targets must be (B, R, N) or (R, N) with N = 27, or (…, 4, 6), got (3, 4)"),

@@ -9,6 +9,7 @@ import lifeops
 
 NARROW = {"embed_dim": 48, "num_heads": 3}
 WIDE = {"img_size": (64, 96)}  # a 4 x 6 grid
+EAGER = {"image_size": (32, 48), "attn_implementation": "eager"}
 RELATIVE = timm.models.vision_transformer_relpos.VisionTransformerRelPos
 TOWERS = {
     "clip": (hf("CLIPVision"), 1), "siglip": (hf("SiglipVision"), 0), "blip": (hf("BlipVision"), 1), "blip2": (hf("Blip2Vision"), 1),
@@ -31,20 +32,22 @@ BIASED = {
     "beit biases only": (lambda: timm.models.beit.Beit(**SMALL, qkv_bias=True), 1),
     "beit hf": (hf("Beit", use_relative_position_bias=True, image_size=(32, 48)), 1),
     "beit hf shared": (hf("Beit", use_shared_relative_position_bias=True, image_size=(32, 48)), 1),
-    "beit hf both": (
-        hf("Beit", use_relative_position_bias=True, use_shared_relative_position_bias=True, image_size=(32, 48), attn_implementation="eager"),
-        1,
-    ),
+    "beit hf both": (hf("Beit", use_relative_position_bias=True, use_shared_relative_position_bias=True, **EAGER), 1),
     "data2vec": (hf("Data2VecVision", use_relative_position_bias=True, image_size=(32, 48)), 1),
-    "data2vec shared": (hf("Data2VecVision", use_shared_relative_position_bias=True, image_size=(32, 48), attn_implementation="eager"), 1),
+    "data2vec shared": (hf("Data2VecVision", use_shared_relative_position_bias=True, **EAGER), 1),
     "relative mlp": (lambda: RELATIVE(**SMALL, rel_pos_type="mlp", class_token=True), 1),
     "relative table": (lambda: RELATIVE(**SMALL, rel_pos_type="bias"), 0),
     "relative shared": (lambda: RELATIVE(**SMALL, rel_pos_type="mlp", shared_rel_pos=True), 0),
     "relative post norm": (named("vit_relpos_medium_patch16_rpn_224", **WIDE, **NARROW), 0),
-    "sam": (lambda: _sam(), 0), "sam resized": (lambda: _sam(tables=5), 0),
+    "sam": (lambda: _sam(), 0), "sam resized": (lambda: _sam(tables=5), 0), "sam hf": (lambda: _sam_hf(0), 0),
+}  # fmt: skip
+FLEXIBLE = {
+    "naflex": (named("naflexvit_base_patch16_gap", **NARROW), 4), "naflex map": (named("naflexvit_base_patch16_siglip", **NARROW), 0),
+    "naflex cls": (lambda: timm.models.NaFlexVit(timm.models.naflexvit.NaFlexVitCfg(patch_size=16, embed_dim=48, depth=2, num_heads=3,
+                                                                                 class_token=True, rope_type="axial")), 1),
 }  # fmt: skip
 BESIDE_MLP = {"beside mlp": (small_vit(block_fn=vit.ParallelScalingBlock, qk_norm=True), 1)}
-HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP}
+HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP, **FLEXIBLE}
 
 
 def _sam(tables=None):
@@ -52,6 +55,12 @@ def _sam(tables=None):
     for block in model.blocks if tables else ():  # of another grid
         block.attn.rel_pos_h, block.attn.rel_pos_w = (torch.nn.Parameter(torch.zeros(tables, 8)) for _ in "hw")
     return model
+
+
+def _sam_hf(window_size):
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_dim": 48, "image_size": 64, "patch_size": 8}
+    config = transformers.SamVisionConfig(window_size=window_size, global_attn_indexes=[1], output_channels=8, **sizes)
+    return transformers.SamVisionModel(config)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -64,7 +73,7 @@ def test_equals_the_product_of_the_models_own_matrices(name):
         found = lifeops.rollout(model, images, targets)
         assert naive.off(found.maps.flatten(2), (found.weights @ expected)[..., prefix:]) <= 1e-5
         assert (found.maps.sum((2, 3)) + found.prefix - 1).abs().max() <= 1e-5
-    assert lifeops.rollout(model, images).labels == ("cls token" if prefix else "mean of the patch tokens",)
+    assert lifeops.rollout(model, images).labels == ("cls token" if prefix and name != "naflex" else "mean of the patch tokens",)
     assert torch.equal(found.maps, lifeops.rollout(model, images, "mean", verify=False).maps)
     assert hooks_of(model) == hooks
 
@@ -175,3 +184,101 @@ def test_a_mask_is_added_as_the_layer_adds_it():
         expected = naive.product([naive.layer(a) for a in naive.attentions_of(model, images)])
         found = lifeops.rollout(model, images)
         assert naive.off(found.maps.flatten(2), expected[:, :1, 1:]) <= 1e-5
+
+
+def _cait(fused):
+    model = made(lambda: timm.models.Cait(img_size=(32, 48), patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5))
+    for block in model.blocks_token_only:
+        block.attn.fused_attn = fused
+    return model
+
+
+def _cait_layers(model, images, head_fusion, residual):
+    """Dense matrices over the class token and the patches, from the matrices that attention dropout is given."""
+    seen, layers = [], []
+    hooks = [m.register_forward_pre_hook(lambda m, args: seen.append(args[0])) for n, m in model.named_modules() if n.endswith("attn_drop")]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    fuse = {"mean": lambda a: a.mean(1), "max": lambda a: a.amax(1)}[head_fusion]
+    for attention in seen:
+        fused, own = fuse(attention), torch.eye(25).repeat(2, 1, 1)
+        if fused.shape[1] == 1:  # only the class token asks
+            own[:, :1] = (1 - residual) * fused + residual * own[:, :1]
+        else:
+            own[:, 1:, 1:] = (1 - residual) * fused.clamp_min(0) + residual * own[:, 1:, 1:]
+        layers.append(own / own.sum(-1, keepdim=True))
+    return layers
+
+
+@pytest.mark.parametrize(("fusion", "residual"), [("mean", 0.5), ("max", 0.2)])
+def test_talking_heads_and_class_attention(fusion, residual):
+    model = _cait(False)
+    images = images_of(model)
+    layers = _cait_layers(model, images, fusion, residual)
+    assert len(layers) == 4
+    for fused in (False, True):
+        for block in model.blocks_token_only:
+            block.attn.fused_attn = fused
+        for targets in ("cls", "mean"):
+            found = lifeops.rollout(model, images, targets, head_fusion=fusion, residual=residual)
+            expected = found.weights @ naive.product(layers)
+            assert naive.off(found.maps.flatten(2), expected[..., 1:]) <= 1e-5
+            torch.testing.assert_close(found.prefix, expected[..., 0])
+        last = lifeops.rollout(model, images, head_fusion=fusion, residual=residual, start_layer=2)
+        assert naive.off(last.maps.flatten(2), naive.product(layers[2:])[:, :1, 1:]) <= 1e-5
+    model.blocks[0].attn.proj_w.forward = lambda heads: heads.flip(-1)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn is TalkingHeadAttn, which does not compute softmax"):
+        lifeops.rollout(model, images)
+
+
+POOLED = {
+    "siglip": hf("SiglipVision"), "aimv2": hf("Aimv2Vision", use_head=True),
+    "latent": small_vit(class_token=False, global_pool="map"),
+    "latent behind registers": small_vit(reg_tokens=2, class_token=False, global_pool="map", pool_include_prefix=False),
+    "latent with all": small_vit(reg_tokens=2, global_pool="map", pool_include_prefix=True),
+    "pe": named("vit_pe_core_tiny_patch16_384", **WIDE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_pooling_heads_weigh_the_tokens(name):
+    model = made(POOLED[name])
+    images, hooks = images_of(model), hooks_of(model)
+    with torch.no_grad(), _Queries() as record:
+        model(images)
+    seen = record.pooling.mean(1)
+    found = lifeops.rollout(model, images, "pool")
+    assert (found.labels, hooks_of(model)) == (("attention pooling",), hooks)
+    prefix = found.weights.shape[-1] - seen.shape[-1]
+    assert naive.off(found.weights[..., prefix:], seen[:, :1]) <= 1e-5
+    assert (found.weights[..., :prefix] == 0).all()
+    torch.testing.assert_close(found.maps, lifeops.rollout(model, images, found.weights).maps)
+
+
+class _Queries(naive.Attentions):
+    """The last attention with fewer queries than keys."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") == "multi_head_attention_forward":
+            out = func(*args, **{**(kwargs or {}), "need_weights": True, "average_attn_weights": False})
+            self._note(out[1])
+            return out
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _note(self, attention):
+        if attention.shape[-2] < attention.shape[-1]:
+            self.pooling = attention
+
+
+def test_a_pool_that_is_none():
+    with pytest.raises(ValueError, match="VisionTransformer has 0 pooling heads for targets='pool'; looked for an attention pooling"):
+        lifeops.rollout(made(small_vit()), torch.randn(1, 3, 32, 48), "pool")
+    model = made(POOLED["latent"])
+    model.attn_pool.scale = 2 * model.attn_pool.scale  # fused attention does not read it
+    with pytest.raises(ValueError, match="attn_pool is AttentionPoolLatent, which does not pool by softmax"):
+        lifeops.rollout(model, images_of(model), "pool")
+    model.attn_pool.forward = lambda x: x.mean(1)
+    with pytest.raises(ValueError, match="attn_pool is AttentionPoolLatent, whose proj has not run"):
+        lifeops.rollout(model, images_of(model), "pool")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lifeops import torchlib
-from lifeops.hosts.attention import Heads
+from lifeops.hosts.heads import Heads
 
 ROWS, IMAGES = 8, 2  # O(N) memory and a small part of the layer's time
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -109,7 +109,6 @@ class LayerCheck:
         if self.done:
             return
         output, expected = output[0] if isinstance(output, (tuple, list)) else output, self.rows.values
-        output = output.flatten(1, 2) if isinstance(output, Tensor) and output.dim() == 4 else output
         proj = next((m for m in (getattr(self.module, n, None) for n in _OUT) if isinstance(m, nn.Module)), None)
         if proj is not None:
             dtype = next((p.dtype for p in proj.parameters() if p.is_floating_point()), expected.dtype)
@@ -117,6 +116,7 @@ class LayerCheck:
         self._compare(output, expected, "its output")
 
     def _compare(self, tokens: Tensor, expected: Tensor, what: str) -> None:
+        tokens = tokens.flatten(1, 2) if isinstance(tokens, Tensor) and tokens.dim() == 4 else tokens  # maps
         fits = isinstance(tokens, Tensor) and tokens.dim() == 3 and tokens.shape[:2] == (self.x.shape[0], self.rows.count)
         found = off(self.rows.of(tokens), expected) if fits else 1.0
         if found > self.rows.tolerance:

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from lifeops import torchlib
-from lifeops.hosts.attention import Call, Heads, Kind, call_of, kind_of
+from lifeops.hosts.attention import Kind, call_of, kind_of
+from lifeops.hosts.heads import Call, Heads
 from lifeops.integrations.attention_check import merge_point
 from lifeops.integrations.pass_check import PassCheck
-from lifeops.integrations.window_layers import MergeLayer, Options, is_merge, is_window_block, window_hooks
+from lifeops.integrations.window_layers import (
+    Options,
+    hook_windows,
+    is_merge,
+    is_window_block,
+    merge_hook,
+    window_attention,
+    window_hooks,
+)
 from lifeops.ops.channel_act import accumulate_dtype
 from lifeops.ops.rollout_step import fuse, roll, roll_blocks, rollout_step
 
@@ -142,7 +151,7 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, object]]:
             found.append((path, module, "window"))
         elif is_merge(module):
             found.append((path, module, "merge"))
-        elif kind := kind_of("rollout", path, module):
+        elif kind := kind_of("rollout", path, window_attention(module) or module):
             inside.update(module.modules())
             found.append((path, module, kind))
     return found
@@ -159,11 +168,15 @@ def recorded(model: nn.Module, parts=None) -> Iterator[list]:
             if kind == "window":
                 stack.enter_context(window_hooks(records, path, module, check, handles))
             elif kind == "merge":
-                handles.append(module.register_forward_pre_hook(lambda m, args: records.append(MergeLayer(tuple(args[0].shape[1:3])))))
+                handles.append(module.register_forward_pre_hook(merge_hook(records), with_kwargs=True))
+            elif window_attention(module) is not None:
+                hook_windows(records, path, module, kind, check, handles)
             else:
                 _hook_global(records, path, module, kind, blocks.get(module), check, handles)
         if check is not None:
             handles.append(parts.embed.register_forward_hook(check.place.embedded))
+            if parts.pool is not None:
+                handles.append(parts.pool.module.register_forward_pre_hook(lambda module, args: check.pooled(parts.pool.path, args[0])))
             stack.enter_context(check.watch)
         yield records
         if check is not None:

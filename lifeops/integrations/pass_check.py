@@ -60,7 +60,7 @@ class PassCheck:
         self.watch.attended, self.watch.moved = [], []
 
     def begin(self, path: str, call, read) -> None:
-        """Compute some rows of the attention of a layer's :class:`~lifeops.hosts.attention.Call`."""
+        """Compute some rows of the attention of a layer's :class:`~lifeops.hosts.heads.Call`."""
         module, x = call.module, call.x
         if drops(module) or not x.numel():
             self.open.append(LayerCheck(path, module, None, x))
@@ -84,10 +84,17 @@ class PassCheck:
         """The attention of a window block is given the windows of one of ``maps`` as roll-out cuts them."""
         with self.watch.quiet():
             for m in (m for m in maps if m is not None and len(m)):
-                own = layer._windows(m[:1].permute(0, 3, 1, 2)).transpose(1, 2)
+                own = layer.windows(m[:1].permute(0, 3, 1, 2)).transpose(1, 2)
                 if off(x[: len(own)], own) == 0:
                     return
-        raise ValueError(f"rollout: {path} does not attend inside windows of {layer.window} shifted by {layer.shift} as timm's Swin does")
+        raise ValueError(f"rollout: {path} does not attend inside windows of {layer.window} shifted by {layer.shift} as Swin does")
+
+    def pooled(self, path: str, x: Tensor) -> None:
+        """A pooling head is about to read ``x``."""
+        if not self.gave <= self.watch.marks(x):
+            raise ValueError(f"rollout: {path} does not pool what {self.last} gave")
+        for event in self.watch.moved[:1]:
+            raise ValueError(f"rollout: {event.path} moves tokens before {path}: {event.what}")
 
     def finish(self) -> None:
         """Self-attention behind the last known layer is a layer too; a pooling by a few queries is a head."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lifeops.arguments import check_floating, got, is_dense
+from lifeops.integrations.pool_heads import PoolHead
 from lifeops.nn.embedded_grid import embedded_grid
 from lifeops.nn.inputs import check_like
 
@@ -23,12 +24,13 @@ class Parts:
         self.model, self.host, self.embed = model, host, embed
         self.batch, self.image_size = images.shape[0], tuple(images.shape[-2:])
         self.embedded, self.features = None, None
-        self.transformers = hasattr(host, "embeddings")
+        self.holder = getattr(host, "embeddings", getattr(host, "embeds", None))  # of the embedding, where it is not the host
+        self.pool: PoolHead | None = None
         self.num_prefix_tokens = _num_prefix_tokens(host) if num_prefix_tokens is None else num_prefix_tokens
 
     @property
     def has_cls(self) -> bool:
-        owner = self.host.embeddings if self.transformers else self.host
+        owner = self.host if self.holder is None else self.holder
         return self.num_prefix_tokens > 0 and any(getattr(owner, name, None) is not None for name in _CLS)
 
     @property
@@ -38,8 +40,9 @@ class Parts:
 
     def grid(self) -> tuple[int, int]:
         """(H, W) of the patches of the forward pass."""
-        if self.transformers:
-            patch = getattr(self.embed, "patch_size", self.embed.stride if isinstance(self.embed, nn.Conv2d) else None)
+        if self.holder is not None:
+            told = self.embed.stride if isinstance(self.embed, nn.Conv2d) else getattr(self.holder, "patch_size", None)
+            patch = getattr(self.embed, "patch_size", told)
             if patch is None:
                 raise ValueError(f"rollout: {type(self.embed).__name__}, the patch embedding, does not say its patch_size")
             patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
@@ -99,7 +102,9 @@ def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
         inner = (getattr(getattr(host, "embeddings", None), name, None) for name in _EMBEDDINGS)
         if (embed := next((m for m in inner if isinstance(m, nn.Module)), None)) is not None:
             return Parts(model, host, embed, images, num_prefix_tokens)
-    looked_for = f"patch_embed (timm, lifeops) or embeddings with {' or '.join(_EMBEDDINGS)} (transformers)"
+        if isinstance(getattr(getattr(host, "embeds", None), "proj", None), nn.Module) and hasattr(host.embeds, "patch_size"):
+            return Parts(model, host, host.embeds.proj, images, num_prefix_tokens)
+    looked_for = f"patch_embed (timm, lifeops) or embeddings with {' or '.join(_EMBEDDINGS)} (transformers) or embeds (NaFlexViT)"
     raise ValueError(f"rollout: {type(model).__name__} has no {looked_for}")
 
 
@@ -118,7 +123,8 @@ def watched(parts: Parts, features: bool) -> Iterator[None]:
         parts.embedded = embedded_grid(module, args, output)
 
     handles = [parts.embed.register_forward_pre_hook(_check_embedded)]
-    handles += [] if parts.transformers else [parts.embed.register_forward_hook(embedded)]
+    handles += [] if parts.holder is not None else [parts.embed.register_forward_hook(embedded)]
+    handles += [] if parts.pool is None else parts.pool.hooks()
     if features:
         handles.append(parts.norm().register_forward_hook(lambda module, args, output: setattr(parts, "features", output)))
     try:

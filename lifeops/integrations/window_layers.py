@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifeops import torchlib
+from lifeops.hosts.attention import Kind, call_of
+from lifeops.hosts.heads import Call
+from lifeops.integrations.attention_check import merge_point
 from lifeops.integrations.pass_check import PassCheck
 from lifeops.ops.rollout_step import roll
 
@@ -24,28 +28,42 @@ class Options(NamedTuple):
 
 
 class WindowLayer:
-    """Attention inside shifted windows of a grid: small matrices, (B * windows, h, n, n), taken as the model computed them."""
+    """Attention inside shifted windows of a grid: small matrices, (B * windows, h, n, n).
+
+    ``padded_first``: the grid is padded to whole windows and then shifted (transformers), else the other way round (timm).
+    """
 
     attends = True
 
-    def __init__(self, block: nn.Module, grid: tuple[int, int]):
-        self.window, self.shift, self.grid = tuple(block.window_size), tuple(block.shift_size), grid
-        self.tokens, self.attention = grid[0] * grid[1], None
+    def __init__(self, block: nn.Module, grid: tuple[int, int], padded_first: bool = False):
+        self.grid, self.padded_first, self.attention = grid, padded_first, None
+        self.tokens = grid[0] * grid[1]
+        self.sizes(block)
 
-    def _windows(self, r: Tensor) -> Tensor:
-        """(B, R, H, W) to (B * windows, R, n), rolled and padded as the block does it."""
+    def sizes(self, block: nn.Module) -> None:
+        sizes = block.window_size, getattr(block, "shift_size", 0)
+        self.window, self.shift = (tuple(n) if isinstance(n, (tuple, list)) else (n, n) for n in sizes)
+
+    def _shifted(self, r: Tensor) -> Tensor:
+        return r.roll((-self.shift[0], -self.shift[1]), (2, 3))
+
+    def windows(self, r: Tensor) -> Tensor:
+        """(B, R, H, W) to (B * windows, R, n), shifted and padded as the block does it."""
         (H, W), (h, w) = self.grid, self.window
-        r = F.pad(r.roll((-self.shift[0], -self.shift[1]), (2, 3)), (0, -W % w, 0, -H % h))
+        r = F.pad(r if self.padded_first else self._shifted(r), (0, -W % w, 0, -H % h))
+        r = self._shifted(r) if self.padded_first else r
         return r.unflatten(3, (-1, w)).unflatten(2, (-1, h)).permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(0, 2)
 
     def _grid(self, r: Tensor, batch: int) -> Tensor:
         """The way back; what fell on padding is lost."""
         (H, W), (h, w) = self.grid, self.window
         r = r.unflatten(0, (batch, -(-H // h), -(-W // w))).unflatten(4, (h, w)).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        if self.padded_first:
+            return r.roll(self.shift, (2, 3))[:, :, :H, :W]
         return r[:, :, :H, :W].roll(self.shift, (2, 3))
 
     def back(self, r: Tensor, options: Options) -> Tensor:
-        own = self._windows(r.unflatten(2, self.grid))
+        own = self.windows(r.unflatten(2, self.grid))
         out = roll(own, self.attention.to(r.dtype), 0, *options[:3])
         return self._grid(out, len(r)).flatten(2)
 
@@ -118,4 +136,74 @@ def window_hooks(records: list, path: str, block: nn.Module, check: PassCheck | 
 
 
 def is_merge(module: nn.Module) -> bool:
-    return type(module).__name__ == "PatchMerging" and hasattr(module, "reduction")
+    return type(module).__name__.endswith("PatchMerging") and hasattr(module, "reduction")
+
+
+def merge_hook(records: list):
+    """Notes the grid of a merging's maps (timm), or the one it is called with beside its tokens (transformers)."""
+
+    def enter(module, args, kwargs):
+        x = args[0] if args else kwargs["input_feature"]
+        records.append(MergeLayer(tuple(x.shape[1:3]) if x.dim() == 4 else _dimensions(args, kwargs)))
+
+    return enter
+
+
+# ------------------------------------------------------------------------------------------------ windows read from the call
+
+
+def _dimensions(args: tuple, kwargs: dict) -> tuple[int, int]:
+    return tuple(int(n) for n in (args[1] if len(args) > 1 else kwargs["input_dimensions"]))
+
+
+def window_attention(block: nn.Module) -> nn.Module | None:
+    """The module that is given windows in a block of transformers' Swin or of either library's SAM; None if it is no such block."""
+    shift = getattr(block, "shift_size", None)
+    if not isinstance(getattr(block, "window_size", None), int) or not block.window_size:
+        return None
+    attention = getattr(block, "attn", None) if shift is None else getattr(block, "attention", None)
+    inner = getattr(attention, "self", attention)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def _by_window(call: Call) -> Call:
+    """The mask (windows, n, n) of an image for every image."""
+    mask = call.given.get("attention_mask")
+    if mask is None:
+        return call
+    return call._replace(given={**call.given, "attention_mask": mask.repeat(len(call.x) // len(mask), 1, 1)[:, None]})
+
+
+def hook_windows(records: list, path: str, block: nn.Module, kind: Kind, check: PassCheck | None, handles: list) -> None:
+    """The attention of every window is computed again from what the attention module is given, as the pass goes."""
+    attention, seen = window_attention(block), {}
+
+    def enter(module, args, kwargs):
+        seen.clear()
+        seen["x"] = args[0] if args else kwargs["hidden_states"]
+        maps = seen["x"].dim() == 4
+        records.append(WindowLayer(module, tuple(seen["x"].shape[1:3]) if maps else _dimensions(args, kwargs), padded_first=True))
+        if check is not None:
+            check.enter(path, module, seen["x"], 0)
+
+    def attend(module, args, kwargs):
+        layer, call = records[-1], _by_window(call_of("rollout", path, kind, module, args, kwargs))
+        layer.sizes(block)  # a block makes its window smaller for a small grid
+        with contextlib.nullcontext() if check is None else check.watch.quiet(), torchlib.without_autocast(call.x):
+            heads = kind.read(call, False)
+            layer.attention = heads.weights(heads.scores(slice(None)))
+        if check is not None:
+            check.begin(path, call, kind.read)
+            maps = [None if t is None else t.unflatten(1, layer.grid) if t.dim() == 3 else t for t in (seen.get("normed"), seen["x"])]
+            check.windows(path, layer, call.x, *maps)
+
+    handles += [block.register_forward_pre_hook(enter, with_kwargs=True), attention.register_forward_pre_hook(attend, with_kwargs=True)]
+    if check is not None:
+        norm = next(m for m in (getattr(block, name, None) for name in ("layernorm_before", "norm1", "layer_norm1")) if m is not None)
+        handles += [
+            norm.register_forward_hook(lambda module, args, output: seen.setdefault("normed", output)),
+            attention.register_forward_hook(lambda module, args, output: check.end(module, output)),
+            block.register_forward_hook(lambda module, args, output: check.leave(seen.pop("x"), output)),
+        ]
+        if (point := merge_point(attention)) is not None:
+            handles.append(point.register_forward_pre_hook(check.merged))
