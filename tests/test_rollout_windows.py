@@ -1,4 +1,4 @@
-"""lifeops.rollout in windows of transformers' Swin and of SAM: against dense matrices of the windows that the model is seen to attend in."""
+"""lifeops.rollout in the windows of transformers' Swin and of SAM: against dense matrices of the windows the model is seen to use."""
 
 import naive_rollout as naive
 import pytest

@@ -10,7 +10,7 @@ from lifeops.hosts.host import Host, block_of
 
 LOOKED_FOR = "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers"
 
-_EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
+EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
 _LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
 _PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 _SUFFIX = ("detection_tokens",)
@@ -39,10 +39,15 @@ def _count(embeddings: nn.Module, names: tuple[str, ...]) -> int:
     return sum(1 if t.dim() == 1 else t.shape[-2] for t in tokens)
 
 
+def prefix_of(embeddings: nn.Module) -> int:
+    """How many tokens the embeddings put before the patches."""
+    return _count(embeddings, _PREFIX)
+
+
 def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
     """``trunk`` described; why not, or None where nothing of it is there."""
     embeddings = getattr(trunk, "embeddings", None)
-    name = next((n for n in _EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
+    name = next((n for n in EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
     if name is None:
         return None
     layers = _list(trunk)
@@ -50,7 +55,7 @@ def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
         return f"{type(trunk).__name__} has embeddings.{name}, and no list of layers called {', '.join(_LISTS)}"
     blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers))]
     has_cls = any(getattr(embeddings, n, None) is not None for n in _PREFIX[:2])
-    counts = (_count(embeddings, names) for names in (_PREFIX, _SUFFIX))
+    counts = prefix_of(embeddings), _count(embeddings, _SUFFIX)
     return Host("transformers", model, path, trunk, f"embeddings.{name}", *counts, has_cls, (layers,), blocks)
 
 

@@ -136,7 +136,8 @@ def _hook_global(records: list, path: str, module: nn.Module, kind: Kind, block,
 
 def _side_by_side(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """The parallel blocks by the modules of their attentions."""
-    blocks = [m for m in model.modules() if isinstance(getattr(m, "attns", None), nn.ModuleList) and len(m.attns) > 1]
+    lists = lambda m: [getattr(m, name, None) for name in ("attns", "ffns")]  # noqa: E731
+    blocks = [m for m in model.modules() if all(isinstance(found, nn.ModuleList) and len(found) > 1 for found in lists(m))]
     return {part: block for block in blocks for attn in block.attns for part in attn.modules()}
 
 

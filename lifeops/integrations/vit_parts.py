@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lifeops.arguments import check_floating, got, is_dense
+from lifeops.hosts.transformers import EMBEDS, prefix_of
 from lifeops.integrations.pool_heads import PoolHead
 from lifeops.nn.embedded_grid import embedded_grid
 from lifeops.nn.inputs import check_like
 
 _CLS = ("cls_token", "class_embedding")  # as an embedding holds it
-_EMBEDDINGS = ("patch_embeddings", "patch_embedding", "patch_embed")
 
 
 class Parts:
@@ -82,8 +82,7 @@ def _classifiers(model: nn.Module, host: nn.Module) -> list[nn.Linear]:
 
 def _num_prefix_tokens(host: nn.Module) -> int:
     if hasattr(host, "embeddings"):
-        tokens = (getattr(host.embeddings, name, None) for name in (*_CLS, "distillation_token", "register_tokens"))
-        return sum(t.shape[-2] if t.dim() > 1 else 1 for t in tokens if t is not None)
+        return prefix_of(host.embeddings)
     return getattr(host, "num_prefix_tokens", 0)
 
 
@@ -99,12 +98,12 @@ def parts_of(model: nn.Module, images, num_prefix_tokens: int | None) -> Parts:
             raise ValueError(f"rollout: {type(host).__name__} has {found}, so no grid holds its tokens; looked for a single patch_embed")
         if isinstance(getattr(host, "patch_embed", None), nn.Module):
             return Parts(model, host, host.patch_embed, images, num_prefix_tokens)
-        inner = (getattr(getattr(host, "embeddings", None), name, None) for name in _EMBEDDINGS)
+        inner = (getattr(getattr(host, "embeddings", None), name, None) for name in EMBEDS)
         if (embed := next((m for m in inner if isinstance(m, nn.Module)), None)) is not None:
             return Parts(model, host, embed, images, num_prefix_tokens)
         if isinstance(getattr(getattr(host, "embeds", None), "proj", None), nn.Module) and hasattr(host.embeds, "patch_size"):
             return Parts(model, host, host.embeds.proj, images, num_prefix_tokens)
-    looked_for = f"patch_embed (timm, lifeops) or embeddings with {' or '.join(_EMBEDDINGS)} (transformers) or embeds (NaFlexViT)"
+    looked_for = f"patch_embed (timm, lifeops) or embeddings with {' or '.join(EMBEDS)} (transformers) or embeds (NaFlexViT)"
     raise ValueError(f"rollout: {type(model).__name__} has no {looked_for}")
 
 
