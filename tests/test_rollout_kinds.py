@@ -14,6 +14,8 @@ RELATIVE = timm.models.vision_transformer_relpos.VisionTransformerRelPos
 TOWERS = {
     "clip": (hf("CLIPVision"), 1), "siglip": (hf("SiglipVision"), 0), "blip": (hf("BlipVision"), 1), "blip2": (hf("Blip2Vision"), 1),
     "aimv2": (hf("Aimv2Vision"), 0), "aimv2 native": (hf("Aimv2Vision", is_native=True), 0),
+    "internvl": (hf("InternVLVision", use_qk_norm=True, image_size=(32, 32), patch_size=(8, 8)), 1),
+    "janus": (hf("JanusVision"), 0),
     "clip classifier": (lambda: transformers.CLIPForImageClassification(transformers.CLIPConfig(vision_config=dict(HF))), 1),
 }  # fmt: skip
 ROTARY = {
@@ -159,6 +161,16 @@ def test_another_rotation_or_bias_is_noticed(name, change):
     attn.forward = forward
     with pytest.raises(ValueError, match="which does not compute softmax"):
         lifeops.rollout(model, images)
+
+
+def test_relative_positions_of_two_axes_need_maps():
+    model = made(HOSTS["sam"][0])
+    own = model.blocks[0].attn.forward
+    model.blocks[0].attn.forward = lambda x: own(x.unflatten(1, (4, 6))).flatten(1, 2)
+    model.blocks[0].norm1.register_forward_hook(lambda module, args, output: output.flatten(1, 2))
+    model.blocks[0].ls1.register_forward_hook(lambda module, args, output: output.unflatten(1, (4, 6)))
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn has relative positions of rows and columns and is given .*24, 24.*maps"):
+        lifeops.rollout(model, images_of(model))
 
 
 def test_half_precision_and_autocast():

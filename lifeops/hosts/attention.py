@@ -43,8 +43,12 @@ def _num_heads(module: nn.Module) -> int:
     return module.num_heads if hasattr(module, "num_heads") else module.num_attention_heads
 
 
-def _normed(module: nn.Module, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(getattr(module, name, nn.Identity())(t) for name, t in (("q_norm", q), ("k_norm", k)))
+def _normed(norm: nn.Module | None, t: Tensor) -> Tensor:
+    """t (b, h, N, d) by a norm over d or, as wide as they are together, over the joined heads."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.numel() == t.shape[1] * t.shape[3] != t.shape[3]:
+        return norm(t.transpose(1, 2).flatten(2)).unflatten(2, (t.shape[1], -1)).transpose(1, 2)
+    return t if norm is None else norm(t)
 
 
 def _scale(module: nn.Module) -> float | None:
@@ -53,7 +57,7 @@ def _scale(module: nn.Module) -> float | None:
 
 def _attending(call: Call, q: Tensor, k: Tensor, v: Tensor | None) -> Heads:
     """What both ways to project have in common."""
-    q, k = rotated(call, *_normed(call.module, q, k))
+    q, k = rotated(call, *(_normed(getattr(call.module, name, None), t) for name, t in (("q_norm", q), ("k_norm", k))))
     bias = added(call, q)
     if (groups := q.shape[1] // k.shape[1]) > 1:
         k, v = (t if t is None else t.repeat_interleave(groups, 1) for t in (k, v))
@@ -121,7 +125,7 @@ def _counts_heads(module: nn.Module) -> bool:
     return any(isinstance(getattr(module, name, None), int) for name in ("num_heads", "num_attention_heads"))
 
 
-_OUT = {"q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "norm", "gate", "dropout"}
+_OUT = {"q_norm", "k_norm", "attn_drop", "proj", "proj_drop", "norm", "gate", "dropout", "projection_layer", "projection_dropout"}
 KINDS = (
     Kind("LIFE", lambda m: hasattr(m, "qkv_heads"), frozenset(), (), _read_life),
     Kind("talking heads", lambda m: _holds(m, "qkv", "proj_l", "proj_w") and _counts_heads(m),
@@ -187,6 +191,9 @@ def call_of(op: str, path: str, kind: Kind, module: nn.Module, args: tuple, kwar
         raise ValueError(f"{op}: {path} was called with {', '.join(beside)} beside the tokens, which is not known")
     if kind.name == "LIFE":
         return Call(module, x, _life_grid(module, given), {})
+    if x.dim() == 3 and getattr(module, "rel_pos_h", None) is not None:
+        found = f"has relative positions of rows and columns and is given {tuple(x.shape)}"
+        raise ValueError(f"{op}: {path} {found}, looked for maps (B, H, W, C)")
     return Call(module, x, None, given) if x.dim() == 3 else Call(module, x.flatten(1, 2), tuple(x.shape[1:3]), given)
 
 

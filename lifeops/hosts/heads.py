@@ -87,6 +87,7 @@ def _turned(t: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
 
 
 def rotated(call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k turned by the angles that come with the call or that the layer holds."""
     if (rope := call.given.get("rope")) is not None:  # timm: sines, then cosines
         sin, cos = rope.chunk(2, -1)
         halves = getattr(call.module, "rotate_half", False)
@@ -103,6 +104,7 @@ def rotated(call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def given_bias(t: Tensor) -> Bias:
+    """A bias or a mask as fused attention takes it: added, or a bool that says who is attended to."""
     t = torch.zeros_like(t, dtype=torch.float32).masked_fill_(~t, -torch.inf) if t.dtype == torch.bool else t
     return lambda rows: t if t.dim() < 2 or t.shape[-2] == 1 else t[..., rows, :]
 
@@ -151,6 +153,7 @@ def _own_bias(call: Call, q: Tensor) -> list[Bias]:
 
 
 def added(call: Call, q: Tensor) -> tuple[Bias, ...]:
+    """What the layer adds to scale q kᵀ: relative positions of its own, and what came with the call."""
     if isinstance(getattr(call.module, "rel_pos", None), nn.Module):  # timm's rel-pos ViTs: instead of a shared one
         return (given_bias(call.module.rel_pos.get_bias()),)
     given = [call.given[name] for name in MASKS if isinstance(call.given.get(name), Tensor)]

@@ -16,7 +16,7 @@ from lifeops.hosts.heads import Heads
 ROWS, IMAGES = 8, 2  # O(N) memory and a small part of the layer's time
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _TF32 = 5e-3
-_OUT = ("proj", "o_proj", "out_proj", "attn_out_proj", "projection")  # what joins the heads
+_OUT = ("proj", "o_proj", "out_proj", "attn_out_proj", "projection", "projection_layer")  # what joins the heads
 
 
 class Rows(NamedTuple):
