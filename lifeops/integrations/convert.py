@@ -9,18 +9,22 @@ from torch import nn
 
 from lifeops.arguments import check_choice, under
 from lifeops.hosts.host import CONVERSION as RECORD
-from lifeops.integrations import timm
+from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
+from lifeops.integrations.convert_life import convert_life
+from lifeops.integrations.convert_localvit import convert_localvit
+from lifeops.integrations.convert_plan import Plan, share_hooks
 from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
-from lifeops.integrations.undisturbed import HOOKS, undisturbed
+from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
 
-SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit, "dw_shortcut": timm.convert_dw_shortcut}
-
-
-_KEPT = {"norm1", "attn", "ls1", "drop_path1"}  # parts of a block that its LocalViT block holds, too
+SYSTEMS = {"life": convert_life, "localvit": convert_localvit, "dw_shortcut": convert_dw_shortcut}
+_NO_IDENTITY = {
+    "life": "LIFE's cascade of q, k and v cannot express a pretrained projection",
+    "localvit": "LocalViT's feed-forward takes the place of the MLP, whose outputs it cannot give",
+}
 
 
 class _State(NamedTuple):
@@ -30,6 +34,7 @@ class _State(NamedTuple):
     dtype: torch.dtype | None
     device: torch.device | None
     trainable: frozenset[bool]
+    kept: frozenset[str]  # the parts that both hold
 
 
 class Conversion:
@@ -55,7 +60,8 @@ def _state(new: nn.Module, old: nn.Module) -> _State:
     own = _own(new, old)
     like = next((p for p in own if p.is_floating_point()), None)
     place = (None, None) if like is None else (like.dtype, like.device)
-    return _State(new.training, *place, frozenset(p.requires_grad for p in new.parameters()))
+    kept = frozenset(name for name, m in new._modules.items() if m is not None and old._modules.get(name) is m)
+    return _State(new.training, *place, frozenset(p.requires_grad for p in new.parameters()), kept)
 
 
 def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
@@ -68,7 +74,7 @@ def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
     if (now.dtype, now.device) != (before.dtype, before.device):
         old.to(device=now.device, dtype=now.dtype)
     old._is_full_backward_hook = new._is_full_backward_hook
-    for name in _KEPT & old._modules.keys() & new._modules.keys():
+    for name in before.kept & new._modules.keys():
         old._modules[name] = new._modules[name]  # exchanged meanwhile, perhaps
     if now.trainable != before.trainable and len(now.trainable) == 1:
         for p in _own(old, new):
@@ -83,24 +89,33 @@ def _put(model: nn.Module, instead: dict[int, nn.Module]) -> None:
                 parent._modules[name] = instead[id(child)]
 
 
-def _hook(model: nn.Module, record: Conversion, blocks: list[nn.Module]) -> None:
+def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
     """Bind the grid of each forward pass: see lifeops.nn.grids."""
     holder, handles = record.holder, record.handles
     handles += [model.register_forward_pre_hook(holder.enter_model), model.register_forward_hook(holder.leave_model, always_call=True)]
-    for block in blocks:
+    for block in plan.blocks:
         handles += [block.register_forward_pre_hook(holder.enter_block), block.register_forward_hook(holder.leave_block, always_call=True)]
+    holder.embed_path = ".".join(filter(None, (plan.host.path, plan.host.embed_path)))
     holder.belongs_to(model)
-    holder.watch(model.patch_embed)
+    holder.watch(plan.host.embed)
 
 
-def _try(model: nn.Module, plan: timm.Plan) -> None:
+def _try(plan: Plan) -> None:
     """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe."""
-    blocks = {id(block): (f"blocks.{i}", block) for i, block in reversed(list(enumerate(model.blocks)))}
-    with undisturbed(model, *(new for _, new in plan.swaps)):
-        plan.check(run_once(model, dict(blocks.values()), plan.prefix))
+    with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
+        plan.check(run_once(plan.host, plan.prefix))
 
 
-def convert(model: nn.Module, system: str = "life", *, probe: bool = True, **options) -> nn.Module:
+def _check_start(system: str, start: str | None, options: dict) -> None:
+    """Hand ``start`` to the system that knows it."""
+    if start not in (None, "identity"):
+        raise ValueError(f"convert: start must be None or 'identity', got {start!r}")
+    if start is not None and system in _NO_IDENTITY:
+        raise ValueError(f"convert: {system!r} cannot start as the identity: {_NO_IDENTITY[system]}; 'dw_shortcut' can")
+    options.update({"start": start} if system not in _NO_IDENTITY else {})
+
+
+def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start: str | None = None, **options) -> nn.Module:
     """Give a timm ViT local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
 
     ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention` (cls, distilled and register tokens,
@@ -137,19 +152,19 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, **opt
     check_choice("convert", "system", system, SYSTEMS)
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
+    _check_start(system, start, options)
     with under("convert"):
         plan = SYSTEMS[system](model, **options)
-    if probe and plan.blocks and can_try(model):
-        _try(model, plan)
+    if probe and plan.bound and can_try(plan.host):
+        _try(plan)
     record = Conversion(system, plan.swaps)
     for old, new in plan.swaps:
-        new.__dict__.update({name: old.__dict__[name] for name in HOOKS})  # shared: who registers or removes one means both
-        new._is_full_backward_hook = old._is_full_backward_hook
+        share_hooks(old, new)
     for module in plan.asks:
         module.grid_holder = record.holder
     _put(model, {id(old): new for old, new in plan.swaps})
-    if plan.blocks:
-        _hook(model, record, plan.blocks)
+    if plan.bound:
+        _hook(model, record, plan)
     setattr(model, RECORD, record)
     return model
 

@@ -7,12 +7,16 @@ the old one, the new branch left out where there is one. No hook runs, and modes
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lifeops.integrations.attention_check import LayerCheck, attended, merge_point, off
+from lifeops.hosts.host import Block, Host
+from lifeops.integrations.attention_check import attention_tolerance, off
+from lifeops.integrations.host_attention import projected
 from lifeops.integrations.pass_watch import Watch
 from lifeops.integrations.token_place import Place
 from lifeops.integrations.undisturbed import can_run, forward_of, of_several_precisions, undisturbed
@@ -35,41 +39,43 @@ class Probed(NamedTuple):
     grid: tuple[int, int]
 
 
-def _image(model: nn.Module) -> Tensor:
-    """One random image of the size the patch embedding was built for."""
-    embed = model.patch_embed
+def _image(host: Host) -> Tensor:
+    """One random image of the size the model was built for."""
+    embed = host.embed
     conv = next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
     if conv is None:
         raise ValueError(f"{type(embed).__name__}, the patch embedding, has no Conv2d")
-    size = getattr(embed, "img_size", None)
+    holders = embed, getattr(host.trunk, "embeddings", None), getattr(host.trunk, "config", None)
+    size = next((s for s in (getattr(h, name, None) for h in holders for name in ("img_size", "image_size")) if s is not None), None)
     if size is None:
-        patch, grid = getattr(embed, "patch_size", conv.stride), embed.grid_size or (4, 4)
+        patch, grid = getattr(embed, "patch_size", conv.stride), getattr(embed, "grid_size", None) or (4, 4)
         size = [g * p for g, p in zip(grid, (patch, patch) if isinstance(patch, int) else patch, strict=True)]
     image = torch.randn(1, conv.in_channels, *((size, size) if isinstance(size, int) else size), generator=torch.Generator().manual_seed(0))
     return image.to(conv.weight.device, conv.weight.dtype)
 
 
-def can_try(model: nn.Module) -> bool:
+def can_try(host: Host) -> bool:
     """Whether the model has numbers and, if it has several precisions, which autocast may be there for, runs as it is."""
-    if not can_run(model):
+    if not can_run(host.trunk):
         return False
-    if not of_several_precisions(model):
+    if not of_several_precisions(host.trunk):
         return True
     try:
-        with undisturbed(model):
-            model.forward(_image(model))
+        with undisturbed(host.trunk):
+            host.trunk.forward(_image(host))
     except Exception:
         return False
     return True
 
 
-def probe(model: nn.Module, blocks: dict[str, nn.Module], prefix: int) -> Probed:
-    """Run ``model`` on an image, ``blocks`` (by path) passing on what they are given; inside :func:`undisturbed`.
+def probe(host: Host, prefix: int) -> Probed:
+    """Run the model on an image, its blocks passing on what they are given; inside :func:`undisturbed`.
 
     Raises ValueError if it does not run or if a block does not read ``prefix`` tokens and then the grid's patches in their order.
     """
+    model, blocks = host.trunk, paths(host)
     calls: dict[int, Call] = {}
-    watch, grids, embed, own = Watch({}, set()), [], model.patch_embed, model.patch_embed.forward
+    watch, grids, embed, own = Watch({}, set()), [], host.embed, host.embed.forward
     place = Place("convert", watch, embed)
 
     def embedded(*args, **kwargs):
@@ -93,7 +99,7 @@ def probe(model: nn.Module, blocks: dict[str, nn.Module], prefix: int) -> Probed
         for path, block in blocks.items():
             stack.enter_context(forward_of(block, passing(path, block)))
         try:
-            image = _image(model)
+            image = _image(host)
             with watch:
                 model.forward(image)
         except Exception as error:
@@ -107,6 +113,12 @@ def probe(model: nn.Module, blocks: dict[str, nn.Module], prefix: int) -> Probed
         if id(block) in calls:
             _check_tokens(path, calls[id(block)].x, prefix, found.grid)
     return found
+
+
+def paths(host: Host) -> dict[str, nn.Module]:
+    """The blocks, each once, by where they are first."""
+    found = {id(block.module): (block.path, block.module) for block in reversed(host.blocks)}
+    return dict(reversed(found.values()))
 
 
 def _failed(model: nn.Module, error: Exception) -> ValueError:
@@ -150,51 +162,74 @@ def _matters(value) -> bool:
     return isinstance(value, Tensor) or bool(value)
 
 
-def _looks_around(own, x, args, kwargs) -> bool:
+def _looks_around(own, args, kwargs) -> bool:
     """Whether what a token becomes depends on the others: a stand-in that does not attend has no attention to differ in."""
-    y = own(x, *args[1:], **kwargs)
+    x, named = (args[0], {}) if args else (kwargs["hidden_states"], {"hidden_states"})
+    rest = {name: value for name, value in kwargs.items() if name not in named}
+
+    def run(tokens):
+        return _first(own(*(() if named else (tokens,)), *args[1:], **rest, **dict.fromkeys(named, tokens)))
+
+    y = run(x)
     for end in (0, -1):  # of a causal one the first token sees itself alone
         others = 2 * x + 1
         others[:, end] = x[:, end]
-        if not torch.equal(own(others, *args[1:], **kwargs)[:, end], y[:, end]):
+        if not torch.equal(run(others)[:, end], y[:, end]):
             return True
     return False
 
 
-def check_attention(path: str, block: nn.Module, attn: nn.Module, given: Call, takes: tuple[str, ...]) -> None:
-    """``attn`` is softmax(q kᵀ / √d) v over all tokens of the block, told nothing but what ``takes`` names."""
-    runs = []
-    own, point, handles = attn.forward, merge_point(attn), []
+def check_attention(path: str, attn: nn.Module, new: nn.Module, run: Callable[[], Tensor], given: Call, grid: tuple[int, int]) -> None:
+    """``new``, given the q, k and v of ``attn``, is ``attn``, as the block calls it when it does ``run``: only these change."""
+    runs, own, name = [], attn.forward, type(attn).__name__
 
     def forward(*args, **kwargs):
-        unknown = [name for name in _said(args, kwargs) if name not in takes]
-        if unknown:
-            raise ValueError(f"convert: {path} hands its attention {', '.join(unknown)}, which LIFE's does not take")
-        x = args[0]
+        _check_arguments(path, new, args, kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
         if x.dim() != 3 or x.shape[:2] != given.x.shape[:2]:
-            raise ValueError(f"convert: {path} hands its attention {tuple(x.shape)}, looked for its tokens {tuple(given.x.shape)}")
-        try:
-            q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        except RuntimeError as error:
-            raise ValueError(f"convert: {path}.attn.qkv cannot be read as q, k and v of {attn.num_heads} heads: {error}") from error
-        if not _looks_around(own, x, args, kwargs):
-            runs.append(None)
-            return own(*args, **kwargs)
-        runs.append(LayerCheck(f"convert: {path}.attn", attn, attended(q, k, v, getattr(attn, "scale", None), [0]), x))
+            raise ValueError(f"convert: {path} is handed {tuple(x.shape)}, looked for its block's tokens {tuple(given.x.shape)}")
         output = own(*args, **kwargs)
-        runs[-1].ended(output)
+        runs.append(x)
+        if _looks_around(own, args, kwargs):
+            q, k, v = _projections(path, attn, x)
+            with forward_of(new.qkv, lambda x, grid: (q, k, v)), new.grid_holder.use(grid):
+                got = _first(new(*args, **kwargs))
+            found, allowed = off(_first(output), got), attention_tolerance(q, k, new.num_heads)
+            if found > allowed:
+                raise ValueError(
+                    f"convert: {path} is {name}, which does not compute softmax(scale q kᵀ) v of its own q, k and v"
+                    f" over all tokens: its output is off by {found:.2g} of its largest entry"
+                )
         return output
 
-    if point is not None:
-        handles.append(point.register_forward_pre_hook(lambda m, args: runs[-1].merged(args[0]) if runs and runs[-1] else None))
-    try:
-        with forward_of(attn, forward):
-            call(path, block, given)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with forward_of(attn, forward):
+        run()
     if len(runs) != 1:
-        raise ValueError(f"convert: {path} calls its attention {len(runs)} times, looked for once")
+        raise ValueError(f"convert: the block of {path} calls its attention {len(runs)} times, looked for once")
+
+
+def _first(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _check_arguments(path: str, new: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Raise if ``new`` does not know what its block says."""
+    signature = inspect.signature(new.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        said = [name for name in _said(args, kwargs) if name not in signature.parameters]
+        raise ValueError(f"convert: {path} is handed {', '.join(said)}, which LIFE's attention does not take ({error})") from error
+
+
+def _projections(path: str, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        q, k, v = projected(attn, x)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"convert: {path} cannot be read as q, k and v: {error}") from error
+    if not q.shape == k.shape == v.shape == x.shape:
+        raise ValueError(f"convert: {path} makes q, k and v {[tuple(t.shape) for t in (q, k, v)]}, looked for three of {tuple(x.shape)}")
+    return q, k, v
 
 
 def check_branch(path: str, old: nn.Module, new: nn.Module, given: Call) -> None:
@@ -225,6 +260,52 @@ def _rounding(x: Tensor, *outputs: Tensor) -> float:
     """What is lost of a small branch beside large tokens."""
     branch = max((y - x).abs().max().item() for y in outputs)
     return 8 * torch.finfo(x.dtype).eps * x.abs().max().item() / max(branch, 1e-30)
+
+
+def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module, given: Call) -> None:
+    """``new`` is z + branch(z), where z is what ``block`` makes of its tokens without its MLP."""
+    told, old = [], block.module
+    muted = [block.part("mlp")] + ([block.part("norm2")] if block.order == "post" else [])
+    muted = [m for part in muted for m in (part if isinstance(part, nn.ModuleList) else [part])]
+
+    def read(z):
+        told.append(z)
+        return (2 * z.roll(1, 1).flip(-1) + 1).sin()
+
+    with contextlib.ExitStack() as stack:
+        for m in muted:
+            stack.enter_context(forward_of(m, lambda x, *args, **kwargs: torch.zeros_like(x)))
+        z = call(f"{path} without its mlp", old, given)
+    with forward_of(branch, read):
+        got = call(path, new, given)
+    if not isinstance(z, Tensor) or len(told) != 1:
+        what = f"gives {type(z).__name__}" if not isinstance(z, Tensor) else f"calls its MLP {len(told)} times"
+        raise ValueError(f"convert: {path} is {type(old).__name__}, which {what}, looked for tokens of one MLP")
+    rounding = 1e-3 + _rounding(given.x, z, got)
+    if max(off(told[0], z), off(got - z, read(z))) > rounding:
+        raise ValueError(
+            f"convert: {path} is {type(old).__name__}, which is not z + mlp(z) for what its attention makes of its tokens, z"
+            " (an MLP beside the attention, a scale of its own)"
+        )
+
+
+def check_wrapped(path: str, block: nn.Module, new: nn.Module, given: Call, grid: tuple[int, int]) -> None:
+    """``new`` is ``block`` and its shortcut, which takes the tokens; the block gives tokens."""
+    told = []
+
+    def beside(x, y):
+        told.append((x, y))
+        return y + 1
+
+    expected = call(path, block, given)
+    if not isinstance(expected, Tensor):
+        raise ValueError(f"convert: {path} is {type(block).__name__}, which gives {type(expected).__name__}, looked for tokens")
+    with forward_of(new.shortcut, beside):
+        got = call(path, new, given)
+    if len(told) != 1 or told[0][0] is not given.x or off(got - 1, expected) > 1e-3 + _rounding(given.x, expected):
+        raise ValueError(f"convert: {path} is {type(block).__name__}, which a shortcut cannot be put around")
+    with new.shortcut.grid_holder.use(grid):
+        call(path, new.shortcut, Call((given.x, expected), {}))
 
 
 def check_shortcut(path: str, group: nn.Module, given: Call, grid: tuple[int, int]) -> None:
