@@ -116,36 +116,49 @@ def _check_start(system: str, start: str | None, options: dict) -> None:
 
 
 def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start: str | None = None, **options) -> nn.Module:
-    """Give a timm ViT local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
+    """Give a ViT of timm, transformers or lifeops local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
 
-    ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention` (cls, distilled and register tokens,
-    none, and ``dynamic_img_size`` all work; the grid comes from the patch embedding at every forward and holds for that pass
-    alone, see :mod:`lifeops.nn.grids`). ``proj`` keeps its weights; q, k and v start from LIFE's own initialisation because its
-    cascade cannot express a pretrained qkv projection.
+    The model is found inside whatever holds it, and its parts by :func:`lifeops.describe`. Any prefix tokens, none, and images of
+    changing size work; the grid comes from the patch embedding at every forward and holds for that pass alone, see
+    :mod:`lifeops.nn.grids`.
+
+    ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention`, those side by side each. ``proj`` keeps its
+    weights, norms of q, k and the joined heads stay, and so do positions: q and k are rotated after LIFE, relative biases are added. q, k
+    and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection.
 
     ``system="localvit"`` replaces each block by a :class:`lifeops.nn.LocalViTBlock`: the same ``norm1`` and ``attn``, and
-    :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``.
+    :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``. Blocks with another order of norms, scales
+    that are parameters or several attentions, and those of transformers, stay of their class, and only the MLP's part is exchanged: the
+    branch takes the MLP's name and is neither normalised nor scaled.
 
     ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
     blocks, or around the blocks of every Swin stage. ``blocks`` then holds groups of the same blocks, so that state-dict names
-    change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again.
+    change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again. The layers of
+    transformers keep their names and get a ``shortcut`` each (``layers.0.shortcut…``).
+
+    Layers of transformers stay instances of their classes, so that gradient checkpointing and recorded hidden states go on as before;
+    with "life" no attention matrices are made, and ``output_attentions=True`` is a ValueError.
 
     Each block is tried first: the model runs on one random image, its blocks passing on their tokens, and each is then called once as the
-    model calls it. "life" must replace plain softmax attention over all tokens, "localvit" leave the attention's branch what it is. Not on
-    the meta device or where weights are offloaded; ``probe=False`` leaves it out, and what it costs: about two forward passes ("life").
+    model calls it. "life", given the old q, k and v, must give what the old attention gives; "localvit" must leave the attention's branch
+    what it is; a shortcut must find tokens. Not on the meta device or where weights are offloaded; ``probe=False`` leaves it out, and
+    what it costs: about two forward passes ("life").
 
     Blocks that the model holds several times stay shared, hooks on a replaced module act on its replacement, and a conversion that
     fails changes nothing.
 
     Options: "life": ``qkv_norm``, ``aux_key``, ``recompute`` as in :class:`lifeops.nn.LifeQKV`; "localvit": ``act`` ("hs+se"),
     ``reduction`` (C, as the authors' tiny and small models), ``expand_ratio`` (the MLP's) as in
-    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut, and ``kernel_sizes`` (3), an odd
-    int or several; all: ``num_prefix_tokens`` overrides the model's own.
+    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut (1 alone for transformers), and
+    ``kernel_sizes`` (3), an odd int or several; all: ``num_prefix_tokens`` overrides the model's own.
+
+    ``start="identity"`` leaves the model's outputs what they are, for fine-tuning from there: "dw_shortcut" alone can, its convolutions
+    start at zero (and their batch norms as ever, so that gradients reach the convolutions at once, the norms after a step).
 
     Raises:
         ValueError: unknown system, a model converted before, one that is not a ViT as looked for (the message lists it) or whose blocks do
-            something else when tried, or one whose layers were adapted, quantised or sharded: convert it first. TypeError: no module,
-            unknown options.
+            something else when tried, one whose layers were adapted, quantised or sharded: convert it first; a ``start`` that the system
+            does not have. TypeError: no module, unknown options.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")

@@ -7,8 +7,9 @@ from torch import nn
 
 from lifeops.arguments import check_int
 from lifeops.hosts.host import Host
+from lifeops.integrations.convert_check import check_shortcut, check_wrapped
 from lifeops.integrations.convert_plan import Plan, check_options, host_of
-from lifeops.integrations.convert_probe import Probed, check_shortcut, check_wrapped, paths
+from lifeops.integrations.convert_probe import Probed, paths
 from lifeops.integrations.host_block import host_block
 from lifeops.nn.dw_shortcut import DWShortcut, ShortcutModule, shortcut_for, wrap
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
@@ -30,9 +31,9 @@ def convert_dw_shortcut(
     kernel_sizes = check_kernel_sizes("convert", "kernel_sizes", kernel_sizes)
     check_int("convert", "every", every, 1)
     check_int("convert", "num_prefix_tokens", num_prefix_tokens, 0, optional=True)
-    host, prefix = host_of(model, num_prefix_tokens)
     if any(isinstance(m, ShortcutModule) for m in model.modules()):
         raise ValueError(f"convert: {type(model).__name__} has DW shortcuts of its own")
+    host, prefix = host_of(model, num_prefix_tokens)
     plan, shortcuts = (_clones if host.library == "transformers" else _groups)(host, prefix, every, kernel_sizes)
     if start == "identity":
         _zeroed(shortcuts)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from lifeops.arguments import check_choice, check_flags
 from lifeops.hosts.host import Block
+from lifeops.integrations.convert_check import check_attention
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable, share_hooks
-from lifeops.integrations.convert_probe import Probed, call, check_attention, paths, sequence
+from lifeops.integrations.convert_probe import Probed, call, paths, sequence
 from lifeops.integrations.host_attention import NORMS, PROJ, HostLifeAttention, ModelLifeAttention, heads_of, projections
 from lifeops.integrations.host_block import host_block
 from lifeops.ops.life_qkv import AUX_KEYS

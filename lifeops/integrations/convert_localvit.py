@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from lifeops.arguments import check_choice, check_int, check_positive
 from lifeops.hosts.host import Block, Host
+from lifeops.integrations.convert_check import check_branch, check_last_branch
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable
-from lifeops.integrations.convert_probe import Probed, check_branch, check_last_branch, paths, sequence
+from lifeops.integrations.convert_probe import Probed, paths, sequence
 from lifeops.integrations.host_block import host_block, same_parts
 from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
 
