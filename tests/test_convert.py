@@ -135,7 +135,7 @@ def test_training_mode_dropout_and_freezing_are_kept():
 def test_what_cannot_be_converted_is_named():
     with pytest.raises(ValueError, match="system must be one of 'life', 'localvit', 'dw_shortcut', got 'conv'"):
         lifeops.convert(_model("cls"), "conv")
-    with pytest.raises(ValueError, match=r"Linear is not a known ViT; looked for a timm VisionTransformer"):
+    with pytest.raises(ValueError, match=r"Linear is not a known ViT; looked for a timm model with one patch_embed"):
         lifeops.convert(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"converted to 'life' before; call lifeops\.revert"):
         lifeops.convert(lifeops.convert(_model("cls")))
@@ -143,8 +143,11 @@ def test_what_cannot_be_converted_is_named():
         lifeops.revert(_model("cls"))
     with pytest.raises(TypeError, match="unknown options kernel; known: qkv_norm"):
         lifeops.convert(_model("cls"), "life", kernel=3)
-    with pytest.raises(ValueError, match=r"blocks.0.attn has q_norm, k_norm"):
-        lifeops.convert(timm.models.VisionTransformer(**SMALL, qk_norm=True))
+    for system in ("life", "localvit"):
+        with pytest.raises(ValueError, match=rf"convert: '{system}' cannot start as the identity: L.*; 'dw_shortcut' can"):
+            lifeops.convert(_model("cls"), system, start="identity")
+    with pytest.raises(ValueError, match="convert: start must be None or 'identity', got 'zero'"):
+        lifeops.convert(_model("cls"), "dw_shortcut", start="zero")
 
 
 def test_compiled_converted_model():

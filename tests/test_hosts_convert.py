@@ -9,30 +9,36 @@ import re
 
 import pytest
 import torch
-from hosts import BEIT, SYSTEMS, images_of, made, named, small_vit, timm, unchanged, vit
+from hosts import SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, unchanged, vit
 from torch import nn
 
 import lifeops
 
+
+def _gated():
+    model = named("eva02_tiny_patch14_224", img_size=56)()
+    model.blocks[1].attn.gate = nn.Linear(192, 192)
+    return model
+
+
 CONVERT_REFUSES = {
-    "rope": (named("eva02_tiny_patch14_224", img_size=56), {"life": "blocks.0 hands its attention rope"}),
-    "rope and scale": (named("vit_small_patch16_dinov3"), {"life": "hands its attention rope", "localvit": "EvaBlock with gamma_1"}),
-    "mixed rope": (named("vit_small_patch16_rope_mixed_224"), {"life": "hands its attention rope", "localvit": "with gamma_1"}),
-    "perception": (named("vit_pe_core_tiny_patch16_384"), {"life": "hands its attention rope"}),
-    "beit": (lambda: timm.models.Beit(**BEIT, init_values=0.1), {"life": "shared_rel_pos_bias", "localvit": "Block with gamma_1"}),
-    "beit table": (lambda: timm.models.Beit(**BEIT, use_rel_pos_bias=True), {"life": "has relative_position_bias_table"}),
-    "relative": (named("vit_relpos_small_patch16_224"), {"life": "has rel_pos"}),
-    "shared relative": (named("vit_srelpos_small_patch16_224"), {"life": "hands its attention shared_rel_pos"}),
-    "post norm": (small_vit(block_fn=vit.ResPostBlock), {"localvit": "ResPostBlock, whose attention branch is not"}),
-    "relative post norm": (
-        named("vit_relpos_base_patch16_rpn_224", embed_dim=48, num_heads=3), {"life": "rel_pos", "localvit": "branch is not"},
-    ),
     "differential": (small_vit(embed_dim=48, attn_layer="diff"), {"life": "has lambda_q1, lambda_k1, lambda_q2, lambda_k2"}),
-    "cait": (named("cait_xxs24_224"), {"life": "has proj_l, proj_w", "localvit": "LayerScaleBlock with gamma_1"}),
+    "cait": (named("cait_xxs24_224"), {"life": "has proj_l, proj_w"}),
+    "gate": (_gated, {"life": "EvaAttention, which has gate"}),
+    "fused branches": (
+        small_vit(block_fn=vit.ParallelScalingBlock),
+        {"life": "blocks.0.attn is NoneType without q, k and v", "localvit": "without attn, mlp"},
+    ),
+    "stages": (
+        staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)),
+        {s: f"blocks in 2 stages (layers.0.blocks, layers.1.blocks), each on a grid of its own; '{s}' needs" for s in SYSTEMS[:2]},
+    ),
     "late cls": (
         named("convit_tiny", depth=3, local_up_to_layer=1),
-        {"life": "GPSA without qkv", "localvit": "in blocks.0 tokens 0 to 15", "dw_shortcut": "in blocks.0 tokens 0 to 15"},
+        {"life": "GPSA without q, k and v", "localvit": "in blocks.0 tokens 0 to 15", "dw_shortcut": "in blocks.0 tokens 0 to 15"},
     ),
+    "shuffled": (hf("ViTMAE", mask_ratio=0.0), dict.fromkeys(SYSTEMS, "hidden in a random order: give noise=torch.arange")),
+    "masked": (hf("ViTMAE"), dict.fromkeys(SYSTEMS, "of 16 patches some are dropped")),
 }  # fmt: skip
 
 

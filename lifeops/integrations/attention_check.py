@@ -43,6 +43,12 @@ def _tolerance(dtype: torch.dtype, device: torch.device, largest_score: float) -
     return _TOLERANCE.get(dtype, _TOLERANCE[torch.bfloat16]) + 4 * torch.finfo(dtype).eps * largest_score
 
 
+def attention_tolerance(q: Tensor, k: Tensor, num_heads: int) -> float:
+    """For outputs of softmax(q kᵀ / √d) v, from q and k (B, N, h*d): the largest score is at most the product of the largest norms."""
+    norms = [t.unflatten(2, (num_heads, -1)).to(torch.float64).norm(dim=-1).max().item() for t in (q, k)]
+    return _tolerance(q.dtype, q.device, norms[0] * norms[1] * (q.shape[2] // num_heads) ** -0.5)
+
+
 def attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None, images: list[int]) -> Rows:
     """q, k, v (b, h, N, d) of ``images`` to some rows of the attention's output."""
     return attended_by(Heads(q, k, v, scale), images)

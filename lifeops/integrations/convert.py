@@ -9,18 +9,22 @@ from torch import nn
 
 from lifeops.arguments import check_choice, under
 from lifeops.hosts.host import CONVERSION as RECORD
-from lifeops.integrations import timm
+from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
+from lifeops.integrations.convert_life import convert_life
+from lifeops.integrations.convert_localvit import convert_localvit
+from lifeops.integrations.convert_plan import Plan, share_hooks
 from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
-from lifeops.integrations.undisturbed import HOOKS, undisturbed
+from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
 
-SYSTEMS = {"life": timm.convert_life, "localvit": timm.convert_localvit, "dw_shortcut": timm.convert_dw_shortcut}
-
-
-_KEPT = {"norm1", "attn", "ls1", "drop_path1"}  # parts of a block that its LocalViT block holds, too
+SYSTEMS = {"life": convert_life, "localvit": convert_localvit, "dw_shortcut": convert_dw_shortcut}
+_NO_IDENTITY = {
+    "life": "LIFE's cascade of q, k and v cannot express a pretrained projection",
+    "localvit": "LocalViT's feed-forward takes the place of the MLP, whose outputs it cannot give",
+}
 
 
 class _State(NamedTuple):
@@ -30,6 +34,7 @@ class _State(NamedTuple):
     dtype: torch.dtype | None
     device: torch.device | None
     trainable: frozenset[bool]
+    kept: frozenset[str]  # the parts that both hold
 
 
 class Conversion:
@@ -55,7 +60,8 @@ def _state(new: nn.Module, old: nn.Module) -> _State:
     own = _own(new, old)
     like = next((p for p in own if p.is_floating_point()), None)
     place = (None, None) if like is None else (like.dtype, like.device)
-    return _State(new.training, *place, frozenset(p.requires_grad for p in new.parameters()))
+    kept = frozenset(name for name, m in new._modules.items() if m is not None and old._modules.get(name) is m)
+    return _State(new.training, *place, frozenset(p.requires_grad for p in new.parameters()), kept)
 
 
 def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
@@ -68,7 +74,7 @@ def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
     if (now.dtype, now.device) != (before.dtype, before.device):
         old.to(device=now.device, dtype=now.dtype)
     old._is_full_backward_hook = new._is_full_backward_hook
-    for name in _KEPT & old._modules.keys() & new._modules.keys():
+    for name in before.kept & new._modules.keys():
         old._modules[name] = new._modules[name]  # exchanged meanwhile, perhaps
     if now.trainable != before.trainable and len(now.trainable) == 1:
         for p in _own(old, new):
@@ -83,73 +89,95 @@ def _put(model: nn.Module, instead: dict[int, nn.Module]) -> None:
                 parent._modules[name] = instead[id(child)]
 
 
-def _hook(model: nn.Module, record: Conversion, blocks: list[nn.Module]) -> None:
+def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
     """Bind the grid of each forward pass: see lifeops.nn.grids."""
     holder, handles = record.holder, record.handles
     handles += [model.register_forward_pre_hook(holder.enter_model), model.register_forward_hook(holder.leave_model, always_call=True)]
-    for block in blocks:
+    for block in plan.blocks:
         handles += [block.register_forward_pre_hook(holder.enter_block), block.register_forward_hook(holder.leave_block, always_call=True)]
+    holder.embed_path = ".".join(filter(None, (plan.host.path, plan.host.embed_path)))
     holder.belongs_to(model)
-    holder.watch(model.patch_embed)
+    holder.watch(plan.host.embed)
 
 
-def _try(model: nn.Module, plan: timm.Plan) -> None:
+def _try(plan: Plan) -> None:
     """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe."""
-    blocks = {id(block): (f"blocks.{i}", block) for i, block in reversed(list(enumerate(model.blocks)))}
-    with undisturbed(model, *(new for _, new in plan.swaps)):
-        plan.check(run_once(model, dict(blocks.values()), plan.prefix))
+    with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
+        plan.check(run_once(plan.host, plan.prefix))
 
 
-def convert(model: nn.Module, system: str = "life", *, probe: bool = True, **options) -> nn.Module:
-    """Give a timm ViT local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
+def _check_start(system: str, start: str | None, options: dict) -> None:
+    """Hand ``start`` to the system that knows it."""
+    if start not in (None, "identity"):
+        raise ValueError(f"convert: start must be None or 'identity', got {start!r}")
+    if start is not None and system in _NO_IDENTITY:
+        raise ValueError(f"convert: {system!r} cannot start as the identity: {_NO_IDENTITY[system]}; 'dw_shortcut' can")
+    options.update({"start": start} if system not in _NO_IDENTITY else {})
 
-    ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention` (cls, distilled and register tokens,
-    none, and ``dynamic_img_size`` all work; the grid comes from the patch embedding at every forward and holds for that pass
-    alone, see :mod:`lifeops.nn.grids`). ``proj`` keeps its weights; q, k and v start from LIFE's own initialisation because its
-    cascade cannot express a pretrained qkv projection.
+
+def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start: str | None = None, **options) -> nn.Module:
+    """Give a ViT of timm, transformers or lifeops local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
+
+    The model is found inside whatever holds it, and its parts by :func:`lifeops.describe`. Any prefix tokens, none, and images of
+    changing size work; the grid comes from the patch embedding at every forward and holds for that pass alone, see
+    :mod:`lifeops.nn.grids`.
+
+    ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention`, those side by side each. ``proj`` keeps its
+    weights, norms of q, k and the joined heads stay, and so do positions: q and k are rotated after LIFE, relative biases are added. q, k
+    and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection.
 
     ``system="localvit"`` replaces each block by a :class:`lifeops.nn.LocalViTBlock`: the same ``norm1`` and ``attn``, and
-    :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``.
+    :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``. Blocks with another order of norms, scales
+    that are parameters or several attentions, and those of transformers, stay of their class, and only the MLP's part is exchanged: the
+    branch takes the MLP's name and is neither normalised nor scaled.
 
     ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
     blocks, or around the blocks of every Swin stage. ``blocks`` then holds groups of the same blocks, so that state-dict names
-    change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again.
+    change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again. The layers of
+    transformers keep their names and get a ``shortcut`` each (``layers.0.shortcut…``).
+
+    Layers of transformers stay instances of their classes, so that gradient checkpointing and recorded hidden states go on as before;
+    with "life" no attention matrices are made, and ``output_attentions=True`` is a ValueError.
 
     Each block is tried first: the model runs on one random image, its blocks passing on their tokens, and each is then called once as the
-    model calls it. "life" must replace plain softmax attention over all tokens, "localvit" leave the attention's branch what it is. Not on
-    the meta device or where weights are offloaded; ``probe=False`` leaves it out, and what it costs: about two forward passes ("life").
+    model calls it. "life", given the old q, k and v, must give what the old attention gives; "localvit" must leave the attention's branch
+    what it is; a shortcut must find tokens. Not on the meta device or where weights are offloaded; ``probe=False`` leaves it out, and
+    what it costs: about two forward passes ("life").
 
     Blocks that the model holds several times stay shared, hooks on a replaced module act on its replacement, and a conversion that
     fails changes nothing.
 
     Options: "life": ``qkv_norm``, ``aux_key``, ``recompute`` as in :class:`lifeops.nn.LifeQKV`; "localvit": ``act`` ("hs+se"),
     ``reduction`` (C, as the authors' tiny and small models), ``expand_ratio`` (the MLP's) as in
-    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut, and ``kernel_sizes`` (3), an odd
-    int or several; all: ``num_prefix_tokens`` overrides the model's own.
+    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut (1 alone for transformers), and
+    ``kernel_sizes`` (3), an odd int or several; all: ``num_prefix_tokens`` overrides the model's own.
+
+    ``start="identity"`` leaves the model's outputs what they are, for fine-tuning from there: "dw_shortcut" alone can, its convolutions
+    start at zero (and their batch norms as ever, so that gradients reach the convolutions at once, the norms after a step).
 
     Raises:
         ValueError: unknown system, a model converted before, one that is not a ViT as looked for (the message lists it) or whose blocks do
-            something else when tried, or one whose layers were adapted, quantised or sharded: convert it first. TypeError: no module,
-            unknown options.
+            something else when tried, one whose layers were adapted, quantised or sharded: convert it first; a ``start`` that the system
+            does not have. TypeError: no module, unknown options.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("convert", "system", system, SYSTEMS)
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
+    _check_start(system, start, options)
     with under("convert"):
         plan = SYSTEMS[system](model, **options)
-    if probe and plan.blocks and can_try(model):
-        _try(model, plan)
+    if probe and plan.bound and can_try(plan.host):
+        _try(plan)
     record = Conversion(system, plan.swaps)
     for old, new in plan.swaps:
-        new.__dict__.update({name: old.__dict__[name] for name in HOOKS})  # shared: who registers or removes one means both
-        new._is_full_backward_hook = old._is_full_backward_hook
+        share_hooks(old, new)
     for module in plan.asks:
         module.grid_holder = record.holder
     _put(model, {id(old): new for old, new in plan.swaps})
-    if plan.blocks:
-        _hook(model, record, plan.blocks)
+    if plan.bound:
+        _hook(model, record, plan)
     setattr(model, RECORD, record)
     return model
 

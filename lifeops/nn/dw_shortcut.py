@@ -252,6 +252,13 @@ def _width(block: nn.Module) -> int:
     return found[0][-1]
 
 
+def shortcut_for(block: nn.Module, kernel_size, num_prefix_tokens: int, dim: int | None = None, grid=None) -> DWShortcut:
+    """A shortcut with the block's device, dtype and mode, and its width unless ``dim`` is given."""
+    like = next(block.parameters(), torch.empty(0))
+    place = {"grid": grid, "device": like.device, "dtype": like.dtype}
+    return DWShortcut(_width(block) if dim is None else dim, kernel_size, num_prefix_tokens, **place).train(block.training)
+
+
 def _checked_blocks(blocks) -> list[nn.Module]:
     found = list(blocks) if isinstance(blocks, Iterable) else [blocks]
     if not found or not isinstance(blocks, Iterable) or not all(isinstance(block, nn.Module) for block in found):
@@ -279,13 +286,8 @@ def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=
     num_prefix_tokens = check_int("wrap", "num_prefix_tokens", num_prefix_tokens, 0)
     grid = geometry.fixed_grid("wrap", grid, num_prefix_tokens)
     groups = [blocks[i : i + every] for i in range(0, len(blocks), every)]
-
-    def shortcut(block):
-        like = next(block.parameters(), torch.empty(0))
-        place = {"grid": grid, "device": like.device, "dtype": like.dtype}
-        return DWShortcut(_width(block) if dim is None else dim, kernel_size, num_prefix_tokens, **place).train(block.training)
-
-    wrapped = nn.ModuleList(ShortcutBlocks(group, shortcut(group[0])) for group in groups)
+    options = kernel_size, num_prefix_tokens, dim, grid
+    wrapped = nn.ModuleList(ShortcutBlocks(group, shortcut_for(group[0], *options)) for group in groups)
     for group in wrapped:
         group.training = group.blocks.training = group.blocks[0].training
     return wrapped

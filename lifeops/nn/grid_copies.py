@@ -22,7 +22,8 @@ class Copied:
     _origin = None  # who is asked instead
 
     def __getstate__(self):
-        return {"fixed": self.fixed, "handles": living(self.handles), "hook_id": self.hook_id, "_origin": self._origin}
+        kept = {"fixed": self.fixed, "hook_id": self.hook_id, "embed_path": self.embed_path, "_origin": self._origin}
+        return {**kept, "handles": living(self.handles)}
 
     def __setstate__(self, state):
         self.__init__()
@@ -34,7 +35,7 @@ class Copied:
         if self._origin is not None:
             new._origin = copy.deepcopy(self._origin, memo)
         elif model is None or id(model) in memo:
-            new.handles, new.hook_id = copy.deepcopy(living(self.handles), memo), self.hook_id
+            new.handles, new.hook_id, new.embed_path = copy.deepcopy(living(self.handles), memo), self.hook_id, self.embed_path
             new.belongs_to(memo.get(id(model)))
         else:
             new._origin = self

@@ -87,6 +87,7 @@ class GridHolder(Copied):
         self._seen: set[Grid] = set()
         self.handles: list = []  # of the patch embeddings that were hooked, the last one is the model's
         self.hook_id: int | None = None  # its number, which compilers can read
+        self.embed_path = "patch_embed"  # inside the model
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -116,7 +117,13 @@ class GridHolder(Copied):
     def _hooked(self) -> bool:
         """Whether the model's patch embedding is the one that was hooked."""
         model = self._model and self._model()
-        return model is None or self.hook_id in model.patch_embed._forward_hooks
+        return model is None or self.hook_id in self._embed(model)._forward_hooks
+
+    def _embed(self, model: nn.Module) -> nn.Module:
+        """Its patch embedding."""
+        for name in self.embed_path.split("."):
+            model = getattr(model, name)
+        return model
 
     def of(self, module: str, grid: Grid | None) -> Grid:
         """``grid``, or else the one that is bound. Raises ValueError if there is neither."""
@@ -173,7 +180,7 @@ class GridHolder(Copied):
             return
         self.belongs_to(model)
         if not self._hooked():  # the embedding was exchanged
-            self.watch(model.patch_embed)
+            self.watch(self._embed(model))
         self._open(model, None, sys._getframe(1), waits=True)
 
     def leave_model(self, model, args, output):

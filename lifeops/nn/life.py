@@ -12,6 +12,7 @@ from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_heads, check_input, check_like, check_mask
 from lifeops.nn.maps import call, on_patches, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, pointwise, without_bias
+from lifeops.nn.rotary import check_rope, rotate
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.life_qkv import AUX_KEYS, scale1_keys, scale_dims
 from lifeops.ops.life_qkv_function import join_scales, life_qkv
@@ -118,18 +119,19 @@ class LifeQKV(NotScripted, ToldInMetadata):
         return f"dim={self.dim}, num_heads={self.num_heads}, num_prefix_tokens={self.num_prefix_tokens}, aux_key={self.aux_key!r}"
 
 
-def _mask_per_scale(mask, num_heads):
-    """An attention mask for each third of the heads; one that is shared by all heads is shared by the scales."""
-    if mask is None or mask.dim() < 3 or mask.shape[-3] == 1:
-        return (mask,) * 3
-    return mask.split(num_heads // 3, -3)
+def _per_scale(t, num_heads):
+    """An attention mask, or a rope, for each third of the heads; one that is shared by all heads is shared by the scales."""
+    if t is None or t.dim() < 3 or t.shape[-3] == 1:
+        return (t,) * 3
+    return t.split(num_heads // 3, -3)
 
 
 class LifeAttention(NotScripted, nn.Module):
     """Multi-head self-attention over LIFE's multi-scale q, k, v; a drop-in for timm's ``Attention`` once it knows the grid.
 
     ``softmax(q kᵀ / sqrt(d)) v``, then ``proj``. Where heads lie inside one scale (h % 3 == 0), each scale is attended as a
-    strided view of its own buffer and projected from there: no concatenation, no permute copy.
+    strided view of its own buffer and projected from there: no concatenation, no permute copy. ``rotate_half``, an attribute (False) as
+    timm's, says how ``forward(…, rope=…)`` pairs the channels: see :func:`lifeops.nn.rotary.rotate`.
 
     Args:
         dim, num_heads: C and h, C % h == 0.
@@ -140,6 +142,7 @@ class LifeAttention(NotScripted, nn.Module):
     """
 
     needs_grid = True
+    rotate_half = False
 
     def __init__(
         self, dim, num_heads=8, num_prefix_tokens=1, *, grid=None, qkv_norm=False, aux_key="multiscale", attn_drop=0.0, proj_drop=0.0,
@@ -170,10 +173,19 @@ class LifeAttention(NotScripted, nn.Module):
         """(B, N, n·d) -> (B, n, N, d), a view."""
         return t.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def _attend(self, q, k, v, grid, attn_mask, is_causal, fused):
+    def _placed(self, q, k, rope):
+        """q and k (B, n, N, d) as their positions leave them."""
+        return (q, k) if rope is None else (rotate(q, rope, self.rotate_half), rotate(k, rope, self.rotate_half))
+
+    def _attend(self, q, k, v, grid, attn_mask, is_causal, rope, fused):
         q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        q, k = self._placed(q, k, rope)
         place = {"grid": grid, "num_prefix_tokens": self.num_prefix_tokens}
         return attend(self, q, k, v, attn_mask, is_causal, fused=fused, **place)
+
+    def _project(self, parts):
+        """The heads' outputs, of one scale each or all together, through ``proj``."""
+        return self.proj(parts[0]) if len(parts) == 1 else project_scales(parts, self.proj.weight, self.proj.bias)
 
     def qkv_heads(self, x: torch.Tensor, grid: tuple[int, int] | None = None):
         """q, k, v as (B, h, N, d): what an attention map is computed from."""
@@ -183,19 +195,25 @@ class LifeAttention(NotScripted, nn.Module):
         return [("qkv", exactly(LifeQKV)), ("attn_drop", DROPOUT), ("proj", exactly(nn.Linear))]
 
     def forward(
-        self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
-        """x (B, P + H*W, C) -> (B, P + H*W, C). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention."""
+        self, x: torch.Tensor, grid: tuple[int, int] | None = None, attn_mask: torch.Tensor | None = None, is_causal: bool = False,
+        rope: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """x (B, P + H*W, C) -> (B, P + H*W, C). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention.
+
+        ``rope``: sines and cosines side by side as timm's, (…, H*W, 2 d), for all heads or (…, h, H*W, 2 d): LIFE's q and k of the patches
+        are rotated by them.
+        """
         grid = check_input("LifeAttention", x, self.dim, self.grid_holder.of("LifeAttention", grid), self.num_prefix_tokens)
         check_like("LifeAttention", "x", x, getattr(self.qkv, "scale1", None))
         check_mask("LifeAttention", attn_mask, x, self.num_heads)
         check_flags("LifeAttention", is_causal=is_causal)
+        check_rope("LifeAttention", rope, x.shape[0], self.num_heads, grid, self.head_dim)
         fused = is_fused(self)
         if fused and self.qkv.aligned and self.qkv.norm is None:
-            masks = _mask_per_scale(attn_mask, self.num_heads)
-            scales = zip(self.qkv.scales(x, grid), masks, strict=True)
-            parts = [self._attend(*z.chunk(3, -1), grid, mask, is_causal, fused) for z, mask in scales]
-            y = project_scales(parts, self.proj.weight, self.proj.bias)
+            masks, ropes = (_per_scale(t, self.num_heads) for t in (attn_mask, rope))
+            scales = zip(self.qkv.scales(x, grid), masks, ropes, strict=True)
+            parts = [self._attend(*z.chunk(3, -1), grid, mask, is_causal, turn, fused) for z, mask, turn in scales]
+            y = self._project(parts)
         else:
-            y = self.proj(self._attend(*self.qkv(x, grid), grid, attn_mask, is_causal, fused))
+            y = self._project([self._attend(*self.qkv(x, grid), grid, attn_mask, is_causal, rope, fused)])
         return self.proj_drop(y)

@@ -1,0 +1,78 @@
+"""``convert(model, "dw_shortcut")``: a depth-wise convolution shortcut around the blocks, which stay what they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lifeops.arguments import check_int
+from lifeops.hosts.host import Host
+from lifeops.integrations.convert_check import check_shortcut, check_wrapped
+from lifeops.integrations.convert_plan import Plan, check_options, host_of
+from lifeops.integrations.convert_probe import Probed, paths
+from lifeops.integrations.host_block import host_block
+from lifeops.nn.dw_shortcut import DWShortcut, ShortcutModule, shortcut_for, wrap
+from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
+
+
+@torch.no_grad()
+def _zeroed(shortcuts: list[DWShortcut]) -> None:
+    """The convolutions give 0, whatever their norms give; their weights' gradients are not 0."""
+    for p in (p for shortcut in shortcuts for p in shortcut.convs.parameters()):
+        p.zero_()
+
+
+def convert_dw_shortcut(
+    model: nn.Module, *, num_prefix_tokens: int | None = None, every: int = 1, kernel_sizes: int | tuple[int, ...] = 3,
+    start: str | None = None, **options,
+) -> Plan:  # fmt: skip
+    """Put a shortcut around every ``every`` blocks."""
+    check_options(options, ("every", "kernel_sizes"))
+    kernel_sizes = check_kernel_sizes("convert", "kernel_sizes", kernel_sizes)
+    check_int("convert", "every", every, 1)
+    check_int("convert", "num_prefix_tokens", num_prefix_tokens, 0, optional=True)
+    if any(isinstance(m, ShortcutModule) for m in model.modules()):
+        raise ValueError(f"convert: {type(model).__name__} has DW shortcuts of its own")
+    host, prefix = host_of(model, num_prefix_tokens)
+    plan, shortcuts = (_clones if host.library == "transformers" else _groups)(host, prefix, every, kernel_sizes)
+    if start == "identity":
+        _zeroed(shortcuts)
+    return plan
+
+
+def _groups(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) -> tuple[Plan, list[DWShortcut]]:
+    """Every list of blocks and one of groups of them."""
+    swaps, groups = [], []
+    for path in host.blocks_path:
+        blocks = host.trunk.get_submodule(path)
+        wrapped = wrap(blocks, every, kernel_size=kernel_sizes, num_prefix_tokens=prefix)
+        new = nn.Sequential(*wrapped) if isinstance(blocks, nn.Sequential) else wrapped
+        new.training = blocks.training
+        swaps.append((blocks, new))
+        groups += wrapped
+
+    def check(probed: Probed) -> None:
+        for i, group in enumerate(groups):
+            if id(group.blocks[0]) in probed.calls:
+                check_shortcut(f"blocks.{i * every}", group, probed.calls[id(group.blocks[0])], probed.grid)
+
+    shortcuts = [group.shortcut for group in groups]
+    return Plan(host, swaps, shortcuts, [] if host.staged else groups, prefix, not host.staged, check), shortcuts
+
+
+def _clones(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) -> tuple[Plan, list[DWShortcut]]:
+    """Every layer of transformers and one with a shortcut of its own: the library records hidden states and checkpoints by layer."""
+    if every != 1:
+        found = f"{type(host.trunk).__name__} of transformers, which records hidden states layer by layer"
+        raise ValueError(f"convert: every must be 1 for {found}, got {every}")
+    swaps = [(block, host_block(block)) for block in paths(host).values()]
+    for block, new in swaps:
+        new.shortcut = shortcut_for(block, kernel_sizes, prefix)
+
+    def check(probed: Probed) -> None:
+        for path, block in paths(host).items():
+            if id(block) in probed.calls:
+                check_wrapped(path, block, dict((id(a), b) for a, b in swaps)[id(block)], probed.calls[id(block)], probed.grid)
+
+    shortcuts = [new.shortcut for _, new in swaps]
+    return Plan(host, swaps, [*shortcuts, *(new for _, new in swaps)], [], prefix, True, check), shortcuts

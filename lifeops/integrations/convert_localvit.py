@@ -1,0 +1,112 @@
+"""``convert(model, "localvit")``: LocalViT's feed-forward in place of each block's LayerNorm and MLP."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lifeops.arguments import check_choice, check_int, check_positive
+from lifeops.hosts.host import Block, Host
+from lifeops.integrations.convert_check import check_branch, check_last_branch
+from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable
+from lifeops.integrations.convert_probe import Probed, paths, sequence
+from lifeops.integrations.host_block import host_block, same_parts
+from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
+
+_PLAIN = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2", "gamma_2")  # the parts that LocalViT's own block has, or does without
+
+
+class LocalityBranch(LocalityFeedForward):
+    """What :class:`LocalityFeedForward` adds to its tokens: for blocks of hosts, which add it themselves."""
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """x (B, P + H*W, C) -> (B, P + H*W, C), 0 for the prefix tokens."""
+        return super().forward(x, grid) - x
+
+
+def _mlp(path: str, block: Block) -> nn.Linear:
+    """The last layer of the MLP, from its hidden channels to the tokens'."""
+    mlp = block.part("mlp")
+    if not isinstance(mlp, nn.Module) or block.attn is None:
+        lacks = ", ".join(name for name in ("attn", "mlp") if not isinstance(block.part(name), nn.Module))
+        raise ValueError(
+            f"convert: {path} is {type(block.module).__name__} without {lacks or 'mlp'}; looked for a block with norm1, attn, norm2, mlp"
+        )
+    layers = [(name, m) for name, m in mlp.named_modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    for name, layer in layers:
+        if "." not in name.removesuffix(".base_layer"):
+            readable(f"{path}.{block.mlp}.{name}", layer)
+    if not layers:
+        raise ValueError(f"convert: {path} is {type(block.module).__name__} without {block.mlp}.fc1; looked for linear layers in its MLP")
+    return layers[-1][1]
+
+
+def _plain(host: Host, block: Block) -> bool:
+    """Whether LocalViT's own block can stand for it."""
+    known = host.library != "transformers" and block.order in ("pre", None) and block.norm1 is not None and block.norm2 is not None
+    return known and not beyond(block.module, _PLAIN) and block.attn == "attn" and block.mlp == "mlp"
+
+
+def _own_block(block: nn.Module, conv: LocalityFeedForward) -> LocalViTBlock:
+    drop_path = getattr(block, "drop_path1", getattr(block, "drop_path", None))
+    new = LocalViTBlock(block.norm1, block.attn, conv, drop_path, getattr(block, "ls1", None))
+    new.training = block.training
+    return new
+
+
+def _same_block(host: Host, block: Block, branch: LocalityBranch) -> nn.Module:
+    """The host's block with the branch in place of its MLP, and without the norm, the scale and the drop path that go with that alone."""
+    new = host_block(block.module) if host.library == "transformers" else same_parts(block.module)
+    new._modules[block.mlp] = nn.ModuleList([branch]) if isinstance(block.part("mlp"), nn.ModuleList) else branch
+    for name in (block.norm2, block.ls2, "drop_path2"):
+        if name in new._modules:
+            new._modules[name] = nn.Identity().train(block.module.training)
+        elif name in new._parameters and new._parameters[name] is not None:
+            del new._parameters[name]
+            new.__dict__[name] = 1.0
+    return new
+
+
+def convert_localvit(
+    model: nn.Module, *, num_prefix_tokens: int | None = None, act: str = "hs+se", reduction: int | None = None,
+    expand_ratio: float | None = None, **options,
+) -> Plan:  # fmt: skip
+    """Replace every block by one with the same attention and LocalViT's feed-forward instead of LayerNorm and MLP."""
+    check_options(options, ("act", "reduction", "expand_ratio"))
+    check_choice("convert", "act", act, ACTS)
+    check_int("convert", "reduction", reduction, 1, optional=True), check_positive("convert", "expand_ratio", expand_ratio, optional=True)
+    host, prefix = host_of(model, num_prefix_tokens)
+    one_list(host, "localvit")
+    made: dict[int, tuple[nn.Module, nn.Module]] = {}
+    convs: dict[int, LocalityFeedForward] = {}
+    for block in host.blocks:
+        if id(block.module) in made:
+            continue
+        plain, last = _plain(host, block), _mlp(block.path, block)
+        if not plain and block.order is None:
+            odd = ", ".join(beyond(block.module, _PLAIN)) or "another layout"
+            raise ValueError(f"convert: {block.path} is {type(block.module).__name__} with {odd}, which LocalViT's block does not have")
+        dim, hidden, weight = last.out_features, last.in_features, last.weight
+        conv = (LocalityFeedForward if plain else LocalityBranch)(
+            dim, hidden / dim if expand_ratio is None else expand_ratio, act, dim if reduction is None else reduction,
+            num_prefix_tokens=prefix, device=weight.device, dtype=weight.dtype,
+        ).train(block.module.training)  # fmt: skip
+        new = _own_block(block.module, conv) if plain else _same_block(host, block, conv)
+        made[id(block.module)], convs[id(block.module)] = (block.module, new), conv
+    described = {id(block.module): block for block in reversed(host.blocks)}
+
+    def check(probed: Probed) -> None:
+        for path, block in paths(host).items():
+            if id(block) not in probed.calls:
+                continue
+            given, (_, new) = probed.calls[id(block)], made[id(block)]
+            sequence(path, given.x)
+            if isinstance(new, LocalViTBlock):
+                check_branch(path, block, new, given)
+            else:
+                check_last_branch(path, described[id(block)], new, convs[id(block)], given)
+
+    swaps = list(made.values())
+    news = [new for _, new in swaps]
+    if host.library != "transformers":
+        return Plan(host, swaps, list(convs.values()), news, prefix, True, check)
+    return Plan(host, swaps, [*convs.values(), *news], [], prefix, True, check)

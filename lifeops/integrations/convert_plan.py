@@ -1,0 +1,74 @@
+"""What a conversion is going to do, and what all of them ask of a host before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+from lifeops.arguments import check_int
+from lifeops.hosts.find import find_host
+from lifeops.hosts.host import Host
+from lifeops.integrations.convert_probe import Probed
+from lifeops.integrations.undisturbed import HOOKS
+from lifeops.nn.plain import exactly, why_not
+
+
+class Plan(NamedTuple):
+    """Nothing is changed before all of it is known.
+
+    ``swaps``: (module, the one that takes its place). ``asks``: the new modules that ask for a grid. ``blocks``: the modules called with
+    the tokens whose hooks bind one grid during each call. ``prefix``: P. ``bound``: whether the grid comes from the patch embedding; else
+    the modules see it themselves. ``check``: compares the new with the old, given what the model gives its blocks; raises ValueError.
+    """
+
+    host: Host
+    swaps: list[tuple[nn.Module, nn.Module]]
+    asks: list[nn.Module]
+    blocks: list[nn.Module]
+    prefix: int
+    bound: bool
+    check: Callable[[Probed], None]
+
+
+def readable(path: str, layer: nn.Module) -> None:
+    """Raise unless the parameters that a conversion copies or measures are what the layer computes with."""
+    wrong = why_not(layer, exactly(nn.Linear))
+    if wrong:
+        raise ValueError(f"convert: {path} cannot be read: {'; '.join(wrong)} (convert first, then adapt, quantise, prune or shard)")
+
+
+def beyond(module: nn.Module, known: tuple[str, ...]) -> list[str]:
+    """The parts with parameters that are none of ``known``."""
+    parts = {name.partition(".")[0]: None for name, _ in module.named_parameters(remove_duplicate=False)}
+    return [name for name in parts if name not in known]
+
+
+def check_options(options: dict, known: tuple[str, ...]) -> None:
+    unknown = options.keys() - set(known)
+    if unknown:
+        raise TypeError(f"convert: unknown options {', '.join(sorted(unknown))}; known: {', '.join(known)}, num_prefix_tokens, start")
+
+
+def host_of(model: nn.Module, num_prefix_tokens: int | None) -> tuple[Host, int]:
+    """The host and P."""
+    host = find_host("convert", model)
+    prefix = host.prefix if num_prefix_tokens is None else num_prefix_tokens
+    if prefix is None:
+        raise ValueError(f"convert: {type(host.trunk).__name__} does not say num_prefix_tokens; pass num_prefix_tokens=…")
+    return host, check_int("convert", "num_prefix_tokens", prefix, 0)
+
+
+def one_list(host: Host, system: str) -> None:
+    """Raise unless all blocks see one grid."""
+    if host.staged:
+        name = type(host.trunk).__name__
+        found = f"its blocks in {len(host.blocks_path)} stages ({', '.join(host.blocks_path)}), each on a grid of its own"
+        raise ValueError(f"convert: {name} has {found}; {system!r} needs a ViT, whose blocks see one grid ('dw_shortcut' does not)")
+
+
+def share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Who registers or removes a hook on one means both."""
+    new.__dict__.update({name: old.__dict__[name] for name in HOOKS})
+    new._is_full_backward_hook = old._is_full_backward_hook

@@ -1,0 +1,115 @@
+"""LIFE's attention in the place of a host's: what that does beside projecting q, k and v is kept, and so is how it is called."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lifeops.nn.life import LifeAttention
+
+NORMS = ("q_norm", "k_norm", "norm")
+"""What an attention may apply to its heads' q and k, and to their joined outputs."""
+_TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
+
+
+def _mask(*biases: Tensor | None) -> Tensor | None:
+    """Masks and biases as one that is added; a bool one stays what it is where it is alone."""
+    found = [b for b in biases if b is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    dtype = next(b.dtype for b in found if b.dtype != torch.bool)
+    return sum(b if b.dtype != torch.bool else torch.zeros_like(b, dtype=dtype).masked_fill(~b, -torch.inf) for b in found)
+
+
+class HostLifeAttention(LifeAttention):
+    """:class:`LifeAttention` called as timm's attention layers are, with the norms and the relative positions of one of them.
+
+    The positions come with the call (``rope``, ``shared_rel_pos``, ``shared_rel_pos_bias``) or are the layer's own: a module ``rel_pos``
+    with ``get_bias()``, or the table and the index of BEiT.
+    """
+
+    @torch.no_grad()
+    def keep(self, attn: nn.Module) -> HostLifeAttention:
+        """Take from ``attn`` the weights of its output projection, and what it has beside projections."""
+        proj = next(getattr(attn, name) for name in PROJ if hasattr(attn, name))
+        for ours, theirs in zip(self.proj.parameters(), proj.parameters(), strict=True):
+            ours.copy_(theirs).requires_grad_(theirs.requires_grad)
+        for name in (*NORMS, "rel_pos"):
+            module = getattr(attn, name, None)
+            if isinstance(module, nn.Module) and not isinstance(module, nn.Identity):
+                self.add_module(name, module)
+        if getattr(attn, _TABLE, None) is not None:
+            self.register_parameter(_TABLE, getattr(attn, _TABLE))
+            self.register_buffer(_INDEX, getattr(attn, _INDEX), persistent=False)
+        self.rotate_half = getattr(attn, "rotate_half", False)
+        return self.train(attn.training)
+
+    def _placed(self, q, k, rope):
+        q = self.q_norm(q) if hasattr(self, "q_norm") else q
+        k = self.k_norm(k) if hasattr(self, "k_norm") else k
+        return super()._placed(q, k, rope)
+
+    def _project(self, parts):
+        return self.proj(self.norm(torch.cat(parts, -1))) if hasattr(self, "norm") else super()._project(parts)
+
+    def _own_bias(self) -> Tensor | None:
+        """(1 or none, h, N, N), added to the scores."""
+        if hasattr(self, "rel_pos"):
+            return self.rel_pos.get_bias()
+        if not hasattr(self, _TABLE):
+            return None
+        index = getattr(self, _INDEX)
+        return getattr(self, _TABLE)[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int] | None = None, attn_mask: Tensor | None = None, is_causal: bool = False,
+        rope: Tensor | None = None, shared_rel_pos: Tensor | None = None, shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As :meth:`LifeAttention.forward`. ``shared_rel_pos`` holds where there is no ``rel_pos``; ``shared_rel_pos_bias`` is added."""
+        shared = None if hasattr(self, "rel_pos") else shared_rel_pos
+        return super().forward(x, grid, _mask(attn_mask, self._own_bias(), shared, shared_rel_pos_bias), is_causal, rope)
+
+
+class ModelLifeAttention(HostLifeAttention):
+    """The same, called as the attention layers of transformers are: it gives (output, None)."""
+
+    def keep(self, attn: nn.Module) -> ModelLifeAttention:
+        super().keep(attn)
+        self.config, self.rotate_half = attn.config, True
+        return self
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_embeddings=None, **kwargs):
+        """hidden_states (B, P + H*W, C); ``position_embeddings``: (cos, sin) of the patches, H*W x d each.
+
+        Raises ValueError for ``output_attentions``: no matrix is made.
+        """
+        if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise ValueError("LifeAttention: output_attentions is not known here: no attention matrix is made (see lifeops.rollout)")
+        rope = None if position_embeddings is None else torch.cat(position_embeddings[::-1], -1)
+        y = super().forward(hidden_states, None, attention_mask, bool(kwargs.get("is_causal", False)), rope)
+        return y, None
+
+
+PROJ = ("proj", "o_proj", "out_proj")
+_BIASES = ("q_bias", "k_bias", "v_bias")
+_SEPARATE = ("q_proj", "k_proj", "v_proj")
+
+
+def heads_of(attn: nn.Module) -> int | None:
+    return next((getattr(attn, n) for n in ("num_heads", "num_attention_heads") if getattr(attn, n, None) is not None), None)
+
+
+def projections(attn: nn.Module) -> list[tuple[str, nn.Module]]:
+    """By name the layers that make q, k and v, one or three; empty if there are no such."""
+    names = ("qkv",) if getattr(attn, "qkv", None) is not None else _SEPARATE
+    found = [(name, getattr(attn, name, None)) for name in names]
+    return found if all(isinstance(layer, nn.Module) for _, layer in found) else []
+
+
+def projected(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, N, C) of the host's attention for its tokens ``x``, before norms and positions."""
+    layers = [layer for _, layer in projections(attn)]
+    q, k, v = layers[0](x).chunk(3, -1) if len(layers) == 1 else (layer(x) for layer in layers)
+    if len(layers) == 1:
+        q, k, v = (t if getattr(attn, n, None) is None else t + getattr(attn, n) for t, n in zip((q, k, v), _BIASES, strict=True))
+    return q, k, v
