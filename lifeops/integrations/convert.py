@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lifeops.arguments import check_choice, under
-from lifeops.integrations import timm
+from lifeops.integrations import timm, timm_indices
 from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
 from lifeops.integrations.undisturbed import HOOKS, undisturbed
@@ -113,7 +113,9 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, **opt
 
     ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
     blocks, or around the blocks of every Swin stage. ``blocks`` then holds groups of the same blocks, so that state-dict names
-    change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again.
+    change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again. timm's
+    ``group_matcher`` (layer decay), ``forward_intermediates`` and ``get_intermediate_layers`` of the instance count blocks all the same: a
+    shortcut belongs to the last block that it is around.
 
     Each block is tried first: the model runs on one random image, its blocks passing on their tokens, and each is then called once as the
     model calls it. "life" must replace plain softmax attention over all tokens, "localvit" leave the attention's branch what it is. Not on
@@ -150,6 +152,7 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, **opt
     _put(model, {id(old): new for old, new in plan.swaps})
     if plan.blocks:
         _hook(model, record, plan.blocks)
+    timm_indices.count_blocks(model)
     setattr(model, RECORD, record)
     return model
 
@@ -190,5 +193,6 @@ def revert(model: nn.Module) -> nn.Module:
     for handle in (*record.handles, *record.holder.handles):
         handle.remove()
     _put(model, instead)
+    timm_indices.count_modules(model)
     delattr(model, RECORD)
     return model
