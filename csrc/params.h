@@ -12,7 +12,7 @@ enum class DType : int32_t { f64 = 0, f32 = 1, f16 = 2, bf16 = 3 };
 enum class Prefix : int32_t { copy = 0, zero = 1 };
 
 // Activations, in the order Python lists them: f(scale x + shift); gelu_first, of a prologue, is scale gelu(x) + shift.
-enum class Act : int32_t { none = 0, relu6 = 1, hardswish = 2, gelu = 3, gelu_first = 4 };
+enum class Act : int32_t { none = 0, relu = 1, relu6 = 2, hardswish = 3, gelu = 4, gelu_first = 5 };
 
 // y[b, y_prefix + r*W + q, c] = bias[c] + residual[...] + sum_{i,j} w[c,i,j] * x[b, x_prefix + (r+i-K/2)*W + (q+j-K/2), c]
 // with zero padding. The same kernel is the input gradient when `flip` mirrors the filter.

@@ -37,7 +37,9 @@ def _log_slope(a):
 @triton.jit
 def activate(v, ACT: tl.constexpr):
     """f(v). h-swish is v * clamp(v/6 + 1/2, 0, 1): the clamp to [0, 1] is free in an FMA. NaN stays."""
-    if ACT == "relu6":
+    if ACT == "relu":
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "relu6":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
         v = tl.minimum(v, 6.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "hardswish":
@@ -64,7 +66,9 @@ def through(x, scale, shift, ACT: tl.constexpr):
 def derivative(v, ACT: tl.constexpr):
     """f'(v), with torch's choices at the kinks."""
     d = tl.full(v.shape, 1.0, v.dtype)
-    if ACT == "relu6":
+    if ACT == "relu":
+        d = tl.where(v <= 0, 0.0, 1.0).to(v.dtype)  # 1 at NaN
+    elif ACT == "relu6":
         d = tl.where((v > 0) & (v < 6), 1.0, 0.0).to(v.dtype)
     elif ACT == "hardswish":
         d = tl.where(v <= -3, 0.0, tl.where(v >= 3, 1.0, v * (1 / 3) + 0.5)).to(v.dtype)

@@ -46,7 +46,11 @@ def _transformed() -> bool:
 
 def wants_grad(args) -> bool:
     """Whether autograd records what happens to ``args``."""
-    return torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args)
+    if torch.is_grad_enabled():
+        for a in args:  # any() would make a generator first: half the time of an answer
+            if isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
+    return False
 
 
 def exporting() -> bool:
@@ -236,12 +240,16 @@ def apply(function: type[torch.autograd.Function], fallback, *args):
     ``Function.apply`` binds its arguments with ``inspect.signature`` on every call of a setup_context Function: 150 to 180 µs
     on the host, more than a small kernel. Compilers and torch.func transforms need that entry; eager mode does not.
     """
-    if captured():
-        return fallback(*args)
-    if _transformed():
-        return function.apply(*args)
-    if not wants_grad(args):
-        return below_autograd(fallback, *args)
+    if _seen_by_torch():
+        if captured():
+            return fallback(*args)
+        if _transformed():
+            return function.apply(*args)
+        if not wants_grad(args):
+            return below_autograd(fallback, *args)
+    elif not wants_grad(args):  # nobody looks on: asked once for all of the above
+        with torch._C._AutoDispatchBelowAutograd():
+            return fallback(*args)
     return super(torch.autograd.Function, function).apply(*args)
 
 

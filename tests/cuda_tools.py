@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_shim"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # order of csrc/params.h
-ACTS = ("none", "relu6", "hardswish", "gelu", "gelu_first")  # order of csrc/params.h
+ACTS = ("none", "relu", "relu6", "hardswish", "gelu", "gelu_first")  # order of csrc/params.h
 
 
 class FwdParams(ctypes.Structure):

@@ -40,7 +40,7 @@ def _same(got, expected, dtype):
 # ------------------------------------------------------------------------------------------------ activations
 
 
-@pytest.mark.parametrize("act", ["relu6", "hardswish", "gelu"])
+@pytest.mark.parametrize("act", ["relu", "relu6", "hardswish", "gelu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 def test_activations(act, dtype, isa):
     """Values and derivatives in the channel passes, the prologue, the epilogue and the prologue's gradient; vectors and their tails."""
@@ -58,11 +58,11 @@ def test_activations(act, dtype, isa):
     _same(dx, slope.to(dtype), dtype)
 
 
-@pytest.mark.parametrize("act", ["relu6", "hardswish", "gelu"])
+@pytest.mark.parametrize("act", ["relu", "relu6", "hardswish", "gelu"])
 def test_the_reference_is_torch(act):
     """Where torch's kernels agree with themselves: in float64, whole vectors. GELU in float32 too, but for oneDNN's NaN at inf."""
     x = torch.tensor(EDGES, dtype=torch.float64).repeat_interleave(64).requires_grad_()
-    y = {"relu6": torch.nn.functional.relu6, "hardswish": torch.nn.functional.hardswish, "gelu": torch.nn.functional.gelu}[act](x)
+    y = getattr(torch.nn.functional, act)(x)
     (dx,) = torch.autograd.grad(y.sum(), x)
     _same(activations.value(x.detach(), act), y.detach(), torch.float64)
     _same(activations.derivative(x.detach(), act), dx, torch.float64)

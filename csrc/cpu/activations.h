@@ -154,7 +154,8 @@ template <class A, int N> inline __attribute__((always_inline)) void gelu_both(v
 
 template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> activate(vec_t<A> v) {
   const vec_t<A> zero = {};
-  if constexpr (act == Act::relu6) return vmin(splat(A(6)), vmax(zero, v));  // NaN goes through
+  if constexpr (act == Act::relu) return vmax(zero, v);  // NaN goes through
+  if constexpr (act == Act::relu6) return vmin(splat(A(6)), vmax(zero, v));
   if constexpr (act == Act::hardswish) return v * vmin(splat(A(1)), vmax(zero, v * A(1.0 / 6) + A(0.5)));
   if constexpr (act == Act::gelu) {
 #if LIFEOPS_VEC_BYTES == 64
@@ -176,6 +177,7 @@ template <Act act, class A, int N> inline __attribute__((always_inline)) void ac
 
 template <Act act, class A> inline __attribute__((always_inline)) vec_t<A> derivative(vec_t<A> v) {
   const vec_t<A> zero = {}, one = splat(A(1));
+  if constexpr (act == Act::relu) return v <= zero ? zero : one;  // 1 at NaN, as torch's
   if constexpr (act == Act::relu6) return v > zero ? (v < splat(A(6)) ? one : zero) : zero;
   if constexpr (act == Act::hardswish) return v <= splat(A(-3)) ? zero : v >= splat(A(3)) ? one : v * A(1.0 / 3) + A(0.5);
   if constexpr (act == Act::gelu) {
@@ -210,6 +212,7 @@ template <Act act, class A, int N> inline __attribute__((always_inline)) void th
 template <Act act> struct ActConstant { static constexpr Act value = act; };
 template <class Body> inline __attribute__((always_inline)) auto with_act(Act act, Body body) {
   switch (act) {
+    case Act::relu: return body(ActConstant<Act::relu>{});
     case Act::relu6: return body(ActConstant<Act::relu6>{});
     case Act::hardswish: return body(ActConstant<Act::hardswish>{});
     case Act::gelu: return body(ActConstant<Act::gelu>{});

@@ -97,7 +97,7 @@ void channel_act(int64_t pass, const Tensor& x, const std::optional<Tensor>& dy,
                  const std::optional<Tensor>& a, const std::optional<Tensor>& b, const std::optional<Tensor>& residual,
                  const std::optional<Tensor>& y, const std::optional<Tensor>& sums, int64_t act, int64_t patches, int64_t isa) {
   ChannelActParams p{};
-  STD_TORCH_CHECK(pass >= 0 && pass <= 4 && act >= 0 && act <= 3, "lifeops_native: unknown pass or activation");
+  STD_TORCH_CHECK(pass >= 0 && pass <= 4 && act >= 0 && act <= int64_t(Act::gelu), "lifeops_native: unknown pass or activation");
   p.pass = ChannelPass(pass), p.act = Act(act), p.dtype = dtype_of(x), p.B = x.size(0), p.n = patches, p.C = x.size(2);
   if (p.B * p.n * p.C == 0) return;
   const bool writes = p.pass == ChannelPass::act || p.pass == ChannelPass::grad;

@@ -204,7 +204,7 @@ const void* channel_values(const std::optional<Tensor>& t, const char* name, A o
 template <class A> class AffineValues {
  public:
   AffineValues(const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, int64_t act, int64_t C, DType dtype) {
-    STD_TORCH_CHECK(act >= 0 && act <= 4, "lifeops_native: unknown activation ", act);
+    STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::gelu_first), "lifeops_native: unknown activation ", act);
     affine_ = {channel_values(scale, "scale", A(1), C, dtype, ones_), channel_values(shift, "shift", A(0), C, dtype, zeros_), Act(act)};
     plain_ = !scale && !shift && affine_.act == Act::none;
   }

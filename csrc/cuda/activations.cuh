@@ -23,11 +23,22 @@ __device__ __forceinline__ float saturate(float v) {
 }
 __device__ __forceinline__ double saturate(double v) { return v > 0 ? (v < 1 ? v : 1) : 0; }
 
-// min(max(v, 0), 6); NaN stays, which fmax would drop. Two instructions from compute capability 8.0 on, as with it.
-__device__ __forceinline__ float clamp6(float v) {
+// max(v, 0); NaN stays, which fmax would drop. One instruction from compute capability 8.0 on, as with it.
+__device__ __forceinline__ float clamp0(float v) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   float result;
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(v));
+  return result;
+#else
+  return v < 0 ? 0 : v;
+#endif
+}
+__device__ __forceinline__ double clamp0(double v) { return v < 0 ? 0 : v; }
+
+// min(max(v, 0), 6), likewise in two.
+__device__ __forceinline__ float clamp6(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float result = clamp0(v);
   asm("min.NaN.f32 %0, %1, 0f40C00000;" : "=f"(result) : "f"(result));
   return result;
 #else
@@ -80,6 +91,7 @@ __device__ __forceinline__ double normal_pdf(double v) { return 0.39894228040143
 
 // f(v). h-swish is v * clamp(v / 6 + 1/2, 0, 1): two instructions. NaN stays; h-swish and GELU are NaN at -inf, as torch's.
 template <Act act, typename Acc> __device__ __forceinline__ Acc activate(Acc v) {
+  if constexpr (act == Act::relu) return clamp0(v);
   if constexpr (act == Act::relu6) return clamp6(v);
   if constexpr (act == Act::hardswish) return v * saturate(v * Acc(1.0 / 6) + Acc(0.5));
   if constexpr (act == Act::gelu || act == Act::gelu_first) return v * normal_cdf(v);
@@ -88,6 +100,7 @@ template <Act act, typename Acc> __device__ __forceinline__ Acc activate(Acc v) 
 
 // f'(v); at the kinks what torch's own backward takes.
 template <Act act, typename Acc> __device__ __forceinline__ Acc derivative(Acc v) {
+  if constexpr (act == Act::relu) return v <= 0 ? Acc(0) : Acc(1);  // 1 at NaN
   if constexpr (act == Act::relu6) return v > 0 && v < 6 ? Acc(1) : Acc(0);
   if constexpr (act == Act::hardswish) return v <= -3 || v >= 3 ? saturate(v) : v * Acc(1.0 / 3) + Acc(0.5);
   if constexpr (act == Act::gelu || act == Act::gelu_first) return v * normal_pdf(v) + normal_cdf(v);
@@ -137,6 +150,8 @@ template <bool kPrologue, typename Body> __device__ __forceinline__ void with_ac
     body(ActConstant<Act::hardswish>{});
   } else if (act == Act::relu6) {
     body(ActConstant<Act::relu6>{});
+  } else if (act == Act::relu) {
+    body(ActConstant<Act::relu>{});
   } else {
     body(ActConstant<Act::none>{});
   }

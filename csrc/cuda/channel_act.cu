@@ -35,7 +35,7 @@ void channel_act(int64_t pass, Tensor x, std::optional<Tensor> dy, std::optional
   p.residual = patch_rows(residual, "residual", p, x);
   const int64_t lead = residual ? residual->size(1) - p.n : 0;
   STD_TORCH_CHECK(!y || y->size(1) == lead + p.n, "lifeops_native: y must have the residual's rows, or the patches'");
-  const AffineAct f = checked_affine(scale, shift, act, 3, p.C, p.dtype, x);
+  const AffineAct f = checked_affine(scale, shift, act, int64_t(Act::gelu), p.C, p.dtype, x);
   p.act = f.act, p.scale = f.scale, p.shift = f.shift;
   p.gate = checked_values(gate, "gate", p.B * p.C, p.dtype, x), p.gate_stride = p.C;
   p.pool_grad = checked_values(pool_grad, "pool_grad", p.B * p.C, p.dtype, x), p.pool_grad_stride = p.C;

@@ -18,8 +18,8 @@ void token_dwconv_act(Tensor x, Tensor weight, std::optional<Tensor> bias, std::
   check_device("residual", residual, x);
   check_device("y", y, x);
   const TokenDWConvParams p = forward_params(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, prefix_mode, false);
-  const AffineAct prologue = checked_affine(scale, shift, act, 4, p.C, p.dtype, x);
-  const AffineAct epilogue = checked_affine(out_scale, out_shift, out_act, 3, p.C, p.dtype, x);
+  const AffineAct prologue = checked_affine(scale, shift, act, int64_t(Act::gelu_first), p.C, p.dtype, x);
+  const AffineAct epilogue = checked_affine(out_scale, out_shift, out_act, int64_t(Act::gelu), p.C, p.dtype, x);
   void* pool_out = checked_values(pool, "pool", p.B * p.C, p.dtype, x);
   void* stats_out = checked_values(stats, "stats", 2 * p.C, p.dtype, x);
   if (p.B * p.H * p.W * p.C == 0) return;
@@ -48,7 +48,7 @@ void token_dwconv_act_grad_input(Tensor dy, Tensor x, Tensor weight, std::option
   check_device("weight", weight, dy);
   check_device("dx", dx, dy);
   const TokenDWConvParams p = forward_params(dy, weight, {}, x, dx, H, W, dy_prefix, x_prefix, prefix_mode, true);
-  const AffineAct prologue = checked_affine(scale, shift, act, 4, p.C, p.dtype, dy);
+  const AffineAct prologue = checked_affine(scale, shift, act, int64_t(Act::gelu_first), p.C, p.dtype, dy);
   const void* a_values = checked_values(a, "a", p.C, p.dtype, dy);
   const void* b_values = checked_values(b, "b", p.C, p.dtype, dy);
   void* out = checked_values(sums, "sums", 2 * p.C, p.dtype, dy);
@@ -76,7 +76,7 @@ void token_dwconv_act_grad_weight(Tensor dy, Tensor x, std::optional<Tensor> sca
   check_device("dw", dw, dy);
   check_device("db", db, dy);
   const TokenDWConvGradWeightParams p = grad_weight_params(dy, x, dw, db, K, H, W, dy_prefix, x_prefix);
-  const AffineAct prologue = checked_affine(scale, shift, act, 4, p.C, p.dtype, dy);
+  const AffineAct prologue = checked_affine(scale, shift, act, int64_t(Act::gelu_first), p.C, p.dtype, dy);
   STD_TORCH_CHECK(p.B * p.H * p.W * p.C > 0, "lifeops_native: token_dwconv_act_grad_weight of nothing");
   const int device = dy.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -9,6 +9,7 @@ from torch import nn
 
 from lifeops.arguments import check_choice, under
 from lifeops.hosts.host import CONVERSION as RECORD
+from lifeops.integrations import timm_indices
 from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
 from lifeops.integrations.convert_life import convert_life
 from lifeops.integrations.convert_localvit import convert_localvit
@@ -134,7 +135,9 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
     blocks, or around the blocks of every Swin stage. ``blocks`` then holds groups of the same blocks, so that state-dict names
     change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again. The layers of
-    transformers keep their names and get a ``shortcut`` each (``layers.0.shortcut…``).
+    transformers keep their names and get a ``shortcut`` each (``layers.0.shortcut…``). timm's ``group_matcher`` (layer decay),
+    ``forward_intermediates`` and ``get_intermediate_layers`` of the instance count blocks all the same: a shortcut belongs to the last
+    block that it is around.
 
     Layers of transformers stay instances of their classes, so that gradient checkpointing and recorded hidden states go on as before;
     with "life" no attention matrices are made, and ``output_attentions=True`` is a ValueError.
@@ -178,6 +181,7 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     _put(model, {id(old): new for old, new in plan.swaps})
     if plan.bound:
         _hook(model, record, plan)
+    timm_indices.count_blocks(model)
     setattr(model, RECORD, record)
     return model
 
@@ -218,5 +222,6 @@ def revert(model: nn.Module) -> nn.Module:
     for handle in (*record.handles, *record.holder.handles):
         handle.remove()
     _put(model, instead)
+    timm_indices.count_modules(model)
     delattr(model, RECORD)
     return model

@@ -97,3 +97,11 @@ def fuse_(module: nn.Module) -> nn.Module:
         for m in found:
             getattr(m, _FOLD)(check)
     return module
+
+
+class Fusible:
+    """A module that :func:`fuse_` folds, under the name that timm's ``reparameterize_model`` calls on every child."""
+
+    def fuse(self) -> nn.Module:
+        """``lifeops.fuse_(self)``: in place, the same outputs; ValueError where a batch norm takes its statistics from the batch."""
+        return fuse_(self)

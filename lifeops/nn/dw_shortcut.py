@@ -9,7 +9,7 @@ from torch import nn
 
 from lifeops import config, geometry, torchlib
 from lifeops.arguments import check_factory, check_int, got
-from lifeops.nn.batch_norm import check_constant, check_readable, on_batch, sync_group, update_running
+from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, on_batch, sync_group, update_running
 from lifeops.nn.dw_shortcut_fold import BorderBias, ChannelAffine, merged
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_like, check_sequence, kernel_sizes
@@ -134,7 +134,7 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
 # ------------------------------------------------------------------------------------------------ modules
 
 
-class ShortcutModule(NotScripted, nn.Module):
+class ShortcutModule(Fusible, NotScripted, nn.Module):
     """Holds ``convs`` and ``batchnorms`` of ``count`` shortcuts, those of one shortcut's parallel kernels side by side."""
 
     def __init__(self, dim: int, count: int, kernel_size: int | tuple[int, ...], **dd):
@@ -217,16 +217,18 @@ class ShortcutBlocks(nn.Module):
     """``blocks``, one after another, and ``shortcut`` around them.
 
     Takes tokens (B, N, C) or, without prefix tokens, maps (B, H, W, C). Other arguments of ``forward`` go to every block, a grid as
-    the second positional one.
+    the second positional one. ``outputs``, a list, is given what each block but the last puts out.
     """
 
     def __init__(self, blocks, shortcut: DWShortcut):
         super().__init__()
         self.blocks, self.shortcut = nn.ModuleList(blocks), shortcut
 
-    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, **options) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, *, outputs: list | None = None, **options) -> torch.Tensor:
         y, arguments = x, () if grid is None else (grid,)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if i and outputs is not None:
+                outputs.append(y)
             y = block(y, *arguments, **options)
         if x.dim() == 4:
             return self.shortcut(x.flatten(1, 2), y.flatten(1, 2), tuple(x.shape[1:3])).unflatten(1, x.shape[1:3])

@@ -9,7 +9,7 @@ from torch import nn
 
 from lifeops import config, geometry, torchlib
 from lifeops.arguments import LARGEST, check_choice, check_factory, check_flags, check_int, check_module, check_number
-from lifeops.nn.batch_norm import check_constant, check_readable, constants, on_batch, sync_group, total_count, update_running
+from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, constants, on_batch, sync_group, total_count, update_running
 from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_like, check_sequence
@@ -34,7 +34,7 @@ def hidden_width(op: str, dim, expand_ratio) -> tuple[int, int]:
     return dim, int(hidden)
 
 
-class LocalityFeedForward(NotScripted, ToldInMetadata):
+class LocalityFeedForward(Fusible, NotScripted, ToldInMetadata):
     """x + [0 for the prefix tokens | conv(patch tokens)]: LocalViT's inverted-residual feed-forward on (B, P + H*W, C) tokens.
 
     ``conv``: 1x1 C -> H_, BN, f, depth-wise 3x3, BN, f, channel attention, 1x1 H_ -> C, BN; H_ = int(C * expand_ratio), f = ReLU6

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from lifeops.arguments import check_choice
 
-ACTS = ("none", "relu6", "hardswish", "gelu")
+ACTS = ("none", "relu", "relu6", "hardswish", "gelu")
 GELU_FIRST = "gelu_first"  # of a prologue: scale * gelu(x) + shift, where the others are f(scale * x + shift)
 PROLOGUES = (*ACTS, GELU_FIRST)
-EXACT = ("none", "relu6")  # integers stay integers, derivatives too
+EXACT = ("none", "relu", "relu6")  # integers stay integers, derivatives too
 
 
 def check(op: str, name: str, act: str, known: tuple[str, ...] = ACTS) -> None:
@@ -24,19 +24,21 @@ def _gelu(v: torch.Tensor) -> torch.Tensor:
 
 
 def value(v: torch.Tensor, act: str) -> torch.Tensor:
-    """f(v): v, min(max(v, 0), 6), v·relu6(v + 3)/6 or v·Φ(v) with the exact error function.
+    """f(v): v, max(v, 0), min(max(v, 0), 6), v·relu6(v + 3)/6 or v·Φ(v) with the exact error function.
 
     NaN stays; at -inf h-swish and GELU are NaN (-inf · 0), at inf they are inf.
     """
-    return {"none": lambda v: v, "relu6": F.relu6, "hardswish": F.hardswish, "gelu": _gelu}[act](v)
+    return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "gelu": _gelu}[act](v)
 
 
 def derivative(v: torch.Tensor, act: str) -> torch.Tensor:
-    """f'(v); at the kinks what torch's own backward takes. That of GELU is NaN at the infinities. At NaN it is NaN, of ReLU6 0: what
-    the vector loops of torch's CPU kernels give (the elements behind their last whole vector, and CUDA, have 1).
+    """f'(v); at the kinks what torch's own backward takes. That of GELU is NaN at the infinities. At NaN it is NaN, of ReLU 1,
+    of ReLU6 0: what the vector loops of torch's CPU kernels give (the elements behind their last whole vector, and CUDA, have 1).
     """
     if act == "none":
         return torch.ones_like(v)
+    if act == "relu":
+        return (~(v <= 0)).to(v.dtype)
     if act == "relu6":
         return ((v > 0) & (v < 6)).to(v.dtype)
     if act == "hardswish":

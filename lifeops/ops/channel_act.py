@@ -193,7 +193,8 @@ class Sample(NamedTuple):
 def samples():
     return (
         Sample("plain", "LocalViT's h-swish after batch norm"),
-        Sample("relu6", "integer inputs stay integers", act="relu6"),
+        Sample("relu", "integer inputs stay integers", act="relu"),
+        Sample("relu6", "and below six", act="relu6"),
         Sample("linear", "the last batch norm has no activation; dy has a cls token", act="none", lead=1),
         Sample("bare", "no affine, no gate, no residual", affine=False, extras=False),
         Sample("gelu", "the DW shortcut", act="gelu", extras=False),

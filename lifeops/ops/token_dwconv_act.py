@@ -166,6 +166,7 @@ def samples():
         make("plain", "batch norm and h-swish before, statistics after: LocalViT's training step", P=0, bias=False, stats=True),
         make("eval", "h-swish twice, pool: LocalViT's folded forward", affine=False, out_act="hardswish", pool=True, prefix="drop"),
         make("relu6", "integer inputs stay integers", **everything, residual=True),
+        make("relu", "ReLU before: PVT v2 with linear attention", act="relu", affine=False, P=0, out_act="relu"),
         make("border", "f(0 + shift) is not 0: the padding must come after the prologue", act="none", H=2, W=3, K=5),
         make("gelu", "GELU before, residual after", act="gelu", affine=False, prefix="zero", residual=True),
         make("gelu_first", "the DW shortcut: batch norm of GELU before, residual after", act=GELU_FIRST, prefix="zero", residual=True),
@@ -202,7 +203,7 @@ def make_fwd(s: Sample, draw, backend):
 
 def make_bwd_dx(s: Sample, draw, backend):
     dy, weight, *geo, _ = cases.make_bwd_dx(s.base, draw, backend)
-    inner = _values(s, draw, s.affine and s.act in (GELU_FIRST, "hardswish", "relu6"))
+    inner = _values(s, draw, s.affine and s.act in (GELU_FIRST, "hardswish", "relu", "relu6"))
     return dy, cases._x(s.base, draw, scale=1), weight, *_values(s, draw, s.affine), s.act, *inner, *geo, backend
 
 

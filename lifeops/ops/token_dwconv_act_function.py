@@ -25,7 +25,8 @@ _act, _sums, _grad = map(torchlib.caller, (channel_act.act_op, channel_act.sums_
 
 
 class ChannelAct(NamedTuple):
-    """f(scale[c] * x + shift[c]): ``scale`` and ``shift`` (C,) or None, ``act`` "none", "relu6", "hardswish" or "gelu" (exact);
+    """f(scale[c] * x + shift[c]): ``scale`` and ``shift`` (C,) or None, ``act`` "none", "relu", "relu6", "hardswish" or "gelu"
+    (exact);
     of a prologue also "gelu_first", which is scale[c] * gelu(x) + shift[c].
     """
 
@@ -120,7 +121,8 @@ def _transformed(args, before: ChannelAct, after: ChannelAct):
 
 
 def _assembled(y, x, residual, P, prefix):
-    y = dwconv._with_prefix(y, x, P, prefix)
+    if P:
+        y = dwconv._with_prefix(y, x, P, prefix)
     return y if residual is None else y + residual
 
 
@@ -136,7 +138,10 @@ def _graph(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, re
     if after == ChannelAct() and not (pool or stats):
         y = TokenDWConvAct.apply(x, weight, bias, scale, shift, residual, act, H, W, P, prefix, backend)
         return y, None, None, None
-    y = TokenDWConvAct.apply(x, weight, bias, scale, shift, None, act, H, W, P, "drop", backend)
+    if ChannelAct(scale, shift, act) == ChannelAct():  # the plain convolution's gradients need no pass over x for a scale's
+        y = token_dwconv(x, weight, bias, grid=(H, W), num_prefix_tokens=P, prefix="drop", backend=backend or None)
+    else:
+        y = TokenDWConvAct.apply(x, weight, bias, scale, shift, None, act, H, W, P, "drop", backend)
     if after != ChannelAct():
         y = ChannelActivation.apply(y, *after, backend)
     return _assembled(y, x, residual, P, prefix), *_summed(y, pool, stats)
