@@ -7,7 +7,7 @@ from lifeops.config import use_backend
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
 from lifeops.hosts.describe import Description, describe
-from lifeops.integrations import convert, load_official, revert
+from lifeops.integrations import accelerate, convert, load_official, revert
 from lifeops.integrations.fvcore import fvcore_handles
 from lifeops.nn.batch_norm import fuse_
 from lifeops.nn.grids import use_grid
@@ -24,6 +24,7 @@ __all__ = [
     "FallbackWarning",
     "NotSupported",
     "Rollout",
+    "accelerate",
     "autograd",
     "convert",
     "describe",

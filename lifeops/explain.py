@@ -8,7 +8,7 @@ from torch import nn
 
 from lifeops import registry
 from lifeops.arguments import got
-from lifeops.nn.plain import reasons
+from lifeops.nn.plain import LEFT, reasons
 from lifeops.ops import life_qkv_function, local_attention_function, rollout_step, token_dwconv_function
 
 _EXPLAINERS = {
@@ -43,6 +43,7 @@ class Path(NamedTuple):
 
 def _explain_module(module: nn.Module) -> Report:
     found = [(path, m, tuple(reasons(m))) for path, m in module.named_modules() if hasattr(m, "fused_layers")]
+    found += [(path, m, (f"left as it was: {why}",)) for path, m in module.named_modules() if (why := m.__dict__.get(LEFT))]
     if not found:
         raise ValueError(f"explain: {type(module).__name__} has no module of lifeops inside")
     return Report(Path(path, type(m).__name__, not why, why) for path, m, why in found)

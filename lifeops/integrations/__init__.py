@@ -1,6 +1,7 @@
-"""One line for models people already have: convert, revert and the authors' checkpoints."""
+"""One line for models people already have: accelerate, convert, revert and the authors' checkpoints."""
 
+from lifeops.integrations.accelerate import accelerate
 from lifeops.integrations.convert import convert, revert
 from lifeops.integrations.official import load_official
 
-__all__ = ["convert", "load_official", "revert"]
+__all__ = ["accelerate", "convert", "load_official", "revert"]

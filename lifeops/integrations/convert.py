@@ -10,6 +10,7 @@ from torch import nn
 from lifeops.arguments import check_choice, under
 from lifeops.hosts.host import CONVERSION as RECORD
 from lifeops.integrations import timm_indices
+from lifeops.integrations.accelerate import put_back
 from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
 from lifeops.integrations.convert_life import convert_life
 from lifeops.integrations.convert_localvit import convert_localvit
@@ -201,18 +202,25 @@ def _without_shortcuts(model: nn.Module, record: Conversion) -> dict[int, nn.Mod
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Put back the modules that ``convert`` replaced, the very same objects, and remove its hooks. Returns ``model``.
+    """Put back the modules that ``convert`` replaced, the very same objects, and remove its hooks; undo ``accelerate``. Returns ``model``.
 
     What was done to the model meanwhile stays done: mode, dtype, device, freezing, hooks, blocks taken out. The weights are those of
     before; what a replacement learned goes with it.
 
-    Raises ValueError if the model was not converted, TypeError for no module.
+    Raises ValueError if the model was neither converted nor accelerated, TypeError for no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"revert: model must be a torch.nn.Module, got {type(model).__name__}")
-    record = getattr(model, RECORD, None)
-    if record is None:
-        raise ValueError("revert: the model was not converted by lifeops.convert")
+    record, accelerated = getattr(model, RECORD, None), put_back(model)
+    if record is None and not accelerated:
+        raise ValueError("revert: the model was not converted by lifeops.convert, nor accelerated by lifeops.accelerate")
+    if record is not None:
+        _take_back(model, record)
+        put_back(model)  # inside what stood there before
+    return model
+
+
+def _take_back(model: nn.Module, record: Conversion) -> None:
     if any(isinstance(group, ShortcutBlocks) for _, new in record.swaps for group in new.children()):
         instead = _without_shortcuts(model, record)
     else:
@@ -224,4 +232,3 @@ def revert(model: nn.Module) -> nn.Module:
     _put(model, instead)
     timm_indices.count_modules(model)
     delattr(model, RECORD)
-    return model

@@ -28,6 +28,8 @@ _geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode"
 _values, _bounds = dict.values, itemgetter("min_val", "max_val")
 _children, _forward_hooks = itemgetter("_modules"), itemgetter("_forward_hooks")  # the dicts themselves may be exchanged, too
 _WATCH = "_lifeops_watch"
+LEFT = "_lifeops_left"
+"""The attribute of a module that ``accelerate`` left as it was: why."""
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -52,7 +54,7 @@ def exactly(*types: type) -> Rule:
 
 _METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "forward", "_conv_forward")
 _LAYERS = (
-    nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.Hardswish,
+    nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.Hardswish,
     nn.Hardsigmoid, nn.Sequential,
 )  # fmt: skip
 _ORIGINAL = {cls: [getattr(cls, name, None) for name in _METHODS] for cls in _LAYERS}
@@ -103,6 +105,12 @@ def _computed(kind: type):
 def relu6(layer) -> dict:
     """min(max(v, 0), 6)."""
     return {"min_val": (0,), "max_val": (6,)}
+
+
+@_computed(nn.GELU)
+def gelu(layer) -> dict:
+    """v Φ(v) with the exact error function."""
+    return {"approximate": ("none",)}
 
 
 @_computed(nn.Conv2d)
@@ -250,6 +258,12 @@ def is_fused(module: nn.Module) -> bool:
     watch = _Watch(module)
     module.__dict__[_WATCH] = watch if watch.holds() else None  # hooks come and go; past nn.Module.__setattr__
     return watch.fused
+
+
+def forget(module: nn.Module) -> None:
+    """Remove what :func:`is_fused` and ``accelerate`` keep on the module."""
+    for name in (_WATCH, LEFT):
+        module.__dict__.pop(name, None)
 
 
 def why_not(layer: nn.Module, rule: Rule) -> list[str]:
