@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import BEIT, SYSTEMS, hf, hooks_of, made, named, small_vit, timm, vit
+from hosts import BEIT, SYSTEMS, hf, hooks_of, made, named, small_vit, staged, timm, unchanged, vit
 from torch import nn
 
 import lifeops
@@ -77,8 +77,8 @@ def _random(module):
 # ------------------------------------------------------------------------------------------------ plain PyTorch
 
 
-def _maps(x, P):
-    return x[:, P:].transpose(1, 2).unflatten(2, GRID)
+def _maps(x, P, grid=GRID):
+    return x[:, P:].transpose(1, 2).unflatten(2, grid)
 
 
 def _tokens(x, maps, P):
@@ -112,9 +112,9 @@ def _locality(conv, x, P):
     return _tokens(torch.zeros_like(x[:, :P]), _norm(n3, F.conv2d(h * gate[..., None, None], project.weight)), P)
 
 
-def _shortcut(module, x, P):
+def _shortcut(module, x, P, grid=GRID):
     (conv,), (norm,) = module.convs, module.batchnorms
-    h = F.conv2d(_norm(norm, F.gelu(_maps(x, P))), conv.weight, conv.bias, padding=1, groups=x.shape[2])
+    h = F.conv2d(_norm(norm, F.gelu(_maps(x, P, grid))), conv.weight, conv.bias, padding=1, groups=x.shape[2])
     return _tokens(torch.zeros_like(x[:, :P]), h, P)
 
 
@@ -263,6 +263,39 @@ def test_shortcuts_that_start_as_the_identity(name):
     optimizer = torch.optim.Adam([p for m in shortcuts for p in m.parameters()], 0.1)
     optimizer.step()
     assert not torch.equal(_run(model, x), before)
+
+
+STAGES = {
+    "PVT v2": staged("pvt_v2_b0", embed_dims=(8, 16, 24, 32), depths=(2, 1, 1, 1), num_heads=(1, 1, 2, 2)),
+    "Swin V2": staged("swinv2_tiny_window8_256", img_size=(64, 96), window_size=2, embed_dim=24, depths=(2, 1), num_heads=(2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_shortcuts_in_stages(name):
+    """Each stage's own grid: told to PVT's blocks, the shape of what Swin's are given."""
+    model, x = made(STAGES[name]).double(), torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    keys, before = list(model.state_dict()), model(x)
+    lifeops.convert(model, "dw_shortcut")
+    shortcuts = [m for m in model.modules() if isinstance(m, NEW["dw_shortcut"])]
+    for m in shortcuts:
+        _random(m)
+    for block, shortcut in zip((b.module for b in _blocks(twin)), shortcuts, strict=True):
+
+        def forward(x, *told, own=block.forward, shortcut=shortcut):
+            y, grid = own(x, *told), tuple(told[0] if told else x.shape[1:3])
+            return y + _shortcut(shortcut, x.flatten(1, -2), 0, grid).view_as(y)
+
+        block.forward = forward
+    torch.testing.assert_close(model(x), twin(x), rtol=1e-7, atol=1e-9)
+    assert torch.equal(lifeops.revert(model)(x), before)
+    assert list(model.state_dict()) == keys
+
+
+def test_stages_that_tell_no_grid():
+    message = r"shortcut cannot be put around the blocks of PoolingVisionTransformer, tried on one image: .*the grid is unknown"
+    unchanged(made(staged("pit_ti_224", img_size=64)), lambda m: lifeops.convert(m, "dw_shortcut"), message)
 
 
 def test_layers_of_transformers_have_a_shortcut_each():

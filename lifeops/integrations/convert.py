@@ -15,7 +15,7 @@ from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
 from lifeops.integrations.convert_life import convert_life
 from lifeops.integrations.convert_localvit import convert_localvit
 from lifeops.integrations.convert_plan import Plan, share_hooks
-from lifeops.integrations.convert_probe import can_try
+from lifeops.integrations.convert_probe import can_try, try_stages
 from lifeops.integrations.convert_probe import probe as run_once
 from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.dw_shortcut import ShortcutBlocks
@@ -104,6 +104,9 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
 
 def _try(plan: Plan) -> None:
     """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe."""
+    if not plan.bound:
+        try_stages(plan.host, plan.swaps, plan.asks)
+        return
     with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
         plan.check(run_once(plan.host, plan.prefix))
 
@@ -134,11 +137,11 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     branch takes the MLP's name and is neither normalised nor scaled.
 
     ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
-    blocks, or around the blocks of every Swin stage. ``blocks`` then holds groups of the same blocks, so that state-dict names
-    change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again. The layers of
-    transformers keep their names and get a ``shortcut`` each (``layers.0.shortcut…``). timm's ``group_matcher`` (layer decay),
-    ``forward_intermediates`` and ``get_intermediate_layers`` of the instance count blocks all the same: a shortcut belongs to the last
-    block that it is around.
+    blocks, or around the blocks of every stage of a Swin, Swin V2 or PVT v2, which tell their grid: these run once with the shortcuts.
+    ``blocks`` then holds groups of the same blocks, so that state-dict names change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a
+    group is what activation checkpointing runs again. The layers of transformers keep their names and get a ``shortcut`` each
+    (``layers.0.shortcut…``). timm's ``group_matcher`` (layer decay), ``forward_intermediates`` and ``get_intermediate_layers`` of the
+    instance count blocks all the same: a shortcut belongs to the last block that it is around.
 
     Layers of transformers stay instances of their classes, so that gradient checkpointing and recorded hidden states go on as before;
     with "life" no attention matrices are made, and ``output_attentions=True`` is a ValueError.
@@ -172,7 +175,7 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     _check_start(system, start, options)
     with under("convert"):
         plan = SYSTEMS[system](model, **options)
-    if probe and plan.bound and can_try(plan.host):
+    if probe and can_try(plan.host):
         _try(plan)
     record = Conversion(system, plan.swaps)
     for old, new in plan.swaps:

@@ -43,6 +43,8 @@ def _image(host: Host) -> Tensor:
         raise ValueError(f"{type(embed).__name__}, the patch embedding, has no Conv2d")
     holders = embed, getattr(host.trunk, "embeddings", None), getattr(host.trunk, "config", None)
     size = next((s for s in (getattr(h, name, None) for h in holders for name in ("img_size", "image_size")) if s is not None), None)
+    if size is None and host.staged:
+        size = 64, 96
     if size is None:
         patch, grid = getattr(embed, "patch_size", conv.stride), getattr(embed, "grid_size", None) or (4, 4)
         size = [g * p for g, p in zip(grid, (patch, patch) if isinstance(patch, int) else patch, strict=True)]
@@ -125,6 +127,30 @@ def paths(host: Host) -> dict[str, nn.Module]:
     """The blocks, each once, by where they are first."""
     found = {id(block.module): (block.path, block.module) for block in reversed(host.blocks)}
     return dict(reversed(found.values()))
+
+
+def try_stages(host: Host, swaps: list[tuple[nn.Module, nn.Module]], shortcuts: list[nn.Module]) -> None:
+    """Run a model of several stages with its lists of blocks exchanged: each shortcut must find tokens or maps on a grid that it is told.
+
+    Raises ValueError unless all of them do, once.
+    """
+    ran, name = [], type(host.trunk).__name__
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed(host.trunk, *(new for _, new in swaps)))
+        for path, (old, new) in zip(host.blocks_path, swaps, strict=True):
+            parent, _, last = path.rpartition(".")
+            children = host.trunk.get_submodule(parent)._modules
+            children[last] = new
+            stack.callback(children.__setitem__, last, old)
+        for shortcut in shortcuts:
+            stack.enter_context(forward_of(shortcut, lambda *args, own=shortcut.forward: (ran.append(own), own(*args))[1]))
+        try:
+            host.trunk.forward(_image(host))
+        except Exception as error:
+            why = f"tried on one image: {type(error).__name__}: {error}"
+            raise ValueError(f"convert: a shortcut cannot be put around the blocks of {name}, {why}") from error
+    if len(ran) != len(shortcuts):
+        raise ValueError(f"convert: of {len(shortcuts)} shortcuts around the blocks of {name} {len(ran)} ran on one image")
 
 
 def _failed(model: nn.Module, error: Exception) -> ValueError:
