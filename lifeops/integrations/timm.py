@@ -54,7 +54,7 @@ def _beyond(module: nn.Module, known: tuple[str, ...]) -> list[str]:
 
 
 def _check_attention(path: str, attn: nn.Module) -> None:
-    missing = [name for name in ("qkv", "proj", "num_heads") if not hasattr(attn, name)]
+    missing = [name for name in ("qkv", "proj", "num_heads") if getattr(attn, name, None) is None]  # EvaAttention has qkv or q_proj, …
     if missing:
         raise ValueError(f"convert: {path} is {type(attn).__name__} without {', '.join(missing)}; looked for {_LOOKED_FOR}")
     if not isinstance(attn.qkv, nn.Linear):
