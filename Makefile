@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint bench budgets readme clean
+.PHONY: demo test test-none lint hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -29,6 +29,10 @@ test-none: $(VENV)/test.ready
 
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .
+
+# docs/hosts.md: what every host of tests/host_configs*.py answers, each answer compared with an oracle.
+hosts: $(VENV)/test.ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hosts_table.py
 
 # `make bench`: the full CPU set, its pictures and docs/performance.md. `make bench ARGS="--quick"`: only these arguments,
 # nothing is written.

@@ -1,0 +1,270 @@
+"""What convert's modules, roll-outs and impulses must be: plain PyTorch, with the grid and the prefix that the configuration says."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from host_attention import CHAINS, Attentions, attentions_of
+
+import lifeops
+from lifeops import nn as ours
+
+TOLERANCE = 1e-5
+FEED_FORWARD = (
+    "mlp", "ffn", "output", "intermediate", "norm2", "ls2", "gamma_2", "layer_scale2", "layernorm_after", "layer_norm2", "lambda_2",
+)  # fmt: skip
+
+
+def error(found, expected) -> float:
+    """The largest difference over the largest entry; infinite where something is not a number."""
+    if found.shape != expected.shape:
+        raise AssertionError(f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
+    value = ((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)).item()
+    return value if value == value else float("inf")
+
+
+def first_tensor(output):
+    """The tensor of a model's output that its result is read from."""
+    while not isinstance(output, torch.Tensor):
+        values = output.values() if hasattr(output, "values") else output
+        output = next(v for v in values if v is not None)
+    return output
+
+
+def tensors(output) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    values = output.values() if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else ()
+    return [t for v in values for t in tensors(v)]
+
+
+def grid_of(patches: int, host) -> tuple[int, int]:
+    """(H, W) of that many patches: the configuration's grid, or a stage's with the image's proportions."""
+    H, W = host.size if host.grid is None or host.grid[0] * host.grid[1] != patches else host.grid
+    row = round((patches * H / W) ** 0.5)
+    if row * row * W != patches * H:
+        raise AssertionError(f"{patches} patches on no grid of {host.size}")
+    return row, patches // row
+
+
+# ------------------------------------------------------------------------------------------------ convert
+
+
+def _maps(tokens, prefix, grid):
+    return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
+
+
+def _with(prefix, patches):
+    """Tokens of prefix (B, P, C) and maps (B, C, H, W)."""
+    return torch.cat((prefix, patches.flatten(2).transpose(1, 2)), 1)
+
+
+def _norm(maps, norm):
+    return F.batch_norm(maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def _turned(t, rope, half):
+    """Pairs of channels of the patches (…, n, d) turned by sines and cosines (n, 2 d) side by side."""
+    sin, cos = rope.double().chunk(2, -1)
+    last = t.shape[-2] - rope.shape[-2]
+    x = t[..., last:, :]
+    if half:
+        a, b = x.chunk(2, -1)
+        other = torch.cat((-b, a), -1)
+    else:
+        other = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+    return torch.cat((t[..., :last, :], x * cos + other * sin), -2)
+
+
+def life(module, x, prefix, grid, bias, rope, half):
+    """LIFE's attention: three scales, q, k and v the thirds of each, softmax, the projection."""
+    qkv, h = module.qkv, module.num_heads
+
+    def point(z, conv):
+        return z @ conv.weight[:, :, 0, 0].T
+
+    def deep(z, scale):
+        local = _maps(z, prefix, grid)
+        conv = scale.depthwise
+        local = F.conv2d(local, conv.weight, None, 1, conv.kernel_size[0] // 2, 1, local.shape[1])
+        return point(_with(z[:, :prefix], local), scale.pointwise)
+
+    z1 = F.linear(x, qkv.scale1.weight, qkv.scale1.bias)
+    z2 = deep(z1, qkv.scale2)
+    z3 = deep(z2, qkv.scale3)
+    q, k, v = (torch.cat([z.chunk(3, -1)[i] for z in (z1, z2, z3)], -1).unflatten(2, (h, -1)).transpose(1, 2) for i in range(3))
+    if rope is not None:
+        q, k = _turned(q.double(), rope, half), _turned(k.double(), rope, half)
+    scores = q.double() @ k.double().transpose(2, 3) * q.shape[-1] ** -0.5
+    scores = scores if bias is None else scores + bias.double()
+    y = (scores.softmax(-1) @ v.double()).transpose(1, 2).flatten(2).to(x.dtype)
+    return F.linear(y, module.proj.weight, module.proj.bias)
+
+
+def feed_forward(module, x, prefix, grid):
+    """LocalViT's: 1x1, norm, h-swish, depth-wise 3x3, norm, h-swish, squeeze and excitation, 1x1, norm, all of the patches' map."""
+    conv = module.conv
+    z = _maps(x, prefix, grid)
+    y = F.hardswish(_norm(F.conv2d(z, conv[0].weight), conv[1]))
+    y = F.hardswish(_norm(F.conv2d(y, conv[3].weight, None, 1, 1, 1, y.shape[1]), conv[4]))
+    dense = [m for m in conv[6].modules() if isinstance(m, torch.nn.Linear)]
+    gate = F.relu(F.linear(y.mean((2, 3)), dense[0].weight, dense[0].bias))
+    gate = F.hardsigmoid(F.linear(gate, dense[1].weight, dense[1].bias))
+    y = _norm(F.conv2d(y * gate[:, :, None, None], conv[7].weight), conv[8])
+    return _with(x[:, :prefix], z + y)
+
+
+def shortcut(module, x, y, prefix, grid):
+    """The output ``y`` of the blocks, and the depth-wise convolution of the normalised GELU of their input ``x``."""
+    (conv,), (norm,) = module.convs, module.batchnorms
+    local = F.conv2d(_norm(F.gelu(_maps(x, prefix, grid)), norm), conv.weight, conv.bias, 1, conv.kernel_size[0] // 2, 1, x.shape[2])
+    return torch.cat((y[:, :prefix], y[:, prefix:] + local.flatten(2).transpose(1, 2)), 1)
+
+
+def _without_mlp(block):
+    """A copy of a block whose feed-forward gives zeros: every weight of it, its scale and its norm, is one."""
+    block = copy.deepcopy(block)
+    for name, p in block.named_parameters():
+        if name.startswith(FEED_FORWARD):
+            p.data.zero_()
+    return block
+
+
+def _calls(model, kind, x):
+    """[(path, module, args, kwargs, output)] of every module of a class in one forward pass."""
+    found, handles = [], []
+    for path, module in model.named_modules():
+        if isinstance(module, kind):
+            keep = lambda m, a, k, out, path=path: found.append((path, m, a, k, out))  # noqa: E731
+            handles.append(module.register_forward_hook(keep, with_kwargs=True))
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    assert found, f"no {kind.__name__} ran"
+    return found
+
+
+def _shown(model):
+    """New branches with weights that show, batch norms with statistics."""
+    for module in model.modules():
+        if isinstance(module, (ours.LocalityFeedForward, ours.DWShortcut, ours.LifeQKV)):
+            for p in module.parameters():
+                p.data.normal_(std=max(p[0].numel() if p.dim() > 1 else 4, 1) ** -0.5)
+        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
+            module.running_mean.normal_(std=0.3), module.running_var.uniform_(0.5, 1.5)
+
+
+def check_life(original, model, x, host) -> float:
+    """Each replaced attention against its transcription, with the biases and rotations that the original was seen to use."""
+    with torch.no_grad(), Attentions() as mode:
+        original(x)
+    calls = _calls(model, ours.LifeAttention, x)
+    masks = mode.masks if len(mode.masks) == len(calls) else [None] * len(calls)
+    worst = 0.0
+    for (path, module, args, kwargs, out), bias in zip(calls, masks, strict=True):
+        tokens = args[0] if args else kwargs["hidden_states"]
+        old = original.get_submodule(path)
+        grid = grid_of(tokens.shape[1] - host.prefix, host)
+        expected = life(module, tokens, host.prefix, grid, bias, kwargs.get("rope"), getattr(old, "rotate_half", False))
+        worst = max(worst, error(first_tensor(out), expected))
+    return worst
+
+
+def check_localvit(original, model, x, host) -> float:
+    """Each block against the original one without its feed-forward, and then LocalViT's."""
+    worst = 0.0
+    for path, module, args, kwargs, out in _calls(model, ours.LocalViTBlock, x):
+        grid = grid_of(args[0].shape[1] - host.prefix, host)
+        with torch.no_grad():
+            attended = first_tensor(_without_mlp(original.get_submodule(path))(*args, **kwargs))
+        worst = max(worst, error(first_tensor(out), feed_forward(module.conv, attended, host.prefix, grid)))
+    return worst
+
+
+def check_dw_shortcut(original, model, x, host) -> float:
+    """Each group of blocks: what went into its first, what came out of its last, and what came out of the group."""
+    inner, handles = {}, []
+    groups = [m for m in model.modules() if isinstance(m, lifeops.nn.dw_shortcut.ShortcutBlocks)]
+    for group in groups:
+        keep = lambda m, a, out, group=group: inner.__setitem__(id(group), first_tensor(out))  # noqa: E731
+        handles.append(group.blocks[-1].register_forward_hook(keep))
+    calls = _calls(model, lifeops.nn.dw_shortcut.ShortcutBlocks, x)
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == len(groups)
+    worst = 0.0
+    for _, group, args, _, out in calls:
+        tokens, y, out = args[0], inner[id(group)], first_tensor(out)
+        if tokens.dim() == 4:
+            grid = tuple(tokens.shape[1:3])
+            tokens, y, out = tokens.flatten(1, 2), y.flatten(1, 2), out.flatten(1, 2)
+        else:
+            grid = grid_of(tokens.shape[1] - host.prefix, host)
+        worst = max(worst, error(out, shortcut(group.shortcut, tokens, y, host.prefix, grid)))
+    return worst
+
+
+CONVERTED = {"life": check_life, "localvit": check_localvit, "dw_shortcut": check_dw_shortcut}
+
+
+def check_converted(system, original, model, x, host) -> float:
+    _shown(model)
+    return CONVERTED[system](original, model, x, host)
+
+
+# ------------------------------------------------------------------------------------------------ roll-out and impulses
+
+
+def check_rollout(model, x, host) -> float:
+    """The maps of the cls token or of the mean, of a patch, of the mean, against the plain product of recorded matrices."""
+    found = {target: lifeops.rollout(model, x, target) for target in (None, (0, 1), "mean")}
+    if host.chain not in CHAINS:
+        raise AssertionError("accepted, and no product of its attention is known to compare with")
+    prefix = host.prefix + (host.chain == "cait")  # whose cls token joins late
+    product = CHAINS[host.chain](model, x, host.prefix + host.grid[0] * host.grid[1])
+    cls, patch, mean = torch.zeros(3, product.shape[-2], dtype=product.dtype)
+    cls[0] = patch[prefix + 1] = 1
+    mean[prefix:] = 1 / (len(mean) - prefix)
+    first = found[None].labels[0]
+    default = cls if first == "cls token" else mean if first == "mean of the patch tokens" else found[None].weights[:, 0].double()
+    worst = 0.0
+    for result, weights in zip(found.values(), (default, patch, mean), strict=True):
+        expected = (weights[..., None, :] @ product).reshape(len(x), -1)[:, prefix:]
+        worst = max(worst, error(result.maps[:, 0], expected.unflatten(1, grid_of(expected.shape[1], host))))
+    return worst
+
+
+def layers(model, x) -> int:
+    """How many attentions run over all tokens; a head that pools with a query of its own is none."""
+    return sum(a.shape[-1] == a.shape[-2] for a in attentions_of(model, x))
+
+
+def outputs_and_gradient(model, x) -> list[torch.Tensor]:
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    found = [t for t in tensors(model(x)) if t.is_floating_point() and t.isfinite().all()]  # a loss over no masked patch is not a number
+    (gradient,) = torch.autograd.grad(sum(t.square().sum() for t in found if t.requires_grad), x)
+    return [*(t.detach() for t in found), gradient]
+
+
+@torch.no_grad()
+def check_impulse(model, report, host) -> tuple[float, float]:
+    """(the report's mass of layer 0, that of the first attention on a blank image without biases); patches behind ``prefix``."""
+    model = copy.deepcopy(model)
+    for name, p in model.named_parameters():
+        if name.endswith(("bias", "cls_token")):
+            p.zero_()
+    (H, W), prefix = host.grid_at(host.own), host.prefix
+    attention = next(a for a in attentions_of(model, torch.zeros(1, 3, *host.own)) if a.shape[-1] >= H * W and a.shape[-1] == a.shape[-2])
+    attention = attention.reshape(-1, *attention.shape[-2:])
+    heads = report.layer(report.heads[0].layer)
+    assert len(heads) == len(attention)
+    told, real = [], []
+    for head, a in zip(heads, attention, strict=True):
+        dy, dx = head.offset
+        rows = [(y, u) for y in range(H) for u in range(W) if 0 <= y + dy < H and 0 <= u + dx < W]
+        if rows:  # else nothing is hit on a grid that narrow
+            told.append(head.mass)
+            real.append(sum(a[prefix + y * W + u, prefix + (y + dy) * W + u + dx].item() for y, u in rows) / len(rows))
+    return sum(told) / len(told), sum(real) / len(real)
