@@ -52,6 +52,24 @@ def test_values_and_gradients(act, out_act, backend):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize(("P", "prefix"), [(0, "keep"), (2, "keep"), (2, "drop")])
+def test_an_epilogue_alone(P, prefix, act, backend):
+    """The plain convolution and an activation, as in the feed-forwards of PVT v2 and Segformer."""
+    x, w, b, *_ = _problem(P)
+    residual = torch.randn(2, 20 + (P if prefix == "keep" else 0), 6, dtype=torch.float64, requires_grad=True)
+    step = {"prefix": prefix, "residual": residual, "epilogue": ChannelAct(act=act), "backend": backend}
+    y = lifeops.token_dwconv(x, w, b, grid=GRID, num_prefix_tokens=P, **step)
+    one, zero = torch.ones(6).double(), torch.zeros(6).double()
+    patches = _expected(x, w, b, one, zero, one, zero, "none", act, P)
+    expected = (torch.cat((x[:, :P], patches), 1) if prefix == "keep" else patches) + residual
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    dy, leaves = torch.randn_like(y), [x, w, b, residual]
+    for a, e in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
 def _run(x, w, b, s, t, *_):
     return lifeops.token_dwconv(x, w, b, grid=GRID, num_prefix_tokens=2, prologue=ChannelAct(s, t, "hardswish"))
 
