@@ -14,8 +14,9 @@ from bench import module_check, optional, rows, tables
 from bench.collect import Options, collect
 from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, TIMM, Problem, compiles, level_of, modes_of, named, problems
 
-COMMANDS = ("compare", "module_check", "page", "scaling", "tune")
+COMMANDS = ("accelerate", "compare", "module_check", "page", "scaling", "tune")
 MORE = """commands:
+  python -m bench accelerate     the modules that lifeops.accelerate takes, beside the originals
   python -m bench compare A B    two files of rows, problem by problem, with what changed by more than the quartiles
   python -m bench scaling        cost against grid, batch, channels and threads
   python -m bench module_check   what it costs a fused module to see that its layers are plain

@@ -207,6 +207,8 @@ def _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backe
     dtype = torchlib.autocast_dtype(x)
     if dtype is not None and (x.dtype != dtype or (residual is not None and residual.dtype != dtype)):
         x, residual = x.to(dtype), residual.to(dtype) if residual is not None and residual.is_floating_point() else residual
+    if residual is x and torch.compiler.is_compiling():
+        residual = x.view_as(x)  # dynamo (torch 2.13) does not trace a Function that takes one tensor twice
     return x, weight, bias, residual, g.height, g.width, g.prefix, prefix, config.requested_backend(spec.NAME, backend)
 
 
