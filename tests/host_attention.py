@@ -83,7 +83,9 @@ def _cait(model, x, tokens):
         handle.remove()
     rows = [a.mean(1) for a in mode.found if tuple(a.shape[-2:]) == (1, tokens + 1)]
     assert (len(seen), len(rows)) == (len(model.blocks), len(model.blocks_token_only))
-    layers = [F.pad(a, (1, 0, 1, 0)) for a in seen]
+    own = torch.eye(tokens, dtype=torch.float64)
+    steps = [a.clamp_min(0) + own for a in seen]  # where heads are subtracted, the rows of (A + I)/2 are made to sum to 1 again
+    layers = [F.pad(2 * a / a.sum(-1, keepdim=True) - own, (1, 0, 1, 0)) for a in steps]
     for a in layers:
         a[:, 0, 0] = 1
     for row in rows:
@@ -168,5 +170,26 @@ def _swin(model, x, tokens):
     return _chained(matrices)
 
 
-CHAINS = {"plain": _plain, "parallel": _parallel, "cait": _cait, "swin": _swin}
+@torch.no_grad()
+def _sam(model, x, tokens):
+    """Windows of the padded grid from its corner on, without a shift; a window of 0 is the whole grid."""
+    blocks, calls, handles = [m for m in model.modules() if hasattr(m, "window_size") and hasattr(m, "attn")], [], []
+    with Attentions() as mode:
+        for block in blocks:
+            keep = lambda m, args, out: calls.append((mode.found[-1], m.window_size))  # noqa: E731
+            handles.append(block.register_forward_hook(keep))
+        model(x)
+    for handle in handles:
+        handle.remove()
+    H, W = _grid(x.shape[2:], tokens)
+    numbers, matrices = torch.arange(len(x) * tokens).view(len(x), H, W), []
+    for attention, window in calls:
+        h, w = (window, window) if window else (H, W)
+        padded = F.pad(numbers, (0, -W % w, 0, -H % h), value=-1)
+        places = padded.unflatten(2, (-1, w)).unflatten(1, (-1, h)).transpose(2, 3).flatten(3).flatten(0, 2)
+        matrices.append(_full(attention.reshape(len(places), -1, h * w, h * w), places, len(x), tokens))
+    return _chained(matrices)
+
+
+CHAINS = {"plain": _plain, "parallel": _parallel, "cait": _cait, "swin": _swin, "sam": _sam}
 """How the attention of a host's layers makes a roll-out: (model, x, number of tokens) -> (B, output tokens, input tokens)."""

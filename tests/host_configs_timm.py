@@ -122,11 +122,11 @@ for _name, _prefix in (
     ("vit_srelpos_small_patch16_224", 0), ("vit_relpos_base_patch16_rpn_224", 0), ("vit_relpos_medium_patch16_rpn_224", 0),
 ):  # fmt: skip
     _named("relative ViT", _name, _prefix)
-_named("SAM", "samvit_base_patch16", 0, "none")
+_named("SAM", "samvit_base_patch16", 0, "sam")
 _named("SAM", "samvit_base_patch16", 0, "plain", label="samvit, global", global_attn_indexes=(0, 1))
 _named("SAM", "samvit_base_patch16", 0, "plain", label="samvit, global, no bias", global_attn_indexes=(0, 1), use_rel_pos=False)
 _named("NaFlex", "naflexvit_base_patch16_gap", 4)
-_named("NaFlex", "naflexvit_base_patch16_map", 4)
+_named("NaFlex", "naflexvit_base_patch16_map", 1)
 _named("NaFlex", "naflexvit_base_patch16_siglip", 0)
 
 # ------------------------------------------------------------------------------------------------ timm: other attention

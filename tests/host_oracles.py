@@ -76,8 +76,12 @@ def _turned(t, rope, half):
     return torch.cat((t[..., :last, :], x * cos + other * sin), -2)
 
 
-def life(module, x, prefix, grid, bias, rope, half):
-    """LIFE's attention: three scales, q, k and v the thirds of each, softmax, the projection."""
+def life(module, x, prefix, grid, bias, rope, half, old):
+    """LIFE's attention: three scales, q, k and v the thirds of each, softmax, the projection; the norms of the ``old`` one between."""
+
+    def normed(name, t):
+        return getattr(old, name)(t) if isinstance(getattr(old, name, None), torch.nn.Module) else t
+
     qkv, h = module.qkv, module.num_heads
 
     def point(z, conv):
@@ -93,12 +97,13 @@ def life(module, x, prefix, grid, bias, rope, half):
     z2 = deep(z1, qkv.scale2)
     z3 = deep(z2, qkv.scale3)
     q, k, v = (torch.cat([z.chunk(3, -1)[i] for z in (z1, z2, z3)], -1).unflatten(2, (h, -1)).transpose(1, 2) for i in range(3))
+    q, k = normed("q_norm", q), normed("k_norm", k)
     if rope is not None:
         q, k = _turned(q.double(), rope, half), _turned(k.double(), rope, half)
     scores = q.double() @ k.double().transpose(2, 3) * q.shape[-1] ** -0.5
     scores = scores if bias is None else scores + bias.double()
     y = (scores.softmax(-1) @ v.double()).transpose(1, 2).flatten(2).to(x.dtype)
-    return F.linear(y, module.proj.weight, module.proj.bias)
+    return F.linear(normed("norm", y), module.proj.weight, module.proj.bias)
 
 
 def feed_forward(module, x, prefix, grid):
@@ -131,17 +136,17 @@ def _without_mlp(block):
 
 
 def _calls(model, kind, x):
-    """[(path, module, args, kwargs, output)] of every module of a class in one forward pass."""
+    """[(path, module, args, kwargs, output)] of every module that ``kind`` is true of in one forward pass."""
     found, handles = [], []
     for path, module in model.named_modules():
-        if isinstance(module, kind):
+        if kind(module):
             keep = lambda m, a, k, out, path=path: found.append((path, m, a, k, out))  # noqa: E731
             handles.append(module.register_forward_hook(keep, with_kwargs=True))
     with torch.no_grad():
         model(x)
     for handle in handles:
         handle.remove()
-    assert found, f"no {kind.__name__} ran"
+    assert found, "none of what was converted ran"
     return found
 
 
@@ -159,14 +164,17 @@ def check_life(original, model, x, host) -> float:
     """Each replaced attention against its transcription, with the biases and rotations that the original was seen to use."""
     with torch.no_grad(), Attentions() as mode:
         original(x)
-    calls = _calls(model, ours.LifeAttention, x)
+    calls = _calls(model, lambda m: isinstance(m, ours.LifeAttention), x)
     masks = mode.masks if len(mode.masks) == len(calls) else [None] * len(calls)
     worst = 0.0
     for (path, module, args, kwargs, out), bias in zip(calls, masks, strict=True):
         tokens = args[0] if args else kwargs["hidden_states"]
         old = original.get_submodule(path)
         grid = grid_of(tokens.shape[1] - host.prefix, host)
-        expected = life(module, tokens, host.prefix, grid, bias, kwargs.get("rope"), getattr(old, "rotate_half", False))
+        cos_sin = kwargs.get("position_embeddings")
+        rope = kwargs.get("rope") if cos_sin is None else torch.cat((cos_sin[1], cos_sin[0]), -1)
+        half = getattr(old, "rotate_half", False) or cos_sin is not None
+        expected = life(module, tokens, host.prefix, grid, bias, rope, half, old)
         worst = max(worst, error(first_tensor(out), expected))
     return worst
 
@@ -174,28 +182,41 @@ def check_life(original, model, x, host) -> float:
 def check_localvit(original, model, x, host) -> float:
     """Each block against the original one without its feed-forward, and then LocalViT's."""
     worst = 0.0
-    for path, module, args, kwargs, out in _calls(model, ours.LocalViTBlock, x):
+    for path, module, args, kwargs, out in _calls(model, lambda m: _branch(m) is not None, x):
         grid = grid_of(args[0].shape[1] - host.prefix, host)
         with torch.no_grad():
             attended = first_tensor(_without_mlp(original.get_submodule(path))(*args, **kwargs))
-        worst = max(worst, error(first_tensor(out), feed_forward(module.conv, attended, host.prefix, grid)))
+        worst = max(worst, error(first_tensor(out), feed_forward(_branch(module), attended, host.prefix, grid)))
     return worst
+
+
+def _branch(block):
+    """LocalViT's feed-forward of a block, its own or in a list of one."""
+    inside = [c for child in block.children() for c in (child if type(child) is torch.nn.ModuleList else [child])]
+    found = [c for c in inside if isinstance(c, ours.LocalityFeedForward)]
+    return found[0] if found and not isinstance(block, torch.nn.ModuleList) else None
 
 
 def check_dw_shortcut(original, model, x, host) -> float:
     """Each group of blocks: what went into its first, what came out of its last, and what came out of the group."""
     inner, handles = {}, []
-    groups = [m for m in model.modules() if isinstance(m, lifeops.nn.dw_shortcut.ShortcutBlocks)]
+    every = [m for m in model.modules() if isinstance(getattr(m, "shortcut", None), ours.DWShortcut)]
+    groups = [m for m in every if isinstance(m, lifeops.nn.dw_shortcut.ShortcutBlocks)]
     for group in groups:
         keep = lambda m, a, out, group=group: inner.__setitem__(id(group), first_tensor(out))  # noqa: E731
         handles.append(group.blocks[-1].register_forward_hook(keep))
-    calls = _calls(model, lifeops.nn.dw_shortcut.ShortcutBlocks, x)
+    calls = _calls(model, lambda m: isinstance(getattr(m, "shortcut", None), ours.DWShortcut), x)
     for handle in handles:
         handle.remove()
-    assert len(calls) == len(groups)
+    assert len(calls) == len(every)
     worst = 0.0
-    for _, group, args, _, out in calls:
-        tokens, y, out = args[0], inner[id(group)], first_tensor(out)
+    for path, group, args, kwargs, out in calls:
+        tokens, out = args[0], first_tensor(out)
+        if id(group) in inner:
+            y = inner[id(group)]
+        else:  # a layer of transformers, which holds its shortcut itself
+            with torch.no_grad():
+                y = first_tensor(original.get_submodule(path)(*args, **kwargs))
         if tokens.dim() == 4:
             grid = tuple(tokens.shape[1:3])
             tokens, y, out = tokens.flatten(1, 2), y.flatten(1, 2), out.flatten(1, 2)

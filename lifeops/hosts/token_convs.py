@@ -35,7 +35,7 @@ ENTRIES = {
     "coat_crpe": Entry("ConvRelPosEnc", ("conv_list",), "crpe", {"convs": "conv_list"}),
     "pvt_v2_ffn": Entry(
         "MlpWithDepthwiseConv", ("fc1", "relu", "dwconv", "act", "fc2", "drop"), "ffn",
-        {"fc1": "fc1", "relu": "relu", "conv": "dwconv", "act": "act", "fc2": "fc2", "drop": "drop"},
+        {"fc1": "fc1", "relu": "relu", "conv": "dwconv", "act": "act", "fc2": "fc2", "drop": "drop"}, pays=False,
     ),
     "pvt_v2_ffn_hf": Entry(
         "PvtV2ConvFeedForwardNetwork", ("dense1", "dwconv", "intermediate_act_fn", "dense2", "dropout", "relu"), "ffn_hf",
@@ -43,19 +43,20 @@ ENTRIES = {
             "fc1": "dense1", "relu": "relu", "holder": "dwconv", "conv": "dwconv.dwconv", "act": "intermediate_act_fn", "fc2": "dense2",
             "drop": "dropout",
         },
+        pays=False,
     ),
     "segformer_ffn": Entry(
         "SegformerMixMLP", ("fc1", "dwconv", "activation_fn", "fc2", "dropout"), "ffn_hf",
-        {"fc1": "fc1", "holder": "dwconv", "conv": "dwconv.dwconv", "act": "activation_fn", "fc2": "fc2", "drop": "dropout"},
+        {"fc1": "fc1", "holder": "dwconv", "conv": "dwconv.dwconv", "act": "activation_fn", "fc2": "fc2", "drop": "dropout"}, pays=False,
     ),
     "xcit_lpi": Entry("LPI", ("conv1", "act", "bn", "conv2"), "lpi", {"conv": "conv1", "act": "act", "norm": "bn", "conv2": "conv2"}),
-    "davit_cpe": Entry("ConvPosEnc", ("proj", "act"), "map_cpe", {"conv": "proj", "act": "act"}),
+    "davit_cpe": Entry("ConvPosEnc", ("proj", "act"), "map_cpe", {"conv": "proj", "act": "act"}, pays=False),
     "edgenext_block": Entry(
         "ConvBlock", ("conv_dw", "norm", "mlp", "drop_path"), "map_block",
         {"conv": "conv_dw", "norm": "norm", "mlp": "mlp", "drop_path": "drop_path"}, least=5,
     ),
     "focalnet_level": Entry("Sequential", ("0", "1"), "map_act", {"conv": "0", "act": "1"}, least=5, at=r"focal_layers\.\d+"),
-    "tiny_vit_conv": Entry("ConvNorm", ("conv", "bn"), "map_norm", {"conv": "conv", "norm": "bn"}, at="local_conv"),
+    "tiny_vit_conv": Entry("ConvNorm", ("conv", "bn"), "map_norm", {"conv": "conv", "norm": "bn"}, pays=False, at="local_conv"),
 }  # fmt: skip
 """By the name that a user asks for it with."""
 

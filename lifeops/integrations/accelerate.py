@@ -88,9 +88,9 @@ def accelerate(model: nn.Module, *, kinds: str | Iterable[str] | None = None, ve
     its own, whose ``forward`` computes the same, input and parameter gradients included. Exchange, hook or adapt a layer inside, and the
     original ``forward`` runs. ``print(lifeops.explain(model))`` says which modules were taken, and why others were left.
 
-    Taken is what a measurement found faster on a CPU (docs/accelerate.md has the table): Twins' PEG, CoaT's CPE and CRPE, the
-    feed-forward of PVT v2 and Segformer, XCiT's LPI, DaViT's CPE, TinyViT's local convolution, and from kernel size 5 on EdgeNeXt's blocks
-    and FocalNet's levels.
+    Taken is what a measurement found faster on a CPU (docs/accelerate.md has the table): Twins' PEG, CoaT's CPE and CRPE, XCiT's LPI, and
+    from kernel size 5 on EdgeNeXt's blocks and FocalNet's levels, which gain in training. The feed-forward of PVT v2 and Segformer, DaViT's
+    CPE and TinyViT's local convolution are known and left, unless ``kinds`` names them.
 
     Args:
         kinds: names of what to take, whether it pays or not ("twins_peg", "coat_cpe", …; an unknown name raises with the list); None:
@@ -116,7 +116,7 @@ def accelerate(model: nn.Module, *, kinds: str | Iterable[str] | None = None, ve
             if asked is not None and kind not in asked:
                 why = f"{kind!r} is not among the kinds asked for"
             elif asked is None and not entry.pays:
-                why = f"measured no faster than torch; kinds={kind!r} takes it"
+                why = f"not measured faster than torch; kinds={kind!r} takes it"
             else:
                 why = _take(module, kind, 1 if asked else entry.least, verify)
                 taken += why is None
