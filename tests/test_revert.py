@@ -105,7 +105,7 @@ def test_hooks_act_on_what_stands_there(system):
     plain = type(model.blocks[1].attn).__name__
     lifeops.convert(model, system)
     model(x)
-    assert ran == ["HostLifeAttention" if system == "life" else plain]
+    assert ran == ["LifeAttention" if system == "life" else plain]
     block = model.blocks[1].blocks[0] if system == "dw_shortcut" else model.blocks[1]
     block.attn.register_forward_hook(lambda m, args, out: ran.append("second"))
     block.register_full_backward_hook(lambda m, gi, go: ran.append("backward"))

@@ -12,8 +12,9 @@ from lifeops.hosts.host import Block
 from lifeops.integrations.convert_check import check_attention
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable, share_hooks
 from lifeops.integrations.convert_probe import Probed, call, paths, sequence
-from lifeops.integrations.host_attention import NORMS, PROJ, HostLifeAttention, ModelLifeAttention, heads_of, projections
+from lifeops.integrations.host_attention import NORMS, PROJ, class_for, heads_of, keep, projections
 from lifeops.integrations.host_block import host_block
+from lifeops.nn.life import LifeAttention
 from lifeops.ops.life_qkv import AUX_KEYS
 
 _LOOKED_FOR = "qkv or q_proj, k_proj, v_proj; proj, o_proj or out_proj; num_heads or num_attention_heads"
@@ -60,13 +61,12 @@ def _rate(attn: nn.Module, *names: str) -> float:
     return found if isinstance(found, float) else getattr(found, "p", 0.0)
 
 
-def _replacement(attn: nn.Module, proj: nn.Linear, library: str, prefix: int, options: dict) -> HostLifeAttention:
-    cls = ModelLifeAttention if library == "transformers" else HostLifeAttention
-    new = cls(
+def _replacement(attn: nn.Module, proj: nn.Linear, library: str, prefix: int, options: dict) -> LifeAttention:
+    new = class_for(attn, library)(
         proj.in_features, heads_of(attn), prefix, attn_drop=_rate(attn, "attn_drop", "attention_dropout", "dropout"),
         proj_drop=_rate(attn, "proj_drop"), proj_bias=proj.bias is not None, device=proj.weight.device, dtype=proj.weight.dtype, **options,
     )  # fmt: skip
-    return new.keep(attn)
+    return keep(new, attn)
 
 
 def _put(block: nn.Module, path: str, module: nn.Module) -> None:

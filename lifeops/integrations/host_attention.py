@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -21,28 +23,47 @@ def _mask(*biases: Tensor | None) -> Tensor | None:
     return sum(b if b.dtype != torch.bool else torch.zeros_like(b, dtype=dtype).masked_fill(~b, -torch.inf) for b in found)
 
 
+def _modules(attn: nn.Module) -> dict[str, nn.Module]:
+    """The norms and positions that ``attn`` applies."""
+    found = {name: getattr(attn, name, None) for name in (*NORMS, "rel_pos")}
+    return {name: m for name, m in found.items() if isinstance(m, nn.Module) and not isinstance(m, nn.Identity)}
+
+
+_TAKES = frozenset(inspect.signature(LifeAttention.forward).parameters)
+
+
+def class_for(attn: nn.Module, library: str) -> type[LifeAttention]:
+    """The class that stands for ``attn``: LIFE's own where it is called with nothing else and holds nothing else."""
+    if library == "transformers":
+        return ModelLifeAttention
+    holds = _modules(attn) or getattr(attn, _TABLE, None) is not None
+    takes = frozenset(inspect.signature(attn.forward).parameters)
+    return LifeAttention if takes <= _TAKES and not holds else HostLifeAttention
+
+
+@torch.no_grad()
+def keep(new: LifeAttention, attn: nn.Module) -> LifeAttention:
+    """Give ``new`` the weights of the output projection of ``attn``, and what that has beside projections."""
+    proj = next(getattr(attn, name) for name in PROJ if hasattr(attn, name))
+    for ours, theirs in zip(new.proj.parameters(), proj.parameters(), strict=True):
+        ours.copy_(theirs).requires_grad_(theirs.requires_grad)
+    for name, module in _modules(attn).items():
+        new.add_module(name, module)
+    if getattr(attn, _TABLE, None) is not None:
+        new.register_parameter(_TABLE, getattr(attn, _TABLE))
+        new.register_buffer(_INDEX, getattr(attn, _INDEX), persistent=False)
+    new.rotate_half = getattr(attn, "rotate_half", False)
+    if isinstance(new, ModelLifeAttention):
+        new.config, new.rotate_half = attn.config, True
+    return new.train(attn.training)
+
+
 class HostLifeAttention(LifeAttention):
     """:class:`LifeAttention` called as timm's attention layers are, with the norms and the relative positions of one of them.
 
     The positions come with the call (``rope``, ``shared_rel_pos``, ``shared_rel_pos_bias``) or are the layer's own: a module ``rel_pos``
     with ``get_bias()``, or the table and the index of BEiT.
     """
-
-    @torch.no_grad()
-    def keep(self, attn: nn.Module) -> HostLifeAttention:
-        """Take from ``attn`` the weights of its output projection, and what it has beside projections."""
-        proj = next(getattr(attn, name) for name in PROJ if hasattr(attn, name))
-        for ours, theirs in zip(self.proj.parameters(), proj.parameters(), strict=True):
-            ours.copy_(theirs).requires_grad_(theirs.requires_grad)
-        for name in (*NORMS, "rel_pos"):
-            module = getattr(attn, name, None)
-            if isinstance(module, nn.Module) and not isinstance(module, nn.Identity):
-                self.add_module(name, module)
-        if getattr(attn, _TABLE, None) is not None:
-            self.register_parameter(_TABLE, getattr(attn, _TABLE))
-            self.register_buffer(_INDEX, getattr(attn, _INDEX), persistent=False)
-        self.rotate_half = getattr(attn, "rotate_half", False)
-        return self.train(attn.training)
 
     def _placed(self, q, k, rope):
         q = self.q_norm(q) if hasattr(self, "q_norm") else q
@@ -72,11 +93,6 @@ class HostLifeAttention(LifeAttention):
 
 class ModelLifeAttention(HostLifeAttention):
     """The same, called as the attention layers of transformers are: it gives (output, None)."""
-
-    def keep(self, attn: nn.Module) -> ModelLifeAttention:
-        super().keep(attn)
-        self.config, self.rotate_half = attn.config, True
-        return self
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_embeddings=None, **kwargs):
         """hidden_states (B, P + H*W, C); ``position_embeddings``: (cos, sin) of the patches, H*W x d each.
