@@ -32,12 +32,16 @@ class Attentions(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
             options = {name: given[name] for name in ("attn_mask", "is_causal", "scale", "enable_gqa") if name in given}
-            self.found.append(_scores(given["query"], given["key"], **options).softmax(-1))
+            self.note(_scores(given["query"], given["key"], **options).softmax(-1), given["query"].dtype)
             self.masks.append(given.get("attn_mask"))
         out = func(*args, **kwargs)
         if func in _SOFTMAX and out.dim() >= 3 and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, out.dim() - 1):
-            self.found.append(out.double())
+            self.note(out.double(), out.dtype)
         return out
+
+    def note(self, attention, dtype):
+        """An attention in float64, of a model that computes in ``dtype``."""
+        self.found.append(attention)
 
 
 @torch.no_grad()

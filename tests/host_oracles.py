@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from host_attention import CHAINS, Attentions, attentions_of
+from plain_systems import life_qkv, locality, shortcut
 
 import lifeops
 from lifeops import nn as ours
@@ -50,19 +51,6 @@ def grid_of(patches: int, host) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------ convert
 
 
-def _maps(tokens, prefix, grid):
-    return tokens[:, prefix:].transpose(1, 2).unflatten(2, grid)
-
-
-def _with(prefix, patches):
-    """Tokens of prefix (B, P, C) and maps (B, C, H, W)."""
-    return torch.cat((prefix, patches.flatten(2).transpose(1, 2)), 1)
-
-
-def _norm(maps, norm):
-    return F.batch_norm(maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
-
-
 def _turned(t, rope, half):
     """Pairs of channels of the patches (…, n, d) turned by sines and cosines (n, 2 d) side by side."""
     sin, cos = rope.double().chunk(2, -1)
@@ -82,21 +70,7 @@ def life(module, x, prefix, grid, bias, rope, half, old):
     def normed(name, t):
         return getattr(old, name)(t) if isinstance(getattr(old, name, None), torch.nn.Module) else t
 
-    qkv, h = module.qkv, module.num_heads
-
-    def point(z, conv):
-        return z @ conv.weight[:, :, 0, 0].T
-
-    def deep(z, scale):
-        local = _maps(z, prefix, grid)
-        conv = scale.depthwise
-        local = F.conv2d(local, conv.weight, None, 1, conv.kernel_size[0] // 2, 1, local.shape[1])
-        return point(_with(z[:, :prefix], local), scale.pointwise)
-
-    z1 = F.linear(x, qkv.scale1.weight, qkv.scale1.bias)
-    z2 = deep(z1, qkv.scale2)
-    z3 = deep(z2, qkv.scale3)
-    q, k, v = (torch.cat([z.chunk(3, -1)[i] for z in (z1, z2, z3)], -1).unflatten(2, (h, -1)).transpose(1, 2) for i in range(3))
+    q, k, v = (t.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for t in life_qkv(module.qkv, x, prefix, grid))
     q, k = normed("q_norm", q), normed("k_norm", k)
     if rope is not None:
         q, k = _turned(q.double(), rope, half), _turned(k.double(), rope, half)
@@ -104,26 +78,6 @@ def life(module, x, prefix, grid, bias, rope, half, old):
     scores = scores if bias is None else scores + bias.double()
     y = (scores.softmax(-1) @ v.double()).transpose(1, 2).flatten(2).to(x.dtype)
     return F.linear(normed("norm", y), module.proj.weight, module.proj.bias)
-
-
-def feed_forward(module, x, prefix, grid):
-    """LocalViT's: 1x1, norm, h-swish, depth-wise 3x3, norm, h-swish, squeeze and excitation, 1x1, norm, all of the patches' map."""
-    conv = module.conv
-    z = _maps(x, prefix, grid)
-    y = F.hardswish(_norm(F.conv2d(z, conv[0].weight), conv[1]))
-    y = F.hardswish(_norm(F.conv2d(y, conv[3].weight, None, 1, 1, 1, y.shape[1]), conv[4]))
-    dense = [m for m in conv[6].modules() if isinstance(m, torch.nn.Linear)]
-    gate = F.relu(F.linear(y.mean((2, 3)), dense[0].weight, dense[0].bias))
-    gate = F.hardsigmoid(F.linear(gate, dense[1].weight, dense[1].bias))
-    y = _norm(F.conv2d(y * gate[:, :, None, None], conv[7].weight), conv[8])
-    return _with(x[:, :prefix], z + y)
-
-
-def shortcut(module, x, y, prefix, grid):
-    """The output ``y`` of the blocks, and the depth-wise convolution of the normalised GELU of their input ``x``."""
-    (conv,), (norm,) = module.convs, module.batchnorms
-    local = F.conv2d(_norm(F.gelu(_maps(x, prefix, grid)), norm), conv.weight, conv.bias, 1, conv.kernel_size[0] // 2, 1, x.shape[2])
-    return torch.cat((y[:, :prefix], y[:, prefix:] + local.flatten(2).transpose(1, 2)), 1)
 
 
 def _without_mlp(block):
@@ -186,7 +140,7 @@ def check_localvit(original, model, x, host) -> float:
         grid = grid_of(args[0].shape[1] - host.prefix, host)
         with torch.no_grad():
             attended = first_tensor(_without_mlp(original.get_submodule(path))(*args, **kwargs))
-        worst = max(worst, error(first_tensor(out), feed_forward(_branch(module), attended, host.prefix, grid)))
+        worst = max(worst, error(first_tensor(out), attended + locality(_branch(module), attended, host.prefix, grid)))
     return worst
 
 
@@ -222,7 +176,7 @@ def check_dw_shortcut(original, model, x, host) -> float:
             tokens, y, out = tokens.flatten(1, 2), y.flatten(1, 2), out.flatten(1, 2)
         else:
             grid = grid_of(tokens.shape[1] - host.prefix, host)
-        worst = max(worst, error(out, shortcut(group.shortcut, tokens, y, host.prefix, grid)))
+        worst = max(worst, error(out, y + shortcut(group.shortcut, tokens, host.prefix, grid)))
     return worst
 
 

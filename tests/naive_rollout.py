@@ -1,37 +1,19 @@
 """The roll-out by its definition, from the attention matrices that a model is seen to use."""
 
+import host_attention
 import torch
-from torch.overrides import TorchFunctionMode
 
 
-class Attentions(TorchFunctionMode):
-    """``seen``: every square softmax of the pass, (…, N, N), fused attention's included."""
+class Attentions(host_attention.Attentions):
+    """``seen``: every square softmax of the pass, (…, N, N) in the model's dtype, fused attention's included."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        out = func(*args, **kwargs)
-        if name == "scaled_dot_product_attention":
-            self._note(self._fused(*args, **kwargs))
-        elif name == "softmax":
-            self._note(out)
-        return out
-
-    @staticmethod
-    def _fused(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **rest):
-        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        return scores.softmax(-1)
-
-    def _note(self, attention):
+    def note(self, attention, dtype):
         if attention.shape[-1] == attention.shape[-2] > 1:
-            self.seen.append(attention.detach())
+            self.seen.append(attention.detach().to(dtype))
 
 
 def attentions_of(model, images):

@@ -3,10 +3,11 @@
 import copy
 import inspect
 
+import plain_systems
 import pytest
 import torch
-import torch.nn.functional as F
 from hosts import BEIT, SYSTEMS, hf, hooks_of, made, named, small_vit, staged, timm, unchanged, vit
+from plain_systems import life_qkv, locality
 from torch import nn
 
 import lifeops
@@ -77,47 +78,6 @@ def _random(module):
 # ------------------------------------------------------------------------------------------------ plain PyTorch
 
 
-def _maps(x, P, grid=GRID):
-    return x[:, P:].transpose(1, 2).unflatten(2, grid)
-
-
-def _tokens(x, maps, P):
-    """The prefix tokens' rows are ``x``."""
-    return torch.cat((x, maps.flatten(2).transpose(1, 2)), 1) if P else maps.flatten(2).transpose(1, 2)
-
-
-def _life_qkv(life, x, P):
-    """q, k and v (B, N, C)."""
-    z, scales = F.linear(x, life.scale1.weight, life.scale1.bias), []
-    for scale in (None, life.scale2, life.scale3):
-        if scale is not None:
-            w = scale.depthwise.weight
-            z = _tokens(z[:, :P], F.conv2d(_maps(z, P), w, padding=w.shape[-1] // 2, groups=w.shape[0]), P)
-            z = F.linear(z, scale.pointwise.weight.flatten(1))
-        scales.append(z.chunk(3, -1))
-    return [torch.cat(parts, -1) for parts in zip(*scales, strict=True)]
-
-
-def _norm(n, x):
-    return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, eps=n.eps)
-
-
-def _locality(conv, x, P):
-    """What LocalViT's feed-forward adds to the patches."""
-    expand, n1, _, local, n2, _, se, project, n3 = conv.conv
-    h = F.hardswish(_norm(n1, F.conv2d(_maps(x, P), expand.weight)))
-    h = F.hardswish(_norm(n2, F.conv2d(h, local.weight, padding=1, groups=h.shape[1])))
-    first, _, second, _ = se.fc
-    gate = F.hardsigmoid(F.linear(F.relu(F.linear(h.mean((2, 3)), first.weight, first.bias)), second.weight, second.bias))
-    return _tokens(torch.zeros_like(x[:, :P]), _norm(n3, F.conv2d(h * gate[..., None, None], project.weight)), P)
-
-
-def _shortcut(module, x, P, grid=GRID):
-    (conv,), (norm,) = module.convs, module.batchnorms
-    h = F.conv2d(_norm(norm, F.gelu(_maps(x, P, grid))), conv.weight, conv.bias, padding=1, groups=x.shape[2])
-    return _tokens(torch.zeros_like(x[:, :P]), h, P)
-
-
 class _Said(nn.Module):
     """A linear layer's place."""
 
@@ -132,10 +92,10 @@ class _Said(nn.Module):
 def _with_life(attn, life, P):
     """The host's own attention, its projections in LIFE's place; ``proj`` as trained."""
     if hasattr(attn, "qkv"):
-        attn.qkv, attn.q_bias = _Said(lambda x: torch.cat(_life_qkv(life.qkv, x, P), -1)), None
+        attn.qkv, attn.q_bias = _Said(lambda x: torch.cat(life_qkv(life.qkv, x, P, GRID), -1)), None
     else:
         for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            setattr(attn, name, _Said(lambda x, i=i: _life_qkv(life.qkv, x, P)[i]))
+            setattr(attn, name, _Said(lambda x, i=i: life_qkv(life.qkv, x, P, GRID)[i]))
     proj = next(getattr(attn, name) for name in ("proj", "o_proj", "out_proj") if hasattr(attn, name))
     proj.load_state_dict(life.proj.state_dict())
 
@@ -169,9 +129,9 @@ def _written_out(system, twin, converted, P):
 
         def forward(x, *args, block=block, here=here, conv=conv, own=own, **kwargs):
             if system == "dw_shortcut":
-                return own(x, *args, **kwargs) + _shortcut(here.shortcut, x, P)
+                return own(x, *args, **kwargs) + plain_systems.shortcut(here.shortcut, x, P, GRID)
             z = _attended(block, x, args, kwargs)
-            return z + _locality(conv, z, P)
+            return z + locality(conv, z, P, GRID)
 
         block.forward = forward
 
@@ -285,7 +245,7 @@ def test_shortcuts_in_stages(name):
 
         def forward(x, *told, own=block.forward, shortcut=shortcut):
             y, grid = own(x, *told), tuple(told[0] if told else x.shape[1:3])
-            return y + _shortcut(shortcut, x.flatten(1, -2), 0, grid).view_as(y)
+            return y + plain_systems.shortcut(shortcut, x.flatten(1, -2), 0, grid).view_as(y)
 
         block.forward = forward
     torch.testing.assert_close(model(x), twin(x), rtol=1e-7, atol=1e-9)

@@ -275,13 +275,13 @@ class _Queries(naive.Attentions):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") == "multi_head_attention_forward":
             out = func(*args, **{**(kwargs or {}), "need_weights": True, "average_attn_weights": False})
-            self._note(out[1])
+            self.note(out[1], out[1].dtype)
             return out
         return super().__torch_function__(func, types, args, kwargs)
 
-    def _note(self, attention):
+    def note(self, attention, dtype):
         if attention.shape[-2] < attention.shape[-1]:
-            self.pooling = attention
+            self.pooling = attention.to(dtype)
 
 
 def test_a_pool_that_is_none():

@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias
+from lifeops.hosts.projections import SEPARATE, heads_of, thirds
 
 LOOKED_FOR = (
     "attention with qkv and num_heads (timm, lifeops), q_proj/k_proj or query/key and num_heads or num_attention_heads (timm,"
@@ -37,10 +37,6 @@ class Kind(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------ q, k and v
-
-
-def _num_heads(module: nn.Module) -> int:
-    return module.num_heads if hasattr(module, "num_heads") else module.num_attention_heads
 
 
 def _normed(norm: nn.Module | None, t: Tensor) -> Tensor:
@@ -68,27 +64,25 @@ def _read_life(call: Call, values: bool) -> Heads:
     return Heads(*call.module.qkv_heads(call.x, call.grid), call.module.scale)
 
 
-def _thirds(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    y, bias = module.qkv(x), getattr(module, "q_bias", None)
-    if bias is not None:
-        y = y + torch.cat((bias, torch.zeros_like(bias), module.v_bias)).to(y.dtype)
-    return y.unflatten(2, (3, _num_heads(module), -1)).permute(2, 0, 3, 1, 4).unbind(0)
+def _joint(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """q, k and v (B, h, N, d) of one projection."""
+    return [t.unflatten(2, (heads_of(module), -1)).transpose(1, 2) for t in thirds(module, x)]
 
 
 def _read_fused(call: Call, values: bool) -> Heads:
-    return _attending(call, *_thirds(call.module, call.x))
+    return _attending(call, *_joint(call.module, call.x))
 
 
 def _read_separate(call: Call, values: bool) -> Heads:
     module, x = call.module, call.x
-    names = ("q_proj", "k_proj", "v_proj") if hasattr(module, "q_proj") else ("query", "key", "value")
-    q = getattr(module, names[0])(x).unflatten(2, (_num_heads(module), -1)).transpose(1, 2)
+    names = SEPARATE if hasattr(module, "q_proj") else ("query", "key", "value")
+    q = getattr(module, names[0])(x).unflatten(2, (heads_of(module), -1)).transpose(1, 2)
     rest = [getattr(module, name)(x).unflatten(2, (-1, q.shape[-1])).transpose(1, 2) for name in names[1 : 2 + values]]
     return _attending(call, q, rest[0], rest[1] if values else None)
 
 
 def _read_talking(call: Call, values: bool) -> Heads:
-    return Heads(*_thirds(call.module, call.x), call.module.scale, mix=(call.module.proj_l, call.module.proj_w))
+    return Heads(*_joint(call.module, call.x), call.module.scale, mix=(call.module.proj_l, call.module.proj_w))
 
 
 def _read_class(call: Call, values: bool) -> Heads:

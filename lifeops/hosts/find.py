@@ -16,7 +16,7 @@ def find_host(op: str, model: nn.Module) -> Host:
     found = []
     for path, module in model.named_modules():
         for library in (timm, transformers):
-            host = library.read(model, path, module)
+            host = library.read(path, module)
             if isinstance(host, Host):
                 return host
             found += [] if host is None else [host]

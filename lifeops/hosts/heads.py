@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifeops.nn.rotary import rotate
 from lifeops.ops.channel_act import accumulate_dtype
 
 MASKS = ("attn_mask", "attention_mask", "shared_rel_pos_bias", "shared_rel_pos", "relative_position_bias")  # added to the scores
@@ -74,38 +75,27 @@ class Call(NamedTuple):
 # ------------------------------------------------------------------------------------------------ rotation
 
 
-def _turned(t: Tensor, cos: Tensor, sin: Tensor, halves: bool) -> Tensor:
-    """The last tokens of t (b, h, N, d) rotated, as many as there are angles; pairs are neighbours or, ``halves``, d / 2 apart."""
-    prefix = t.shape[2] - cos.shape[-2]
-    own = t[:, :, prefix:]
-    if halves:
-        first, second = own.chunk(2, -1)
-        across = torch.cat((-second, first), -1)
-    else:
-        across = torch.stack((-own[..., 1::2], own[..., ::2]), -1).flatten(-2)
-    return torch.cat((t[:, :, :prefix], (own * cos + across * sin).to(t.dtype)), 2)
-
-
 def rotated(call: Call, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k turned by the angles that come with the call or that the layer holds."""
-    if (rope := call.given.get("rope")) is not None:  # timm: sines, then cosines
-        sin, cos = rope.chunk(2, -1)
-        halves = getattr(call.module, "rotate_half", False)
-    elif isinstance(getattr(call.module, "rope", None), nn.Module):  # timm's SAM
-        (sin, cos), halves = call.module.rope.get_embed().chunk(2, -1), False
-    elif (angles := call.given.get("position_embeddings")) is not None:  # transformers
-        (cos, sin), halves = angles, True
-    else:
-        return q, k
-    return _turned(q, cos, sin, halves), _turned(k, cos, sin, halves)
+    rope, halves = call.given.get("rope"), getattr(call.module, "rotate_half", False)  # timm: sines, then cosines
+    if rope is None and isinstance(getattr(call.module, "rope", None), nn.Module):  # timm's SAM
+        rope, halves = call.module.rope.get_embed(), False
+    elif rope is None and (angles := call.given.get("position_embeddings")) is not None:  # transformers: cosines, then sines
+        rope, halves = torch.cat(angles[::-1], -1), True
+    return (q, k) if rope is None else (rotate(q, rope, halves), rotate(k, rope, halves))
 
 
 # ------------------------------------------------------------------------------------------------ bias
 
 
+def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A mask as what is added to the scores; a bool one, which says who is attended to, in ``dtype``."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+
+
 def given_bias(t: Tensor) -> Bias:
-    """A bias or a mask as fused attention takes it: added, or a bool that says who is attended to."""
-    t = torch.zeros_like(t, dtype=torch.float32).masked_fill_(~t, -torch.inf) if t.dtype == torch.bool else t
+    """A bias or a mask as fused attention takes it."""
+    t = additive(t)
     return lambda rows: t if t.dim() < 2 or t.shape[-2] == 1 else t[..., rows, :]
 
 

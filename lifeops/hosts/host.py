@@ -50,7 +50,7 @@ class Block(NamedTuple):
 
 
 class Host(NamedTuple):
-    """``trunk`` holds the patch embedding and the blocks, inside ``model`` at ``path``.
+    """``trunk`` holds the patch embedding and the blocks, at ``path`` inside the model.
 
     ``embed``: the patch embedding, at ``embed_path`` inside ``trunk``. ``prefix``: how many tokens come before the patches in the blocks;
     None where the model does not say it. ``suffix``: how many come behind them. ``has_cls``: the first prefix token is a class token.
@@ -58,7 +58,6 @@ class Host(NamedTuple):
     """
 
     library: str
-    model: nn.Module
     path: str
     trunk: nn.Module
     embed_path: str
@@ -84,7 +83,8 @@ class Host(NamedTuple):
         return len(self.blocks_path) > 1
 
 
-def _pair(value) -> tuple[int, int] | None:
+def pair(value) -> tuple[int, int] | None:
+    """A size, given as one number or as two; None for anything else."""
     if isinstance(value, int):
         return value, value
     return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
@@ -95,7 +95,7 @@ def told_grid(holder) -> tuple[int, int] | None:
     grid = getattr(holder, "grid_size", None)
     if isinstance(grid, (tuple, list)) and len(grid) == 2:
         return tuple(grid)
-    image, patch = _pair(getattr(holder, "image_size", None)), _pair(getattr(holder, "patch_size", None))
+    image, patch = pair(getattr(holder, "image_size", None)), pair(getattr(holder, "patch_size", None))
     return (image[0] // patch[0], image[1] // patch[1]) if image and patch else None
 
 

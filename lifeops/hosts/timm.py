@@ -9,7 +9,7 @@ from lifeops.hosts.host import Host, block_of
 LOOKED_FOR = "a timm model with one patch_embed and with blocks, or with layers or stages of blocks"
 
 ORDERS = {
-    **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock", "NaFlexBlock"), "pre"),
+    **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock"), "pre"),
     **dict.fromkeys(("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"), "post"),
     **dict.fromkeys(("ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"), "parallel"),
 }
@@ -38,7 +38,7 @@ def _prefix(trunk: nn.Module, staged: bool) -> int | None:
     return prefix if isinstance(prefix, int) else None
 
 
-def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
+def read(path: str, trunk: nn.Module) -> Host | str | None:
     """``trunk`` described; why not, or None where nothing of it is there."""
     embed, lists = getattr(trunk, "patch_embed", None), _lists(trunk)
     if not isinstance(embed, nn.Module) or not lists:
@@ -49,4 +49,4 @@ def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
     prefix = _prefix(trunk, len(lists) > 1)
     blocks = [block_of(f"{name}.{i}", b, ORDERS) for name in lists for i, b in enumerate(trunk.get_submodule(name))]
     has_cls = bool(prefix) and getattr(trunk, "cls_token", None) is not None
-    return Host(library, model, path, trunk, "patch_embed", prefix, 0, has_cls, lists, blocks)
+    return Host(library, path, trunk, "patch_embed", prefix, 0, has_cls, lists, blocks)

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from lifeops.hosts.host import Host, block_of
+from lifeops.hosts.host import Host, block_of, pair
 
 LOOKED_FOR = "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers"
 
 EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
 _LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
-_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+CLS = ("cls_token", "class_embedding")
+_PREFIX = (*CLS, "distillation_token", "register_tokens")
 _SUFFIX = ("detection_tokens",)
 _PRE = (
     "ViTLayer", "DeiTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer",
@@ -44,7 +45,7 @@ def prefix_of(embeddings: nn.Module) -> int:
     return _count(embeddings, _PREFIX)
 
 
-def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
+def read(path: str, trunk: nn.Module) -> Host | str | None:
     """``trunk`` described; why not, or None where nothing of it is there."""
     embeddings = getattr(trunk, "embeddings", None)
     name = next((n for n in EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
@@ -54,18 +55,18 @@ def read(model: nn.Module, path: str, trunk: nn.Module) -> Host | str | None:
     if layers is None:
         return f"{type(trunk).__name__} has embeddings.{name}, and no list of layers called {', '.join(_LISTS)}"
     blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers))]
-    has_cls = any(getattr(embeddings, n, None) is not None for n in _PREFIX[:2])
+    has_cls = any(getattr(embeddings, n, None) is not None for n in CLS)
     counts = prefix_of(embeddings), _count(embeddings, _SUFFIX)
-    return Host("transformers", model, path, trunk, f"embeddings.{name}", *counts, has_cls, (layers,), blocks)
+    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, (layers,), blocks)
 
 
 def resized_positions(host: Host | None, grid: tuple[int, int]) -> Callable[[], Tensor] | None:
     """Gives (H*W, C), the patches' position embeddings for ``grid`` as the host's own method resizes its table; None without one."""
     embeddings = getattr(host and host.trunk, "embeddings", None)
-    patch = getattr(embeddings and host.embed, "patch_size", None)
+    patch = pair(getattr(embeddings and host.embed, "patch_size", None))
     if not hasattr(embeddings, "interpolate_pos_encoding") or patch is None:
         return None
-    (H, W), (height, width) = grid, patch if isinstance(patch, (tuple, list)) else (patch, patch)
+    (H, W), (height, width) = grid, patch
 
     def resized() -> Tensor:
         like = next(embeddings.parameters())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lifeops.hosts.projections import thirds
 from lifeops.init.projections import OP, Projections
 from lifeops.integrations.attention_check import LayerCheck, attended
 from lifeops.integrations.pass_watch import Watch
@@ -55,15 +56,6 @@ def _out(p: Projections) -> nn.Module | None:
     return next(getattr(m, n) for n in ("o_proj", "out_proj", "proj", "projection") if isinstance(getattr(m, n, None), nn.Linear))
 
 
-def _fused(m: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """timm's qkv, in BEiT with biases of its own."""
-    qkv = m.qkv(x)
-    if isinstance(getattr(m, "q_bias", None), Tensor):
-        k_bias = m.k_bias if isinstance(getattr(m, "k_bias", None), Tensor) else torch.zeros_like(m.q_bias)
-        qkv = qkv + torch.cat((m.q_bias, k_bias, m.v_bias))
-    return qkv.chunk(3, -1)
-
-
 def _qkv(p: Projections, x: Tensor, args: tuple) -> tuple[Tensor, ...]:
     """q, k and v (B, h, N, d) of x (B, N, C)."""
     m, inner = p.module, getattr(p.module, "attention", None)
@@ -74,7 +66,7 @@ def _qkv(p: Projections, x: Tensor, args: tuple) -> tuple[Tensor, ...]:
     elif hasattr(m, "to_qkv"):
         flat = m.to_qkv(x).chunk(3, -1)
     elif isinstance(getattr(m, "qkv", None), nn.Linear):
-        flat = _fused(m, x)
+        flat = thirds(m, x)
     elif isinstance(getattr(m, "q_proj", None), nn.Linear):
         flat = m.q_proj(x), m.k_proj(x), m.v_proj(x)
     else:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lifeops.hosts.host import Block
+from lifeops.hosts.projections import projected
 from lifeops.integrations.attention_check import attention_tolerance, off
 from lifeops.integrations.convert_probe import Call, call
-from lifeops.integrations.host_attention import projected
 from lifeops.integrations.undisturbed import forward_of
 
 

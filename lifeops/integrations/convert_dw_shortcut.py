@@ -9,7 +9,7 @@ from lifeops.arguments import check_int
 from lifeops.hosts.host import Host
 from lifeops.integrations.convert_check import check_shortcut, check_wrapped
 from lifeops.integrations.convert_plan import Plan, check_options, host_of
-from lifeops.integrations.convert_probe import Probed, paths
+from lifeops.integrations.convert_probe import Probed, paths, ran
 from lifeops.integrations.host_block import host_block
 from lifeops.nn.dw_shortcut import DWShortcut, ShortcutModule, shortcut_for, wrap
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
@@ -66,13 +66,13 @@ def _clones(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) 
         found = f"{type(host.trunk).__name__} of transformers, which records hidden states layer by layer"
         raise ValueError(f"convert: every must be 1 for {found}, got {every}")
     swaps = [(block, host_block(block)) for block in paths(host).values()]
+    news = {id(block): new for block, new in swaps}
     for block, new in swaps:
         new.shortcut = shortcut_for(block, kernel_sizes, prefix)
 
     def check(probed: Probed) -> None:
-        for path, block in paths(host).items():
-            if id(block) in probed.calls:
-                check_wrapped(path, block, dict((id(a), b) for a, b in swaps)[id(block)], probed.calls[id(block)], probed.grid)
+        for path, block, given in ran(host, probed):
+            check_wrapped(path, block, news[id(block)], given, probed.grid)
 
     shortcuts = [new.shortcut for _, new in swaps]
     return Plan(host, swaps, [*shortcuts, *(new for _, new in swaps)], [], prefix, True, check), shortcuts

@@ -9,10 +9,11 @@ from torch import nn
 
 from lifeops.arguments import check_choice, check_flags
 from lifeops.hosts.host import Block
+from lifeops.hosts.projections import PROJ, heads_of, projections
 from lifeops.integrations.convert_check import check_attention
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable, share_hooks
-from lifeops.integrations.convert_probe import Probed, call, paths, sequence
-from lifeops.integrations.host_attention import NORMS, PROJ, class_for, heads_of, keep, projections
+from lifeops.integrations.convert_probe import Probed, call, paths, ran, sequence
+from lifeops.integrations.host_attention import NORMS, class_for, keep
 from lifeops.integrations.host_block import host_block
 from lifeops.nn.life import LifeAttention
 from lifeops.ops.life_qkv import AUX_KEYS
@@ -103,10 +104,8 @@ def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **op
                 swaps.append((attn, news[id(attn)]))
 
     def check(probed: Probed) -> None:
-        for path, block in paths(host).items():
-            if id(block) not in probed.calls:
-                continue
-            given, found = probed.calls[id(block)], attentions[id(block)]
+        for path, block, given in ran(host, probed):
+            found = attentions[id(block)]
             sequence(path, given.x)
             for inner, attn in found.items():
                 check_attention(f"{path}.{inner}", attn, news[id(attn)], lambda p=path, b=block, g=given: call(p, b, g), given, probed.grid)

@@ -8,7 +8,7 @@ from lifeops.arguments import check_choice, check_int, check_positive
 from lifeops.hosts.host import Block, Host
 from lifeops.integrations.convert_check import check_branch, check_last_branch
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable
-from lifeops.integrations.convert_probe import Probed, paths, sequence
+from lifeops.integrations.convert_probe import Probed, ran, sequence
 from lifeops.integrations.host_block import host_block, same_parts
 from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
 
@@ -46,10 +46,9 @@ def _plain(host: Host, block: Block) -> bool:
     return known and not beyond(block.module, _PLAIN) and block.attn == "attn" and block.mlp == "mlp"
 
 
-def _own_block(block: nn.Module, conv: LocalityFeedForward) -> LocalViTBlock:
-    drop_path = getattr(block, "drop_path1", getattr(block, "drop_path", None))
-    new = LocalViTBlock(block.norm1, block.attn, conv, drop_path, getattr(block, "ls1", None))
-    new.training = block.training
+def _own_block(block: Block, conv: LocalityFeedForward) -> LocalViTBlock:
+    new = LocalViTBlock(block.part("norm1"), block.part("attn"), conv, block.part("drop_path1"), block.part("ls1"))
+    new.training = block.module.training
     return new
 
 
@@ -90,15 +89,13 @@ def convert_localvit(
             dim, hidden / dim if expand_ratio is None else expand_ratio, act, dim if reduction is None else reduction,
             num_prefix_tokens=prefix, device=weight.device, dtype=weight.dtype,
         ).train(block.module.training)  # fmt: skip
-        new = _own_block(block.module, conv) if plain else _same_block(host, block, conv)
+        new = _own_block(block, conv) if plain else _same_block(host, block, conv)
         made[id(block.module)], convs[id(block.module)] = (block.module, new), conv
     described = {id(block.module): block for block in reversed(host.blocks)}
 
     def check(probed: Probed) -> None:
-        for path, block in paths(host).items():
-            if id(block) not in probed.calls:
-                continue
-            given, (_, new) = probed.calls[id(block)], made[id(block)]
+        for path, block, given in ran(host, probed):
+            _, new = made[id(block)]
             sequence(path, given.x)
             if isinstance(new, LocalViTBlock):
                 check_branch(path, block, new, given)

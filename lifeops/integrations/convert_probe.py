@@ -7,6 +7,7 @@ the old one: :mod:`lifeops.integrations.convert_check`. No hook runs, and modes,
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -107,9 +108,8 @@ def probe(host: Host, prefix: int) -> Probed:
     if not grids or not calls:
         raise ValueError(f"convert: {type(model).__name__} ran without {'its patch_embed' if not grids else 'its blocks'} (probe=False)")
     found = Probed(calls, grids[0])
-    for path, block in blocks.items():
-        if id(block) in calls:
-            _check_tokens(path, calls[id(block)].x, prefix, found.grid)
+    for path, _, given in ran(host, found):
+        _check_tokens(path, given.x, prefix, found.grid)
     return found
 
 
@@ -127,6 +127,11 @@ def paths(host: Host) -> dict[str, nn.Module]:
     """The blocks, each once, by where they are first."""
     found = {id(block.module): (block.path, block.module) for block in reversed(host.blocks)}
     return dict(reversed(found.values()))
+
+
+def ran(host: Host, probed: Probed) -> Iterator[tuple[str, nn.Module, Call]]:
+    """The blocks that ran, each once: where it is first, itself, and what the model gave it."""
+    return ((path, block, probed.calls[id(block)]) for path, block in paths(host).items() if id(block) in probed.calls)
 
 
 def try_stages(host: Host, swaps: list[tuple[nn.Module, nn.Module]], shortcuts: list[nn.Module]) -> None:

@@ -7,6 +7,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from lifeops.hosts.heads import additive, table_bias
+from lifeops.hosts.projections import PROJ
 from lifeops.nn.life import LifeAttention
 
 NORMS = ("q_norm", "k_norm", "norm")
@@ -20,7 +22,7 @@ def _mask(*biases: Tensor | None) -> Tensor | None:
     if len(found) < 2:
         return found[0] if found else None
     dtype = next(b.dtype for b in found if b.dtype != torch.bool)
-    return sum(b if b.dtype != torch.bool else torch.zeros_like(b, dtype=dtype).masked_fill(~b, -torch.inf) for b in found)
+    return sum(additive(b, dtype) for b in found)
 
 
 def _modules(attn: nn.Module) -> dict[str, nn.Module]:
@@ -79,8 +81,7 @@ class HostLifeAttention(LifeAttention):
             return self.rel_pos.get_bias()
         if not hasattr(self, _TABLE):
             return None
-        index = getattr(self, _INDEX)
-        return getattr(self, _TABLE)[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+        return table_bias(getattr(self, _TABLE), getattr(self, _INDEX))(slice(None))
 
     def forward(
         self, x: Tensor, grid: tuple[int, int] | None = None, attn_mask: Tensor | None = None, is_causal: bool = False,
@@ -104,28 +105,3 @@ class ModelLifeAttention(HostLifeAttention):
         rope = None if position_embeddings is None else torch.cat(position_embeddings[::-1], -1)
         y = super().forward(hidden_states, None, attention_mask, bool(kwargs.get("is_causal", False)), rope)
         return y, None
-
-
-PROJ = ("proj", "o_proj", "out_proj")
-_BIASES = ("q_bias", "k_bias", "v_bias")
-_SEPARATE = ("q_proj", "k_proj", "v_proj")
-
-
-def heads_of(attn: nn.Module) -> int | None:
-    return next((getattr(attn, n) for n in ("num_heads", "num_attention_heads") if getattr(attn, n, None) is not None), None)
-
-
-def projections(attn: nn.Module) -> list[tuple[str, nn.Module]]:
-    """By name the layers that make q, k and v, one or three; empty if there are no such."""
-    names = ("qkv",) if getattr(attn, "qkv", None) is not None else _SEPARATE
-    found = [(name, getattr(attn, name, None)) for name in names]
-    return found if all(isinstance(layer, nn.Module) for _, layer in found) else []
-
-
-def projected(attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, N, C) of the host's attention for its tokens ``x``, before norms and positions."""
-    layers = [layer for _, layer in projections(attn)]
-    q, k, v = layers[0](x).chunk(3, -1) if len(layers) == 1 else (layer(x) for layer in layers)
-    if len(layers) == 1:
-        q, k, v = (t if getattr(attn, n, None) is None else t + getattr(attn, n) for t, n in zip((q, k, v), _BIASES, strict=True))
-    return q, k, v

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lifeops.arguments import check_floating, got, is_dense
-from lifeops.hosts.transformers import EMBEDS, prefix_of
+from lifeops.hosts.host import pair
+from lifeops.hosts.transformers import CLS, EMBEDS, prefix_of
 from lifeops.integrations.pool_heads import PoolHead
 from lifeops.nn.embedded_grid import embedded_grid
 from lifeops.nn.inputs import check_like
-
-_CLS = ("cls_token", "class_embedding")  # as an embedding holds it
 
 
 class Parts:
@@ -31,7 +30,7 @@ class Parts:
     @property
     def has_cls(self) -> bool:
         owner = self.host if self.holder is None else self.holder
-        return self.num_prefix_tokens > 0 and any(getattr(owner, name, None) is not None for name in _CLS)
+        return self.num_prefix_tokens > 0 and any(getattr(owner, name, None) is not None for name in CLS)
 
     @property
     def first_prefix(self) -> int:
@@ -42,10 +41,9 @@ class Parts:
         """(H, W) of the patches of the forward pass."""
         if self.holder is not None:
             told = self.embed.stride if isinstance(self.embed, nn.Conv2d) else getattr(self.holder, "patch_size", None)
-            patch = getattr(self.embed, "patch_size", told)
+            patch = pair(getattr(self.embed, "patch_size", told))
             if patch is None:
                 raise ValueError(f"rollout: {type(self.embed).__name__}, the patch embedding, does not say its patch_size")
-            patch = patch if isinstance(patch, (tuple, list)) else (patch, patch)
             return self.image_size[0] // patch[0], self.image_size[1] // patch[1]
         if self.embedded is None:
             raise ValueError(f"rollout: {type(self.embed).__name__}, the patch embedding of {type(self.host).__name__}, has not run")

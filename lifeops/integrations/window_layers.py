@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lifeops import torchlib
 from lifeops.hosts.attention import Kind, call_of
 from lifeops.hosts.heads import Call
+from lifeops.hosts.host import PARTS
 from lifeops.integrations.attention_check import merge_point
 from lifeops.integrations.pass_check import PassCheck
 from lifeops.ops.rollout_step import roll
@@ -199,7 +200,7 @@ def hook_windows(records: list, path: str, block: nn.Module, kind: Kind, check: 
 
     handles += [block.register_forward_pre_hook(enter, with_kwargs=True), attention.register_forward_pre_hook(attend, with_kwargs=True)]
     if check is not None:
-        norm = next(m for m in (getattr(block, name, None) for name in ("layernorm_before", "norm1", "layer_norm1")) if m is not None)
+        norm = next(m for m in (getattr(block, name, None) for name in PARTS["norm1"]) if m is not None)
         handles += [
             norm.register_forward_hook(lambda module, args, output: seen.setdefault("normed", output)),
             attention.register_forward_hook(lambda module, args, output: check.end(module, output)),

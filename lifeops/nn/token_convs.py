@@ -16,7 +16,7 @@ from torch import nn
 from lifeops import torchlib
 from lifeops.hosts.token_convs import ENTRIES, GELUS
 from lifeops.nn.batch_norm import constants, on_batch
-from lifeops.nn.maps import to_maps
+from lifeops.nn.maps import to_maps, to_tokens
 from lifeops.nn.plain import Rule, depthwise, exactly, gelu, is_fused, is_plain, sequence_of
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.channel_act import accumulate_dtype
@@ -48,11 +48,6 @@ def _add_conv(x, layer: nn.Conv2d, grid, P: int = 0) -> torch.Tensor:
     if torchlib.autocast_dtype(x) in (None, x.dtype):
         return _conv(x, layer, grid, num_prefix_tokens=P, prefix="zero", residual=x)
     return x + _conv(x, layer, grid, num_prefix_tokens=P, prefix="zero")
-
-
-def _rows(maps: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) as tokens (B, H*W, C); a view of maps that are channels last."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------ the base
@@ -218,7 +213,7 @@ class OnMaps(TokenConv):
         return x.dim() == 4 and x.stride(1) == 1
 
     def fused(self, x):
-        return to_maps(self.on_tokens(_rows(x), x.shape[2:]), x.shape[2:])
+        return to_maps(self.on_tokens(to_tokens(x), x.shape[2:]), x.shape[2:])
 
     def sample(self, draw):
         return (draw(2, *GRID, self.layer("conv").in_channels).permute(0, 3, 1, 2),)
@@ -263,7 +258,7 @@ class MapBlock(OnMaps):
 
     def fused(self, x):
         grid = x.shape[2:]
-        y = _conv(_rows(x), self.layer("conv"), grid).unflatten(1, grid)
+        y = _conv(to_tokens(x), self.layer("conv"), grid).unflatten(1, grid)
         shortcut = y.permute(0, 3, 1, 2) if self.shortcut_after_dw else x
         y = self.layer("mlp")(self.layer("norm")(y))
         y = y if self.gamma is None else self.gamma * y

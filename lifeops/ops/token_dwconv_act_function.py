@@ -26,8 +26,7 @@ _act, _sums, _grad = map(torchlib.caller, (channel_act.act_op, channel_act.sums_
 
 class ChannelAct(NamedTuple):
     """f(scale[c] * x + shift[c]): ``scale`` and ``shift`` (C,) or None, ``act`` "none", "relu", "relu6", "hardswish" or "gelu"
-    (exact);
-    of a prologue also "gelu_first", which is scale[c] * gelu(x) + shift[c].
+    (exact); of a prologue also "gelu_first", which is scale[c] * gelu(x) + shift[c].
     """
 
     scale: torch.Tensor | None = None
