@@ -162,6 +162,11 @@ class DWShortcut(torch.autograd.Function):
         return tuple(g if need else None for g, need in zip((None, dx, dy, *grads), ctx.needs_input_grad, strict=True))
 
 
+def _step_alone(cfg: Config, x, block_output, weight, bias, gamma, beta):
+    """What :class:`DWShortcutStep` gives, where nothing is recorded."""
+    return _step(x, block_output, weight, bias, gamma, beta, cfg.eps[0], cfg.H, cfg.W, cfg.P, cfg.backend)[:3]
+
+
 class DWShortcutStep(torch.autograd.Function):
     """The same for one kernel and the statistics of one process, as two operators. Differentiable once."""
 
@@ -201,5 +206,6 @@ def dw_shortcut_train(x, block_output, kernels, eps, grid, num_prefix_tokens, re
         Differentiable, once, in x, block_output and the kernels' tensors.
     """
     cfg = Config(tuple(eps), *grid, num_prefix_tokens, reduce, config.requested_backend(step.NAME, backend))
-    function = DWShortcutStep if len(kernels) == 1 and _one_op(x, reduce, cfg.backend) else DWShortcut
-    return function.apply(cfg, x, block_output, *(p for kernel in kernels for p in kernel))
+    if len(kernels) == 1 and _one_op(x, reduce, cfg.backend):
+        return torchlib.apply(DWShortcutStep, _step_alone, cfg, x, block_output, *kernels[0])
+    return DWShortcut.apply(cfg, x, block_output, *(p for kernel in kernels for p in kernel))
