@@ -25,7 +25,7 @@ class Unfinished:
         from lifeops import __version__
 
         self.folder = make_folder(folder)
-        versions = {"lifeops": __version__, "torch": torch.__version__, "machine": platform.machine()}
+        versions = {"lifeops": __version__, "torch": str(torch.__version__), "machine": platform.machine()}
         self.made_with = {**dataclasses.asdict(recipe), **versions}
 
     def _path(self, model: str, size: int, seed: int) -> Path:
