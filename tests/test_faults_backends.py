@@ -31,12 +31,13 @@ def called(x, weight):
     return y.detach(), *torch.autograd.grad(y.square().sum(), (x, weight))
 
 
-@each_fault(
-    {f"{place}, {name}": f"a kernel raises {name} in mid-run ({place})" for place in OPS for name in ERRORS},
+@fault(
+    f"a kernel raises {', '.join(ERRORS)} in mid-run, in forward and in backward",
     "the same kind of error, which names op and backend; nothing else runs in its place; the next call is right",
 )
-def test_a_kernel_raises(name, monkeypatch):
-    place, _, kind = name.partition(", ")
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("place", OPS)
+def test_a_kernel_raises(place, kind, monkeypatch):
     error, said = ERRORS[kind]
     error.args = (said,) if kind != "MemoryError" else ()
     x, weight = inputs()
@@ -170,7 +171,12 @@ def tried(fail):
         print(torchlib.last_backend["token_dwconv"] != "triton", len(seen), *(str(w.message) for w in seen))
     except RuntimeError as error:
         print("no fallback:", error)
-    config.settings = config.settings._replace(backend="")
+    config.settings = config.settings._replace(strict=True)
+    try:
+        call()
+    except RuntimeError as error:
+        print(type(error).__name__ + ":", *str(error).splitlines())
+    config.settings = config.settings._replace(backend="", strict=False)
 
 
 for fail in (lambda: compiled(wrong), no_compiler, cache, illegal):
@@ -185,13 +191,13 @@ TRITON = {  # in the order in which they are tried
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """What each fault led to where Triton was asked for, and where it was preferred."""
+    """What each fault led to where Triton was asked for, preferred, and preferred with LIFEOPS_STRICT=1."""
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("triton")
     (folder / "fault.py").write_text(BUILD)  # Triton reads a kernel's source from its file
     out, _ = ended(folder / "fault.py", env={"TRITON_CACHE_DIR": str(folder / "cache"), "HOME": str(folder)})
     lines = iter(out.splitlines())
-    return dict(zip((*TRITON, "illegal"), zip(lines, lines, strict=True), strict=True))
+    return dict(zip((*TRITON, "illegal"), zip(lines, lines, lines, strict=True), strict=True))
 
 
 @each_fault(
@@ -199,17 +205,17 @@ def told(tmp_path_factory):
     "the next best backend runs, with one FallbackWarning; NotSupported where Triton was asked for, or with LIFEOPS_STRICT=1",
 )
 def test_triton_cannot_build(name, told):
-    (asked, preferred), cause = told[name], TRITON[name][1]
+    (asked, preferred, strict), cause = told[name], TRITON[name][1]
     assert asked.startswith("NotSupported: token_dwconv: backend 'triton' cannot run this problem: Triton cannot build token_dwconv_fwd")
     assert preferred.startswith("True 1 lifeops: token_dwconv runs on the slower ")
-    assert cause in asked
-    assert cause in preferred
+    assert strict.startswith("NotSupported: token_dwconv: backend 'triton' cannot run this problem: ")
+    assert all(cause in line for line in (asked, preferred, strict))
 
 
 @fault("a Triton kernel fails as it runs", "its own error, which names op and backend; nothing runs in its place")
 def test_triton_fails_as_it_runs(told):
     said = "token_dwconv: backend 'triton' failed: Triton Error [CUDA]: an illegal memory access was encountered"
-    assert told["illegal"] == (f"RuntimeError: {said}", f"no fallback: {said}")
+    assert told["illegal"] == (f"RuntimeError: {said}", f"no fallback: {said}", f"RuntimeError: {said}")
 
 
 IMPORTS = """

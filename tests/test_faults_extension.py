@@ -65,26 +65,29 @@ def renamed_symbol(content):
 
 
 CUT, CHECKSUM = "it is cut short, ", "its checksum is not the one noted when it was built"
-FAULTS = {  # what it is, what is done to the folder, what is said of it
-    "missing": ("the compiled library is missing", lambda f: library(f).unlink(), "this installation has no compiled kernels"),
-    "cut": ("it is cut short", lambda f: change(library(f), cut), CUT),
+FAULTS = {  # what it is or has, what is done to the folder, what is said of it
+    "missing": ("is missing", lambda f: library(f).unlink(), "this installation has no compiled kernels"),
+    "cut": ("is cut short", lambda f: change(library(f), cut), CUT),
     "cut_without_notes": (
-        "it is cut short, and what the build noted is lost", lambda f: (without_notes(f), change(library(f), cut)), CUT
+        "is cut short, and what the build noted is lost", lambda f: (without_notes(f), change(library(f), cut)), CUT
     ),
-    "empty": ("it is empty", lambda f: library(f).write_bytes(b""), "it is empty"),
-    "text": ("it is another kind of file", lambda f: library(f).write_text("version"), "it does not start as a library does but with 76"),
-    "zeros": ("its second half is zeros, as after a power failure", lambda f: change(library(f), zeros), CHECKSUM),
-    "one_bit": ("one bit of it is wrong", lambda f: change(library(f), one_bit), CHECKSUM),
-    "foreign": ("it was built for aarch64", lambda f: change(library(f), foreign), "it was built for aarch64, this machine is "),
+    "empty": ("is empty", lambda f: library(f).write_bytes(b""), "it is empty"),
+    "text": ("is another kind of file", lambda f: library(f).write_text("version"), "it does not start as a library does but with 76"),
+    "zeros": ("ends in zeros, as after a power failure", lambda f: change(library(f), zeros), CHECKSUM),
+    "one_bit": ("has one wrong bit", lambda f: change(library(f), one_bit), CHECKSUM),
+    "foreign": ("was built for aarch64", lambda f: change(library(f), foreign), "it was built for aarch64, this machine is "),
     "symbol": (
-        "it was built for a torch that has a function which this one lacks",
+        "was built for a torch that has a function which this one lacks",
         lambda f: (without_notes(f), change(library(f), renamed_symbol)), "undefined symbol: torch_got_num_threads",
     ),
 }  # fmt: skip
 
 
 @compiled
-@each_fault({name: what for name, (what, *_) in FAULTS.items()}, "not loaded; one FallbackWarning says why; the reference runs")
+@each_fault(
+    {name: f"the compiled library {what}" for name, (what, *_) in FAULTS.items()},
+    "not loaded; one FallbackWarning says why and how to mend it; the reference runs",
+)
 def test_library(name, folder):
     _, inject, message = FAULTS[name]
     inject(folder)
@@ -139,7 +142,8 @@ def test_a_process_with_a_cut_library(tmp_path):
 NOTES = {"cut short": '{"left_out": {"cuda"', "a list": "[]", "other values": '{"left_out": [], "how": 3}', "no text": b"\xff\xfe\x00"}
 
 
-@each_fault({name: f"`_build.json` is damaged: {name}" for name in NOTES}, "the kernels run; of missing backends it is said that it is")
+@fault("`_build.json` is damaged", "the kernels run; of missing backends it is said that it is")
+@pytest.mark.parametrize("name", NOTES)
 def test_notes(name, folder):
     content = NOTES[name]
     (folder / "_build.json").write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -139,15 +140,18 @@ def _results(todo: list[tuple], jobs: int):
 
 @contextlib.contextmanager
 def _deaf_to_interrupts():
-    """Processes started inside do not hear Ctrl-C, which a terminal sends to all of them: the one that started them ends them."""
-    if threading.current_thread() is not threading.main_thread():
+    """Processes started inside do not hear Ctrl-C, which a terminal sends to all of them: the one that started them ends them. It hears
+    one that comes meanwhile behind this.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # its start would take the block away
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepare_worker() -> None:
