@@ -49,6 +49,7 @@ FLEXIBLE = {
                                                                                  class_token=True, rope_type="axial")), 1),
 }  # fmt: skip
 BESIDE_MLP = {"beside mlp": (small_vit(block_fn=vit.ParallelScalingBlock, qk_norm=True), 1)}
+POOLS = {"siglip", "aimv2", "aimv2 native", "naflex map"}  # no class token, and a head that pools by attention
 HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP, **FLEXIBLE}
 
 
@@ -75,7 +76,8 @@ def test_equals_the_product_of_the_models_own_matrices(name):
         found = lifeops.rollout(model, images, targets)
         assert naive.off(found.maps.flatten(2), (found.weights @ expected)[..., prefix:]) <= 1e-5
         assert (found.maps.sum((2, 3)) + found.prefix - 1).abs().max() <= 1e-5
-    assert lifeops.rollout(model, images).labels == ("cls token" if prefix and name != "naflex" else "mean of the patch tokens",)
+    default = "cls token" if prefix and name != "naflex" else "attention pooling" if name in POOLS else "mean of the patch tokens"
+    assert lifeops.rollout(model, images).labels == (default,)
     assert torch.equal(found.maps, lifeops.rollout(model, images, "mean", verify=False).maps)
     assert hooks_of(model) == hooks
 

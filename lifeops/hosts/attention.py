@@ -156,7 +156,7 @@ def kind_of(op: str, path: str, module: nn.Module) -> Kind | None:
 # ------------------------------------------------------------------------------------------------ a call
 
 
-def _arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """The arguments of a call by name, the first (the tokens) left out."""
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -179,7 +179,7 @@ def call_of(op: str, path: str, kind: Kind, module: nn.Module, args: tuple, kwar
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{op}: {path} is given {found}, looked for tokens (B, N, C) or (B, H, W, C)")
-    given = _arguments(module, args, kwargs)
+    given = arguments(module, args, kwargs)
     beside = [name for name, value in given.items() if (_tensors(value) and name not in kind.given) or (name == "is_causal" and value)]
     if beside:
         raise ValueError(f"{op}: {path} was called with {', '.join(beside)} beside the tokens, which is not known")

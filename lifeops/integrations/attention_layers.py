@@ -15,17 +15,11 @@ from torch import Tensor, nn
 from lifeops import torchlib
 from lifeops.hosts.attention import Kind, call_of, kind_of
 from lifeops.hosts.heads import Call, Heads
-from lifeops.integrations.attention_check import merge_point
+from lifeops.hosts.projections import merge_point
+from lifeops.hosts.windows import Windows, merges, side_by_side, windows_of
 from lifeops.integrations.pass_check import PassCheck
-from lifeops.integrations.window_layers import (
-    Options,
-    hook_windows,
-    is_merge,
-    is_window_block,
-    merge_hook,
-    window_attention,
-    window_hooks,
-)
+from lifeops.integrations.rollout_layer import Options, Tokens
+from lifeops.integrations.window_layers import merge_hook, window_hooks
 from lifeops.ops.channel_act import accumulate_dtype
 from lifeops.ops.rollout_step import fuse, roll, roll_blocks, rollout_step
 
@@ -37,11 +31,12 @@ def _versions(call: Call) -> list[int]:
 class GlobalLayer:
     """Attention of all tokens to all tokens; several of them where they stand side by side and are summed."""
 
-    attends = True
+    attends, loses = True, False
 
     def __init__(self, path: str, kind: Kind, call: Call, block: nn.Module | None = None):
-        self.path, self.kind, self.block, self.calls, self.x = path, kind, block, [], call.x
-        self.tokens, self.versions = call.x.shape[1], []
+        self.path, self.kind, self.block, self.calls, self.versions = path, kind, block, [], []
+        self.reads = self.gives = Tokens(call.x.shape[1])
+        self.device, self.dtype = call.x.device, call.x.dtype
         self.add(call)
 
     def add(self, call: Call) -> None:
@@ -87,12 +82,12 @@ class ClassLayer(GlobalLayer):
 
 
 class JoinLayer:
-    """Tokens that join in front of the others: what falls on them has come from no patch."""
+    """``count`` tokens that join in front of the others: what falls on them has come from no patch."""
 
-    attends = False
+    attends, loses = False, True
 
-    def __init__(self, count: int):
-        self.count = count
+    def __init__(self, path: str, before: Tokens, count: int):
+        self.path, self.count, self.reads, self.gives = path, count, before, before._replace(count=before.count + count)
 
     def back(self, r: Tensor, options: Options) -> Tensor:
         return r[..., self.count :]
@@ -101,83 +96,76 @@ class JoinLayer:
 # ------------------------------------------------------------------------------------------------ recording
 
 
-def _record(records: list, path: str, kind: Kind, call: Call, block: nn.Module | None) -> bool:
+def _record(records: list, path: str, kind: Kind, call: Call, block: nn.Module | None, late: int) -> bool:
     """Note a run; True if it stands beside the last one."""
     last = records[-1] if records else None
     if block is not None and getattr(last, "block", None) is block and len(last.calls) < len(block.attns):
         last.add(call)
         return True
-    if kind.name == "class" and last is not None and not isinstance(last, ClassLayer):
-        records.append(JoinLayer(call.x.shape[1] - last.tokens))
+    if late and last is not None and last.gives.total + late == call.x.shape[1]:
+        records.append(JoinLayer(path, last.gives, late))
     records.append((ClassLayer if kind.name == "class" else GlobalLayer)(path, kind, call, block))
     return False
 
 
-def _hook_global(records: list, path: str, module: nn.Module, kind: Kind, block, check: PassCheck | None, handles: list) -> None:
+def _hook_global(records: list, path: str, module: nn.Module, kind: Kind, block, host_pass, check: PassCheck | None) -> list:
     def enter(module, args, kwargs):
         call = call_of("rollout", path, kind, module, args, kwargs)
-        beside = _record(records, path, kind, call, block)
+        beside = _record(records, path, kind, call, block, host_pass.host.late)
         if check is not None:
-            x = args[0] if args else kwargs["hidden_states"]
-            check.enter(path, module, x, check.parts.first_prefix, beside)
+            check.enter(path, module, args[0] if args else kwargs["hidden_states"], host_pass.prefix, beside)
             check.begin(path, call, kind.read)
 
-    handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-    if check is not None:
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True)]
+    if check is None:
+        return handles
 
-        def leave(module, args, kwargs, output):
-            check.end(module, output)
-            check.leave(args[0] if args else kwargs["hidden_states"], output)
+    def leave(module, args, kwargs, output):
+        check.end(module, output)
+        check.leave(args[0] if args else kwargs["hidden_states"], output)
 
-        handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        if (point := merge_point(module)) is not None:
-            handles.append(point.register_forward_pre_hook(check.merged))
-
-
-def _side_by_side(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The parallel blocks by the modules of their attentions."""
-    lists = lambda m: [getattr(m, name, None) for name in ("attns", "ffns")]  # noqa: E731
-    blocks = [m for m in model.modules() if all(isinstance(found, nn.ModuleList) and len(found) > 1 for found in lists(m))]
-    return {part: block for block in blocks for attn in block.attns for part in attn.modules()}
+    handles.append(module.register_forward_hook(leave, with_kwargs=True))
+    if (point := merge_point(module)) is not None:
+        handles.append(point.register_forward_pre_hook(check.merged))
+    return handles
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module, object]]:
-    """(path, module, its kind, "window" or "merge"), outermost first, each module once."""
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module, Windows | None, Kind | None]]:
+    """(path, module, its windows, how its attention is read), outermost first, each module once; neither: it merges patches."""
     found, inside = [], set()
     for path, module in model.named_modules():
         if module in inside:
             continue
-        if is_window_block(module):
-            inside.update(module.attn.modules())
-            found.append((path, module, "window"))
-        elif is_merge(module):
-            found.append((path, module, "merge"))
-        elif kind := kind_of("rollout", path, window_attention(module) or module):
+        windows = windows_of(module)
+        if windows is not None and windows.softmax is not None:
+            inside.update(windows.attention.modules())
+            found.append((path, module, windows, None))
+        elif merges(module):
+            found.append((path, module, None, None))
+        elif kind := kind_of("rollout", path, module if windows is None else windows.attention):
             inside.update(module.modules())
-            found.append((path, module, kind))
+            found.append((path, module, windows, kind))
     return found
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, parts=None) -> Iterator[list]:
-    """The layers that run inside the ``with``, in order; every hook is gone afterwards. With ``parts`` the pass is checked."""
-    records, handles, layers, blocks = [], [], _layers(model), _side_by_side(model)
-    check = None if parts is None else PassCheck(model, parts, [module for _, module, _ in layers])
+def recorded(model: nn.Module, host_pass, verify: bool) -> Iterator[list]:
+    """The layers that run inside the ``with``, in order; every hook is gone afterwards. ``verify``: the pass is checked."""
+    records, handles, layers, blocks = [], [], _layers(model), side_by_side(model)
+    check = PassCheck(model, host_pass, [module for _, module, *_ in layers]) if verify else None
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in handles])
-        for path, module, kind in layers:
-            if kind == "window":
-                stack.enter_context(window_hooks(records, path, module, check, handles))
-            elif kind == "merge":
-                handles.append(module.register_forward_pre_hook(merge_hook(records), with_kwargs=True))
-            elif window_attention(module) is not None:
-                hook_windows(records, path, module, kind, check, handles)
+        for path, module, windows, kind in layers:
+            if windows is not None:
+                stack.enter_context(window_hooks(records, path, windows, kind, check))
+            elif kind is None:
+                handles.append(module.register_forward_pre_hook(merge_hook(records, path), with_kwargs=True))
             else:
-                _hook_global(records, path, module, kind, blocks.get(module), check, handles)
+                handles += _hook_global(records, path, module, kind, blocks.get(module), host_pass, check)
         if check is not None:
-            handles.append(parts.embed.register_forward_hook(check.place.embedded))
-            if parts.pool is not None:
-                handles.append(parts.pool.module.register_forward_pre_hook(lambda module, args: check.pooled(parts.pool.path, args[0])))
+            handles.append(host_pass.host.embed.register_forward_hook(check.place.embedded))
+            for pool in host_pass.pools:
+                handles.append(pool.module.register_forward_pre_hook(lambda module, args, path=pool.path: check.pooled(path, args[0])))
             stack.enter_context(check.watch)
         yield records
         if check is not None:

@@ -10,22 +10,23 @@ from collections import Counter
 from torch import Tensor, nn
 
 from lifeops.integrations.attention_check import LayerCheck, attended_by, drops, off, some_images
+from lifeops.integrations.host_pass import HostPass
 from lifeops.integrations.pass_watch import Watch
 from lifeops.integrations.token_place import Place, tokens_of
 
 
 class PassCheck:
-    """``layers``: the modules that are known to attend or to merge; ``parts``: see :mod:`vit_parts`."""
+    """``layers``: the modules that are known to attend or to merge; ``host_pass``: see :mod:`host_pass`."""
 
-    def __init__(self, model: nn.Module, parts, layers: list[nn.Module]):
+    def __init__(self, model: nn.Module, host_pass: HostPass, layers: list[nn.Module]):
         named = list(model.named_modules(remove_duplicate=False))
         known = {id(layer) for layer in layers}
-        self.parts = parts
+        self.host_pass = host_pass
         self.watch = Watch({id(m): path for path, m in reversed(named)}, known)
         self.places = Counter(id(m) for _, m in named if id(m) in known)  # how often the model holds each
         self.ran: Counter[int] = Counter()
         self.last: str | None = None  # the path of the layer that ran last
-        self.place, self.count = Place("rollout", self.watch, parts.embed), 0
+        self.place, self.count = Place("rollout", self.watch, host_pass.host.embed), 0
         self.before: set[int] = set()  # the marks of what the last layers read
         self.gave: set[int] = set()  # and of what they gave: one layer, or several side by side
         self.open: list[LayerCheck] = []
@@ -44,7 +45,7 @@ class PassCheck:
             self.before, self.gave = self.gave, set()
         marks = self.watch.marks(x)
         if self.last is None:
-            self.place.check(path, x, prefix, self.parts.grid())
+            self.place.check(path, x, prefix, self.host_pass.grid)
         elif beside and (self.gave & marks or not self.before <= marks):
             raise ValueError(f"rollout: {path} does not read what {self.last} read, beside which it stands")
         elif not beside and not self.before <= marks:
