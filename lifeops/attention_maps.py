@@ -129,9 +129,10 @@ def rollout(
             attends in one of these ways is taken if it passes ``verify``. Windows are put back on the grid; merged patches share alike.
         images: what the model takes, (B, channels, height, width), or a mapping of keyword arguments with "pixel_values".
         targets: what π is.
-            "cls" (default if there is a cls token), "mean" (default else: the mean of the patch tokens), an int (a token of the
-            sequence), (row, column) (a patch);
-            "pool": the tokens as the model's attention pooling weighs them (timm's global_pool="map", SigLIP, AIMv2), mean over its heads;
+            "cls" (default if there is a cls token);
+            "pool" (default without one, if the pass goes through such a head): the tokens as the model's attention pooling weighs them
+            (timm's global_pool="map", SigLIP, AIMv2), mean over its heads;
+            "mean" (default else): the mean of the patch tokens; an int (a token of the sequence); (row, column) (a patch);
             "hard": for each class the patch tokens predicted as it, alike; "soft": every patch token by its probability of the class;
             a tensor of weights (R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W): divided by their sums.
         classes: the classes of "hard" and "soft"; default: those that are predicted for at least one token of the batch. A class

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias
+from lifeops.hosts.pooled import POOLED, matches, read
 from lifeops.hosts.projections import SEPARATE, heads_of, thirds
 
 LOOKED_FOR = (
     "attention with qkv and num_heads (timm, lifeops), q_proj/k_proj or query/key and num_heads or num_attention_heads (timm,"
-    " transformers), qkv_heads (LIFE), q/k/v for a class token (CaiT), in_proj and in_split (parallel MLP), or Swin blocks"
+    " transformers), qkv_heads (LIFE), q/k/v for a class token (CaiT), in_proj and in_split (parallel MLP), pool_q/k/v (MViTv2), or Swin"
+    " blocks"
 )
 
 
@@ -124,6 +126,7 @@ KINDS = (
     Kind("LIFE", lambda m: hasattr(m, "qkv_heads"), frozenset(), (), _read_life),
     Kind("talking heads", lambda m: _holds(m, "qkv", "proj_l", "proj_w") and _counts_heads(m),
          frozenset({"qkv", "proj_l", "proj_w", "proj", "attn_drop", "proj_drop"}), (), _read_talking),
+    Kind("pooled", lambda m: matches(m) and _holds(m, "qkv") and _counts_heads(m), POOLED, (), read),
     Kind("fused", lambda m: _holds(m, "qkv") and _counts_heads(m),
          frozenset({"qkv", "q_bias", "v_bias", "projection", *_OUT}), (*MASKS, *ROTATIONS), _read_fused),
     Kind("cosine", lambda m: _holds(m, "query", "key", "value", "continuous_position_bias_mlp") and _counts_heads(m),
@@ -185,6 +188,8 @@ def call_of(op: str, path: str, kind: Kind, module: nn.Module, args: tuple, kwar
         raise ValueError(f"{op}: {path} was called with {', '.join(beside)} beside the tokens, which is not known")
     if kind.name == "LIFE":
         return Call(module, x, _life_grid(module, given), {})
+    if kind.name == "pooled":
+        return Call(module, x, tuple(int(n) for n in given["feat_size"]), {})
     if x.dim() == 3 and getattr(module, "rel_pos_h", None) is not None:
         found = f"has relative positions of rows and columns and is given {tuple(x.shape)}"
         raise ValueError(f"{op}: {path} {found}, looked for maps (B, H, W, C)")

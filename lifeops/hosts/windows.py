@@ -54,8 +54,12 @@ def merges(module: nn.Module) -> bool:
     return type(module).__name__.endswith("PatchMerging") and hasattr(module, "reduction")
 
 
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """Those that stand side by side in a parallel block."""
+    lists = [getattr(block, name, None) for name in ("attns", "ffns")]
+    return list(block.attns) if all(isinstance(found, nn.ModuleList) and len(found) > 1 for found in lists) else []
+
+
 def side_by_side(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """The parallel blocks (ParallelThingsBlock) by the modules of their attentions."""
-    lists = lambda m: [getattr(m, name, None) for name in ("attns", "ffns")]  # noqa: E731
-    blocks = [m for m in model.modules() if all(isinstance(found, nn.ModuleList) and len(found) > 1 for found in lists(m))]
-    return {part: block for block in blocks for attn in block.attns for part in attn.modules()}
+    return {part: block for block in model.modules() for attn in attentions(block) for part in attn.modules()}

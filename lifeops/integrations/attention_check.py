@@ -60,7 +60,8 @@ def attended_by(heads: Heads, images: list[int]) -> Rows:
     with torchlib.without_autocast(q):
         index = torch.linspace(0, q.shape[2] - 1, min(q.shape[2], ROWS)).round().long().unique().to(q.device)
         scores = heads.scores(index)
-        values = (heads.weights(scores) @ v.to(scores.dtype)).transpose(1, 2).flatten(2)
+        values = heads.weights(scores) @ v.to(scores.dtype)
+        values = (values + q[:, :, index] if heads.plus_q else values).transpose(1, 2).flatten(2)
     largest = scores.abs().nan_to_num(0, 0, 0).max().item() if scores.numel() else 0.0
     return Rows(values, images, index, _tolerance(q.dtype, q.device, largest), q.shape[2])
 
