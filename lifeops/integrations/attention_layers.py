@@ -39,7 +39,7 @@ def _hook_global(records: list, path: str, module: nn.Module, kind: Kind, block,
         call = call_of("rollout", path, kind, module, args, kwargs)
         beside = _record(records, path, kind, call, block, host_pass.host.late)
         if check is not None:
-            check.enter(path, module, args[0] if args else kwargs["hidden_states"], host_pass.prefix, beside)
+            check.enter(path, module, args[0] if args else kwargs["hidden_states"], beside, tuple(call.tensors()[1:]))
             check.begin(path, call, kind.read)
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True)]

@@ -135,7 +135,7 @@ class _Recorder:
         grid = _maps_or_dimensions(x, args, kwargs)
         self.records.append(WindowLayer(self.path, grid, self.windows.sizes, self.windows.padded_first))
         if self.check is not None:
-            self.check.enter(self.path, module, x, 0)
+            self.check.enter(self.path, module, x)
 
     def normed(self, module, args, output) -> None:
         self.seen.setdefault("normed", output)
