@@ -99,6 +99,17 @@ def _cait(model, x, tokens):
     return _chained(layers)
 
 
+def _eomt(model, x, tokens):
+    """Queries join in front on the way: before that their rows are the identity's."""
+    queries = model.query.num_embeddings
+    first, last = (_square(attentions_of(model, x), len(x), n) for n in (tokens, queries + tokens))
+    assert len(first) + len(last) == len(model.layers)
+    joined = torch.eye(queries + tokens, dtype=torch.float64).repeat(len(first), len(x), 1, 1)
+    for own, a in zip(joined, first, strict=True):
+        own[:, queries:, queries:] = a
+    return _chained([*joined, *last])
+
+
 # ------------------------------------------------------------------------------------------------ windows
 
 
@@ -217,5 +228,5 @@ def _mvit(model, x, tokens):
     return product
 
 
-CHAINS = {"plain": _plain, "parallel": _parallel, "cait": _cait, "swin": _swin, "sam": _sam, "mvit": _mvit}
+CHAINS = {"plain": _plain, "parallel": _parallel, "cait": _cait, "eomt": _eomt, "swin": _swin, "sam": _sam, "mvit": _mvit}
 """How the attention of a host's layers makes a roll-out: (model, x, number of tokens) -> (B, output tokens, input tokens)."""
