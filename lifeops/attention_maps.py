@@ -37,15 +37,15 @@ class Rollout(NamedTuple):
     """What :func:`rollout` returns.
 
     Attributes:
-        maps: (B, R, H, W), each map's weights of the patches.
+        maps: (B, R, H, W), each map's weights of the patches; of packed images a tuple of (R, H, W), each on its own grid.
         prefix: (B, R), what fell on no patch: on the prefix tokens, or on the padding of windows. 1 - maps.sum((2, 3)) unless
-            ``prefix="normalize"``.
+            ``prefix="normalize"``, and never anything on the padding of packed images.
         labels: what each of the R maps is of.
         weights: (B, R, N), the output tokens' weights π the roll-out began with.
         output: what the model returned.
     """
 
-    maps: Tensor
+    maps: Tensor | tuple[Tensor, ...]
     prefix: Tensor
     labels: tuple[str, ...]
     weights: Tensor
@@ -100,7 +100,8 @@ def _tokens_of(records: list, host_pass: HostPass) -> OutputTokens:
         tokens = prefix + grid[0] * grid[1]
         found = f"{prefix} prefix tokens and a {grid[0]} x {grid[1]} grid are {tokens} tokens, the layers have {last.gives.total}"
         raise ValueError(f"rollout: {found} (give num_prefix_tokens=…; turn patch dropout off)")
-    return OutputTokens(prefix, late, grid, host_pass.batch, last.device, torch.float64 if last.dtype == torch.float64 else torch.float32)
+    dtype, packed = torch.float64 if last.dtype == torch.float64 else torch.float32, host_pass.packed
+    return OutputTokens(prefix, late, grid, host_pass.batch, last.device, dtype, packed and packed.grids)
 
 
 def _pools(model: nn.Module, targets) -> list[PoolHead]:
@@ -109,6 +110,28 @@ def _pools(model: nn.Module, targets) -> list[PoolHead]:
         return [one_pool_head(model)]
     found = pool_heads(model) if targets is None else []
     return found if len(found) == 1 else []
+
+
+def _back(records: list, weights: Tensor, grid: tuple[int, int], options: Options, prefix: str) -> tuple[Tensor, Tensor]:
+    """(maps, what fell on no patch) of weights π (B, R, N), from the last layer to the first; ``records`` are used up on the way."""
+    loses, r = any(layer.loses for layer in records), weights
+    while records:
+        r = records.pop().back(r, options)
+    first = r.shape[-1] - grid[0] * grid[1]
+    maps = r[..., first:].unflatten(-1, grid)
+    on_prefix = r[..., :first].sum(-1) + (weights.sum(-1) - r.sum(-1) if loses else 0)
+    if prefix == "normalize":
+        total = maps.sum((2, 3), keepdim=True)
+        maps = maps / torch.where(total > 0, total, 1)
+    return maps, on_prefix
+
+
+def _back_alone(records: list, image: int, weights: Tensor, tokens: OutputTokens, options: Options, prefix: str) -> tuple[Tensor, Tensor]:
+    """The same of one packed image, without its padding."""
+    grid = tokens.grids[image]
+    count = tokens.prefix + grid[0] * grid[1]
+    alone = [layer.alone(image, count) for layer in records]
+    return _back(alone, weights[image : image + 1, :, :count], grid, options, prefix)
 
 
 def rollout(
@@ -123,14 +146,17 @@ def rollout(
     comes with a layer's call is kept, and such a layer's rows are computed in blocks of a fixed number of scores.
 
     Args:
-        model: of timm a ViT, DeiT, DINOv2, DINOv3, EVA, BEiT, PE, rope, relative position or parallel ViT, CaiT, NaFlexViT (images, not
-            packed patches), SAM, Swin (1 and 2); also after :func:`lifeops.convert`; a lifeops model; of transformers a
-            ViT, DeiT, DINOv2, DINOv3, BEiT, Data2Vec, SAM, Swin (1 and 2), the vision model of CLIP, SigLIP, BLIP, AIMv2. Any other that
-            attends in one of these ways is taken if it passes ``verify``. Windows are put back on the grid; merged patches share alike.
-        images: what the model takes, (B, channels, height, width), or a mapping of keyword arguments with "pixel_values".
+        model: of timm a ViT, DeiT, DINOv2, DINOv3, EVA, BEiT, PE, rope, relative position or parallel ViT, CaiT, NaFlexViT, MViTv2,
+            SAM, Swin (1 and 2); also after :func:`lifeops.convert`; a lifeops model; of transformers a ViT, DeiT, DINOv2, DINOv3, BEiT,
+            Data2Vec, SAM, Swin (1 and 2), EoMT, the vision model of CLIP, SigLIP (1 and 2), BLIP, AIMv2. Any other that attends in one of
+            these ways is taken if it passes ``verify``. Windows are put back on the grid; merged and pooled patches share alike.
+        images: what the model takes, (B, channels, height, width), or a mapping of keyword arguments with "pixel_values"; or packed
+            patches of several grids: NaFlexViT's {"patches", "patch_coord", "patch_valid"}, SigLIP 2's {"pixel_values",
+            "pixel_attention_mask", "spatial_shapes"}. Patches must come row by row, padding behind them and hidden from them; each image's
+            map is then what it is without padding and alone.
         targets: what π is.
             "cls" (default if there is a cls token);
-            "pool" (default without one, if the pass goes through such a head): the tokens as the model's attention pooling weighs them
+            "pool" (default without one, if the output depends on such a head): the tokens as the model's attention pooling weighs them
             (timm's global_pool="map", SigLIP, AIMv2), mean over its heads;
             "mean" (default else): the mean of the patch tokens; an int (a token of the sequence); (row, column) (a patch);
             "hard": for each class the patch tokens predicted as it, alike; "soft": every patch token by its probability of the class;
@@ -165,17 +191,13 @@ def rollout(
     with _untouched(model):
         by_class = isinstance(targets, str) and targets in ("hard", "soft")
         with recorded(model, host_pass, verify) as records, host_pass.watched(by_class), under("rollout"):
-            output = model(**images) if isinstance(images, Mapping) else model(images)
+            output = model(**images) if isinstance(images, Mapping) and "patches" not in images else model(images)
         first = _first(records, start_layer, model)
         tokens, records = _tokens_of(records, host_pass), records[first:]
         weights, labels = begin(tokens, targets, classes, token_logits, host_pass, output, verify)
-        grid, loses, r = records[0].reads.grid or host_pass.grid, any(layer.loses for layer in records), weights
-        while records:
-            r = records.pop().back(r, options)
-    first = r.shape[-1] - grid[0] * grid[1]
-    maps = r[..., first:].unflatten(-1, grid)
-    on_prefix = r[..., :first].sum(-1) + (weights.sum(-1) - r.sum(-1) if loses else 0)
-    if prefix == "normalize":
-        total = maps.sum((2, 3), keepdim=True)
-        maps = maps / torch.where(total > 0, total, 1)
+        if tokens.grids is None:
+            maps, on_prefix = _back(records, weights, records[0].reads.grid or host_pass.grid, options, prefix)
+        else:
+            found = [_back_alone(records, image, weights, tokens, options, prefix) for image in range(tokens.batch)]
+            maps, on_prefix = tuple(m[0] for m, _ in found), torch.cat([p for _, p in found])
     return Rollout(maps, on_prefix, labels, weights, output)

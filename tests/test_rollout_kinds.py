@@ -271,6 +271,17 @@ def test_pooling_heads_weigh_the_tokens(name):
     torch.testing.assert_close(found.maps, lifeops.rollout(model, images, found.weights).maps)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_default_is_what_the_output_reads(verify):
+    tower = made(POOLED["siglip"])
+    config = transformers.SiglipConfig(vision_config=dict(HF), num_labels=5)
+    classifier = made(lambda: transformers.SiglipForImageClassification(config))  # of the mean, although its tower holds such a head
+    cases = (tower, "attention pooling"), (classifier, "mean of the patch tokens"), (made(POOLED["pe"]), "cls token")
+    for model, label in cases:
+        images = images_of(model) if model is not classifier else torch.randn(2, 3, 32, 32)
+        assert lifeops.rollout(model, images, verify=verify).labels == (label,)
+
+
 class _Queries(naive.Attentions):
     """The last attention with fewer queries than keys."""
 

@@ -70,10 +70,33 @@ class Call(NamedTuple):
         pick = lambda t: t[images] if isinstance(t, Tensor) and t.dim() == 4 and t.shape[0] == B else t  # noqa: E731
         return self._replace(x=self.x[images], given={name: pick(value) for name, value in self.given.items()})
 
+    def alone(self, op: str, path: str, image: int, count: int) -> Call:
+        """Of one image, of which the first ``count`` tokens are there and the rest is padding. ValueError if these attend to padding."""
+        N, given = self.x.shape[1], {}
+        masks = [name for name in MASKS if isinstance(self.given.get(name), Tensor)]
+        own = lambda t: t[image : image + 1] if t.dim() == 4 and len(t) == len(self.x) else t  # noqa: E731
+        hidden = [_hides(own(self.given[name]), count) for name in masks]
+        if count < N and not any(hidden):
+            raise ValueError(f"{op}: {path} attends to the padding of image {image}: no mask of its call hides tokens {count} to {N - 1}")
+        for name, value in self.given.items():
+            if name in masks:
+                kept = own(value)[..., : 1 if value.shape[-2] == 1 else count, :count]
+                value = kept if additive(kept).any() else None
+            elif name in ROTATIONS and value is not None:
+                value = own(value)[..., : count - N + value.shape[-2], :]
+            given[name] = value
+        return self._replace(x=self.x[image : image + 1, :count], given=given)
+
     def tensors(self) -> list[Tensor]:
         """Everything that a later reading needs unchanged."""
         beside = [t for value in self.given.values() for t in (value if isinstance(value, (tuple, list)) else (value,))]
         return [self.x, *(t for t in beside if isinstance(t, Tensor))]
+
+
+def _hides(mask: Tensor, count: int) -> bool:
+    """Whether the mask (…, n or 1, N) hides the keys from ``count`` on from every query before them."""
+    mask = additive(mask)
+    return bool((mask[..., : 1 if mask.shape[-2] == 1 else count, count:] <= torch.finfo(mask.dtype).min / 2).all())
 
 
 # ------------------------------------------------------------------------------------------------ rotation

@@ -79,6 +79,7 @@ def recorded(model: nn.Module, host_pass, verify: bool) -> Iterator[list]:
     """The layers that run inside the ``with``, in order; every hook is gone afterwards. ``verify``: the pass is checked."""
     records, handles, layers, blocks = [], [], _layers(model), side_by_side(model)
     check = PassCheck(model, host_pass, [module for _, module, *_ in layers]) if verify else None
+    watch = host_pass.follow_pools(None if check is None else check.watch)
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [handle.remove() for handle in handles])
         for path, module, windows, kind in layers:
@@ -93,7 +94,8 @@ def recorded(model: nn.Module, host_pass, verify: bool) -> Iterator[list]:
             handles.append(host_pass.host.embed.register_forward_hook(check.place.embedded))
             for pool in host_pass.pools:
                 handles.append(pool.module.register_forward_pre_hook(lambda module, args, path=pool.path: check.pooled(path, args[0])))
-            stack.enter_context(check.watch)
+        if watch is not None:
+            stack.enter_context(watch)
         yield records
         if check is not None:
             check.finish()

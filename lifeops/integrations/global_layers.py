@@ -37,15 +37,27 @@ class GlobalLayer:
         self.calls.append(call)
         self.versions.append(_versions(call))
 
+    def alone(self, image: int, count: int) -> GlobalLayer:
+        """The layer of one image, whose first ``count`` tokens are no padding."""
+        self._unchanged()
+        calls = [call.alone("rollout", self.path, image, count) for call in self.calls]
+        layer = type(self)(self.path, self.kind, calls[0], self.block)
+        for call in calls[1:]:
+            layer.add(call)
+        return layer
+
     def takes(self, block: nn.Module) -> bool:
         """Whether another attention of ``block`` stands beside those that are there."""
         return block is self.block and len(self.calls) < len(attentions(block))
 
     def heads(self) -> list[Heads]:
         """One for each attention of the layer."""
+        self._unchanged()
+        return [self.kind.read(call, False) for call in self.calls]
+
+    def _unchanged(self) -> None:
         if any(_versions(call) != before for call, before in zip(self.calls, self.versions, strict=True)):
             raise ValueError(f"rollout: the input of {self.path} was overwritten after the layer had read it")
-        return [self.kind.read(call, False) for call in self.calls]
 
     def back(self, r: Tensor, options: Options) -> Tensor:
         """r (B, R, N) of the layer's output to that of its input."""

@@ -7,12 +7,16 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lifeops.arguments import check_floating, got, is_dense
 from lifeops.hosts.classifier import classifiers, final_norm, pooled_norm
 from lifeops.hosts.find import find_host
 from lifeops.hosts.host import Host
+from lifeops.hosts.packed import Packed, packed_of
+from lifeops.integrations.pass_watch import POOLED, Watch
 from lifeops.integrations.pool_heads import PoolHead
+from lifeops.integrations.token_place import tokens_of
 from lifeops.nn.embedded_grid import embedded_grid
 from lifeops.nn.inputs import check_like
 
@@ -20,11 +24,22 @@ from lifeops.nn.inputs import check_like
 class HostPass:
     """``prefix``: how many tokens the first layer reads before the patches. ``pools``: the pooling heads that are watched."""
 
-    def __init__(self, model: nn.Module, host: Host, images: Tensor, prefix: int, pools: list[PoolHead]):
+    def __init__(self, model: nn.Module, host: Host, images: Tensor | Packed, prefix: int, pools: list[PoolHead]):
         self.model, self.host, self.prefix, self.pools = model, host, prefix, pools
-        self.batch = images.shape[0]
-        self.embedded: tuple[int, int] | None = None
+        self.packed = images if isinstance(images, Packed) else None
+        self.batch = len(images.patches if isinstance(images, Packed) else images)
+        self.embedded: tuple[int, int] | None = None if self.packed is None else (1, self.packed.patches.shape[1])
         self.features: Tensor | None = None
+        self.watch: Watch | None = None
+
+    def follow_pools(self, watch: Watch | None) -> Watch | None:
+        """What the pass is to be watched by: where it is not anyhow, only if the default depends on what its output is made of."""
+        self.watch = Watch({}, set()) if watch is None and self.pools else watch
+        return self.watch
+
+    def reads(self, pool: PoolHead, output) -> bool:
+        """Whether the model's ``output`` depends on what ``pool`` gave."""
+        return pool.x is not None and any(POOLED in self.watch.marks(t) for t in tree_leaves(output) if isinstance(t, Tensor))
 
     @property
     def has_cls(self) -> bool:
@@ -32,7 +47,7 @@ class HostPass:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W) of the patches of the forward pass."""
+        """(H, W) of the patches of the forward pass; packed ones, of several grids, lie in one row."""
         if self.embedded is None:
             name = type(self.host.teller).__name__
             raise ValueError(f"rollout: {name}, the patch embedding of {type(self.host.trunk).__name__}, has not run")
@@ -54,8 +69,10 @@ class HostPass:
     @contextlib.contextmanager
     def watched(self, features: bool) -> Iterator[None]:
         """Notes the grid of the forward pass and, if asked for, the last tokens."""
-        handles = [self.host.embed.register_forward_pre_hook(_check_embedded), self.host.teller.register_forward_hook(self._embedded)]
-        handles += [handle for pool in self.pools for handle in pool.hooks()]
+        handles = [self.host.embed.register_forward_pre_hook(_check_embedded)]
+        handles += [] if self.packed is not None else [self.host.teller.register_forward_hook(self._embedded)]
+        for pool in self.pools:
+            handles += [*pool.hooks(), pool.module.register_forward_hook(self._pooled)]
         if features:
             handles.append(self._norm().register_forward_hook(lambda module, args, output: setattr(self, "features", output)))
         try:
@@ -67,6 +84,9 @@ class HostPass:
     def _embedded(self, module, args, output) -> None:
         self.embedded = embedded_grid(module, args, output)
 
+    def _pooled(self, module, args, output) -> None:
+        self.watch.mark(tokens_of(output), {POOLED})
+
     def _norm(self) -> nn.Module:
         norm = final_norm(self.host)
         if norm is None:
@@ -77,13 +97,14 @@ class HostPass:
 
 def pass_of(model: nn.Module, images, num_prefix_tokens: int | None, pools: list[PoolHead]) -> HostPass:
     """Raises ValueError if ``model`` is no known host, or without images."""
+    packed = packed_of("rollout", images)
     images = images.get("pixel_values") if isinstance(images, Mapping) else images
-    if not is_dense(images) or images.dim() != 4:
-        expected = "dense (B, channels, height, width) or a mapping with such pixel_values"
+    if packed is None and (not is_dense(images) or images.dim() != 4):
+        expected = "dense (B, channels, height, width), a mapping with such pixel_values, or packed patches"
         raise ValueError(f"rollout: images must be {expected}, got {got(images)}")
     host = find_host("rollout", model, blocks=False)
     prefix = (host.prefix or 0) if num_prefix_tokens is None else num_prefix_tokens
-    return HostPass(model, host, images, prefix, pools)
+    return HostPass(model, host, images if packed is None else packed, prefix, pools)
 
 
 def _check_embedded(embed: nn.Module, args: tuple) -> None:

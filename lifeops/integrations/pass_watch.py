@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _MARKS, _NONE = "_lifeops_marks", frozenset()
-EMBEDDED = -1  # the mark of what the patch embedding gave
+EMBEDDED, POOLED = -1, -2  # the marks of what the patch embedding gave, and a pooling head
 _SOFTMAX = ("_softmax", "_safe_softmax")
 _PRODUCTS = ("bmm", "baddbmm", "mm", "addmm")
 _MOVES = ("gather", "index_select", "index", "roll", "flip", "masked_select", "scatter", "index_put", "index_put_", "sort", "topk")
@@ -136,7 +136,7 @@ class Watch(TorchDispatchMode):
                 path = self.names.get(id(owner)) if path is None else path
             frame = frame.f_back
         self.noted += 1
-        self.events.append(Event(what, path or "the model itself", EMBEDDED - self.noted, square, queries, moves))
+        self.events.append(Event(what, path or "the model itself", POOLED - self.noted, square, queries, moves))
         return {self.events[-1].mark}
 
     # -------------------------------------------------------------------------------------------- shadows

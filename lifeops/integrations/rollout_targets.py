@@ -15,7 +15,10 @@ from lifeops.integrations.pool_heads import over_tokens
 
 
 class OutputTokens(NamedTuple):
-    """Output tokens: ``prefix`` of them, then the patches of ``grid``; ``late`` of the prefix joined on the way, in front of the others."""
+    """Output tokens: ``prefix`` of them, then the patches of ``grid``; ``late`` of the prefix joined on the way, in front of the others.
+
+    ``grids``: those of packed images, whose patches and padding lie in the one row of ``grid``.
+    """
 
     prefix: int
     late: int
@@ -23,6 +26,15 @@ class OutputTokens(NamedTuple):
     batch: int
     device: torch.device
     dtype: torch.dtype
+    grids: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def there(self) -> Tensor:
+        """(B, 1, N): 1 for a token, 0 for the padding of a packed image."""
+        if self.grids is None:
+            return torch.ones(1, 1, self.count, dtype=self.dtype, device=self.device)
+        counts = torch.tensor([self.prefix + H * W for H, W in self.grids], device=self.device)
+        return (torch.arange(self.count, device=self.device) < counts[:, None])[:, None].to(self.dtype)
 
     @property
     def count(self) -> int:
@@ -68,16 +80,16 @@ def is_int(value) -> bool:
 
 def _by_class(tokens: OutputTokens, how: str, logits: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, tuple[str, ...]]:
     """Patch tokens' logits (B, H*W, K) to weights of all tokens."""
-    predicted, num_classes = logits.argmax(-1), logits.shape[-1]
+    predicted, num_classes, there = logits.argmax(-1), logits.shape[-1], tokens.there
     if classes is None:
-        classes = predicted.unique().tolist()
+        classes = predicted[(there[:, 0, tokens.prefix :] > 0).expand_as(predicted)].unique().tolist()
     wrong = [c for c in classes if not 0 <= c < num_classes]
     if wrong or not len(classes):
         raise ValueError(f"rollout: classes must be some of 0 to {num_classes - 1}, got {list(classes)}")
     index = torch.tensor(list(classes), device=logits.device)
     chosen = predicted[:, None] == index[:, None] if how == "hard" else logits.to(tokens.dtype).softmax(-1)[..., index].transpose(1, 2)
     weights = torch.nn.functional.pad(chosen.to(tokens.dtype), (tokens.prefix, 0))
-    return _normalised(weights), tuple(f"class {c}" for c in classes)
+    return _normalised(weights * there), tuple(f"class {c}" for c in classes)
 
 
 def _patch_logits(tokens: OutputTokens, given, host_pass: HostPass, output) -> Tensor:
@@ -97,18 +109,38 @@ def _patch_logits(tokens: OutputTokens, given, host_pass: HostPass, output) -> T
     return logits.to(tokens.device)
 
 
-def _default(host_pass: HostPass) -> str:
-    """What the model's own head reads: its class token, else what its attention pooling weighs, else the mean."""
-    pooled = any(pool.x is not None for pool in host_pass.pools)
+def _default(host_pass: HostPass, output) -> str:
+    """What the model's own output reads: its class token, else what its attention pooling weighs, else the mean."""
+    pooled = any(host_pass.reads(pool, output) for pool in host_pass.pools)
     return "cls" if host_pass.has_cls else "pool" if pooled else "mean"
 
 
-def begin(
+def begin(tokens: OutputTokens, *given) -> tuple[Tensor, tuple[str, ...]]:
+    """π (B, R, N) and its labels; ``given`` as :func:`_begin` takes it. ValueError for weight on the padding of packed images."""
+    weights, labels = _begin(tokens, *given)
+    if tokens.grids is not None and bool((weights * (1 - tokens.there)).any()):
+        grids = ", ".join(f"{H} x {W}" for H, W in tokens.grids)
+        raise ValueError(f"rollout: {labels[0]} lies on padding: the images have {grids} patches")
+    return weights, labels
+
+
+def _patch(tokens: OutputTokens, row: int, column: int) -> tuple[Tensor, tuple[str, ...]]:
+    """One patch, of packed images by the grid of each."""
+    grids = tokens.grids or [tokens.grid]
+    for H, W in grids:
+        if not (0 <= row < H and 0 <= column < W):
+            raise ValueError(f"rollout: the patch must lie on the {H} x {W} grid, got {(row, column)}")
+    at = torch.tensor([tokens.prefix + row * W + column for _, W in grids], device=tokens.device)
+    weights = torch.nn.functional.one_hot(at, tokens.count).to(tokens.dtype)[:, None]
+    return weights.expand(tokens.batch, -1, -1), (f"patch ({row}, {column})",)
+
+
+def _begin(
     tokens: OutputTokens, targets, classes, token_logits, host_pass: HostPass, output, verify: bool
 ) -> tuple[Tensor, tuple[str, ...]]:  # fmt: skip
     """π (B, R, N) and its labels."""
     if targets is None:
-        targets = _default(host_pass)
+        targets = _default(host_pass, output)
     if isinstance(targets, Tensor):
         return _mask(tokens, targets)
     known = "'cls', 'mean', 'pool', 'hard', 'soft', a token's index, a patch (row, column) or a tensor of weights"
@@ -119,7 +151,7 @@ def begin(
     if targets == "mean":
         patches = torch.ones(1, tokens.count, dtype=tokens.dtype)
         patches[:, : tokens.prefix] = 0
-        return _mask(tokens, patches)[0], ("mean of the patch tokens",)
+        return _normalised(_mask(tokens, patches)[0] * tokens.there), ("mean of the patch tokens",)
     if targets == "cls":
         if not host_pass.has_cls:
             raise ValueError("rollout: the model has no cls token; targets='mean' is what average pooling reads")
@@ -131,8 +163,5 @@ def begin(
     if is_int(targets):
         return _one(tokens, int(targets), f"token {targets}")
     if isinstance(targets, tuple) and len(targets) == 2 and all(map(is_int, targets)):
-        (row, column), (H, W) = targets, tokens.grid
-        if not (0 <= row < H and 0 <= column < W):
-            raise ValueError(f"rollout: the patch must lie on the {H} x {W} grid, got {targets}")
-        return _one(tokens, tokens.prefix + row * W + column, f"patch ({row}, {column})")
+        return _patch(tokens, *map(int, targets))
     raise ValueError(f"rollout: targets must be {known}, got {got(targets)}")
