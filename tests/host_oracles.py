@@ -208,6 +208,8 @@ def check_rollout(model, x, host) -> float:
     for result, weights in zip(found.values(), (default, patch, mean), strict=True):
         expected = (weights[..., None, :] @ product).reshape(len(x), -1)[:, prefix:]
         worst = max(worst, error(result.maps[:, 0], expected.unflatten(1, grid_of(expected.shape[1], host))))
+        lost = weights.sum(-1) - expected.sum(1)  # on other tokens, and on the padding of windows
+        worst = max(worst, (result.prefix[:, 0] - lost).abs().max().item())
     return worst
 
 
