@@ -5,7 +5,7 @@ import torch
 
 import lifeops
 from conftest import declare_torchvision_ops
-from lifeops.integrations.window_layers import MergeLayer, Options, WindowLayer
+from lifeops.attention_maps.windows import MergeLayer, Options, WindowLayer
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 PLAIN = Options("mean", 0.5, 0.0, None)
