@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from lifeops import config, registry
-from lifeops.ops.activations import ACTS, PROLOGUES
-from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel.act import accumulate_dtype
+from lifeops.ops.channel.activations import ACTS, PROLOGUES
 from lifeops.ops.rollout_step import FUSIONS, dropped_entries
-from lifeops.ops.token_dwconv import DTYPES
+from lifeops.ops.token_dwconv.spec import DTYPES
 
 _HERE = Path(__file__).parent
 SCHEMAS = {

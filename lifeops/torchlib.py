@@ -37,6 +37,8 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.dtype, int, float, bool, str, 
 _is_compiling, _functorch_active = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _dispatch_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
+_autocast_available = torch._C._is_autocast_available
+_NOTHING = contextlib.nullcontext()
 
 
 def _transformed() -> bool:
@@ -203,13 +205,14 @@ def set_vmap(op: Op, rule) -> None:
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for ``device``; devices that have none, such as meta, raise in torch."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return _autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(x: torch.Tensor):
     """A context in which nothing on ``x``'s device is cast."""
     if not autocast_enabled(x.device):
-        return contextlib.nullcontext()
+        return _NOTHING
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -228,7 +231,7 @@ def builds_graph(*tensors) -> bool:
 def below_autograd(call: Callable, *args):
     """``call(*args)`` where nothing is recorded: past the operators' autograd, which would only find that out again."""
     # compilers trace no such guard, a program has to record, and other libraries' modes know convolution, not the conv2d above it
-    if _transformed() or captured() or _foreigner_looks_on():
+    if _seen_by_torch() and (_transformed() or captured() or _foreigner_looks_on()):
         return call(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return call(*args)

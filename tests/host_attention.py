@@ -174,7 +174,7 @@ def _swin(model, x, tokens):
     matrices, last = [], None
     for attention, windows, candidates in calls:
         flat = [s.reshape(len(x), -1, windows.shape[-1]) for s in candidates if s.shape[-1] == windows.shape[-1]]
-        places = max((_places(windows, s) for s in flat), key=lambda p: int((p >= 0).sum()))
+        places = max((_places(windows, s) for s in flat), key=lambda p: len(p[p >= 0].unique()))
         n = flat[0].shape[1]
         assert len(places[places >= 0].unique()) == len(x) * n, "windows do not hold every token"
         grid = _grid(x.shape[2:], n)

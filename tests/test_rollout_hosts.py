@@ -5,8 +5,8 @@ import torch
 
 import lifeops
 from conftest import declare_torchvision_ops
-from lifeops.integrations.rollout_layer import Options
-from lifeops.integrations.window_layers import MergeLayer, WindowLayer
+from lifeops.attention_maps.protocol import Options
+from lifeops.attention_maps.windows import MergeLayer, WindowLayer
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 PLAIN = Options("mean", 0.5, 0.0, None)

@@ -117,10 +117,10 @@ def test_windows_and_the_whole_grid_in_turn(name):
 
 
 def _padded(library, name, **options):
-    """A 12 x 8 grid, which windows of 5 do not divide, then 6 x 4."""
+    """A 14 x 12 grid, which windows of 5 do not divide, then 7 x 6."""
     sizes = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 3), "window_size": 5, "patch_size": 4, **options}
     if library is timm:
-        return lambda: getattr(timm.models, name)(img_size=(48, 32), num_classes=3, **sizes)
+        return lambda: getattr(timm.models, name)(img_size=(56, 48), num_classes=3, **sizes)
     return lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(image_size=48, **sizes))
 
 
@@ -133,8 +133,8 @@ PADDED = {
 
 @pytest.mark.parametrize("name", PADDED)
 def test_what_falls_on_the_padding_of_windows_is_told(name):
-    model, images = made(PADDED[name]), torch.randn(2, 3, 48, 32)
-    expected = CHAINS["swin"](model, images, 96)
+    model, images = made(PADDED[name]), torch.randn(2, 3, 56, 48)
+    expected = CHAINS["swin"](model, images, 168)
     for targets in (None, (5, 3)):
         found = lifeops.rollout(model, images, targets)
         maps = found.weights.double() @ expected

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.nn.rotary import rotate
-from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel.act import accumulate_dtype
 
 MASKS = ("attn_mask", "attention_mask", "shared_rel_pos_bias", "shared_rel_pos", "relative_position_bias")  # added to the scores
 ROTATIONS = ("rope", "position_embeddings")

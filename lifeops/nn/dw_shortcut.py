@@ -16,8 +16,8 @@ from lifeops.nn.inputs import check_input, check_like, check_sequence, kernel_si
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, is_plain
 from lifeops.nn.scripting import NotScripted
-from lifeops.ops import activations
-from lifeops.ops.dw_shortcut import dw_shortcut_eval, dw_shortcut_train
+from lifeops.ops.channel import activations
+from lifeops.ops.dw_shortcut.function import dw_shortcut_eval, dw_shortcut_train
 
 NAME = "dw_shortcut"
 BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
@@ -27,8 +27,8 @@ _NORM = exactly(*BATCH_NORMS, ChannelAffine, BorderBias)
 # ------------------------------------------------------------------------------------------------ the functional core
 
 
-def _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens):
-    grid = check_input(op, x, None, grid, num_prefix_tokens)
+def _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens, dim):
+    grid = check_input(op, x, dim, grid, num_prefix_tokens)
     check_sequence(op, "block_output", block_output)
     if block_output.shape != x.shape or block_output.device != x.device:
         expected, came = (f"{tuple(t.shape)} on {t.device}" for t in (x, block_output))
@@ -39,14 +39,15 @@ def _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens):
     return grid
 
 
-def _is_constant(norm) -> bool:
-    return isinstance(norm, (ChannelAffine, BorderBias)) or (type(norm) in BATCH_NORMS and not on_batch(norm))
-
-
-def _fused_on_batch(x, norm) -> bool:
-    """A batch norm whose statistics the fused training step computes; empty batches and torch.func are left to the norm itself."""
-    known = type(norm) in BATCH_NORMS and on_batch(norm)
-    return known and x.numel() > 0 and not torch._C._are_functorch_transforms_active() and not torchlib.captured()
+def _fused_with_statistics(x, norm) -> bool | None:
+    """Whether a fused step takes ``norm`` with the batch's statistics (True) or as a constant (False); None: the norm has to be called,
+    as those of other types and, for statistics, with an empty batch, under torch.func and in programs.
+    """
+    if type(norm) not in BATCH_NORMS:
+        return False if isinstance(norm, (ChannelAffine, BorderBias)) else None
+    if not on_batch(norm):
+        return False
+    return True if x.numel() > 0 and not torch._C._are_functorch_transforms_active() and not torchlib.captured() else None
 
 
 def _train(x, y, pairs, group, grid, P, backend):
@@ -95,18 +96,19 @@ def _sum(x, y, convs, batchnorms, grid, P, backend, fused):
     trained = {}
     for conv, norm in zip(convs, batchnorms, strict=True):
         plain = fused or (is_plain(conv, depthwise) and is_plain(norm, _NORM))
-        if plain and _fused_on_batch(x, norm):
-            trained.setdefault(sync_group(norm), []).append((conv, norm))
-        elif plain and _is_constant(norm):
-            y = _constant(x, y, conv, norm, grid, P, backend)
-        else:
+        statistics = _fused_with_statistics(x, norm) if plain else None
+        if statistics is None:
             y = _composed(x, y, conv, norm, grid, P)
+        elif statistics:
+            trained.setdefault(sync_group(norm), []).append((conv, norm))
+        else:
+            y = _constant(x, y, conv, norm, grid, P, backend)
     for group, pairs in trained.items():
         y = _train(x, y, pairs, group, grid, P, backend)
     return y
 
 
-def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None, *, fused=False, op=NAME):
+def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, backend=None, *, fused=False, op=NAME, dim=None):
     """block_output + [0 for the prefix tokens | sum_k conv_k(batchnorm_k(GELU(x_patch)))].
 
     The convolutions zero-pad what the batch norms give. Training: the statistics of GELU(x_patch), the same for all kernels, are
@@ -118,13 +120,13 @@ def dw_shortcut(x, block_output, convs, batchnorms, grid, num_prefix_tokens, bac
         x: (B, P + H*W, C), the input of the block(s). block_output: what came out, same shape; x is read in its dtype.
         convs: depth-wise nn.Conv2d, odd kernels, same padding. batchnorms: one for each.
         grid, num_prefix_tokens: (H, W), P. backend: as in :func:`lifeops.token_dwconv`.
-        fused: the caller knows that all of them are plain. op: who complains.
+        fused: the caller knows that all of them are plain. op: who complains. dim: C, if it is known.
 
     Returns the sum with block_output's dtype, under autocast too: reading and writing is all this costs, a cast would cost more.
 
     Raises ValueError for shapes that do not fit and for a training batch of one value per channel.
     """
-    grid = _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens)
+    grid = _check(op, x, block_output, convs, batchnorms, grid, num_prefix_tokens, dim)
     backend = config.requested_backend(NAME, backend)
     y, P = block_output, num_prefix_tokens
     with torchlib.without_autocast(x):
@@ -146,21 +148,20 @@ class ShortcutModule(Fusible, NotScripted, nn.Module):
 
     def kernels(self, i: int) -> tuple[list[nn.Module], list[nn.Module]]:
         """The convolutions and the batch norms of shortcut ``i``."""
-        if self.count == 1:
-            return [*self.convs], [*self.batchnorms]
-        n = len(self.convs) // self.count
-        if len(self.convs) != n * self.count or len(self.batchnorms) != len(self.convs):
-            got = f"{len(self.convs)} and {len(self.batchnorms)}"
+        convs, norms = ([*self._modules[name]._modules.values()] for name in ("convs", "batchnorms"))  # asked at every call
+        n = len(convs) // self.count
+        if len(convs) != n * self.count or len(norms) != len(convs):
+            got = f"{len(convs)} and {len(norms)}"
             raise ValueError(f"{type(self).__name__}: convs and batchnorms must be as many for each of {self.count} shortcuts, got {got}")
-        return [self.convs[j] for j in range(i * n, (i + 1) * n)], [self.batchnorms[j] for j in range(i * n, (i + 1) * n)]
+        return convs[i * n : (i + 1) * n], norms[i * n : (i + 1) * n]
 
     def fused_layers(self):
         kinds = ("convs", depthwise), ("batchnorms", _NORM)
         return [(f"{name}.{j}", rule) for name, rule in kinds for j in range(len(self.convs))]
 
-    def add_shortcut(self, i: int, x, block_output, grid: tuple[int, int], num_prefix_tokens: int, op: str = NAME) -> torch.Tensor:
-        """``block_output`` with shortcut ``i`` of ``x`` added."""
-        return dw_shortcut(x, block_output, *self.kernels(i), grid, num_prefix_tokens, fused=is_fused(self), op=op)
+    def add_shortcut(self, i: int, x, block_output, grid: tuple[int, int], num_prefix_tokens: int, **options) -> torch.Tensor:
+        """``block_output`` with shortcut ``i`` of ``x`` added. ``options``: ``op`` and ``dim`` of :func:`dw_shortcut`."""
+        return dw_shortcut(x, block_output, *self.kernels(i), grid, num_prefix_tokens, fused=is_fused(self), **options)
 
     def fold_batch_norms_(self, check: bool) -> None:
         """Merge each shortcut's kernels and norms into one of each, or only ``check`` that it can be done."""
@@ -206,8 +207,7 @@ class DWShortcut(ShortcutModule):
     def forward(self, x: torch.Tensor, block_output: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x, block_output (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
         grid = self.grid_holder.of("DWShortcut", grid)
-        check_sequence("DWShortcut", "x", x, self.dim)
-        return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens, "DWShortcut")
+        return self.add_shortcut(0, x, block_output, grid, self.num_prefix_tokens, op="DWShortcut", dim=self.dim)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_prefix_tokens={self.num_prefix_tokens}"

@@ -23,10 +23,10 @@ import torch
 
 from lifeops import config, registry, torchlib
 from lifeops.arguments import check_choice, check_number, check_tensors
-from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.full_precision import full_precision
-from lifeops.ops.token_dwconv import DTYPES
-from lifeops.ops.token_dwconv_samples import Maker, lay_out
+from lifeops.ops.token_dwconv.samples import Maker, lay_out
+from lifeops.ops.token_dwconv.spec import DTYPES
 from lifeops.registry import Op
 
 NAME = "rollout_step"

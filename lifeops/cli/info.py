@@ -1,0 +1,124 @@
+"""`python -m lifeops info`: versions, backends and why one is missing, instruction set, archs in the build, switches."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from lifeops import config, pointwise, registry
+
+_HERE = Path(__file__).parents[1]  # the package
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _native():
+    """The pybind11 module, or why it is not there."""
+    try:
+        from lifeops import _info
+    except ImportError as error:
+        return None, str(error)
+    if Path(_info.__file__).parent != _HERE:  # an editable installation answers for its package's missing modules too
+        return None, f"{_HERE} has none; the one found belongs to {Path(_info.__file__).parent}"
+    return _info, ""
+
+
+def _digest(csrc: Path) -> str:
+    """As setup.py computes it when it builds."""
+    digest = hashlib.sha256()
+    for path in sorted(csrc.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(csrc.parent).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _freshness(built: str) -> str:
+    csrc = _HERE.parent / "csrc"
+    if not csrc.is_dir():
+        return "installed without sources beside it"
+    if _digest(csrc) == built:
+        return "matches csrc/"
+    return "STALE: csrc/ has changed since; run `pip install --no-build-isolation -e .`"
+
+
+def _shadowed() -> str | None:
+    """The source folder in front of an installed package, as when one runs from the repository root."""
+    if not (_HERE.parent / "setup.py").exists():
+        return None
+    for distribution in importlib.metadata.distributions(name="lifeops"):  # an egg-info of the source folder is one of them
+        installed = Path(distribution.locate_file("lifeops"))
+        if (installed / "__init__.py").is_file() and installed.resolve() != _HERE.resolve():
+            return f"this is {_HERE}, which shadows the installation in {installed}: run from another folder"
+    return None
+
+
+def versions() -> dict[str, str]:
+    from lifeops import __version__
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "lifeops": __version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "gpu": gpu,
+        "cpu": f"{pointwise.vendor()}, torch capability {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+    }
+
+
+def build() -> dict[str, str]:
+    module, why = _native()
+    if module is None:
+        return {"extension": f"missing: {why}"}
+    facts = dict(module.build())
+    return {
+        "extension": _freshness(facts["sources"]),
+        "built backends": facts["backends"],
+        "CUDA archs": facts["cuda_archs"] or "none",
+        "compiler": facts["compiler"],
+        "CPU instruction set": module.isa(),
+    }
+
+
+def backends() -> dict[str, str]:
+    """One line per backend: available, or why not."""
+    lines = {}
+    for name in config.BACKENDS:
+        reason = registry.unavailable(name)
+        count = sum(name in op.impls for op in registry.ops.values())
+        lines[name] = f"not available: {reason}" if reason else f"{count} of {len(registry.ops)} ops"
+    return lines
+
+
+def switches() -> dict[str, str]:
+    def line(s: config.Switch) -> str:
+        return f"{os.environ.get(s.name, '(not set)')} — {s.meaning}; one of {', '.join(filter(None, s.values))}"
+
+    return {s.name: line(s) for s in config.SWITCHES}
+
+
+def text() -> str:
+    sections = {"versions": versions(), "build": build(), "backends": backends(), "environment": switches()}
+    lines = []
+    for title, rows in sections.items():
+        width = max(len(key) for key in rows)
+        lines += [title, *(f"  {key:<{width}}  {value}" for key, value in rows.items())]
+    shadow = _shadowed()
+    return "\n".join(lines + ([f"warning: {shadow}"] if shadow else []))
+
+
+def main(argv: list[str] | None = None) -> int:
+    print(text())
+    return 0
