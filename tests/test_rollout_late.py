@@ -3,7 +3,7 @@
 import naive_rollout as naive
 import pytest
 import torch
-from hosts import hf, hooks_of, made
+from hosts import hf, hooks_of, made, timm
 
 import lifeops
 
@@ -89,3 +89,12 @@ def test_tokens_that_are_something_else_are_refused(name):
     with pytest.raises(ValueError, match=message):
         lifeops.rollout(model, images)
     assert lifeops.rollout(model, images, verify=False).maps.shape == (2, 1, 4, 4)
+
+
+def test_patches_that_a_class_token_joins_are_followed_too():
+    sizes = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    model, images = made(lambda: timm.models.Cait(**sizes)), torch.randn(2, 3, 32, 48)
+    assert lifeops.rollout(model, images).labels == ("cls token",)
+    model.blocks[1].register_forward_hook(lambda module, args, output: torch.cat((output[:, 1:], output[:, :1]), 1))
+    with pytest.raises(ValueError, match=r"blocks_token_only\.0\.attn does not read the 24 patches as tokens 1 to 24 in their order"):
+        lifeops.rollout(model, images)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from lifeops import torchlib
 from lifeops.attention_maps.protocol import Options, Tokens
-from lifeops.hosts.attention import Kind
+from lifeops.hosts.attention import Kind, attentions
 from lifeops.hosts.heads import Call, Heads
-from lifeops.hosts.windows import attentions
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.rollout_step import fuse, roll, roll_blocks, rollout_step
 

@@ -14,10 +14,10 @@ from lifeops.attention_maps.global_layers import ClassLayer, GlobalLayer, JoinLa
 from lifeops.attention_maps.pass_check import PassCheck
 from lifeops.attention_maps.pooled_layers import PooledLayer
 from lifeops.attention_maps.windows import merge_hook, window_hooks
-from lifeops.hosts.attention import Kind, call_of, kind_of
-from lifeops.hosts.heads import Call
+from lifeops.hosts.attention import Kind, call_of, kind_of, side_by_side
+from lifeops.hosts.heads import Call, tokens_given
 from lifeops.hosts.projections import merge_point
-from lifeops.hosts.windows import Windows, merges, side_by_side, windows_of
+from lifeops.hosts.windows import Windows, merges, windows_of
 
 _LAYERS = {"class": ClassLayer, "pooled": PooledLayer}  # by the kind of attention
 
@@ -39,7 +39,7 @@ def _hook_global(records: list, path: str, module: nn.Module, kind: Kind, block,
         call = call_of("rollout", path, kind, module, args, kwargs)
         beside = _record(records, path, kind, call, block, host_pass.host.late)
         if check is not None:
-            check.enter(path, module, args[0] if args else kwargs["hidden_states"], beside, tuple(call.tensors()[1:]))
+            check.enter(path, module, tokens_given(args, kwargs), beside, tuple(call.tensors()[1:]))
             check.begin(path, call, kind.read)
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True)]
@@ -48,7 +48,7 @@ def _hook_global(records: list, path: str, module: nn.Module, kind: Kind, block,
 
     def leave(module, args, kwargs, output):
         check.end(module, output)
-        check.leave(args[0] if args else kwargs["hidden_states"], output)
+        check.leave(tokens_given(args, kwargs), output)
 
     handles.append(module.register_forward_hook(leave, with_kwargs=True))
     if (point := merge_point(module)) is not None:

@@ -13,9 +13,9 @@ from lifeops import torchlib
 from lifeops.attention_maps.pass_check import PassCheck
 from lifeops.attention_maps.protocol import Options, Tokens
 from lifeops.hosts.attention import Kind, call_of
-from lifeops.hosts.heads import Call
+from lifeops.hosts.heads import tokens_given
 from lifeops.hosts.projections import merge_point
-from lifeops.hosts.windows import Windows
+from lifeops.hosts.windows import Windows, by_window, grid_given
 from lifeops.ops.rollout_step import roll
 
 
@@ -82,20 +82,11 @@ class MergeLayer:
 # ------------------------------------------------------------------------------------------------ recording
 
 
-def _dimensions(args: tuple, kwargs: dict) -> tuple[int, int]:
-    return tuple(int(n) for n in (args[1] if len(args) > 1 else kwargs["input_dimensions"]))
-
-
-def _maps_or_dimensions(x: Tensor, args: tuple, kwargs: dict) -> tuple[int, int]:
-    """The grid of maps (timm), or the one that comes beside tokens (transformers)."""
-    return tuple(x.shape[1:3]) if x.dim() == 4 else _dimensions(args, kwargs)
-
-
 def merge_hook(records: list, path: str):
     """Notes the grid of what is merged."""
 
     def enter(module, args, kwargs):
-        records.append(MergeLayer(path, _maps_or_dimensions(args[0] if args else kwargs["input_feature"], args, kwargs)))
+        records.append(MergeLayer(path, grid_given(args, kwargs)))
 
     return enter
 
@@ -113,14 +104,6 @@ def _unfused(attention: nn.Module) -> Iterator[None]:
             attention.fused_attn = fused
 
 
-def _by_window(call: Call) -> Call:
-    """The mask (windows, n, n) of an image for every image."""
-    mask = call.given.get("attention_mask")
-    if mask is None:
-        return call
-    return call._replace(given={**call.given, "attention_mask": mask.repeat(len(call.x) // len(mask), 1, 1)[:, None]})
-
-
 class _Recorder:
     """The hooks on one block; ``kind``: how its attention is read, None where a softmax shows it."""
 
@@ -129,11 +112,10 @@ class _Recorder:
         self.seen: dict[str, Tensor] = {}
 
     def enter(self, module, args, kwargs) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
+        x = tokens_given(args, kwargs)
         self.seen.clear()
         self.seen["x"] = x
-        grid = _maps_or_dimensions(x, args, kwargs)
-        self.records.append(WindowLayer(self.path, grid, self.windows.sizes, self.windows.padded_first))
+        self.records.append(WindowLayer(self.path, grid_given(args, kwargs), self.windows.sizes, self.windows.padded_first))
         if self.check is not None:
             self.check.enter(self.path, module, x)
 
@@ -141,7 +123,7 @@ class _Recorder:
         self.seen.setdefault("normed", output)
 
     def attend(self, module, args, kwargs) -> None:
-        layer, x = self.records[-1], args[0] if args else kwargs["hidden_states"]
+        layer, x = self.records[-1], tokens_given(args, kwargs)
         layer.window, layer.shift = self.windows.sizes
         if self.kind is not None:
             x = self._read(layer, module, args, kwargs)
@@ -152,7 +134,7 @@ class _Recorder:
 
     def _read(self, layer: WindowLayer, module, args, kwargs) -> Tensor:
         """The attention of every window is computed again, as the pass goes."""
-        call = _by_window(call_of("rollout", self.path, self.kind, module, args, kwargs))
+        call = by_window(call_of("rollout", self.path, self.kind, module, args, kwargs))
         with contextlib.nullcontext() if self.check is None else self.check.watch.quiet(), torchlib.without_autocast(call.x):
             heads = self.kind.read(call, False)
             layer.attention = heads.weights(heads.scores(slice(None)))

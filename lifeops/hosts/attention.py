@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias
+from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias, tokens_given
 from lifeops.hosts.pooled import POOLED, matches, read
 from lifeops.hosts.projections import SEPARATE, heads_of, thirds
 
@@ -156,6 +156,17 @@ def kind_of(op: str, path: str, module: nn.Module) -> Kind | None:
     return kind
 
 
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """Those that stand side by side in a parallel block."""
+    lists = [getattr(block, name, None) for name in ("attns", "ffns")]
+    return list(block.attns) if all(isinstance(found, nn.ModuleList) and len(found) > 1 for found in lists) else []
+
+
+def side_by_side(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The parallel blocks (ParallelThingsBlock) by the modules of their attentions."""
+    return {part: block for block in model.modules() for attn in attentions(block) for part in attn.modules()}
+
+
 # ------------------------------------------------------------------------------------------------ a call
 
 
@@ -178,7 +189,7 @@ def _tensors(value) -> bool:
 
 def call_of(op: str, path: str, kind: Kind, module: nn.Module, args: tuple, kwargs: dict) -> Call:
     """What a run of a layer was given, from its pre-hook. ValueError for tensors beside the tokens that are not known."""
-    x = args[0] if args else kwargs.get("hidden_states")
+    x = tokens_given(args, kwargs)
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{op}: {path} is given {found}, looked for tokens (B, N, C) or (B, H, W, C)")

@@ -13,6 +13,7 @@ from lifeops.nn.rotary import rotate
 from lifeops.ops.channel.act import accumulate_dtype
 
 MASKS = ("attn_mask", "attention_mask", "shared_rel_pos_bias", "shared_rel_pos", "relative_position_bias")  # added to the scores
+_TOKENS = ("x", "hidden_states", "input_feature")
 ROTATIONS = ("rope", "position_embeddings")
 Bias = Callable[[slice | Tensor], Tensor]  # some query rows to (b or 1, h or 1, n or 1, N)
 
@@ -55,6 +56,11 @@ def _mixed(linear: nn.Linear, heads: Tensor) -> Tensor:
     """(b, h, n, N) mixed over h."""
     mixed = torch.einsum("oh,bhnm->bonm", linear.weight.to(heads.dtype), heads)
     return mixed if linear.bias is None else mixed + linear.bias.to(heads.dtype)[:, None, None]
+
+
+def tokens_given(args: tuple, kwargs: dict):
+    """What an attention, a block or a merging is called with first."""
+    return args[0] if args else next((kwargs[name] for name in _TOKENS if name in kwargs), None)
 
 
 class Call(NamedTuple):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lifeops.hosts.heads import Call, tokens_given
 from lifeops.hosts.host import PARTS, pair
 
 
@@ -54,12 +55,19 @@ def merges(module: nn.Module) -> bool:
     return type(module).__name__.endswith("PatchMerging") and hasattr(module, "reduction")
 
 
-def attentions(block: nn.Module) -> list[nn.Module]:
-    """Those that stand side by side in a parallel block."""
-    lists = [getattr(block, name, None) for name in ("attns", "ffns")]
-    return list(block.attns) if all(isinstance(found, nn.ModuleList) and len(found) > 1 for found in lists) else []
+# ------------------------------------------------------------------------------------------------ what they are called with
 
 
-def side_by_side(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The parallel blocks (ParallelThingsBlock) by the modules of their attentions."""
-    return {part: block for block in model.modules() for attn in attentions(block) for part in attn.modules()}
+def grid_given(args: tuple, kwargs: dict) -> tuple[int, int]:
+    """Of the maps (timm) that a block or a merging is called with, or the one that comes beside its tokens (transformers)."""
+    x = tokens_given(args, kwargs)
+    beside = args[1] if len(args) > 1 else kwargs.get("input_dimensions")
+    return tuple(int(n) for n in (x.shape[1:3] if x.dim() == 4 else beside))
+
+
+def by_window(call: Call) -> Call:
+    """With the mask (windows, n, n) of an image for every image."""
+    mask = call.given.get("attention_mask")
+    if mask is None:
+        return call
+    return call._replace(given={**call.given, "attention_mask": mask.repeat(len(call.x) // len(mask), 1, 1)[:, None]})
