@@ -19,7 +19,7 @@ from bench import rows
 from bench.measure import interleaved
 from bench.timm_systems import timm_class
 from lifeops.hosts.token_convs import ENTRIES
-from lifeops.nn.token_convs import TokenConv
+from lifeops.integrations.token_convs import TokenConv
 
 PAGE = Path(__file__).parent.parent / "docs" / "accelerate.md"
 MARK = "<!-- measured -->\n{}<!-- /measured -->"

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from bench.budgets import ARCHS, dump, parse, source
 from lifeops.kernels import local_attention as forward
 from lifeops.kernels import local_attention_grad as backward
-from lifeops.ops.local_attention_math import heads
+from lifeops.ops.local_attention.formula import heads
 
 SHARED = {80: 99 << 10, 90: 113 << 10, 100: 132 << 10}
 HEADS = 3

@@ -15,8 +15,8 @@ from lifeops import config, registry, torchlib
 from lifeops.nn import DWShortcut, LifeQKV
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_life import EagerLifeAttention
-from lifeops.ops import token_dwconv as dwconv
-from lifeops.ops.life_qkv import scale_dims
+from lifeops.ops.life_qkv.spec import scale_dims
+from lifeops.ops.token_dwconv import spec as dwconv
 
 CHECKED_CHANNELS, CHECKED_IMAGES = 48, 2
 

@@ -8,7 +8,7 @@ from lifeops import registry
 from lifeops.kernels import _tile
 from lifeops.kernels._activations import activate, derivative
 from lifeops.kernels._tile import load_block, per_channel, row_offset, store_block
-from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel.act import accumulate_dtype
 
 ROWS = 4  # tokens of a tile; a tile is 4 x 64 to 4 x 256 values, 8 per thread at most
 SUM_TOKENS = 64  # tokens of one partial sum: fixed, so that results do not depend on the GPU

@@ -13,8 +13,8 @@ import triton.language as tl
 from lifeops.kernels._attention import LOG2E, backward_config, dot, drop, head_base, mask_config, read_keys, rows, scores, store_rows
 from lifeops.kernels._tile import divide
 from lifeops.kernels.local_attention import DTYPES, attention, mask_arguments, precision, run, strides, supports
-from lifeops.ops.local_attention import register_attention
-from lifeops.ops.local_attention_math import heads
+from lifeops.ops.local_attention.formula import heads
+from lifeops.ops.local_attention.spec import register_attention
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from lifeops import registry
 from lifeops.kernels import _tile
 from lifeops.kernels.token_dwconv import MAX_KERNEL, PLAIN, ROWS, forward, segments, token_dwconv_fwd_kernel
 from lifeops.kernels.token_dwconv_grad import grad_weight
-from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel.act import accumulate_dtype
 
 
 def _step(scale, shift, act) -> str:

@@ -2,20 +2,20 @@
 
 import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
 from lifeops import autograd, init, models, nn
-from lifeops.attention_maps import Rollout, rollout
+from lifeops.attention_maps.rollout import Rollout, rollout
 from lifeops.config import use_backend
+from lifeops.cost.fvcore import fvcore_handles
 from lifeops.errors import FallbackWarning, NotSupported
 from lifeops.explain import explain
 from lifeops.hosts.describe import Description, describe
 from lifeops.integrations import accelerate, convert, load_official, revert
-from lifeops.integrations.fvcore import fvcore_handles
 from lifeops.nn.batch_norm import fuse_
 from lifeops.nn.grids import use_grid
-from lifeops.ops.life_qkv_function import life_qkv
-from lifeops.ops.local_attention_function import local_attention
+from lifeops.ops.life_qkv.function import life_qkv
+from lifeops.ops.local_attention.function import local_attention
 from lifeops.ops.rollout_step import rollout_step
-from lifeops.ops.token_dwconv_act_function import ChannelAct
-from lifeops.ops.token_dwconv_function import token_dwconv
+from lifeops.ops.token_dwconv.act_function import ChannelAct
+from lifeops.ops.token_dwconv.public import token_dwconv
 
 __version__ = "0.1.0"
 __all__ = [

@@ -5,13 +5,13 @@ ChannelActivation, LocalAttention, LocalityFFN and TokenDWConvAct, which are not
 ``save_for_backward`` holds tensors, and only those a needed gradient reads.
 """
 
-from lifeops.ops.dw_shortcut import DWShortcut, DWShortcutStep
-from lifeops.ops.life_qkv_function import LifeQKV
-from lifeops.ops.local_attention_function import LocalAttention
+from lifeops.ops.dw_shortcut.function import DWShortcut, DWShortcutStep
+from lifeops.ops.life_qkv.function import LifeQKV
+from lifeops.ops.life_qkv.project_scales import ProjectScales
+from lifeops.ops.local_attention.function import LocalAttention
 from lifeops.ops.locality_ffn import LocalityFFN
-from lifeops.ops.project_scales import ProjectScales
-from lifeops.ops.token_dwconv_act_function import ChannelActivation, TokenDWConvAct
-from lifeops.ops.token_dwconv_function import TokenDWConv, TokenDWConvBiasGrad, TokenDWConvInputGrad, TokenDWConvWeightGrad
+from lifeops.ops.token_dwconv.act_function import ChannelActivation, TokenDWConvAct
+from lifeops.ops.token_dwconv.function import TokenDWConv, TokenDWConvBiasGrad, TokenDWConvInputGrad, TokenDWConvWeightGrad
 
 __all__ = [
     "ChannelActivation",

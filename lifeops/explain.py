@@ -9,12 +9,15 @@ from torch import nn
 from lifeops import registry
 from lifeops.arguments import got
 from lifeops.nn.plain import LEFT, reasons
-from lifeops.ops import life_qkv_function, local_attention_function, rollout_step, token_dwconv_function
+from lifeops.ops import rollout_step
+from lifeops.ops.life_qkv import function as life_qkv
+from lifeops.ops.local_attention import function as local_attention
+from lifeops.ops.token_dwconv import public as token_dwconv
 
 _EXPLAINERS = {
-    "token_dwconv": token_dwconv_function.explain,
-    "life_qkv": life_qkv_function.explain,
-    "local_attention": local_attention_function.explain,
+    "token_dwconv": token_dwconv.explain,
+    "life_qkv": life_qkv.explain,
+    "local_attention": local_attention.explain,
     "rollout_step": rollout_step.explain,
 }
 

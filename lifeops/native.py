@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from lifeops import built, config, registry
-from lifeops.ops.activations import ACTS, PROLOGUES
-from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel.act import accumulate_dtype
+from lifeops.ops.channel.activations import ACTS, PROLOGUES
 from lifeops.ops.rollout_step import FUSIONS, dropped_entries
-from lifeops.ops.token_dwconv import DTYPES
+from lifeops.ops.token_dwconv.spec import DTYPES
 
 SCHEMAS = {
     "token_dwconv": "lifeops_native::token_dwconv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) y, int H,"

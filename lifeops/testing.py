@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from lifeops import registry
-from lifeops.ops.token_dwconv import DTYPES
-from lifeops.ops.token_dwconv_samples import Maker
+from lifeops.ops.token_dwconv.samples import Maker
+from lifeops.ops.token_dwconv.spec import DTYPES
 from lifeops.registry import Op
 
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}

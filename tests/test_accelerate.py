@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 
 import lifeops
 from lifeops.hosts.token_convs import ENTRIES
+from lifeops.integrations.token_convs import FORMS, TokenConv
 from lifeops.nn.plain import reasons
-from lifeops.nn.token_convs import FORMS, TokenConv
 
 models = timm.models
 GRID, C = (4, 6), 12

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import lifeops
-from lifeops import built, info, native, registry
+from lifeops import built, native, registry
+from lifeops.cli import info
 
 PACKAGE = Path(lifeops.__file__).parent
 
@@ -101,7 +102,7 @@ def test_info_names_the_shadowed_installation(tmp_path):
     (source / "setup.py").write_text("")
     (installed / "lifeops-0.1.0.dist-info").mkdir()
     (installed / "lifeops-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: lifeops\nVersion: 0.1.0\n")
-    out = run("import lifeops.info; print(lifeops.info.text())", cwd=source, PYTHONPATH=f"{source}{os.pathsep}{installed}")
+    out = run("import lifeops.cli.info; print(lifeops.cli.info.text())", cwd=source, PYTHONPATH=f"{source}{os.pathsep}{installed}")
     assert f"shadows the installation in {installed / 'lifeops'}: run from another folder" in out
 
 

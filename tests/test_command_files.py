@@ -10,8 +10,9 @@ import torch
 
 import lifeops
 from conftest import declare_torchvision_ops
-from lifeops import cli, rollout_cli
-from lifeops.cli import told_plainly
+from lifeops import cli
+from lifeops.cli import rollout as rollout_cli
+from lifeops.cli.main import told_plainly
 from lifeops.files import distinct, make_folder, written
 from lifeops.models import dw_shortcut
 from lifeops.models.deit import VisionTransformer

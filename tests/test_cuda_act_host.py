@@ -14,10 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cuda_tools import ACTS, DTYPES, AffineAct, FwdParams, GradWeightParams
-from lifeops.ops import activations
-from lifeops.ops import token_dwconv as dwconv
-from lifeops.ops.activations import affine
-from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel import activations
+from lifeops.ops.channel.act import accumulate_dtype
+from lifeops.ops.channel.activations import affine
+from lifeops.ops.token_dwconv import spec as dwconv
 from test_cuda_host import compile_shim, make, pointer
 
 MULTIPROCESSORS = 2  # few, so that small problems already give a warp several strips

@@ -10,9 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cuda_tools import DTYPES, ChannelActParams, ChannelRows
-from lifeops.ops import activations
-from lifeops.ops import channel_act as reference
-from lifeops.ops.channel_act import accumulate_dtype
+from lifeops.ops.channel import act as reference
+from lifeops.ops.channel import activations
+from lifeops.ops.channel.act import accumulate_dtype
 from test_cuda_act_host import assert_close, nans, strided
 from test_cuda_host import compile_shim, make, pointer
 

@@ -11,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import test_cuda_act_host as convolution
 import test_cuda_channel_host as channels
-from lifeops.ops import activations
+from lifeops.ops.channel import activations
 from test_nan import EDGES, _same
 from test_stats import PLACES, _check
 

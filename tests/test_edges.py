@@ -81,7 +81,7 @@ def test_nothing_there(dtype, B, grid, P):
 
 @pytest.mark.parametrize("kind", ["se", "eca", "ecah"])
 def test_a_gate_of_nothing(kind):
-    from lifeops.ops.channel_gate import gate, gate_backward
+    from lifeops.ops.channel.gate import gate, gate_backward
 
     params = (torch.ones(2, 6), torch.ones(2), torch.ones(6, 2), torch.ones(6)) if kind == "se" else (torch.ones(1, 1, 3),)
     m = torch.zeros(0, 6)

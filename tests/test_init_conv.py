@@ -8,7 +8,7 @@ from torch import nn
 
 import lifeops
 from lifeops.init import box_, gaussian_, impulse_conv_, random_conv_
-from lifeops.ops import token_dwconv_function as function
+from lifeops.ops.token_dwconv import function
 
 INITS = {
     "impulse": impulse_conv_,

@@ -11,7 +11,7 @@ import lifeops
 from lifeops import model_cost
 from lifeops.nn import LifeAttention, LifeQKV
 from lifeops.nn.eager_life import EagerLifeAttention
-from lifeops.ops.life_qkv import scale_dims
+from lifeops.ops.life_qkv.spec import scale_dims
 from lifeops.testing import Maker
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,7 +8,7 @@ import lifeops
 from conftest import declare_torchvision_ops
 from lifeops import torchlib
 from lifeops.nn import LifeAttention, LocalAttention
-from lifeops.ops.local_attention_math import sequence
+from lifeops.ops.local_attention.formula import sequence
 from lifeops.testing import Maker
 
 BACKENDS = ["reference", "cpu"]

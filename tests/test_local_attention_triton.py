@@ -133,7 +133,7 @@ def check_samples_do_not_see_their_batch():
 
 def check_reasons_against():
     from lifeops.kernels.local_attention import supports
-    from lifeops.ops.local_attention import Problem
+    from lifeops.ops.local_attention.spec import Problem
 
     cpu, half = torch.device("cpu"), torch.bfloat16
     assert supports(Problem(cpu, half, half, 96, 3, 48, 198, True)) == []

@@ -10,7 +10,7 @@ import torch
 
 import lifeops
 from lifeops import config, registry, testing, torchlib
-from lifeops.ops import activations
+from lifeops.ops.channel import activations
 
 BACKEND = os.environ.get("LIFEOPS_TEST_BACKEND", "cpu")
 INTERPRETED = BACKEND == "triton"

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import lifeops
 from lifeops import ChannelAct
-from lifeops.ops.activations import ACTS
+from lifeops.ops.channel.activations import ACTS
 
 GRID = (4, 5)
 

@@ -5,7 +5,9 @@ import torch
 
 import lifeops
 from conftest import declare_torchvision_ops
-from lifeops import cli, flops_cli, model_cost, published, use_backend
+from lifeops import cli, use_backend
+from lifeops.cli import flops as flops_cli
+from lifeops.cost import model_cost, published
 from lifeops.models import named
 from lifeops.models.named import NAMES, SYSTEMS, system_in, systems_of
 from lifeops.nn import wrap

@@ -201,7 +201,7 @@ def check_several_parts_are_summed(monkeypatch, poison):
 
 def check_reasons_against():
     from lifeops.kernels.token_dwconv import supports
-    from lifeops.ops.token_dwconv import Problem
+    from lifeops.ops.token_dwconv.spec import Problem
 
     cpu = torch.device("cpu")
     assert supports(Problem(cpu, torch.bfloat16, torch.float32, 8, 15)) == []

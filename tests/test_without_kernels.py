@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import lifeops
-from lifeops import info, registry, testing, torchlib
+from lifeops import registry, testing, torchlib
+from lifeops.cli import info
 
 pytestmark = pytest.mark.skipif(os.environ.get("LIFEOPS_BUILD") != "none", reason="for the installation without kernels (make test-none)")
 

@@ -132,7 +132,7 @@ def ptflops_aten(system):
 PTFLOPS = "as for plain layers: products of the layers, not attention's, biases, norms, activations; timm's own attention by a formula"
 
 
-@tool("counting", "`ptflops`, pytorch", PTFLOPS + " that leaves its projections out", ["ptflops"])
+@tool("counting", "`ptflops`, pytorch", PTFLOPS + " that leaves its projections out (backend='aten' counts them)", ["ptflops"])
 def ptflops_pytorch(system):
     model, twin, x, found = _ours(system)
     n = _ptflops(model, x, "pytorch")

@@ -82,7 +82,7 @@ void evaluate(const Tensor& x, const Tensor& block_output, const Tensor& weight,
   p.dtype == DType::f64 ? run(double{}) : run(float{});
 }
 
-// dw in the accumulation type. See lifeops/ops/dw_shortcut.py for the formulas.
+// dw in the accumulation type. See lifeops/ops/dw_shortcut/function.py for the formulas.
 void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& affine,
               const std::optional<Tensor>& dx, const Tensor& dw, const Tensor& dbias, const Tensor& dgamma, const Tensor& dbeta, int64_t H,
               int64_t W, int64_t P, int64_t isa) {

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lifeops.model_cost import count_macs, count_params
+from lifeops.cost.model_cost import count_macs, count_params
 
 
 class Cost(NamedTuple):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from lifeops.cli import told_plainly
+from lifeops.cli.main import told_plainly
 from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.demo.measure import compare

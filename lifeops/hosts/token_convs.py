@@ -11,9 +11,10 @@ from torch import nn
 class Entry(NamedTuple):
     """One kind of module.
 
-    ``cls``: the class's name. ``children``: the names of all its layers. ``form``: which of :mod:`lifeops.nn.token_convs` computes it.
-    ``layers``: what it calls its layers, by role. ``pays``: whether it is taken unless asked otherwise, ``least``: from which kernel size
-    on; both measured, see docs/accelerate.md. ``at``: what its path must end in, a regular expression.
+    ``cls``: the class's name. ``children``: the names of all its layers. ``form``: which of the forms in
+    :mod:`lifeops.integrations.token_convs` computes it. ``layers``: what it calls its layers, by role. ``pays``: whether it is taken
+    unless asked otherwise, ``least``: from which kernel size on; both measured, see docs/accelerate.md. ``at``: what its path must end
+    in, a regular expression.
     """
 
     cls: str

@@ -9,9 +9,9 @@ from torch import nn
 
 from lifeops.arguments import check_choice, check_flags, check_module
 from lifeops.hosts.token_convs import ENTRIES, STRIDED, entry_of
+from lifeops.integrations.token_convs import TokenConv, accelerated
 from lifeops.integrations.undisturbed import can_run, undisturbed
 from lifeops.nn.plain import LEFT, forget
-from lifeops.nn.token_convs import TokenConv, accelerated
 
 NAME = "accelerate"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2}  # bfloat16: 4e-2

@@ -16,7 +16,7 @@ from lifeops.integrations.convert_probe import Probed, call, paths, ran, sequenc
 from lifeops.integrations.host_attention import NORMS, class_for, keep
 from lifeops.integrations.host_block import host_block
 from lifeops.nn.life import LifeAttention
-from lifeops.ops.life_qkv import AUX_KEYS
+from lifeops.ops.life_qkv.spec import AUX_KEYS
 
 _LOOKED_FOR = "qkv or q_proj, k_proj, v_proj; proj, o_proj or out_proj; num_heads or num_attention_heads"
 _KNOWN = ("qkv", "q_proj", "k_proj", "v_proj", *PROJ, "q_bias", "k_bias", "v_bias", "rel_pos", "relative_position_bias_table")

@@ -9,8 +9,8 @@ from torch import nn
 from lifeops import config
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_plain
-from lifeops.ops.local_attention_function import local_attention
-from lifeops.ops.local_attention_math import causal_mask, sequence
+from lifeops.ops.local_attention.formula import causal_mask, sequence
+from lifeops.ops.local_attention.function import local_attention
 
 DROPOUT = exactly(nn.Dropout, nn.Identity)
 

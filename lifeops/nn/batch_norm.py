@@ -7,7 +7,7 @@ from torch import nn
 
 from lifeops.arguments import check_module
 from lifeops.nn.plain import Rule, why_not
-from lifeops.ops.batch_norm import affine_of
+from lifeops.ops.channel.batch_norm import affine_of
 
 _FOLD = "fold_batch_norms_"
 

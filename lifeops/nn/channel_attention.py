@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lifeops.nn.plain import channel_conv, exactly, is_fused, linear_with_bias, sequence_of
-from lifeops.ops.channel_act import accumulate_dtype
-from lifeops.ops.channel_gate import gate
+from lifeops.ops.channel.act import accumulate_dtype
+from lifeops.ops.channel.gate import gate
 
 
 class _ChannelAttention(nn.Module):

@@ -16,8 +16,8 @@ from lifeops.nn.inputs import check_input, check_like, check_sequence, kernel_si
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, is_plain
 from lifeops.nn.scripting import NotScripted
-from lifeops.ops import activations
-from lifeops.ops.dw_shortcut import dw_shortcut_eval, dw_shortcut_train
+from lifeops.ops.channel import activations
+from lifeops.ops.dw_shortcut.function import dw_shortcut_eval, dw_shortcut_train
 
 NAME = "dw_shortcut"
 BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm

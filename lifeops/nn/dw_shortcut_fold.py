@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from lifeops.nn.batch_norm import constants
-from lifeops.ops.channel_act import accumulate_dtype
-from lifeops.ops.dw_shortcut import border_bias, merged_filter
+from lifeops.ops.channel.act import accumulate_dtype
+from lifeops.ops.dw_shortcut.function import border_bias, merged_filter
 
 
 class ChannelAffine(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from lifeops import geometry, torchlib
 from lifeops.arguments import check_int, check_tensor, got
 from lifeops.nn.plain import global_hooks, why_not
-from lifeops.ops.token_dwconv import check_rows
+from lifeops.ops.token_dwconv.spec import check_rows
 
 # ------------------------------------------------------------------------------------------------ at construction
 

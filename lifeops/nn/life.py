@@ -14,9 +14,9 @@ from lifeops.nn.maps import call, on_patches, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_fused, pointwise, without_bias
 from lifeops.nn.rotary import check_rope, rotate
 from lifeops.nn.scripting import NotScripted
-from lifeops.ops.life_qkv import AUX_KEYS, scale1_keys, scale_dims
-from lifeops.ops.life_qkv_function import join_scales, life_qkv
-from lifeops.ops.project_scales import project_scales
+from lifeops.ops.life_qkv.function import join_scales, life_qkv
+from lifeops.ops.life_qkv.project_scales import project_scales
+from lifeops.ops.life_qkv.spec import AUX_KEYS, scale1_keys, scale_dims
 from lifeops.told import ToldInMetadata
 
 

@@ -17,8 +17,8 @@ from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused, is_plain, pointwise, reasons, relu6, sequence_of
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops import locality_ffn as chain
-from lifeops.ops.channel_act import accumulate_dtype
-from lifeops.ops.channel_gate import GATES
+from lifeops.ops.channel.act import accumulate_dtype
+from lifeops.ops.channel.gate import GATES
 from lifeops.told import ToldInMetadata
 
 ACTS = {"relu6": ("relu6", "")} | {"hs" + f"+{kind}" * bool(kind): ("hardswish", kind) for kind in GATES}

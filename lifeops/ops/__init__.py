@@ -1,10 +1,13 @@
-"""The ops, one executable specification per file. A new op is one file and one line here."""
+"""The ops, a folder for each family: the executable specifications in ``spec``, what users call in ``function`` or ``public``.
 
-from lifeops.ops import channel_act as channel_act
-from lifeops.ops import dw_shortcut_step as dw_shortcut_step
-from lifeops.ops import life_qkv as life_qkv
-from lifeops.ops import local_attention as local_attention
-from lifeops.ops import local_attention_cpu as local_attention_cpu
-from lifeops.ops import rollout_step as rollout_step
-from lifeops.ops import token_dwconv as token_dwconv
-from lifeops.ops import token_dwconv_act as token_dwconv_act
+A new op is one file and one line here.
+"""
+
+import lifeops.ops.channel.act
+import lifeops.ops.dw_shortcut.spec
+import lifeops.ops.life_qkv.spec
+import lifeops.ops.local_attention.cpu
+import lifeops.ops.local_attention.spec
+import lifeops.ops.rollout_step
+import lifeops.ops.token_dwconv.act_spec
+import lifeops.ops.token_dwconv.spec  # noqa: F401

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lifeops import torchlib
-from lifeops.ops import channel_act as rows
-from lifeops.ops import token_dwconv_act as dwconv
-from lifeops.ops.batch_norm import Affine, merge, norm_backward
-from lifeops.ops.channel_gate import gate, gate_backward
+from lifeops.ops.channel import act as rows
+from lifeops.ops.channel.batch_norm import Affine, merge, norm_backward
+from lifeops.ops.channel.gate import gate, gate_backward
+from lifeops.ops.token_dwconv import act_spec as dwconv
 from lifeops.pointwise import pointwise, pointwise_bwd_dw, pointwise_bwd_dx
 
 _stats, _act, _pool, _sums, _grad = map(torchlib.caller, (rows.stats_op, rows.act_op, rows.pool_op, rows.sums_op, rows.grad_op))

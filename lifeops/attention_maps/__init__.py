@@ -1,0 +1,1 @@
+"""Attention roll-out of whole models: how a model is read, its layers recomputed and compared, and multiplied up."""

@@ -1,0 +1,1 @@
+"""The DW shortcut as operators of its own."""

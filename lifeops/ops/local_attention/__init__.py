@@ -1,0 +1,1 @@
+"""Attention with one depth-wise convolution for queries, keys and values."""

@@ -1,0 +1,1 @@
+"""Depth-wise convolution over patch tokens, with and without a prologue and an epilogue."""

@@ -1,0 +1,94 @@
+"""``lifeops.token_dwconv``: what users call, over the Functions with and without a prologue and an epilogue."""
+
+from __future__ import annotations
+
+import torch
+
+from lifeops import config, geometry, registry, torchlib
+from lifeops.arguments import check_flags, check_tensors, is_dense
+from lifeops.ops.token_dwconv import act_function, function, spec
+
+
+def _refuse(x, weight, bias, residual):
+    if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)):
+        raise TypeError(f"{spec.NAME}: x and weight must be tensors, got {type(x).__name__} and {type(weight).__name__}")
+    check_tensors(spec.NAME, ("bias", "residual"), x=x, weight=weight, bias=bias, residual=residual)
+
+
+def _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend):
+    """The schema's arguments: autocast followed as conv2d's class does, geometry checked, backend resolved."""
+    if not (is_dense(x) and is_dense(weight) and (bias is None or is_dense(bias)) and (residual is None or is_dense(residual))):
+        _refuse(x, weight, bias, residual)
+    if type(prefix) is not str:  # the rest is found out once per signature
+        spec._check_prefix(spec.NAME, prefix)
+    g = geometry.to_grid(spec.NAME, grid, num_prefix_tokens)
+    dtype = torchlib.autocast_dtype(x)
+    if dtype is not None and (x.dtype != dtype or (residual is not None and residual.dtype != dtype)):
+        x, residual = x.to(dtype), residual.to(dtype) if residual is not None and residual.is_floating_point() else residual
+    if residual is x and torch.compiler.is_compiling():
+        residual = x.view_as(x)  # dynamo (torch 2.13) does not trace a Function that takes one tensor twice
+    return x, weight, bias, residual, g.height, g.width, g.prefix, prefix, config.requested_backend(spec.NAME, backend)
+
+
+def token_dwconv(
+    x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None, prologue=None, epilogue=None,
+    pool=False, stats=False,
+):  # fmt: skip
+    """Depth-wise convolution over the patch tokens of ``x``; the prefix tokens bypass it.
+
+    ``y[b, P + r*W + q, c] = bias[c] + sum_{i,j} weight[c, 0, i, j] * x[b, P + (r+i-K//2)*W + (q+j-K//2), c] (+ residual)``
+    with zero padding, as ``nn.Conv2d(C, C, K, padding=K//2, groups=C)`` on the (B, C, H, W) map of the patches.
+
+    Args:
+        x: (B, P + H*W, C) tokens, prefix tokens first, patches row-major; float64, float32, float16 or bfloat16. Any (B, N)
+            strides are read in place; a channel stride other than 1 costs one copy.
+        weight: (C, 1, K, K), odd K, as in ``nn.Conv2d``; its dtype may differ from x's (sums are fp32, or fp64 for fp64).
+        bias: (C,) or None; added to patch rows only.
+        grid: (H, W). Never guessed from N.
+        num_prefix_tokens: P >= 0 (cls, dist, registers).
+        prefix: "keep" copies the prefix rows, "zero" sets them to zero, "drop" leaves them out: y is (B, H*W, C).
+        residual: added to y, prefix rows included; y's shape and x's dtype.
+        backend: "reference", "cpu", "cuda", "triton", or None for the enclosing ``use_backend`` or the best one.
+        prologue: :class:`lifeops.ChannelAct` ``f(scale * x + shift)`` on the patch rows before the zero padding: the padding is 0
+            whatever f(shift) is. Backward computes it again.
+        epilogue: :class:`lifeops.ChannelAct` on the patch rows after the bias, before the residual.
+        pool, stats: also return sums of the patch rows (before the residual) over the patches, mean and sum of squared deviations
+            over batch and patches, float32 (float64 for float64).
+
+    Returns:
+        y with x's dtype (under autocast: the autocast dtype, as conv2d), or with ``pool`` or ``stats`` the named tuple
+        (y, pool, mean, m2). Weight and bias gradients have the parameters' dtype. Differentiable any number of times without
+        prologue and epilogue, once with them.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or the grid do not fit (the message says what was expected and got).
+        lifeops.NotSupported: the requested backend cannot run this problem.
+    """
+    args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
+    if torch._C._are_functorch_transforms_active():  # a vmap folds the tensors before the operator sees them
+        spec.check(*args)
+    if not (pool is False and stats is False):
+        check_flags(spec.NAME, pool=pool, stats=stats)
+    if prologue is None and epilogue is None and not pool and not stats:
+        return function.convolve(*args)
+    return act_function.convolve(args, prologue, epilogue, bool(pool), bool(stats))
+
+
+def explain(
+    x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None, prologue=None, epilogue=None,
+    pool=False, stats=False,
+):  # fmt: skip
+    """Which backend each op of this call takes, and why not the others."""
+    args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
+    check_flags(spec.NAME, pool=pool, stats=stats)
+    spec.check(*args)
+    x, request = args[0], args[-1]
+    if prologue is not None or epilogue is not None or pool or stats:
+        return [registry.explain_op(op, request, p, ()) for op, p in act_function.explain_ops(x, weight, prologue, epilogue)]
+    named = {"x": x} if residual is None else {"x": x, "residual": residual}
+    copies = tuple(name for name, t in named.items() if not torchlib.channels_contiguous(t))
+    problem = spec.Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2])
+    ops = [(spec.fwd_op, problem), (spec.bwd_dx_op, problem), (spec.bwd_dw_op, problem)]
+    if bias is not None:
+        ops.append((spec.bwd_db_op, problem._replace(weight_dtype=None, K=0)))
+    return [registry.explain_op(op, request, p, copies if op is spec.fwd_op else ()) for op, p in ops]
