@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lifeops.arguments import check_choice, check_int, check_module, check_tensor, got, under
+from lifeops.arguments import check_choice, check_flags, check_int, check_module, check_tensor, got, under
 from lifeops.attention_maps.layers import recorded
 from lifeops.attention_maps.pool_heads import over_tokens, pool_head
 from lifeops.attention_maps.vit_parts import Parts, parts_of, watched
@@ -269,7 +269,7 @@ def rollout(
     _check(start_layer, prefix, classes, targets)
     check_int("rollout", "num_prefix_tokens", num_prefix_tokens, 0, optional=True)
     residual, discard_ratio = _check_options(head_fusion, residual, discard_ratio, "rollout")
-    requested_backend("rollout", backend)
+    requested_backend("rollout", backend), check_flags("rollout", verify=verify)
     options = Options(head_fusion, residual, discard_ratio, backend)
     parts = parts_of(model, images, num_prefix_tokens)
     parts.pool = pool_head(model) if isinstance(targets, str) and targets == "pool" else None

@@ -87,14 +87,20 @@ def structured_(
         patches, a model that does not run. Nothing is changed then.
     """
     _check_arguments(method, version, kernel_size, generator)
-    _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress)
+    _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress, verify)
     layers = projections.find(model_or_blocks, with_heads=method != "default")
-    embedding = _embedding(model_or_blocks, layers, method, version, grid, position_embedding)
+    tries = verify and method != "default" and isinstance(model_or_blocks, torch.nn.Module)
+    try:
+        embedding = _embedding(model_or_blocks, layers, method, version, grid, position_embedding)
+    except ValueError:
+        if tries:
+            verified(model_or_blocks, layers, None, False, False)  # what is wrong with the attention itself comes first
+        raise
     defaults = _AUTHORS[method] if version == 2025 else _AUTHORS["default"]
     given = Scales(position_scale, qk_scale, value_scale)
     scales = Scales(*(d if g is None else g for d, g in zip(defaults, given, strict=True)))
     checked = before = None
-    if verify and method != "default" and isinstance(model_or_blocks, torch.nn.Module):
+    if tries:
         checked = verified(model_or_blocks, layers, embedding, position_embedding is None, method == "impulse")
         layers, embedding = checked.layers, checked.positions
         before = taken(layers, embedding) if method == "impulse" else None
@@ -120,7 +126,7 @@ def _check_arguments(method, version, kernel_size, generator) -> None:
     check_generator(OP, generator)
 
 
-def _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress) -> None:
+def _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress, verify) -> None:
     scales = {"position_scale": position_scale, "qk_scale": qk_scale, "value_scale": value_scale}
     for name, value in scales.items():
         check_number(OP, name, value, optional=True)
@@ -129,7 +135,7 @@ def _check_values(position_scale, qk_scale, value_scale, position_embedding, gri
     if grid is not None:
         geometry.to_grid(OP, grid, 0)
     check_int(OP, "steps", steps, 0)
-    check_flags(OP, shared=shared is not None and shared, progress=progress)
+    check_flags(OP, shared=shared is not None and shared, progress=progress, verify=verify)
 
 
 def _embedding(model, layers: list[Projections], method, version, grid, given) -> Positions | None:
