@@ -16,10 +16,10 @@ from lifeops.init import structured_
 WIDE = {"embed_dim": 96, "num_heads": 12}
 VITDET = {"pretrain_image_size": 32}
 STRUCTURED_REFUSES = {
-    "windows": ("impulse", hf("VitDet", **VITDET, window_size=2, window_block_indices=[0]), r"inside 4 groups of 4 tokens"),
+    "windows": ("impulse", hf("VitDet", **VITDET, window_size=2, window_block_indices=[0]), r"attends in 4 groups of 4 tokens, looked"),
     "detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=20), r"has 20 tokens behind .* must belong to"),
     "few detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=3), r"has 3 tokens behind"),
-    "dropped": ("impulse", hf("ViTMAE"), r"attends inside 5 tokens"),
+    "dropped": ("impulse", hf("ViTMAE"), r"attends over 5 tokens, looked for"),
     "differential": ("impulse", small_vit(**WIDE, attn_layer="diff"), r"\(DiffAttention\) has sub_norm, lambda_q1, "),
     "shared bias": ("mimetic", lambda: timm.models.Beit(**BEIT, use_shared_rel_pos_bias=True), r"has a relative position bias \("),
     "bias in a child": ("mimetic", hf("Beit", use_relative_position_bias=True), r"relative_position_bias_table"),

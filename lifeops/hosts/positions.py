@@ -8,6 +8,7 @@ from lifeops.hosts.find import find_host
 from lifeops.hosts.host import Host, told_grid
 
 NAMES = ("pos_embed", "pos_embedding", "position_embeddings", "position_embedding")
+_FIRST_TO_ALL = ("VitPoseBackboneEmbeddings",)
 
 
 def host_or_none(op: str, model) -> Host | None:
@@ -30,6 +31,11 @@ def tables(model: nn.Module, dim: int) -> dict[str, Tensor]:
             if isinstance(value, Tensor) and value.dim() in (2, 3, 4) and value.shape[-1] == dim:
                 found.setdefault(id(value), (f"{path}.{name}".lstrip("."), value))
     return dict(found.values())
+
+
+def first_to_all(host: Host | None) -> bool:
+    """Whether the table's first row, that of a class token once, is added to every patch beside its own."""
+    return type(getattr(host and host.trunk, "embeddings", None)).__name__ in _FIRST_TO_ALL
 
 
 def grid_of(model, host: Host | None) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lifeops import geometry
-from lifeops.hosts.positions import grid_of, host_or_none, prefix_of, tables
+from lifeops.hosts.positions import first_to_all, grid_of, host_or_none, prefix_of, tables
 
 OP = "structured_"
 _ZERO = 1e-8
@@ -18,13 +18,13 @@ _ZERO = 1e-8
 class Positions(NamedTuple):
     """``tensor`` (1, P' + H*W, C), (P' + H*W, C) or (1, H, W, C), the model's own; ``learned`` unless it is fixed; the rest as in ``Grid``.
 
-    ``resized``: gives the rows (H*W, C) that the model makes of them in every pass; None where it takes them as they are.
+    ``made``: gives the rows (H*W, C) that the model makes of them in every pass; None where it takes them as they are.
     """
 
     tensor: Tensor
     learned: bool
     grid: tuple[int, int]
-    resized: Callable[[], Tensor] | None = None
+    made: Callable[[], Tensor] | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -43,7 +43,7 @@ class Positions(NamedTuple):
     @property
     def used(self) -> Tensor:
         """(H*W, C): the patches' rows as they reach the tokens."""
-        return self.patches if self.resized is None else self.resized().detach()
+        return self.patches if self.made is None else self.made().detach()
 
 
 def find(model, dim: int, grid, position_embedding: Tensor | None) -> Positions | None:
@@ -68,6 +68,9 @@ def find(model, dim: int, grid, position_embedding: Tensor | None) -> Positions 
             f"{OP}: {type(host.trunk).__name__} has {host.suffix} tokens behind its patches: the last rows of the position embedding must"
             " belong to the patches"
         )
+    if first_to_all(host) and not given:
+        _check_rows(found, 1)
+        return found._replace(made=lambda: found.patches + found.rows[:1])
     _check_rows(found, prefix_of(model, host))
     return found
 

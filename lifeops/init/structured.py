@@ -58,8 +58,9 @@ def structured_(
     (:func:`lifeops.init.impulse_qk`, scale 7), v and proj with proj∘v = 0.4 noise - 0.4 I, position embedding times 18 in place
     (all zeros, as transformers' DeiT has it, are drawn with std 0.02 first).
     ``"impulse"``, 2024 (arXiv 2404.01139): q and k by optimisation on a fixed sine-cosine embedding, which replaces a learned one
-    (and is frozen); v and proj are left as they are. No prefix tokens, as the authors. ``"mimetic"`` (arXiv 2305.09828): q k from
-    0.7 noise + 0.7 I, v and proj as above. ``"default"`` keeps the weights and applies the scales. Biases are never touched.
+    (and is frozen); v and proj are left as they are. No prefix tokens, as the authors. ``"mimetic"`` (arXiv 2305.09828): of each head
+    q k is the part of rank d of 0.7 noise + 0.7 I, and v·proj = 0.4 noise - 0.4 I as the impulse authors write it: what attention then
+    applies, proj∘v, has the same trace. ``"default"`` keeps the weights and applies the scales. Biases are never touched.
 
     Args:
         model_or_blocks: a ViT of timm, transformers, torchvision or this library (LIFE, LocalViT, DW shortcut), or a list of its

@@ -107,7 +107,7 @@ def _start(model, image, seen: Pass, place: Place, positions: Positions) -> tupl
     at = rows_at(found.isnan().any(-1), mask.to(found.device))
     resized = resized_positions(host_or_none(OP, model), positions.grid)
     if resized is not None and found.isnan().any(-1)[starts[0] : starts[0] + H * W].all():
-        return starts[0], positions._replace(resized=resized)  # each token draws on several rows: whether so shows in Verified.off
+        return starts[0], positions._replace(made=resized)  # each token draws on several rows: whether so shows in Verified.off
     if starts[0] not in at:
         where = f"tokens {at[0]} to {at[0] + H * W - 1}" if at else "no such tokens"
         raise ValueError(
@@ -179,5 +179,6 @@ def _check_sizes(sizes: dict[str, tuple[int, int]], grid: tuple[int, int]) -> No
     first = next(iter(sizes.values()))
     for path, (batch, tokens) in sizes.items():
         if batch != 1 or tokens < grid[0] * grid[1] or tokens != first[1]:
-            found = f"{batch} groups of {tokens} tokens" if batch != 1 else f"{tokens} tokens"
-            raise ValueError(f"{OP}: {path} attends inside {found}, looked for all tokens of a {grid[0]} x {grid[1]} grid (windows?)")
+            found = f"in {batch} groups of {tokens} tokens" if batch != 1 else f"over {tokens} tokens"
+            wanted = f"one group of the {grid[0]} x {grid[1]} grid's {grid[0] * grid[1]} patches and the prefix"
+            raise ValueError(f"{OP}: {path} attends {found}, looked for {wanted} (windows, patches left out, images of another size?)")
