@@ -14,7 +14,7 @@ from lifeops.hosts.layouts import LOOKED_FOR, Layout, attentions, called_attenti
 from lifeops.nn.life import LifeAttention
 
 OP = "structured_"
-_PLAIN = "softmax(q kᵀ / √d) of its projections alone"
+_PLAIN = "softmax(q kᵀ / √d) of its projections alone; a list of blocks where it is can be given, or method='default'"
 
 
 @dataclass

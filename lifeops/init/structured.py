@@ -144,7 +144,9 @@ def _embedding(model, layers: list[Projections], method, version, grid, given) -
     sizes = sorted({(layer.dim, layer.num_heads, layer.head_dim) for layer in layers})
     if len(sizes) > 1:
         if method == "impulse":
-            raise ValueError(f"{OP}: impulses need the same width, heads and head width in all blocks, got {sizes}")
+            found = ", ".join(f"{dim} in {heads} heads of {width}" for dim, heads, width in sizes)
+            hint = "pass a list of blocks that have it, with position_embedding= and grid="
+            raise ValueError(f"{OP}: impulses need the same width, heads and head width in all blocks, got {found}: {hint}")
         return None
     try:
         found = positions.find(model, layers[0].dim, grid, given)

@@ -98,7 +98,8 @@ def _start(model, image, seen: Pass, place: Place, positions: Positions) -> tupl
     starts = [] if seen.rows is None or place.mask is None else rows_at(seen.rows, place.mask)
     if not starts or len(place.mask) != H * W:
         n = 0 if place.mask is None else len(place.mask)
-        raise ValueError(f"{OP}: the {n} patches of the embedding do not reach {first.path} as the {H} x {W} grid in its order")
+        where = f"as the {H} x {W} grid in its order (shuffled, dropped or mixed before it?)"
+        raise ValueError(f"{OP}: the {n} patches of the embedding do not reach {first.path} {where}; 'mimetic' does not need them to")
     mask = chosen(H * W)
     marked = positions.patches.clone()
     marked[mask.to(marked.device)] = float("nan")
