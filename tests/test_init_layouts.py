@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from conftest import declare_torchvision_ops
 from lifeops.init import structured_
 from lifeops.models import VisionTransformer
+from lifeops.nn import LifeAttention
 from test_init_models import GRID, SIZES, close, expected_qk, generator, qk_of, vit
 
 # other people's ----------------------------------------------------------------------------------------------------------
@@ -148,6 +150,47 @@ REFUSED = {
 def test_refusals_leave_the_model_alone(name):
     options, changes, message = REFUSED[name]
     _unchanged(vit(**changes), lambda m: structured_(m, **options), ValueError, message)
+
+
+def _cross():
+    return nn.MultiheadAttention(24, 3, kdim=12)
+
+
+def _two():
+    attention = VitPytorch(24, 3)
+    attention.to_q, attention.to_kv = nn.Linear(24, 24), nn.Linear(24, 48)
+    del attention.to_qkv
+    return attention
+
+
+def _silent():
+    attention = VitPytorch(24, 3)
+    del attention.heads
+    return attention
+
+
+UNSETTABLE = [(_cross, "one in_proj_weight"), (_two, "in to_kv.weight"), (_silent, "does not say its heads")]
+
+
+@pytest.mark.parametrize(("build", "message"), UNSETTABLE)
+def test_layers_that_cannot_be_set(build, message):
+    with pytest.raises(ValueError, match=message):
+        structured_([build()], position_embedding=torch.randn(20, 24), grid=GRID)
+
+
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj"])
+@pytest.mark.parametrize("changed", [nn.utils.parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+def test_weights_that_are_computed_are_not_written_to(layer, changed):
+    """What is written to them is lost at the next call."""
+    model = vit()
+    changed(model.blocks[0].get_submodule(layer))
+    _unchanged(model, structured_, ValueError, f"blocks.0.attn (Attention): {layer[5:]}.weight is no parameter")
+
+
+def test_computed_weights_of_life():
+    model = vit(attn=LifeAttention)
+    nn.utils.parametrizations.weight_norm(model.blocks[1].attn.qkv.scale1)
+    _unchanged(model, structured_, ValueError, "blocks.1.attn (LifeAttention): qkv.scale1.weight is no parameter")
 
 
 def test_low_rank_embedding_leaves_the_model_alone():
