@@ -10,7 +10,7 @@ import torch
 from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
 
 import lifeops
-from lifeops.hosts import positions
+from lifeops.hosts import images, positions
 from lifeops.init import structured_
 
 WIDE = {"embed_dim": 96, "num_heads": 12}
@@ -49,6 +49,17 @@ def test_prefix_and_grid_are_the_hosts():
     cait, siglip = timm.create_model("cait_xxs24_224", img_size=32, depth=1), hf("SiglipVision", image_size=64)()
     assert positions.prefix_of(cait, positions.host_or_none("", cait)) == 0
     assert positions.grid_of(siglip, positions.host_or_none("", siglip)) == (8, 8)
+
+
+def test_images_and_embeddings_of_any_model():
+    """What a model says of its images, in the order in which it is tried; timm's hybrids have more convolutions than one."""
+    assert images.image_sizes(hf("Dinov2", image_size=(16, 64))()) == [(16, 64)]
+    assert images.image_sizes(named("vit_tiny_patch16_224", embed_dim=24, num_heads=3)()) == [(64, 64), (224, 224)]
+    assert images.image_sizes(staged("mobilevit_xxs")()) == [(256, 256)]
+    assert images.image_sizes(torch.nn.Linear(2, 2)) == []
+    for build, path in ((staged("mobilevit_xxs"), "stem.conv"), (hf("ViT"), "embeddings.patch_embeddings"), (small_vit(), "patch_embed")):
+        model = build()
+        assert images.embedding_of(model) is model.get_submodule(path)
 
 
 def test_a_report_that_is_not_the_models_is_put_back():

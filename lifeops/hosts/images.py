@@ -19,7 +19,11 @@ def embedding_of(model: nn.Module) -> nn.Module | None:
 
 
 def image_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """(H, W) of images, by what the model's modules and configurations say; none where nothing says it."""
+    """(H, W) of images, by what the model's modules and configurations say, and then what its weights are published for (timm); none
+    where nothing says it.
+    """
     holders = [h for m in model.modules() for h in (m, getattr(m, "config", None))]
-    found = (pair(getattr(holder, name, None)) for holder in holders for name in _SIZES)
+    found = [pair(getattr(holder, name, None)) for holder in holders for name in _SIZES]
+    published = getattr(model, "pretrained_cfg", None)
+    found += [pair(published.get("input_size", ())[1:])] if isinstance(published, dict) else []
     return list(dict.fromkeys(size for size in found if size and all(isinstance(n, int) for n in size)))
