@@ -4,7 +4,7 @@ from host_configs import add
 from hosts import transformers
 
 
-def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32, 48), rect=True, nested=None, label=None, **options):
+def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32, 48), rect=True, label=None, own=None, **options):
     """transformers' models; ``rect``: the configuration's image_size may be a pair."""
     side = size if rect else size[0]
     base = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 96, "patch_size": 8}
@@ -16,7 +16,7 @@ def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32
         return getattr(transformers, model or f"{name}Model")(configuration)
 
     patch = options.get("patch_size") if chain != "none" else None
-    add("transformers", family, label or model or f"{name}Model", build, size, patch, prefix, chain, options.get("image_size"))
+    add("transformers", family, label or model or f"{name}Model", build, size, patch, prefix, chain, own or options.get("image_size"))
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -96,6 +96,7 @@ _hf(
     intermediate_size=None,
     patch_size=14,
     size=(56, 84),
+    own=(56, 56),
     reassemble_hidden_size=96,
     neck_hidden_sizes=[8, 8],
     fusion_hidden_size=8,

@@ -226,6 +226,40 @@ def outputs_and_gradient(model, x) -> list[torch.Tensor]:
     return [*(t.detach() for t in found), gradient]
 
 
+_QKV = (("qkv",), ("to_qkv",), ("q_proj", "k_proj", "v_proj"), ("attention.query", "attention.key", "attention.value"))
+_JOINS = ("proj", "o_proj", "out_proj", "projection", "projection_layer", "output.dense")
+
+
+def _matrices(attn) -> list[torch.Tensor]:
+    """The weights of q, k, v and the output projection, in float64."""
+    layers = dict(attn.named_modules())
+    inputs = next(names for names in _QKV if all(name in layers for name in names))
+    weights = [layers[name].weight.double() for name in inputs]
+    return [*(weights if len(weights) == 3 else weights[0].chunk(3)), next(layers[n] for n in _JOINS if n in layers).weight.double()]
+
+
+def _near_identity(shape, noise, identity, generator):
+    bound = (3 / shape[-1]) ** 0.5
+    drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator).double()
+    return noise * drawn + identity * torch.eye(shape[-1], dtype=torch.float64)
+
+
+@torch.no_grad()
+def check_mimetic(model, report, generator) -> float:
+    """Of every layer: q k of a head is the part of rank d of 0.7 noise + 0.7 I, and v proj is 0.4 noise - 0.4 I, drawn again."""
+    worst, paths = 0.0, dict.fromkeys(head.path for head in report.heads)
+    for path in paths:
+        q, k, v, proj = _matrices(model.get_submodule(path))
+        heads, C, width = sum(head.path == path for head in report.heads), q.shape[1], len(v)
+        U, S, Vh = torch.linalg.svd(_near_identity((heads, C, C), 0.7, 0.7, generator))
+        d = width // heads
+        expected = (U[..., :d] * S[:, None, :d]) @ Vh[:, :d]
+        q, k = (t.unflatten(0, (heads, d)) for t in (q, k))
+        worst = max(worst, error(q.mT @ k, expected))
+        worst = max(worst, error(v @ proj, _near_identity((C, C), 0.4, -0.4, generator)[:width, :width]))
+    return worst
+
+
 @torch.no_grad()
 def check_impulse(model, report, host) -> tuple[float, float]:
     """(the report's mass of layer 0, that of the first attention on a blank image without biases); patches behind ``prefix``."""

@@ -102,7 +102,7 @@ def test_converted():
 
 
 def test_unknown_models():
-    with pytest.raises(ValueError, match=r"describe: Sequential is not a known ViT; looked for a timm model"):
+    with pytest.raises(ValueError, match=r"describe: Sequential is not a known ViT \(it holds .*\); looked for a timm model"):
         lifeops.describe(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"CrossVit has 2 patch embeddings"):
         lifeops.describe(staged("crossvit_tiny_240")())

@@ -5,11 +5,12 @@ Small models of timm and transformers, no weights. What computes is compared wit
 """
 
 import copy
+import pickle
 import re
 
 import pytest
 import torch
-from hosts import SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, unchanged, vit
+from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, unchanged, vit
 from torch import nn
 
 import lifeops
@@ -144,3 +145,35 @@ def test_a_stand_in_that_does_not_attend():
     for block in model.blocks:
         block.attn = StandIn()
     assert lifeops.convert(model, "life")(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+HOST_BLOCKS = lambda: timm.models.Beit(**BEIT, init_values=0.1), small_vit(block_fn=vit.ParallelThingsBlock), hf("ViT")
+
+
+@pytest.mark.parametrize("build", HOST_BLOCKS)
+def test_conv_names_the_feed_forward_of_any_block(build):
+    """As in LocalViT's own block, whatever the host calls its MLP; the block is what it was beside."""
+    old = made(build)
+    host = lifeops.describe(old).host
+    model = lifeops.convert(copy.deepcopy(old), "localvit")
+    path, mlp = host.blocks[1].path, host.blocks[1].mlp
+    block, was = model.get_submodule(path), host.blocks[1].module
+    for b in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        part = getattr(b, mlp)
+        assert b.conv is (part[0] if isinstance(part, nn.ModuleList) else part)
+        assert isinstance(b, type(was))
+        assert type(b).__name__ == type(was).__name__
+        assert b.state_dict().keys() == block.state_dict().keys()
+        assert not any(name.split(".")[0] == "conv" for name, _ in [*b.named_modules(remove_duplicate=False), *b.named_parameters()])
+        assert [name for name, _ in b.named_children()] == [name for name, _ in was.named_children()]
+    tokens = torch.randn(2, host.prefix + host.grid[0] * host.grid[1], 96 if host.library == "transformers" else 24)
+    with pytest.raises(ValueError, match=r"the grid is unknown: .*with lifeops\.use_grid\(model, \(H, W\)\)"):
+        block(tokens)
+    twin = pickle.loads(pickle.dumps(block))
+    with lifeops.use_grid(model, host.grid), lifeops.use_grid(twin, host.grid), torch.no_grad():
+        assert torch.equal(twin(tokens), block(tokens))
+
+
+def test_conv_is_of_localvit_alone():
+    model = lifeops.convert(hf("ViT")(), "life")
+    assert not hasattr(lifeops.describe(model).host.blocks[0].module, "conv")

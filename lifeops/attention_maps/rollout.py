@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lifeops.arguments import check_choice, check_int, check_module, got, under
+from lifeops.arguments import check_choice, check_flags, check_int, check_module, got, under
 from lifeops.attention_maps.host_pass import HostPass, pass_of
 from lifeops.attention_maps.layers import JoinLayer, recorded
 from lifeops.attention_maps.pool_heads import PoolHead, one_pool_head, pool_heads
@@ -185,7 +185,7 @@ def rollout(
     _check(start_layer, prefix, classes, targets)
     check_int("rollout", "num_prefix_tokens", num_prefix_tokens, 0, optional=True)
     residual, discard_ratio = _check_options(head_fusion, residual, discard_ratio, "rollout")
-    requested_backend("rollout", backend)
+    requested_backend("rollout", backend), check_flags("rollout", verify=verify)
     options = Options(head_fusion, residual, discard_ratio, backend)
     host_pass = pass_of(model, images, num_prefix_tokens, _pools(model, targets))
     with _untouched(model):

@@ -8,7 +8,7 @@ PROJ = ("proj", "o_proj", "out_proj")
 """What the output projection is called."""
 _JOINING = (*PROJ, "attn_out_proj", "projection", "projection_layer")  # and beside an MLP, in Swin and SAM of transformers, in BEiT
 SEPARATE = ("q_proj", "k_proj", "v_proj")
-_BIASES = ("q_bias", "k_bias", "v_bias")  # added to a joint projection without one (BEiT)
+BIASES = ("q_bias", "k_bias", "v_bias")  # added to a joint projection without one (BEiT)
 
 
 def heads_of(attn: nn.Module) -> int | None:
@@ -24,7 +24,7 @@ def projections(attn: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def thirds(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """q, k and v (B, N, C) of the joint projection ``qkv`` of the tokens x (B, N, C)."""
-    biases = (getattr(attn, name, None) for name in _BIASES)
+    biases = (getattr(attn, name, None) for name in BIASES)
     return tuple(t if bias is None else t + bias.to(t.dtype) for t, bias in zip(attn.qkv(x).chunk(3, -1), biases, strict=True))
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lifeops.arguments import check_choice, under
+from lifeops.arguments import check_choice, check_flags, got, under
 from lifeops.hosts.host import CONVERSION as RECORD
 from lifeops.integrations import timm_indices
 from lifeops.integrations.accelerate import put_back
@@ -113,8 +113,8 @@ def _try(plan: Plan) -> None:
 
 def _check_start(system: str, start: str | None, options: dict) -> None:
     """Hand ``start`` to the system that knows it."""
-    if start not in (None, "identity"):
-        raise ValueError(f"convert: start must be None or 'identity', got {start!r}")
+    if start is not None and (not isinstance(start, str) or start != "identity"):
+        raise ValueError(f"convert: start must be None or 'identity', got {got(start)}")
     if start is not None and system in _NO_IDENTITY:
         raise ValueError(f"convert: {system!r} cannot start as the identity: {_NO_IDENTITY[system]}; 'dw_shortcut' can")
     options.update({"start": start} if system not in _NO_IDENTITY else {})
@@ -172,6 +172,7 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     check_choice("convert", "system", system, SYSTEMS)
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
+    check_flags("convert", probe=probe)
     _check_start(system, start, options)
     with under("convert"):
         plan = SYSTEMS[system](model, **options)

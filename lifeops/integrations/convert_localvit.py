@@ -9,7 +9,7 @@ from lifeops.hosts.host import Block, Host
 from lifeops.integrations.convert_check import check_branch, check_last_branch
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable
 from lifeops.integrations.convert_probe import Probed, ran, sequence
-from lifeops.integrations.host_block import host_block, same_parts
+from lifeops.integrations.host_block import host_block, local_block
 from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
 
 _PLAIN = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2", "gamma_2")  # the parts that LocalViT's own block has, or does without
@@ -54,7 +54,7 @@ def _own_block(block: Block, conv: LocalityFeedForward) -> LocalViTBlock:
 
 def _same_block(host: Host, block: Block, branch: LocalityBranch) -> nn.Module:
     """The host's block with the branch in place of its MLP, and without the norm, the scale and the drop path that go with that alone."""
-    new = host_block(block.module) if host.library == "transformers" else same_parts(block.module)
+    new = host_block(block.module) if host.library == "transformers" else local_block(block.module)
     new._modules[block.mlp] = nn.ModuleList([branch]) if isinstance(block.part("mlp"), nn.ModuleList) else branch
     for name in (block.norm2, block.ls2, "drop_path2"):
         if name in new._modules:

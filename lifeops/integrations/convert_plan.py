@@ -56,7 +56,8 @@ def host_of(model: nn.Module, num_prefix_tokens: int | None) -> tuple[Host, int]
     host = find_host("convert", model)
     prefix = host.prefix if num_prefix_tokens is None else num_prefix_tokens
     if prefix is None:
-        raise ValueError(f"convert: {type(host.trunk).__name__} does not say num_prefix_tokens; pass num_prefix_tokens=…")
+        what = "how many tokens (class token, registers) come before the patches; pass it, 0 for none"
+        raise ValueError(f"convert: {type(host.trunk).__name__} does not say num_prefix_tokens, {what}")
     return host, check_int("convert", "num_prefix_tokens", prefix, 0)
 
 

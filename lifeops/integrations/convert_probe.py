@@ -159,8 +159,10 @@ def try_stages(host: Host, swaps: list[tuple[nn.Module, nn.Module]], shortcuts: 
 
 
 def _failed(model: nn.Module, error: Exception) -> ValueError:
-    why = f"{type(error).__name__}: {error}"
-    return ValueError(f"convert: {type(model).__name__} cannot be tried on one image ({why}); probe=False converts it untried")
+    if str(error).startswith("lifeops:"):
+        return ValueError(str(error).replace("lifeops:", "convert:", 1))
+    why = f"it does not run on one with its blocks passing their tokens on ({type(error).__name__}: {error})"
+    return ValueError(f"convert: {type(model).__name__} cannot be tried on one image: {why}; probe=False converts it untried")
 
 
 def _check_tokens(path: str, x: Tensor, prefix: int, grid: tuple[int, int]) -> None:

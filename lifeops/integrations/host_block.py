@@ -11,12 +11,24 @@ import torch
 from torch import nn
 
 from lifeops.nn.grids import GridHolder
+from lifeops.nn.localvit import LocalityFeedForward
+
+
+def _local(block: nn.Module) -> LocalityFeedForward:
+    """LocalViT's feed-forward in the place of its MLP, by the name that it has in LocalViT's own block; the MLP's names it."""
+    found = [c for child in block._modules.values() for c in (child if isinstance(child, nn.ModuleList) else [child])]
+    branch = next((c for c in found if isinstance(c, LocalityFeedForward)), None)
+    if branch is None:
+        raise AttributeError(f"{type(block).__name__!r} object has no attribute 'conv'")
+    return branch
 
 
 class HostBlock:
     """Mixed in before a host's class: binds the grid inside ``forward``, which activation checkpointing of transformers runs again
     without its hooks, and adds the module ``shortcut`` (:class:`lifeops.nn.DWShortcut`) if there is one.
     """
+
+    conv = property(_local)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         holder, y = self.grid_holder, None
@@ -33,14 +45,23 @@ class HostBlock:
         return _empty, (type(self).__mro__[2],), self.__dict__
 
 
+class LocalBlock:
+    """Mixed in before the class of a timm block whose MLP is LocalViT's feed-forward."""
+
+    conv = property(_local)
+
+    def __reduce_ex__(self, protocol):
+        return _empty, (type(self).__mro__[2], LocalBlock), self.__dict__
+
+
 @functools.cache
-def _class(cls: type) -> type:
-    return type(cls.__name__, (HostBlock, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+def _class(cls: type, mixin: type = HostBlock) -> type:
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
-def _empty(cls: type) -> nn.Module:
+def _empty(cls: type, mixin: type = HostBlock) -> nn.Module:
     """What a copy or an unpickled block starts from."""
-    new = _class(cls).__new__(_class(cls))
+    new = _class(cls, mixin).__new__(_class(cls, mixin))
     nn.Module.__init__(new)
     return new
 
@@ -52,6 +73,11 @@ def same_parts(block: nn.Module, cls: type | None = None) -> nn.Module:
     own = {name: type(value)(value) for name, value in vars(block).items() if name in ("_modules", "_parameters", "_buffers")}
     new.__dict__ = {**vars(block), **own}
     return new
+
+
+def local_block(block: nn.Module) -> nn.Module:
+    """``block`` again as a :class:`LocalBlock`."""
+    return same_parts(block, _class(type(block), LocalBlock))
 
 
 def host_block(block: nn.Module) -> nn.Module:

@@ -43,6 +43,6 @@ def _flat_grid(embed, args, output):
             return grid
     raise ValueError(
         f"lifeops: {type(embed).__name__}, the model's patch embedding, gives {tuple(output.shape)}, whose {output.shape[1]} tokens are no"
-        f" grid that it tells ({', '.join(map(str, found)) or 'it has neither grid_size nor patch_size'}); give maps of four dimensions,"
-        " or grid_size=(H, W)"
+        f" grid that it tells ({', '.join(map(str, found)) or 'it has neither grid_size nor patch_size'}); it must give maps of four"
+        " dimensions or have grid_size = (H, W)"
     )

@@ -205,6 +205,8 @@ class LifeAttention(NotScripted, nn.Module):
         """
         grid = check_input("LifeAttention", x, self.dim, self.grid_holder.of("LifeAttention", grid), self.num_prefix_tokens)
         check_like("LifeAttention", "x", x, getattr(self.qkv, "scale1", None))
+        if isinstance(rope, torch.Tensor) and rope.device != x.device:
+            raise ValueError(f"LifeAttention: rope must be on x's device {x.device}, got {rope.device}")
         check_mask("LifeAttention", attn_mask, x, self.num_heads)
         check_flags("LifeAttention", is_causal=is_causal)
         check_rope("LifeAttention", rope, x.shape[0], self.num_heads, grid, self.head_dim)

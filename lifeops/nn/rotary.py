@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lifeops.arguments import check_tensor
+from lifeops.arguments import check_floating, check_tensor
 
 
 def check_rope(op: str, rope: Tensor | None, batch: int, num_heads: int, grid: tuple[int, int], head_dim: int) -> None:
     """Raise unless ``rope`` is (…, H*W, 2 d), shared by the heads or (…, h, H*W, 2 d); None is no rope."""
     if rope is None:
         return
-    check_tensor(op, "rope", rope)
+    check_tensor(op, "rope", rope), check_floating(op, "rope", rope)
     wanted = batch, num_heads, grid[0] * grid[1], 2 * head_dim
     leading = all(n in (1, most) for n, most in zip(reversed(rope.shape[:-2]), reversed(wanted[:-2]), strict=False))
     if not 2 <= rope.dim() <= 4 or tuple(rope.shape[-2:]) != wanted[2:] or not leading:
