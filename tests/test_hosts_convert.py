@@ -22,12 +22,12 @@ def _gated():
 
 
 CONVERT_REFUSES = {
-    "differential": (small_vit(embed_dim=48, attn_layer="diff"), {"life": "has lambda_q1, lambda_k1, lambda_q2, lambda_k2"}),
-    "cait": (named("cait_xxs24_224"), {"life": "has proj_l, proj_w"}),
+    "differential": (small_vit(embed_dim=48, attn_layer="diff"), {}),
+    "cait": (named("cait_xxs24_224"), {}),
     "gate": (_gated, {"life": "EvaAttention, which has gate"}),
     "fused branches": (
         small_vit(block_fn=vit.ParallelScalingBlock),
-        {"life": "blocks.0.attn is NoneType without q, k and v", "localvit": "without attn, mlp"},
+        {"localvit": "whose attention and MLP share a projection (in_proj)"},
     ),
     "stages": (
         staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)),
@@ -60,10 +60,8 @@ def test_convert_refuses_or_runs(name, system):
 @pytest.mark.parametrize("rel_pos", [False, True])
 def test_blocks_that_take_maps(rel_pos):
     build = named("samvit_base_patch16", embed_dim=48, num_heads=3, use_rel_pos=rel_pos)
-    for system in ("life", "localvit"):
-        message = "rel_pos_h" if rel_pos and system == "life" else "blocks.0 is given maps"
-        unchanged(build(), lambda m, s=system: lifeops.convert(m, s, num_prefix_tokens=0), message)
-    assert lifeops.convert(build(), "dw_shortcut", num_prefix_tokens=0)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    for system in SYSTEMS:
+        assert lifeops.convert(build(), system)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
 class _Masked(nn.Module):

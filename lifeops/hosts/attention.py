@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias
-from lifeops.hosts.projections import SEPARATE, heads_of, thirds
+from lifeops.hosts.projections import NAMED, SEPARATE, heads_of, thirds
 
 LOOKED_FOR = (
     "attention with qkv and num_heads (timm, lifeops), q_proj/k_proj or query/key and num_heads or num_attention_heads (timm,"
@@ -75,7 +75,7 @@ def _read_fused(call: Call, values: bool) -> Heads:
 
 def _read_separate(call: Call, values: bool) -> Heads:
     module, x = call.module, call.x
-    names = SEPARATE if hasattr(module, "q_proj") else ("query", "key", "value")
+    names = SEPARATE if hasattr(module, "q_proj") else NAMED
     q = getattr(module, names[0])(x).unflatten(2, (heads_of(module), -1)).transpose(1, 2)
     rest = [getattr(module, name)(x).unflatten(2, (-1, q.shape[-1])).transpose(1, 2) for name in names[1 : 2 + values]]
     return _attending(call, q, rest[0], rest[1] if values else None)

@@ -9,7 +9,7 @@ from lifeops.hosts.host import Host, block_of
 LOOKED_FOR = "a timm model with one patch_embed and with blocks, or with layers or stages of blocks"
 
 ORDERS = {
-    **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock"), "pre"),
+    **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock", "XCABlock"), "pre"),
     **dict.fromkeys(("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"), "post"),
     **dict.fromkeys(("ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"), "parallel"),
 }
@@ -30,6 +30,8 @@ def _lists(trunk: nn.Module) -> tuple[str, ...]:
 def _prefix(trunk: nn.Module, staged: bool) -> int | None:
     """P in the blocks. CaiT's class token joins behind them, its ``num_prefix_tokens`` counts the result's; stages say nothing."""
     if hasattr(trunk, "blocks_token_only") or hasattr(trunk, "cls_attn_blocks"):
+        return 0
+    if type(trunk).__name__ == "VisionTransformerSAM":  # which has no tokens beside the patches, and does not say it
         return 0
     prefix = getattr(trunk, "num_prefix_tokens", None)
     if prefix is None and staged:

@@ -14,11 +14,14 @@ EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
 _LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
 CLS = ("cls_token", "class_embedding")
 _PREFIX = (*CLS, "distillation_token", "register_tokens")
-_SUFFIX = ("detection_tokens",)
+SUFFIX = ("detection_tokens",)
 _PRE = (
     "ViTLayer", "DeiTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer",
     "BlipEncoderLayer", "Aimv2EncoderLayer", "ViTMAELayer", "ViTMSNLayer", "IJepaLayer", "BeitLayer", "Data2VecVisionLayer", "YolosLayer",
     "DPTViTLayer", "EomtLayer", "VitDetLayer", "VitPoseBackboneLayer", "SamVisionLayer", "Siglip2EncoderLayer", "MetaClip2EncoderLayer",
+    "SamHQVisionLayer", "ChineseCLIPVisionLayer", "CLIPSegEncoderLayer", "AltCLIPEncoderLayer", "MLCDEncoderLayer", "OwlViTEncoderLayer",
+    "Owlv2EncoderLayer", "Blip2EncoderLayer", "InstructBlipEncoderLayer", "GitVisionEncoderLayer", "FlavaLayer", "PixioLayer",
+    "InternVLVisionLayer",
 )  # fmt: skip
 ORDERS = dict.fromkeys(_PRE, "pre")
 
@@ -56,7 +59,7 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
         return f"{type(trunk).__name__} has embeddings.{name}, and no list of layers called {', '.join(_LISTS)}"
     blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers))]
     has_cls = any(getattr(embeddings, n, None) is not None for n in CLS)
-    counts = prefix_of(embeddings), _count(embeddings, _SUFFIX)
+    counts = prefix_of(embeddings), _count(embeddings, SUFFIX)
     return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, (layers,), blocks)
 
 

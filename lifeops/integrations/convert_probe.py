@@ -75,6 +75,7 @@ def probe(host: Host, prefix: int) -> Probed:
     model, blocks = host.trunk, paths(host)
     calls: dict[int, Call] = {}
     watch, grids, embed, own = Watch({}, set()), [], host.embed, host.embed.forward
+    beside: dict[type, tuple | None] = {}  # what a block of the class gives behind its tokens
     place = Place("convert", watch, embed)
 
     def embedded(*args, **kwargs):
@@ -85,11 +86,18 @@ def probe(host: Host, prefix: int) -> Probed:
         return output
 
     def passing(path, block):
+        run = block.forward
+
         def forward(x, *args, **kwargs):
             if not calls and grids:
                 _check_place(host, place, path, x, prefix, grids[-1])
             calls.setdefault(id(block), Call((x, *args), kwargs))
-            return x
+            if host.library == "transformers" and type(block) not in beside:  # whose blocks may give more than tokens
+                with watch.quiet():
+                    output = run(x, *args, **kwargs)
+                beside[type(block)] = output[1:] if isinstance(output, tuple) else None
+            rest = beside.get(type(block))
+            return x if rest is None else (x, *rest)
 
         return forward
 
