@@ -40,10 +40,16 @@ def projections(attn: nn.Module) -> list[tuple[str, nn.Module]]:
     return found if all(isinstance(layer, nn.Module) for _, layer in found) else []
 
 
-def thirds(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def on_grid(layer: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """``layer`` of x, told the grid where it asks for one: LIFE's in the place of a linear one."""
+    return layer(x, grid) if getattr(layer, "needs_grid", False) else layer(x)
+
+
+def thirds(attn: nn.Module, x: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
     """q, k and v (B, N, C) of the joint projection ``qkv`` of the tokens x (B, N, C)."""
     biases = (getattr(attn, name, None) for name in BIASES)
-    return tuple(t if bias is None else t + bias.to(t.dtype) for t, bias in zip(attn.qkv(x).chunk(3, -1), biases, strict=True))
+    parts = on_grid(attn.qkv, x, grid).chunk(3, -1)
+    return tuple(t if bias is None else t + bias.to(t.dtype) for t, bias in zip(parts, biases, strict=True))
 
 
 def projected(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

@@ -55,6 +55,13 @@ def check_options(options: dict, known: tuple[str, ...]) -> None:
 def host_of(model: nn.Module, num_prefix_tokens: int | None) -> tuple[Host, int]:
     """The host and P."""
     host = find_host("convert", model)
+    layers = {type(m) for m in host.embed.modules()}
+    if nn.Conv2d not in layers and layers & {nn.Conv3d, nn.Linear}:
+        what = "patches of several frames (Conv3d)" if nn.Conv3d in layers else "patches that were cut before (Linear)"
+        raise ValueError(
+            f"convert: {type(host.embed).__name__}, the patch embedding of {type(host.trunk).__name__}, reads {what}; looked for one that"
+            " reads images, whose patches lie on one grid"
+        )
     if host.suffix:
         found = f"{type(host.trunk).__name__} puts {host.suffix} tokens behind its patches ({', '.join(SUFFIX)})"
         raise ValueError(f"convert: {found}; all systems need the patches last, behind their prefix tokens")
