@@ -91,12 +91,17 @@ def _without_mlp(block):
     return block
 
 
+def _kept(output):
+    """What a module gave, whatever is added to it later."""
+    return output.clone() if isinstance(output, torch.Tensor) else output
+
+
 def _calls(model, kind, x):
     """[(path, module, args, kwargs, output)] of every module that ``kind`` is true of in one forward pass."""
     found, handles = [], []
     for path, module in model.named_modules():
         if kind(module):
-            keep = lambda m, a, k, out, path=path: found.append((path, m, a, k, out))  # noqa: E731
+            keep = lambda m, a, k, out, path=path: found.append((path, m, a, k, _kept(out)))  # noqa: E731
             handles.append(module.register_forward_hook(keep, with_kwargs=True))
     with torch.no_grad():
         model(x)
@@ -117,10 +122,13 @@ def _shown(model):
 
 
 def _around(original, path):
-    """Of a layer: a copy of the module that holds it, and the side of its windows, None without."""
+    """Of a layer: a copy of the module that holds it, which calls it, and the size of its windows, None without."""
     parent = path.rpartition(".")[0]
-    block = original.get_submodule(parent.rpartition(".")[0])
-    return copy.deepcopy(original.get_submodule(parent)), getattr(block, "window_size", None)
+    block, old = original.get_submodule(parent.rpartition(".")[0]), copy.deepcopy(original.get_submodule(parent))
+    window = getattr(block, "window_size", None)
+    if hasattr(old, "qkv_bias_separate"):
+        old.qkv_bias_separate = True
+    return old, (window, window) if isinstance(window, int) and window else window or None
 
 
 def check_projections(original, model, x, host) -> float:
@@ -130,7 +138,7 @@ def check_projections(original, model, x, host) -> float:
         (old, window), wide = _around(original, path), copy.deepcopy(layer).double()
 
         def plain(tokens, wide=wide, window=window):
-            grid = (window, window) if window else grid_of(math.prod(tokens.shape[1:-1]) - host.prefix, host)
+            grid = window or grid_of(math.prod(tokens.shape[1:-1]) - host.prefix, host)
             flat = tokens.flatten(1, -2).double()
             beside = [F.linear(flat, wide.fc1.weight, wide.fc1.bias)] if hasattr(wide, "fc1") else []
             q_k_v = torch.cat((*beside, *life_qkv(wide, flat, host.prefix, grid)), -1)

@@ -24,14 +24,18 @@ def _gated():
 CONVERT_REFUSES = {
     "differential": (small_vit(embed_dim=48, attn_layer="diff"), {}),
     "cait": (named("cait_xxs24_224"), {}),
-    "gate": (_gated, {"life": "EvaAttention, which has gate"}),
+    "gate": (_gated, {}),
     "fused branches": (
         small_vit(block_fn=vit.ParallelScalingBlock),
         {"localvit": "whose attention and MLP share a projection (in_proj)"},
     ),
+    "windows in stages": (
+        staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)), {},
+    ),
     "stages": (
-        staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)),
-        {s: f"blocks in 2 stages (layers.0.blocks, layers.1.blocks), each on a grid of its own; '{s}' needs" for s in SYSTEMS[:2]},
+        staged("pit_ti_224", img_size=64),
+        {s: f"blocks in 3 stages (transformers.0.blocks, transformers.1.blocks, transformers.2.blocks), each on a grid of its own; '{s}' needs"
+         for s in SYSTEMS[:2]} | {"dw_shortcut": "pit"},
     ),
     "late cls": (
         named("convit_tiny", depth=3, local_up_to_layer=1),

@@ -10,7 +10,8 @@ LOOKED_FOR = "a timm model with one patch_embed and with blocks, or with layers 
 
 ORDERS = {
     **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock", "XCABlock"), "pre"),
-    **dict.fromkeys(("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"), "post"),
+    **dict.fromkeys(("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"), "post"),
+    **dict.fromkeys(("SwinTransformerV2Block", "SwinTransformerV2CrBlock"), "post"),
     **dict.fromkeys(("ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"), "parallel"),
 }
 _STAGES = ("layers", "stages", "levels", "transformers")  # the last: PiT

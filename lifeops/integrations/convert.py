@@ -15,7 +15,7 @@ from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
 from lifeops.integrations.convert_life import convert_life
 from lifeops.integrations.convert_localvit import convert_localvit
 from lifeops.integrations.convert_plan import Plan, share_hooks
-from lifeops.integrations.convert_probe import can_try, try_stages
+from lifeops.integrations.convert_probe import can_try, run_through, try_stages
 from lifeops.integrations.convert_probe import probe as run_once
 from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.dw_shortcut import ShortcutBlocks
@@ -104,11 +104,11 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
 
 def _try(plan: Plan) -> None:
     """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe."""
-    if not plan.bound:
+    if any(isinstance(group, ShortcutBlocks) for _, new in plan.swaps if not plan.bound for group in new.children()):
         try_stages(plan.host, plan.swaps, plan.asks)
         return
     with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
-        plan.check(run_once(plan.host, plan.prefix))
+        plan.check(run_through(plan.host) if plan.host.staged else run_once(plan.host, plan.prefix))
 
 
 def _check_start(system: str, start: str | None, options: dict) -> None:

@@ -145,7 +145,7 @@ def _rounding(x: Tensor, *outputs: Tensor) -> float:
     return 8 * torch.finfo(x.dtype).eps * x.abs().max().item() / max(branch, 1e-30)
 
 
-def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module, given: Call, grid: tuple[int, int]) -> None:
+def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module, given: Call, grid: tuple[int, int] | None) -> None:
     """``new`` is z + branch(z), where z is what ``block`` makes of its tokens without its MLP; z may lie flat there, or as maps."""
     told, old = [], block.module
     muted = [block.part("mlp" if block.out is None else "out")] + ([block.part("norm2")] if block.order == "post" else [])
@@ -157,7 +157,7 @@ def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module
     def response(z):
         return (2 * z.flip(-1) + 1).sin()
 
-    def read(z):
+    def read(z, *args):
         told.append(z)
         return response(z)
 
@@ -175,7 +175,7 @@ def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module
             f"convert: {path} is {type(old).__name__}, which is not z + mlp(z) for what its attention makes of its tokens, z"
             " (an MLP beside the attention, a scale of its own)"
         )
-    with branch.grid_holder.use(grid):
+    with contextlib.nullcontext() if grid is None else branch.grid_holder.use(grid):
         call(path, new, given)
 
 

@@ -15,7 +15,7 @@ from lifeops.integrations.convert_check import check_attention, check_projection
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable, share_hooks
 from lifeops.integrations.convert_probe import Call, Probed, call, paths, ran, sequence
 from lifeops.integrations.host_attention import NORMS, POSITIONS, class_for, keep
-from lifeops.integrations.host_block import host_block
+from lifeops.integrations.host_block import host_block, same_parts
 from lifeops.integrations.life_projection import LifeProjection, projection_for
 from lifeops.nn.life import LifeAttention
 from lifeops.ops.life_qkv.spec import AUX_KEYS
@@ -28,11 +28,16 @@ _KNOWN = ("qkv", *SEPARATE, *NAMED, *PROJ, *BIASES, *NORMS, *POSITIONS, "relativ
 
 
 class _Swap(NamedTuple):
-    """``old``, at ``path`` in its block (in an attention until it is known where that is), and what takes its place."""
+    """``old``, at ``path`` in its block (in an attention until it is known where that is), and what takes its place.
+
+    ``asks``: what of it asks for a grid. ``layer``: the one that a :class:`LifeProjection` stands for.
+    """
 
     path: str
     old: nn.Module
-    new: LifeAttention | LifeProjection
+    new: nn.Module
+    asks: LifeAttention | LifeProjection
+    layer: nn.Linear | None = None
 
 
 def _attentions(block: Block) -> dict[str, nn.Module]:
@@ -82,12 +87,13 @@ def _exchange(host: Host, block: Block, path: str, attn: nn.Module | None, prefi
         return _projection(attn, block.path, "in_proj", prefix, options)
     odd = _odd(block, attn) if attn is not None and projections(attn) else []
     if not odd:
-        return _Swap("", attn, _replacement(attn, _check(path, attn), host.library, prefix, options))
-    if isinstance(getattr(attn, "qkv", None), nn.Linear) and all(getattr(attn, name, None) is None for name in BIASES):
+        new = _replacement(attn, _check(path, attn), host.library, prefix, options)
+        return _Swap("", attn, new, new)
+    if isinstance(getattr(attn, "qkv", None), nn.Linear):
         return _projection(attn, path, "qkv", prefix, options, getattr(block.module, "window_size", None))
     raise ValueError(
         f"convert: {path} is {type(attn).__name__}, which has {', '.join(odd)}, which LIFE's attention does not know; looked for a linear"
-        " layer qkv without q_bias and v_bias beside it, in whose place LIFE's q, k and v leave the rest as it is"
+        " layer qkv, in whose place LIFE's q, k and v leave the rest as it is"
     )
 
 
@@ -98,7 +104,13 @@ def _projection(attn: nn.Module, path: str, name: str, prefix: int, options: dic
     if new is None:
         got = f"{layer.in_features} channels to {layer.out_features}, heads: {heads}"
         raise ValueError(f"convert: {path}.{name} must give q, k and v as wide as its tokens, a multiple of the heads; got {got}")
-    return _Swap(name, layer, new)
+    if all(getattr(attn, bias, None) is None for bias in BIASES):
+        return _Swap(name, layer, new, new, layer)
+    if not hasattr(attn, "qkv_bias_separate"):
+        raise ValueError(f"convert: {path} is {type(attn).__name__}, which reads the weight of {name} beside biases of its own")
+    same = same_parts(attn)
+    same._modules[name], same.qkv_bias_separate = new, True  # it calls the layer then, and adds its biases
+    return _Swap("", attn, same, new, layer)
 
 
 def _get(module, path: str):
@@ -143,17 +155,17 @@ def _instead(block: nn.Module, swaps: list[_Swap]) -> Iterator[None]:
             _put(block, swap.path, swap.old)
 
 
-def _try(host: Host, path: str, block: nn.Module, swaps: list[_Swap], given: Call, grid: tuple[int, int]) -> None:
+def _try(host: Host, path: str, block: nn.Module, swaps: list[_Swap], given: Call, grid: tuple[int, int] | None) -> None:
     """Raise unless the block, given the old q, k and v, is what it was, and runs with the new ones."""
 
     def run():
         return call(path, block, given)
 
     for swap in swaps:
-        if isinstance(swap.new, LifeAttention):
+        if swap.layer is None:
             sequence(path, given.x)
             check_attention(f"{path}.{swap.path}", swap.old, swap.new, run, given, grid)
-    layers = {f"{path}.{swap.path}": (swap.old, swap.new) for swap in swaps if isinstance(swap.new, LifeProjection)}
+    layers = {f"{path}.{swap.path}": (swap.layer, swap.asks) for swap in swaps if swap.layer is not None}
     if layers and host.library == "transformers" and given.x.dim() == 3:
         raise ValueError(f"convert: {path} is {type(block).__name__} with attention that does more with q, k and v than LIFE's, on no maps")
     expected = run() if layers else None
@@ -161,7 +173,7 @@ def _try(host: Host, path: str, block: nn.Module, swaps: list[_Swap], given: Cal
         if layers:
             check_projections(path, layers, run, expected, given)
         for swap in swaps:
-            stack.enter_context(swap.new.grid_holder.use(grid))
+            stack.enter_context(swap.asks.grid_holder.use(grid))
         run()
 
 
@@ -171,7 +183,9 @@ def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **op
     check_flags("convert", **{name: options[name] for name in options.keys() & {"qkv_norm", "recompute"}})
     check_choice("convert", "aux_key", options.get("aux_key", AUX_KEYS[0]), AUX_KEYS)
     host, prefix = host_of(model, num_prefix_tokens)
-    one_list(host, "life")
+    windows = host.staged and all(hasattr(block.module, "window_size") for block in host.blocks)
+    if not windows:
+        one_list(host, "life")
     made: dict[int, _Swap] = {}
     found: dict[int, list[_Swap]] = {}
     for block in host.blocks:
@@ -186,11 +200,13 @@ def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **op
             _try(host, path, block, found[id(block)], given, probed.grid)
 
     swaps = [(swap.old, swap.new) for swap in made.values()]
-    asks = [new for _, new in swaps if new.grid_holder.fixed is None]
+    asks = [swap.asks for swap in made.values() if swap.asks.grid_holder.fixed is None]
+    if windows and asks:
+        raise ValueError(f"convert: {type(host.trunk).__name__} has stages of blocks, and in some of them attention outside of windows")
     if host.library != "transformers":
-        return Plan(host, swaps, asks, list(paths(host).values()), prefix, True, check)
-    if any(isinstance(new, LifeProjection) for _, new in swaps):
-        return Plan(host, swaps, asks, [], prefix, True, check)
+        return Plan(host, swaps, asks, list(paths(host).values()) if asks else [], prefix, bool(asks), check)
+    if any(swap.layer is not None for swap in made.values()):
+        return Plan(host, swaps, asks, [], prefix, bool(asks), check)
     clones = _clones(host, found, swaps)
     return Plan(host, clones, asks + [new for _, new in clones], [], prefix, True, check)
 

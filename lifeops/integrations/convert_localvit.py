@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, nn
 
 from lifeops.arguments import check_choice, check_int, check_positive
@@ -13,7 +15,6 @@ from lifeops.integrations.host_block import host_block, same_parts
 from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
 
 _PLAIN = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2", "gamma_2")  # the parts that LocalViT's own block has, or does without
-
 
 class LocalityBranch(LocalityFeedForward):
     """What :class:`LocalityFeedForward` adds to its tokens, or maps: for blocks of hosts, which add it themselves."""
@@ -53,11 +54,17 @@ def _mlp(path: str, block: Block) -> nn.Linear:
     return layers[-1][1]
 
 
+def _tells_grid(block: Block) -> bool:
+    """Whether a block sees maps (windows), or tells its MLP the grid of its tokens (PVT v2)."""
+    mlp = block.part("mlp")
+    return hasattr(block.module, "window_size") or (isinstance(mlp, nn.Module) and len(inspect.signature(mlp.forward).parameters) > 1)
+
+
 def _plain(host: Host, block: Block) -> bool:
     """Whether LocalViT's own block can stand for it."""
     known = host.library != "transformers" and block.order in ("pre", None) and block.norm1 is not None and block.norm2 is not None
-    known = known and not hasattr(block.module, "window_size")  # which cuts windows around its attention
-    return known and not beyond(block.module, _PLAIN) and block.attn == "attn" and block.mlp == "mlp"
+    alone = not host.staged and not hasattr(block.module, "window_size")  # it is given nothing beside its tokens, and cuts no windows
+    return known and alone and not beyond(block.module, _PLAIN) and block.attn == "attn" and block.mlp == "mlp"
 
 
 def _own_block(block: Block, conv: LocalityFeedForward) -> LocalViTBlock:
@@ -90,7 +97,8 @@ def convert_localvit(
     check_choice("convert", "act", act, ACTS)
     check_int("convert", "reduction", reduction, 1, optional=True), check_positive("convert", "expand_ratio", expand_ratio, optional=True)
     host, prefix = host_of(model, num_prefix_tokens)
-    one_list(host, "localvit")
+    if not all(map(_tells_grid, host.blocks)):
+        one_list(host, "localvit")
     made: dict[int, tuple[nn.Module, nn.Module]] = {}
     convs: dict[int, LocalityFeedForward] = {}
     for block in host.blocks:
@@ -116,7 +124,8 @@ def convert_localvit(
                 sequence(path, given.x)
                 check_branch(path, block, new, given)
             else:
-                check_last_branch(path, described[id(block)], new, convs[id(block)], given, probed.grid)
+                grid = tuple(given.x.shape[1:3]) if given.x.dim() == 4 else probed.grid
+                check_last_branch(path, described[id(block)], new, convs[id(block)], given, grid)
 
     swaps = list(made.values())
     news = [new for _, new in swaps]

@@ -30,10 +30,10 @@ class Call(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What the model gave each block (by id, at its first call), and the patch grid it had."""
+    """What the model gave each block (by id, at its first call), and the patch grid it had; None for blocks on several."""
 
     calls: dict[int, Call]
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
 
 
 def _image(host: Host) -> Tensor:
@@ -119,6 +119,29 @@ def probe(host: Host, prefix: int) -> Probed:
     for path, _, given in ran(host, found):
         _check_tokens(path, given.x, prefix, found.grid)
     return found
+
+
+def run_through(host: Host) -> Probed:
+    """Run a model of several stages on an image: what it gives each block; inside :func:`undisturbed`."""
+    calls: dict[int, Call] = {}
+
+    def noting(block, run):
+        def forward(*args, **kwargs):
+            calls.setdefault(id(block), Call(args, kwargs))
+            return run(*args, **kwargs)
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for block in paths(host).values():
+            stack.enter_context(forward_of(block, noting(block, block.forward)))
+        try:
+            host.trunk.forward(_image(host))
+        except Exception as error:
+            raise _failed(host.trunk, error) from error
+    if not calls:
+        raise ValueError(f"convert: {type(host.trunk).__name__} ran without its blocks (probe=False)")
+    return Probed(calls, None)
 
 
 def _check_place(host: Host, place: Place, path: str, x: Tensor, prefix: int, grid: tuple[int, int]) -> None:
