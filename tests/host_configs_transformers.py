@@ -83,11 +83,9 @@ _hf("BLIP", "InstructBlipVision", **_BEIT)
 _hf("BLIP", "GitVision", **_BEIT)
 _hf("BLIP", "InstructBlipVideoVision", **_BEIT)
 _hf("AIMv2", "Aimv2Vision", 0, **_BEIT)
-_hf("Idefics", "Idefics2Vision", 0, model="Idefics2VisionTransformer", **_BEIT)
 _hf("Idefics", "Idefics3Vision", 0, model="Idefics3VisionTransformer", **_BEIT)
 _hf("Idefics", "SmolVLMVision", 0, model="SmolVLMVisionTransformer", **_BEIT)
 _hf("Janus", "JanusVision", 0, **_BEIT)
-_hf("Ovis", "Ovis2Vision", 0, **_BEIT)
 _hf("TIPS", "Tipsv2Vision", 2, num_register_tokens=1, **_BEIT)
 _hf(
     "EoMT", "Eomt", 5, "none", model="EomtForUniversalSegmentation", num_queries=3, num_blocks=1, num_upscale_blocks=1, mlp_ratio=1, **_BEIT

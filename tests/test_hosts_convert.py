@@ -32,16 +32,14 @@ CONVERT_REFUSES = {
     "windows in stages": (
         staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)), {},
     ),
-    "stages": (
-        staged("pit_ti_224", img_size=64),
-        {s: f"blocks in 3 stages (transformers.0.blocks, transformers.1.blocks, transformers.2.blocks), each on a grid of its own; '{s}' needs"
-         for s in SYSTEMS[:2]} | {"dw_shortcut": "pit"},
-    ),
     "late cls": (
         named("convit_tiny", depth=3, local_up_to_layer=1),
         {"life": "GPSA without q, k and v", "localvit": "in blocks.0 tokens 0 to 15", "dw_shortcut": "in blocks.0 tokens 0 to 15"},
     ),
     "shuffled": (hf("ViTMAE", mask_ratio=0.0), dict.fromkeys(SYSTEMS, "hidden in a random order: give noise=torch.arange")),
+    "tokens behind": (hf("Yolos", num_detection_tokens=5), dict.fromkeys(SYSTEMS, "puts 5 tokens behind its patches (detection_tokens)")),
+    "frames": (hf("VideoMAE"), dict.fromkeys(SYSTEMS, "the patch embedding of VideoMAEModel, reads patches of several frames (Conv3d)")),
+    "packed": (hf("Siglip2Vision"), dict.fromkeys(SYSTEMS, "of Siglip2VisionModel, reads patches that were cut before (Linear)")),
     "masked": (hf("ViTMAE"), dict.fromkeys(SYSTEMS, "of 16 patches some are dropped")),
 }  # fmt: skip
 
@@ -59,6 +57,13 @@ def test_convert_refuses_or_runs(name, system):
             before = model(x)
             assert lifeops.convert(model, system)(x).shape == before.shape
             assert torch.equal(lifeops.revert(model)(x), before)
+
+
+@pytest.mark.parametrize("system", ["life", "localvit"])
+def test_stages_without_windows(system):
+    lists = "transformers.0.blocks, transformers.1.blocks, transformers.2.blocks"
+    message = f"blocks in 3 stages ({lists}), each on a grid of its own; '{system}' needs"
+    unchanged(staged("pit_ti_224", img_size=64)(), lambda m: lifeops.convert(m, system), re.escape(message))
 
 
 @pytest.mark.parametrize("rel_pos", [False, True])
