@@ -198,9 +198,17 @@ def test_what_else_a_converted_model_does(name, system):
 def test_maps_of_two_sizes():
     """SAM's global blocks: the grid is that of the image, that of a window its own."""
     model = lifeops.convert(made(MODELS["sam"]))
-    fixed = [block.attn.qkv.grid_holder.fixed for block in model.blocks]
-    assert fixed == [(3, 3), None]
+    assert [block.attn.qkv.window for block in model.blocks] == [(3, 3), None]
     assert model(torch.randn(1, 3, 64, 96)).shape == (1, 5)
+
+
+def test_windows_that_change():
+    model = lifeops.convert(made(_swin("swin_tiny_patch4_window7_224")))
+    model.set_input_size(window_size=(2, 8))  # as many tokens
+    attn, x = copy.deepcopy(model).layers[0].blocks[0].attn, torch.randn(3, 16, 24)
+    assert attn.qkv.window == (2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(attn.qkv(x), torch.cat(life_qkv(attn.qkv, x, 0, (2, 8)), -1))
 
 
 class _Twice(nn.Module):

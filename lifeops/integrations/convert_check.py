@@ -106,7 +106,7 @@ def check_projections(path: str, layers: dict, run: Callable[[], Tensor], expect
     for where, tokens in seen.items():
         if len(tokens) != 1:
             raise ValueError(f"convert: the block of {where} calls it {len(tokens)} times, looked for once")
-        shape, window = tuple(tokens[0].shape), layers[where][1].grid_holder.fixed
+        shape, window = tuple(tokens[0].shape), layers[where][1].window
         wanted = (None if window else given.x.shape[0], math.prod(window or given.x.shape[1:-1]))
         if len(shape) == 3 and (shape[0] != (wanted[0] or shape[0]) or shape[1] != wanted[1]):
             what = f"windows of {window}" if window else f"its block's tokens {tuple(given.x.shape)}"

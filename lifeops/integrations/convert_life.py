@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lifeops.arguments import check_choice, check_flags
-from lifeops.hosts.host import Block, Host, pair
+from lifeops.hosts.host import Block, Host
 from lifeops.hosts.projections import BIASES, INNER, NAMED, OUTPUT, PROJ, SEPARATE, core, heads_of, joined, projections
 from lifeops.integrations.convert_check import check_attention, check_projections
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable, share_hooks
@@ -90,17 +90,17 @@ def _exchange(host: Host, block: Block, path: str, attn: nn.Module | None, prefi
         new = _replacement(attn, _check(path, attn), host.library, prefix, options)
         return _Swap("", attn, new, new)
     if isinstance(getattr(attn, "qkv", None), nn.Linear):
-        return _projection(attn, path, "qkv", prefix, options, getattr(block.module, "window_size", None))
+        return _projection(attn, path, "qkv", prefix, {"block": block.module, **options})
     raise ValueError(
         f"convert: {path} is {type(attn).__name__}, which has {', '.join(odd)}, which LIFE's attention does not know; looked for a linear"
         " layer qkv, in whose place LIFE's q, k and v leave the rest as it is"
     )
 
 
-def _projection(attn: nn.Module, path: str, name: str, prefix: int, options: dict, window=None) -> _Swap:
+def _projection(attn: nn.Module, path: str, name: str, prefix: int, options: dict) -> _Swap:
     layer, heads = getattr(attn, name), heads_of(attn)
     readable(f"{path}.{name}", layer)
-    new = None if heads is None else projection_for(attn, name, heads, prefix, {"grid": pair(window or None), **options})
+    new = None if heads is None else projection_for(attn, name, heads, prefix, options)
     if new is None:
         got = f"{layer.in_features} channels to {layer.out_features}, heads: {heads}"
         raise ValueError(f"convert: {path}.{name} must give q, k and v as wide as its tokens, a multiple of the heads; got {got}")
@@ -200,7 +200,7 @@ def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **op
             _try(host, path, block, found[id(block)], given, probed.grid)
 
     swaps = [(swap.old, swap.new) for swap in made.values()]
-    asks = [swap.asks for swap in made.values() if swap.asks.grid_holder.fixed is None]
+    asks = [swap.asks for swap in made.values() if getattr(swap.asks, "window", None) is None]
     if windows and asks:
         raise ValueError(f"convert: {type(host.trunk).__name__} has stages of blocks, and in some of them attention outside of windows")
     if host.library != "transformers":

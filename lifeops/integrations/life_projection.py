@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lifeops.hosts.host import pair
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.life import LifeQKV
 
@@ -17,16 +18,22 @@ class LifeProjection(LifeQKV):
 
     needs_grid = True
 
-    def __init__(self, dim: int, num_heads: int, num_prefix_tokens: int, *, grid: tuple[int, int] | None = None, **options):
+    def __init__(self, dim: int, num_heads: int, num_prefix_tokens: int, *, block: nn.Module | None = None, **options):
         super().__init__(dim, num_heads, num_prefix_tokens, **options)
-        self.grid_holder = GridHolder(grid)
+        self.grid_holder = GridHolder()
+        self._block = (block,)  # not a part: it holds this module
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """(h, w) of the windows that its block cuts now; None where it cuts none."""
+        return pair(getattr(self._block[0], "window_size", None) or None)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Maps tell their grid; that of tokens is ``grid``, or the one that is bound."""
+        """Maps tell their grid; that of tokens is the block's window, ``grid``, or the one that is bound."""
         if x.dim() == 4:
             size = tuple(x.shape[1:3])
             return self._joined(x.flatten(1, 2), size).unflatten(1, size)
-        return self._joined(x, self.grid_holder.of("LifeProjection", grid))
+        return self._joined(x, self.window or self.grid_holder.of("LifeProjection", grid))
 
     def _joined(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return torch.cat(super().forward(x, grid), -1)
