@@ -41,7 +41,7 @@ _hf("BEiT", "Beit", label="BeitModel, positions", use_absolute_position_embeddin
 _hf("BEiT", "Beit", label="BeitModel, relative tables", use_relative_position_bias=True, **_BEIT)
 _hf("BEiT", "Beit", label="BeitModel, shared table", use_shared_relative_position_bias=True, **_BEIT)
 _hf("BEiT", "Beit", model="BeitForImageClassification", num_labels=3, use_relative_position_bias=True, **_BEIT)
-_hf("BEiT", "Data2VecVision", use_relative_position_bias=True, **_BEIT)
+_hf("BEiT", "Data2VecVision", use_relative_position_bias=True, intermediate_size=192, **_BEIT)
 _hf("MAE", "ViTMAE", chain="none", **_BEIT)
 _hf("MAE", "ViTMAE", chain="none", label="ViTMAEModel, mask_ratio 0", mask_ratio=0.0, **_BEIT)
 _DECODER = {"decoder_hidden_size": 48, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 3, "decoder_intermediate_size": 48}
@@ -49,7 +49,8 @@ _hf("MAE", "ViTMAE", chain="none", model="ViTMAEForPreTraining", mask_ratio=0.0,
 _hf("MSN", "ViTMSN")
 _hf("I-JEPA", "IJepa", 0)
 _hf("YOLOS", "Yolos", chain="suffix", num_detection_tokens=5)
-_hf("DPT", "DPT", backbone_out_indices=[0, 1], neck_hidden_sizes=[8, 8, 8, 8], is_hybrid=False, rect=False, size=(32, 32))
+_NECK = {"backbone_out_indices": [0, 1], "neck_hidden_sizes": [8, 8, 8, 8], "is_hybrid": False}
+_hf("DPT", "DPT", intermediate_size=192, **_NECK, **_BEIT)
 _hf("ViTPose", "VitPoseBackbone", 0, model="VitPoseBackbone", label="VitPoseBackbone")
 _hf("ViTDet", "VitDet", 0, pretrain_image_size=32, size=(32, 32), rect=False, num_channels=3)
 _hf(
@@ -80,10 +81,15 @@ _hf("BLIP", "BlipVision", **_CLIP)
 _hf("BLIP", "Blip2Vision", **_BEIT)
 _hf("BLIP", "InstructBlipVision", **_BEIT)
 _hf("BLIP", "GitVision", **_BEIT)
+_hf("BLIP", "InstructBlipVideoVision", **_BEIT)
 _hf("AIMv2", "Aimv2Vision", 0, **_BEIT)
 _EOMT = {"num_queries": 3, "num_blocks": 1, "num_upscale_blocks": 1, "mlp_ratio": 1, **_BEIT}
 _hf("EoMT", "Eomt", 5, "eomt", model="EomtForUniversalSegmentation", **_EOMT)
 _hf("EoMT", "EomtDinov3", 5, "eomt", model="EomtDinov3ForUniversalSegmentation", **_EOMT)
+_hf("Idefics", "Idefics3Vision", 0, model="Idefics3VisionTransformer", **_BEIT)
+_hf("Idefics", "SmolVLMVision", 0, model="SmolVLMVisionTransformer", **_BEIT)
+_hf("Janus", "JanusVision", 0, **_BEIT)
+_hf("TIPS", "Tipsv2Vision", 2, num_register_tokens=1, **_BEIT)
 _hf(
     "Depth Anything",
     "DepthAnything",
@@ -112,7 +118,7 @@ _hf(
         reshape_hidden_states=False,
     ),
 )
-_hf("FLAVA", "FlavaImage", **_BEIT)
+_hf("FLAVA", "FlavaImage", intermediate_size=192, **_BEIT)
 _hf("Pixio", "Pixio", 8, **_BEIT)
 _hf("InternVL", "InternVLVision", size=(32, 32), image_size=(32, 32), patch_size=(8, 8), layer_scale_init_value=0.1)
 _hf("Pixtral", "PixtralVision", 0, "none", head_dim=8, **_BEIT)

@@ -1,6 +1,7 @@
 """What convert's modules, roll-outs and impulses must be: plain PyTorch, with the grid and the prefix that the configuration says."""
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from plain_systems import life_qkv, locality, shortcut
 
 import lifeops
 from lifeops import nn as ours
+from lifeops.integrations.life_projection import LifeProjection
 
 TOLERANCE = 1e-5
 FEED_FORWARD = (
@@ -89,12 +91,17 @@ def _without_mlp(block):
     return block
 
 
+def _kept(output):
+    """What a module gave, whatever is added to it later."""
+    return output.clone() if isinstance(output, torch.Tensor) else output
+
+
 def _calls(model, kind, x):
     """[(path, module, args, kwargs, output)] of every module that ``kind`` is true of in one forward pass."""
     found, handles = [], []
     for path, module in model.named_modules():
         if kind(module):
-            keep = lambda m, a, k, out, path=path: found.append((path, m, a, k, out))  # noqa: E731
+            keep = lambda m, a, k, out, path=path: found.append((path, m, a, k, _kept(out)))  # noqa: E731
             handles.append(module.register_forward_hook(keep, with_kwargs=True))
     with torch.no_grad():
         model(x)
@@ -110,12 +117,56 @@ def _shown(model):
         if isinstance(module, (ours.LocalityFeedForward, ours.DWShortcut, ours.LifeQKV)):
             for p in module.parameters():
                 p.data.normal_(std=max(p[0].numel() if p.dim() > 1 else 4, 1) ** -0.5)
-        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
-            module.running_mean.normal_(std=0.3), module.running_var.uniform_(0.5, 1.5)
+            for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.running_mean is not None):
+                norm.running_mean.normal_(std=0.3), norm.running_var.uniform_(0.5, 1.5)
+
+
+def _around(original, path):
+    """Of a layer: a copy of the module that holds it, which calls it, and the size of its windows, None without."""
+    parent = path.rpartition(".")[0]
+    block, old = original.get_submodule(parent.rpartition(".")[0]), copy.deepcopy(original.get_submodule(parent))
+    window = getattr(block, "window_size", None)
+    if hasattr(old, "qkv_bias_separate"):
+        old.qkv_bias_separate = True
+    return old, (window, window) if isinstance(window, int) and window else window or None
+
+
+def check_projections(original, model, x, host) -> float:
+    """LIFE in the place of a layer against its transcription, and the attention around it against the original one with that inside."""
+    worst = 0.0
+    for path, layer in [(path, m) for path, m in model.named_modules() if isinstance(m, LifeProjection)]:
+        (old, window), wide = _around(original, path), copy.deepcopy(layer).double()
+
+        def plain(tokens, wide=wide, window=window):
+            grid = window or grid_of(math.prod(tokens.shape[1:-1]) - host.prefix, host)
+            flat = tokens.flatten(1, -2).double()
+            beside = [F.linear(flat, wide.fc1.weight, wide.fc1.bias)] if hasattr(wide, "fc1") else []
+            q_k_v = torch.cat((*beside, *life_qkv(wide, flat, host.prefix, grid)), -1)
+            return q_k_v.unflatten(1, tokens.shape[1:-1]).to(tokens.dtype)
+
+        ((_, _, args, _, out),) = _calls(model, {layer}.__contains__, x)
+        worst = max(worst, error(out, plain(args[0])))
+        parent, _, name = path.rpartition(".")
+        setattr(old, name, Called(plain))
+        ((_, _, args, kwargs, out),) = _calls(model, {model.get_submodule(parent)}.__contains__, x)
+        with torch.no_grad():
+            worst = max(worst, error(first_tensor(out), first_tensor(old(*args, **kwargs))))
+    return worst
+
+
+class Called(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 def check_life(original, model, x, host) -> float:
     """Each replaced attention against its transcription, with the biases and rotations that the original was seen to use."""
+    if any(isinstance(m, LifeProjection) for m in model.modules()):
+        assert not any(isinstance(m, ours.LifeAttention) for m in model.modules())
+        return check_projections(original, model, x, host)
     with torch.no_grad(), Attentions() as mode:
         original(x)
     calls = _calls(model, lambda m: isinstance(m, ours.LifeAttention), x)
@@ -137,10 +188,10 @@ def check_localvit(original, model, x, host) -> float:
     """Each block against the original one without its feed-forward, and then LocalViT's."""
     worst = 0.0
     for path, module, args, kwargs, out in _calls(model, lambda m: _branch(m) is not None, x):
-        grid = grid_of(args[0].shape[1] - host.prefix, host)
         with torch.no_grad():
             attended = first_tensor(_without_mlp(original.get_submodule(path))(*args, **kwargs))
-        worst = max(worst, error(first_tensor(out), attended + locality(_branch(module), attended, host.prefix, grid)))
+        grid, flat = grid_of(math.prod(attended.shape[1:-1]) - host.prefix, host), attended.flatten(1, -2)
+        worst = max(worst, error(first_tensor(out).flatten(1, -2), flat + locality(_branch(module), flat, host.prefix, grid)))
     return worst
 
 

@@ -23,22 +23,24 @@ def _gated():
 
 
 CONVERT_REFUSES = {
-    "differential": (small_vit(embed_dim=48, attn_layer="diff"), {"life": "has lambda_q1, lambda_k1, lambda_q2, lambda_k2"}),
-    "cait": (named("cait_xxs24_224"), {"life": "has proj_l, proj_w"}),
-    "gate": (_gated, {"life": "EvaAttention, which has gate"}),
+    "differential": (small_vit(embed_dim=48, attn_layer="diff"), {}),
+    "cait": (named("cait_xxs24_224"), {}),
+    "gate": (_gated, {}),
     "fused branches": (
         small_vit(block_fn=vit.ParallelScalingBlock),
-        {"life": "blocks.0.attn is NoneType without q, k and v", "localvit": "without attn, mlp"},
+        {"localvit": "whose attention and MLP share a projection (in_proj)"},
     ),
-    "stages": (
-        staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)),
-        {s: f"blocks in 2 stages (layers.0.blocks, layers.1.blocks), each on a grid of its own; '{s}' needs" for s in SYSTEMS[:2]},
+    "windows in stages": (
+        staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)), {},
     ),
     "late cls": (
         named("convit_tiny", depth=3, local_up_to_layer=1),
         {"life": "GPSA without q, k and v", "localvit": "in blocks.0 tokens 0 to 15", "dw_shortcut": "in blocks.0 tokens 0 to 15"},
     ),
     "shuffled": (hf("ViTMAE", mask_ratio=0.0), dict.fromkeys(SYSTEMS, "hidden in a random order: give noise=torch.arange")),
+    "tokens behind": (hf("Yolos", num_detection_tokens=5), dict.fromkeys(SYSTEMS, "puts 5 tokens behind its patches (detection_tokens)")),
+    "frames": (hf("VideoMAE"), dict.fromkeys(SYSTEMS, "the patch embedding of VideoMAEModel, reads patches of several frames (Conv3d)")),
+    "packed": (hf("Siglip2Vision"), dict.fromkeys(SYSTEMS, "of Siglip2VisionModel, reads patches that were cut before (Linear)")),
     "masked": (hf("ViTMAE"), dict.fromkeys(SYSTEMS, "of 16 patches some are dropped")),
 }  # fmt: skip
 
@@ -58,13 +60,18 @@ def test_convert_refuses_or_runs(name, system):
             assert torch.equal(lifeops.revert(model)(x), before)
 
 
+@pytest.mark.parametrize("system", ["life", "localvit"])
+def test_stages_without_windows(system):
+    lists = "transformers.0.blocks, transformers.1.blocks, transformers.2.blocks"
+    message = f"blocks in 3 stages ({lists}), each on a grid of its own; '{system}' needs"
+    unchanged(staged("pit_ti_224", img_size=64)(), lambda m: lifeops.convert(m, system), re.escape(message))
+
+
 @pytest.mark.parametrize("rel_pos", [False, True])
 def test_blocks_that_take_maps(rel_pos):
     build = named("samvit_base_patch16", embed_dim=48, num_heads=3, use_rel_pos=rel_pos)
-    for system in ("life", "localvit"):
-        message = "rel_pos_h" if rel_pos and system == "life" else "blocks.0 is given maps"
-        unchanged(build(), lambda m, s=system: lifeops.convert(m, s, num_prefix_tokens=0), message)
-    assert lifeops.convert(build(), "dw_shortcut", num_prefix_tokens=0)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    for system in SYSTEMS:
+        assert lifeops.convert(build(), system)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
 class _Masked(nn.Module):

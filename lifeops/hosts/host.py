@@ -21,6 +21,7 @@ PARTS = {
     "norm2": ("norm2", "layernorm_after", "layer_norm2", "rms_norm2"),
     "mlp": ("mlp", "ffns", "ffn", "intermediate"),
     "ls2": ("ls2", "gamma_2", "gamma2", "layer_scale2", "lambda_2"),
+    "out": ("output",),
 }
 """What the parts of a block are called, in the order of timm's own names first."""
 
@@ -29,7 +30,7 @@ class Block(NamedTuple):
     """One block: where it is and what its parts are called, None for a part that it does not have.
 
     ``order``: "pre": x + ls1(attn(norm1(x))); "post": x + ls1(norm1(attn(x))); "parallel": several branches read the same tokens; None:
-    not known, the class is in no entry.
+    not known, the class is in no entry. ``out``: the second half of an MLP in two.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Block(NamedTuple):
     norm2: str | None
     mlp: str | None
     ls2: str | None
+    out: str | None
 
     def part(self, name: str):
         """The module, or parameter, that plays ``name``; None if there is none."""

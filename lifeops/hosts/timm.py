@@ -9,8 +9,9 @@ from lifeops.hosts.host import Host, block_of
 LOOKED_FOR = "a timm model with one patch_embed and with blocks, or with layers or stages of blocks (NaFlexViT: embeds)"
 
 ORDERS = {
-    **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock"), "pre"),
-    **dict.fromkeys(("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm", "SwinTransformerV2Block"), "post"),
+    **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock", "XCABlock"), "pre"),
+    **dict.fromkeys(("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"), "post"),
+    **dict.fromkeys(("SwinTransformerV2Block", "SwinTransformerV2CrBlock"), "post"),
     **dict.fromkeys(("ParallelScalingBlock", "DiffParallelScalingBlock", "ParallelThingsBlock"), "parallel"),
 }
 _STAGES = ("layers", "stages", "levels", "transformers")  # the last: PiT
@@ -45,6 +46,8 @@ def _embed(trunk: nn.Module) -> tuple[str, str | None] | None:
 def _prefix(trunk: nn.Module, staged: bool) -> int | None:
     """P in the blocks. CaiT's class token joins behind them, its ``num_prefix_tokens`` counts the result's; stages say nothing."""
     if _joins(trunk):
+        return 0
+    if type(trunk).__name__ == "VisionTransformerSAM":  # which has no tokens beside the patches, and does not say it
         return 0
     prefix = getattr(trunk, "num_prefix_tokens", None)
     if prefix is None and staged:

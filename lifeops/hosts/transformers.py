@@ -8,17 +8,26 @@ from torch import Tensor, nn
 
 from lifeops.hosts.host import Host, block_of, pair
 
-LOOKED_FOR = "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers"
+LOOKED_FOR = (
+    "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers, or with patch_embed and"
+    " layers that have attn and a window_size (SAM)"
+)
 
 EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
 LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
 CLS = ("cls_token", "class_embedding")
 _PREFIX = (*CLS, "distillation_token", "register_tokens")
-_SUFFIX = ("detection_tokens",)
+SUFFIX = ("detection_tokens",)
 _PRE = (
     "ViTLayer", "DeiTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer",
     "BlipEncoderLayer", "Aimv2EncoderLayer", "ViTMAELayer", "ViTMSNLayer", "IJepaLayer", "BeitLayer", "Data2VecVisionLayer", "YolosLayer",
     "DPTViTLayer", "EomtLayer", "VitDetLayer", "VitPoseBackboneLayer", "SamVisionLayer", "Siglip2EncoderLayer", "MetaClip2EncoderLayer",
+    "SamHQVisionLayer", "ChineseCLIPVisionLayer", "CLIPSegEncoderLayer", "AltCLIPEncoderLayer", "MLCDEncoderLayer", "OwlViTEncoderLayer",
+    "Owlv2EncoderLayer", "Blip2EncoderLayer", "InstructBlipEncoderLayer", "GitVisionEncoderLayer", "FlavaLayer", "PixioLayer",
+    "InternVLVisionLayer", "Idefics2EncoderLayer", "Idefics3EncoderLayer", "SmolVLMEncoderLayer", "InstructBlipVideoEncoderLayer",
+    "JanusVisionEncoderLayer", "Kosmos2VisionEncoderLayer", "Ovis2VisionEncoderLayer", "Phi4MultimodalVisionEncoderLayer",
+    "Sapiens2Layer", "Step3p7VisionEncoderLayer", "Tipsv2VisionLayer", "GotOcr2VisionLayer", "DeepseekOcr2SamVisionLayer",
+    "UnlimitedOcrSamVisionLayer", "SLANeXtVisionLayer", "PPFormulaNetVisionLayer",
 )  # fmt: skip
 ORDERS = dict.fromkeys(_PRE, "pre")
 
@@ -50,14 +59,24 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
     embeddings = getattr(trunk, "embeddings", None)
     name = next((n for n in EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
     if name is None:
-        return None
+        return _maps(path, trunk)
     layers = _list(trunk)
     lists = () if layers is None else (layers,)
     blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers) if lists else ())]
     late = getattr(getattr(trunk, "query", None), "num_embeddings", 0)  # EoMT
     has_cls = any(getattr(embeddings, n, None) is not None for n in CLS)
-    counts = prefix_of(embeddings), _count(embeddings, _SUFFIX)
-    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, lists, blocks, late)
+    counts = prefix_of(embeddings), _count(embeddings, SUFFIX)
+    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, lists, blocks, late=late)
+
+
+def _maps(path: str, trunk: nn.Module) -> Host | None:
+    """SAM and its kin, whose layers, some of them windowed, see maps and nothing beside them: an encoder with patch_embed and layers."""
+    layers = getattr(trunk, "layers", None)
+    known = isinstance(layers, nn.ModuleList) and isinstance(getattr(trunk, "patch_embed", None), nn.Module)
+    if not known or not all(hasattr(layer, "window_size") and hasattr(layer, "attn") for layer in layers):
+        return None
+    blocks = [block_of(f"layers.{i}", layer, ORDERS) for i, layer in enumerate(layers)]
+    return Host("transformers", path, trunk, "patch_embed", 0, 0, False, ("layers",), blocks)
 
 
 def resized_positions(host: Host | None, grid: tuple[int, int]) -> Callable[[], Tensor] | None:

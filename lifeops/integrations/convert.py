@@ -15,7 +15,7 @@ from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
 from lifeops.integrations.convert_life import convert_life
 from lifeops.integrations.convert_localvit import convert_localvit
 from lifeops.integrations.convert_plan import Plan, share_hooks
-from lifeops.integrations.convert_probe import can_try, try_stages
+from lifeops.integrations.convert_probe import can_try, run_through, try_stages
 from lifeops.integrations.convert_probe import probe as run_once
 from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.dw_shortcut import ShortcutBlocks
@@ -104,11 +104,11 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
 
 def _try(plan: Plan) -> None:
     """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe."""
-    if not plan.bound:
+    if any(isinstance(group, ShortcutBlocks) for _, new in plan.swaps if not plan.bound for group in new.children()):
         try_stages(plan.host, plan.swaps, plan.asks)
         return
     with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
-        plan.check(run_once(plan.host, plan.prefix))
+        plan.check(run_through(plan.host) if plan.host.staged else run_once(plan.host, plan.prefix))
 
 
 def _check_start(system: str, start: str | None, options: dict) -> None:
@@ -129,12 +129,16 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
 
     ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention`, those side by side each. ``proj`` keeps its
     weights, norms of q, k and the joined heads stay, and so do positions: q and k are rotated after LIFE, relative biases are added. q, k
-    and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection.
+    and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection. Attention that does more
+    with q, k and v (talking heads, differential, gated, over channels, in windows, beside an MLP in one layer) stays what it is, and only
+    the layer that makes them is exchanged; in windows (Swin, SAM) LIFE convolves inside each, after any shift, as its authors do. CaiT's
+    and XCiT's class attention, where one token asks, stays.
 
     ``system="localvit"`` replaces each block by a :class:`lifeops.nn.LocalViTBlock`: the same ``norm1`` and ``attn``, and
     :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``. Blocks with another order of norms, scales
-    that are parameters or several attentions, and those of transformers, stay of their class, and only the MLP's part is exchanged: the
-    branch takes the MLP's name and is neither normalised nor scaled.
+    that are parameters or several attentions, windows (Swin, SAM), a reduced grid (PVT v2), and those of transformers, stay of their
+    class, and only the MLP's part is exchanged: the branch takes the MLP's name and is neither normalised nor scaled, and sees the whole
+    grid, not windows.
 
     ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
     blocks, or around the blocks of every stage of a Swin, Swin V2 or PVT v2, which tell their grid: these run once with the shortcuts.

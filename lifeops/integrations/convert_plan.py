@@ -10,6 +10,7 @@ from torch import nn
 from lifeops.arguments import check_int
 from lifeops.hosts.find import find_host
 from lifeops.hosts.host import Host
+from lifeops.hosts.transformers import SUFFIX
 from lifeops.integrations.convert_probe import Probed
 from lifeops.integrations.undisturbed import HOOKS
 from lifeops.nn.plain import exactly, why_not
@@ -54,6 +55,16 @@ def check_options(options: dict, known: tuple[str, ...]) -> None:
 def host_of(model: nn.Module, num_prefix_tokens: int | None) -> tuple[Host, int]:
     """The host and P."""
     host = find_host("convert", model)
+    layers = {type(m) for m in host.embed.modules()}
+    if nn.Conv2d not in layers and layers & {nn.Conv3d, nn.Linear}:
+        what = "patches of several frames (Conv3d)" if nn.Conv3d in layers else "patches that were cut before (Linear)"
+        raise ValueError(
+            f"convert: {type(host.embed).__name__}, the patch embedding of {type(host.trunk).__name__}, reads {what}; looked for one that"
+            " reads images, whose patches lie on one grid"
+        )
+    if host.suffix:
+        found = f"{type(host.trunk).__name__} puts {host.suffix} tokens behind its patches ({', '.join(SUFFIX)})"
+        raise ValueError(f"convert: {found}; all systems need the patches last, behind their prefix tokens")
     prefix = host.prefix if num_prefix_tokens is None else num_prefix_tokens
     if prefix is None:
         what = "how many tokens (class token, registers) come before the patches; pass it, 0 for none"

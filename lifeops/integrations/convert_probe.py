@@ -30,10 +30,10 @@ class Call(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What the model gave each block (by id, at its first call), and the patch grid it had."""
+    """What the model gave each block (by id, at its first call), and the patch grid it had; None for blocks on several."""
 
     calls: dict[int, Call]
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
 
 
 def _image(host: Host) -> Tensor:
@@ -75,6 +75,7 @@ def probe(host: Host, prefix: int) -> Probed:
     model, blocks = host.trunk, paths(host)
     calls: dict[int, Call] = {}
     watch, grids, embed, own = Watch({}, set()), [], host.embed, host.embed.forward
+    beside: dict[type, tuple | None] = {}  # what a block of the class gives behind its tokens
     place = Place("convert", watch, embed)
 
     def embedded(*args, **kwargs):
@@ -85,11 +86,18 @@ def probe(host: Host, prefix: int) -> Probed:
         return output
 
     def passing(path, block):
+        run = block.forward
+
         def forward(x, *args, **kwargs):
             if not calls and grids:
                 _check_place(host, place, path, x, prefix, grids[-1])
             calls.setdefault(id(block), Call((x, *args), kwargs))
-            return x
+            if host.library == "transformers" and type(block) not in beside:  # whose blocks may give more than tokens
+                with watch.quiet():
+                    output = run(x, *args, **kwargs)
+                beside[type(block)] = output[1:] if isinstance(output, tuple) else None
+            rest = beside.get(type(block))
+            return x if rest is None else (x, *rest)
 
         return forward
 
@@ -111,6 +119,29 @@ def probe(host: Host, prefix: int) -> Probed:
     for path, _, given in ran(host, found):
         _check_tokens(path, given.x, prefix, found.grid)
     return found
+
+
+def run_through(host: Host) -> Probed:
+    """Run a model of several stages on an image: what it gives each block; inside :func:`undisturbed`."""
+    calls: dict[int, Call] = {}
+
+    def noting(block, run):
+        def forward(*args, **kwargs):
+            calls.setdefault(id(block), Call(args, kwargs))
+            return run(*args, **kwargs)
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for block in paths(host).values():
+            stack.enter_context(forward_of(block, noting(block, block.forward)))
+        try:
+            host.trunk.forward(_image(host))
+        except Exception as error:
+            raise _failed(host.trunk, error) from error
+    if not calls:
+        raise ValueError(f"convert: {type(host.trunk).__name__} ran without its blocks (probe=False)")
+    return Probed(calls, None)
 
 
 def _check_place(host: Host, place: Place, path: str, x: Tensor, prefix: int, grid: tuple[int, int]) -> None:

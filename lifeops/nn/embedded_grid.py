@@ -10,12 +10,15 @@ from lifeops import geometry
 Grid = tuple[int, int]
 
 
-def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor) -> Grid:
-    """(H, W) of what a patch embedding gave out: maps tell it, flat tokens come beside it or from one that says it."""
-    if isinstance(output, (tuple, list)) and isinstance(output[1], (tuple, list)):  # Swin of transformers, MViT
-        return _ints(output[1])
-    output = output[0] if isinstance(output, (tuple, list)) else output
-    if output.dim() == 4:  # dynamic_img_size
+def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor | tuple) -> Grid:
+    """(H, W) of what a patch embedding gave out: maps tell it, flat tokens may come with it or from one that says it."""
+    beside = ()
+    if isinstance(output, (tuple, list)):
+        output, *beside = output
+    told = [n for part in beside for n in (part if isinstance(part, (tuple, list)) else (part,))]
+    if len(told) == 2 and output.dim() == 3 and told[0] * told[1] <= output.shape[1]:  # prefix tokens among them
+        grid = told
+    elif output.dim() == 4:  # dynamic_img_size
         grid = output.shape[2:4] if geometry.channels_first(embed, output) else output.shape[1:3]
     else:
         grid = _flat_grid(embed, args, output)

@@ -52,6 +52,7 @@ class _Thread(threading.local):
     def __init__(self):
         self.scopes: tuple[_Scope, ...] = ()
         self.traced: Grid | tuple[()] | None = None
+        self.outside: tuple | None = None  # what it was before the block that runs, which sees maps
         self.fresh = False  # no block has been called since the last embedding
         self.embedder = None  # the frame that called it
 
@@ -211,12 +212,15 @@ class GridHolder(Copied):
         thread.fresh, thread.embedder = True, frame
 
     def enter_block(self, block, args):
-        if torch.compiler.is_compiling():
-            return
         x = args[0] if args else None
+        maps = tuple(x.shape[1:3]) if isinstance(x, torch.Tensor) and x.dim() == 4 else None  # (B, H, W, C): these tell their own
+        if torch.compiler.is_compiling():
+            if maps is not None:
+                self._thread.outside, self._thread.traced = (self._thread.traced,), maps
+            return
         self._thread.fresh = False
-        grid = self.grid
-        if torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
+        grid = self.grid if maps is None else maps
+        if maps is None and torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
             carried = _carried(x, self)
             if carried is not None:
                 grid = carried or None
@@ -227,6 +231,8 @@ class GridHolder(Copied):
 
     def leave_block(self, block, args, output):
         if torch.compiler.is_compiling():
+            if self._thread.outside is not None:  # a checkpoint's region has to leave everything as it was
+                self._thread.outside, (self._thread.traced,) = None, self._thread.outside
             return
         scope = self._close(block)
         if scope is not None:
