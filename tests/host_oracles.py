@@ -155,7 +155,7 @@ def check_dw_shortcut(original, model, x, host) -> float:
     """Each group of blocks: what went into its first, what came out of its last, and what came out of the group."""
     inner, handles = {}, []
     every = [m for m in model.modules() if isinstance(getattr(m, "shortcut", None), ours.DWShortcut)]
-    groups = [m for m in every if isinstance(m, lifeops.nn.dw_shortcut.ShortcutBlocks)]
+    groups = [m for m in every if isinstance(m, lifeops.nn.shortcut_blocks.ShortcutBlocks)]
     for group in groups:
         keep = lambda m, a, out, group=group: inner.__setitem__(id(group), first_tensor(out))  # noqa: E731
         handles.append(group.blocks[-1].register_forward_hook(keep))

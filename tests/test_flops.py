@@ -16,7 +16,7 @@ from lifeops import model_cost, registry, testing
 from lifeops.model_cost import count_flops
 from lifeops.models.deit import Attention, VisionTransformer
 from lifeops.nn import LocalityFeedForward
-from lifeops.nn.dw_shortcut import ShortcutBlocks
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward

@@ -15,10 +15,11 @@ from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
 from lifeops.integrations.convert_life import convert_life
 from lifeops.integrations.convert_localvit import convert_localvit
 from lifeops.integrations.convert_plan import Plan, share_hooks
-from lifeops.integrations.convert_probe import can_try, try_stages
+from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
+from lifeops.integrations.convert_stages import pools, try_stages
 from lifeops.integrations.undisturbed import undisturbed
-from lifeops.nn.dw_shortcut import ShortcutBlocks
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
 
@@ -99,13 +100,14 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
         handles += [block.register_forward_pre_hook(holder.enter_block), block.register_forward_hook(holder.leave_block, always_call=True)]
     holder.embed_path = ".".join(filter(None, (plan.host.path, plan.host.embed_path)))
     holder.belongs_to(model)
-    holder.watch(plan.host.embed)
+    for module in (*pools(plan.host), plan.host.embed):
+        holder.watch(module)
 
 
 def _try(plan: Plan) -> None:
-    """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe."""
-    if not plan.bound:
-        try_stages(plan.host, plan.swaps, plan.asks)
+    """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe and convert_stages."""
+    if plan.check is None:
+        try_stages(plan.host, plan.swaps, plan.prefix)
         return
     with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
         plan.check(run_once(plan.host, plan.prefix))

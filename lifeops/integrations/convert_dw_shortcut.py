@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -11,8 +13,9 @@ from lifeops.integrations.convert_check import check_shortcut, check_wrapped
 from lifeops.integrations.convert_plan import Plan, check_options, host_of
 from lifeops.integrations.convert_probe import Probed, paths, ran
 from lifeops.integrations.host_block import host_block
-from lifeops.nn.dw_shortcut import DWShortcut, ShortcutModule, shortcut_for, wrap
+from lifeops.nn.dw_shortcut import DWShortcut, ShortcutModule, check_every
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
+from lifeops.nn.shortcut_blocks import FLOWS, grouped, shortcut_for
 
 
 @torch.no_grad()
@@ -40,12 +43,28 @@ def convert_dw_shortcut(
     return plan
 
 
+def _around(flow: str, kernel_sizes: tuple[int, ...], prefix: int, grid: tuple[int, int] | None) -> Callable[[nn.Module], nn.Module]:
+    """Makes the shortcut, or shortcuts, of a group that begins with a block."""
+
+    def shortcut(block: nn.Module) -> nn.Module:
+        if flow == "scales":
+            widths = [norm.normalized_shape[0] for norm in (block.norm12, block.norm13, block.norm14)]
+            return nn.ModuleList(shortcut_for(block, kernel_sizes, prefix, dim) for dim in widths).train(block.training)
+        dim = block.norm_out.normalized_shape[0] if flow == "pixels" else None
+        return shortcut_for(block, kernel_sizes, prefix, dim, grid)
+
+    return shortcut
+
+
 def _groups(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) -> tuple[Plan, list[DWShortcut]]:
     """Every list of blocks and one of groups of them."""
-    swaps, groups = [], []
+    swaps, groups, grid = [], [], host.grid if host.grid_from == "model" else None
+    flows = {id(block.module): block.flow for block in host.blocks}
     for path in host.blocks_path:
         blocks = host.trunk.get_submodule(path)
-        wrapped = wrap(blocks, every, kernel_size=kernel_sizes, num_prefix_tokens=prefix)
+        check_every("convert", every, len(blocks))
+        flow = flows[id(blocks[0])]
+        wrapped = grouped(blocks, every, _around(flow, kernel_sizes, prefix, grid), FLOWS[flow])
         new = nn.Sequential(*wrapped) if isinstance(blocks, nn.Sequential) else wrapped
         new.training = blocks.training
         swaps.append((blocks, new))
@@ -56,8 +75,10 @@ def _groups(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) 
             if id(group.blocks[0]) in probed.calls:
                 check_shortcut(f"blocks.{i * every}", group, probed.calls[id(group.blocks[0])], probed.grid)
 
-    shortcuts = [group.shortcut for group in groups]
-    return Plan(host, swaps, shortcuts, [] if host.staged else groups, prefix, not host.staged, check), shortcuts
+    shortcuts, bound = [s for group in groups for s in group.shortcuts()], host.grid_from in ("embedding", "pools")
+    asks = [] if host.grid_from == "model" else shortcuts
+    plan = Plan(host, swaps, asks, groups if bound else [], prefix, bound, check if host.grid_from == "embedding" else None)
+    return plan, shortcuts
 
 
 def _clones(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) -> tuple[Plan, list[DWShortcut]]:

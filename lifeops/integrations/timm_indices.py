@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lifeops.arguments import check_int, got
-from lifeops.nn.dw_shortcut import ShortcutBlocks
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 
 _INSIDE = re.compile(r"\.(\d+)(?:\.blocks(?:\.(\d+))?|\.shortcut)?(?=\.|$)")  # of a list of groups
 

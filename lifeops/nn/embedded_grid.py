@@ -10,10 +10,20 @@ from lifeops import geometry
 Grid = tuple[int, int]
 
 
-def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor) -> Grid:
-    """(H, W) of what a patch embedding gave out: maps tell it, timm's and lifeops' flat tokens come from one that says it."""
+def embedded_grid(embed: nn.Module, args: tuple, output) -> Grid:
+    """(H, W) of what a patch embedding gave out: maps tell it, timm's and lifeops' flat tokens come from one that says it, or beside it."""
+    beside = ()
+    if isinstance(output, tuple):
+        output, beside = output
     if output.dim() == 4:  # dynamic_img_size
         grid = output.shape[2:4] if geometry.channels_first(embed, output) else output.shape[1:3]
+    elif isinstance(beside, (tuple, list)) and beside:
+        grid = beside
+    elif beside is None:
+        raise ValueError(
+            f"lifeops: {type(embed).__name__}, the model's patch embedding, is given packed patches {tuple(args[0].shape)}, which lie on no"
+            " one grid; give images (B, channels, height, width)"
+        )
     else:
         grid = _flat_grid(embed, args, output)
     # torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones
