@@ -19,9 +19,9 @@ from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
 from lifeops.integrations.convert_stages import pools, try_stages
 from lifeops.integrations.undisturbed import undisturbed
-from lifeops.nn.shortcut_blocks import ShortcutBlocks
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 
 SYSTEMS = {"life": convert_life, "localvit": convert_localvit, "dw_shortcut": convert_dw_shortcut}
 _NO_IDENTITY = {
@@ -106,11 +106,11 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
 
 def _try(plan: Plan) -> None:
     """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe and convert_stages."""
-    if plan.check is None:
+    if plan.whole:
         try_stages(plan.host, plan.swaps, plan.prefix)
-        return
-    with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
-        plan.check(run_once(plan.host, plan.prefix))
+    if plan.check is not None:
+        with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
+            plan.check(run_once(plan.host, plan.prefix))
 
 
 def _check_start(system: str, start: str | None, options: dict) -> None:

@@ -77,7 +77,8 @@ def _groups(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) 
 
     shortcuts, bound = [s for group in groups for s in group.shortcuts()], host.grid_from in ("embedding", "pools")
     asks = [] if host.grid_from == "model" else shortcuts
-    plan = Plan(host, swaps, asks, groups if bound else [], prefix, bound, check if host.grid_from == "embedding" else None)
+    single = host.grid_from == "embedding"
+    plan = Plan(host, swaps, asks, groups if bound else [], prefix, bound, check if single else None, whole=not single or every > 1)
     return plan, shortcuts
 
 

@@ -20,8 +20,8 @@ class Plan(NamedTuple):
 
     ``swaps``: (module, the one that takes its place). ``asks``: the new modules that ask for a grid. ``blocks``: the modules called with
     the tokens whose hooks bind one grid during each call. ``prefix``: P. ``bound``: whether the grid comes from the patch embedding; else
-    the modules see it themselves. ``check``: compares the new with the old, given what the model gives its blocks; raises ValueError. None where the model is to be
-    run as a whole: :mod:`lifeops.integrations.convert_stages`.
+    the modules see it themselves. ``check``: compares the new with the old, given what the model gives its blocks; raises ValueError.
+    ``whole``: the model is run with and without what is new: :mod:`lifeops.integrations.convert_stages`.
     """
 
     host: Host
@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     prefix: int
     bound: bool
     check: Callable[[Probed], None] | None
+    whole: bool = False
 
 
 def readable(path: str, layer: nn.Module) -> None:

@@ -57,11 +57,11 @@ class _Thread(threading.local):
 
 
 def _caller(skip: int):
-    """The frame that called the module whose hook this is, past torch's own."""
+    """The frame that called the module whose hook this is, past torch's own, and NaFlexViT's, which ends before the blocks run."""
     frame = sys._getframe(skip)
     while frame.f_back is not None and frame.f_code.co_filename == _MODULE_FILE:
         frame = frame.f_back
-    return frame
+    return frame.f_back if frame.f_code.co_name == "_forward_embeds" else frame
 
 
 def _runs(scope: _Scope) -> bool:

@@ -13,6 +13,7 @@ from lifeops.arguments import check_int, got
 from lifeops.nn.dw_shortcut import DWShortcut, check_every
 from lifeops.nn.inputs import kernel_sizes
 
+
 def told_grid(told: tuple, options: dict):
     """The grid that a block is told behind its tokens: as (H, W), as H and W, or by name; None if it is told none."""
     if len(told) == 2:
