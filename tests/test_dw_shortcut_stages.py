@@ -121,8 +121,8 @@ def _added(name, group, args, kwargs, output):
 def _hooked(name, original, model, every):
     """``original`` with the shortcuts of ``model`` added to what its blocks put out."""
     for blocks, groups in zip(_lists(original), _lists(model), strict=True):
-        assert len(blocks) == every * len(groups)
-        for i, group in enumerate(groups):
+        assert len(blocks) == every * len(_with_shortcut(groups))
+        for i, group in enumerate(_with_shortcut(groups)):
             given = []
             blocks[i * every].register_forward_pre_hook(lambda m, a, k, given=given: given.append((a, k)), with_kwargs=True)
             last = blocks[(i + 1) * every - 1]
@@ -130,17 +130,22 @@ def _hooked(name, original, model, every):
     return original
 
 
+def _with_shortcut(blocks):
+    """The groups, or the last blocks of groups, of a list."""
+    return [block for block in blocks if hasattr(block, "shortcut")]
+
+
 def _pair(name, every=1, **options):
     """A converted model, and the original with hooks."""
     original = _host(name)
     model = lifeops.convert(copy.deepcopy(original), "dw_shortcut", every=every, **options)
     for groups in _lists(model):
-        for group in groups:
+        for group in _with_shortcut(groups):
             _randomised(group.shortcut)
     return model, _hooked(name, original, model, every)
 
 
-SINGLE = ["twins_pcpvt", "twins_svt", "coat", "naflex_rope"]
+SINGLE = ["coat", "naflex_rope"]
 """Something happens between their blocks, or to them one by one."""
 CASES = [(name, every) for name in HOSTS for every in (1, 2) if every == 1 or name not in SINGLE]
 
@@ -154,7 +159,6 @@ def test_outputs_and_gradients(name, every):
         y = m(x)
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         results.append((y, gradient))
-    assert sum(len(groups) for groups in _lists(model)) == sum(len(blocks) for blocks in _lists(twin)) // every
     _close(results[0][0], results[1][0])
     _close(results[0][1], results[1][1], 1e-9)
 
@@ -163,7 +167,7 @@ def test_outputs_and_gradients(name, every):
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_blocks_that_cannot_be_grouped(name):
-    message = "the 2 blocks from .*0 on give something else as a group: the model does something between them, or to them one by one"
+    message = r"blocks\.0 gives something else with a shortcut that adds nothing: the model does something between the blocks"
     unchanged(_host(name), lambda m: lifeops.convert(m, "dw_shortcut", every=2), message)
 
 
@@ -229,11 +233,11 @@ def test_features_and_layers_of_timm(name, every):
         layers = [group_parameters(m, m.group_matcher(), reverse=True) for m in (twin, model)]
         before, after = (sorted(layer for key, layer in found.items() if "shortcut" not in key) for found in layers)
         assert before == after
-        groups = [group for groups in _lists(model) for group in groups]
+        groups = [group for groups in _lists(model) for group in _with_shortcut(groups)]
         paths = {id(m): path for path, m in model.named_modules()}
         for group in groups:
             own = {layers[1][f"{paths[id(group)]}.shortcut.{key}"] for key, _ in group.shortcut.named_parameters()}
-            last = [f"{paths[id(group)]}.blocks.{every - 1}.{key}" for key, _ in group.blocks[-1].named_parameters()]
+            last = [f"{paths[id(group)]}.{key}" for key, _ in group.named_parameters() if key.startswith((f"blocks.{every - 1}.", "norm"))]
             assert own == {layers[1][key] for key in last if key in layers[1]}  # CoaT's blocks share what is in other layers
 
 

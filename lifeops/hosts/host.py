@@ -71,7 +71,8 @@ class Host(NamedTuple):
     ``embed``: the patch embedding, at ``embed_path`` inside ``trunk``. ``prefix``: how many tokens come before the patches in the blocks;
     None where the model does not say it. ``suffix``: how many come behind them. ``has_cls``: the first prefix token is a class token.
     ``blocks_path``: of the blocks' list inside ``trunk``; the lists of several stages have one each. ``grid_from``: where the grid that
-    a block's tokens lie on comes from, a key of :data:`GRIDS`.
+    a block's tokens lie on comes from, a key of :data:`GRIDS`. ``apart``: the model runs something of its own between the blocks of a list,
+    so that several are no module of their own.
     """
 
     library: str
@@ -84,6 +85,7 @@ class Host(NamedTuple):
     blocks_path: tuple[str, ...]
     blocks: list[Block]
     grid_from: str = "embedding"
+    apart: bool = False
 
     @property
     def embed(self) -> nn.Module:

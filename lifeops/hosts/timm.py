@@ -77,4 +77,4 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
     blocks = [block_of(place, b, ORDERS, flows[place.rpartition(".")[0]]) for place, b in modules.items()]
     has_cls = bool(prefix) and any(getattr(trunk, name, None) is not None for name in ("cls_token", "cls_token1"))
     grid_from = _grid_from(trunk, embed, lists, list(modules.values()))
-    return Host(library, path, trunk, embed, prefix, 0, has_cls, lists, blocks, grid_from)
+    return Host(library, path, trunk, embed, prefix, 0, has_cls, lists, blocks, grid_from, apart=embed == "patch_embeds.0")

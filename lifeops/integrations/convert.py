@@ -17,7 +17,7 @@ from lifeops.integrations.convert_localvit import convert_localvit
 from lifeops.integrations.convert_plan import Plan, share_hooks
 from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
-from lifeops.integrations.convert_stages import pools, try_stages
+from lifeops.integrations.convert_stages import pools, put_in_place, try_stages
 from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
@@ -84,14 +84,6 @@ def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
             p.requires_grad_(*now.trainable)
 
 
-def _put(model: nn.Module, instead: dict[int, nn.Module]) -> None:
-    """Put modules in place of others, wherever the model holds them."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in instead:
-                parent._modules[name] = instead[id(child)]
-
-
 def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
     """Bind the grid of each forward pass: see lifeops.nn.grids."""
     holder, handles = record.holder, record.handles
@@ -106,8 +98,8 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
 
 def _try(plan: Plan) -> None:
     """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe and convert_stages."""
-    if plan.whole:
-        try_stages(plan.host, plan.swaps, plan.prefix)
+    if plan.whole is not None:
+        try_stages(plan.host, plan.swaps, plan.whole, plan.prefix)
     if plan.check is not None:
         with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
             plan.check(run_once(plan.host, plan.prefix))
@@ -184,10 +176,14 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
         share_hooks(old, new)
     for module in plan.asks:
         module.grid_holder = record.holder
-    _put(model, {id(old): new for old, new in plan.swaps})
+    put_in_place(model, {id(old): new for old, new in plan.swaps})
     if plan.bound:
         _hook(model, record, plan)
     timm_indices.count_blocks(model)
+    if plan.starts is not None:
+        record.handles += [
+            model.register_forward_pre_hook(plan.starts.clear), model.register_forward_hook(plan.starts.clear, always_call=True),
+        ]  # fmt: skip
     setattr(model, RECORD, record)
     return model
 
@@ -234,6 +230,6 @@ def _take_back(model: nn.Module, record: Conversion) -> None:
             _follow(old, new, before)
     for handle in (*record.handles, *record.holder.handles):
         handle.remove()
-    _put(model, instead)
+    put_in_place(model, instead)
     timm_indices.count_modules(model)
     delattr(model, RECORD)

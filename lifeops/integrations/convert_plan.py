@@ -11,6 +11,8 @@ from lifeops.arguments import check_int
 from lifeops.hosts.find import find_host
 from lifeops.hosts.host import Host
 from lifeops.integrations.convert_probe import Probed
+from lifeops.integrations.convert_stages import Unit
+from lifeops.integrations.host_block import Starts
 from lifeops.integrations.undisturbed import HOOKS
 from lifeops.nn.plain import exactly, why_not
 
@@ -21,7 +23,8 @@ class Plan(NamedTuple):
     ``swaps``: (module, the one that takes its place). ``asks``: the new modules that ask for a grid. ``blocks``: the modules called with
     the tokens whose hooks bind one grid during each call. ``prefix``: P. ``bound``: whether the grid comes from the patch embedding; else
     the modules see it themselves. ``check``: compares the new with the old, given what the model gives its blocks; raises ValueError.
-    ``whole``: the model is run with and without what is new: :mod:`lifeops.integrations.convert_stages`.
+    ``whole``: what is compared when the model is run with and without what is new: :mod:`lifeops.integrations.convert_stages`; None
+    where it is not. ``starts``: what groups of blocks remember during a forward pass.
     """
 
     host: Host
@@ -31,7 +34,8 @@ class Plan(NamedTuple):
     prefix: int
     bound: bool
     check: Callable[[Probed], None] | None
-    whole: bool = False
+    whole: list[Unit] | None = None
+    starts: Starts | None = None
 
 
 def readable(path: str, layer: nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""Whether shortcuts around the blocks of several stages do what they say, on that very model: it runs with and without them.
+"""Whether shortcuts around blocks do what they say, on that very model: it runs with and without them.
 
-The run with them gives each its tokens and grid, and passes its blocks' output on without the shortcut: every group must then put out
+The run with them gives each its tokens and grid, and passes its blocks' output on without the shortcut: what has one must then put out
 what its blocks put out before. No hook runs, and modes, random numbers and buffers are as before.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +18,38 @@ from lifeops.integrations.attention_check import off
 from lifeops.integrations.convert_probe import image_of
 from lifeops.integrations.token_place import chosen, rows_at
 from lifeops.integrations.undisturbed import forward_of, undisturbed
+from lifeops.nn.dw_shortcut import DWShortcut
 from lifeops.nn.embedded_grid import Grid, embedded_grid
 from lifeops.nn.maps import to_maps
-from lifeops.nn.shortcut_blocks import ShortcutBlocks
-
-Swaps = list[tuple[nn.Module, nn.Module]]
 
 
-def try_stages(host: Host, swaps: Swaps, prefix: int) -> None:
-    """Raise ValueError unless every group of ``swaps`` (of old and new lists of blocks) is its blocks and shortcuts of tokens on a grid."""
-    name, groups = type(host.trunk).__name__, [group for _, new in swaps for group in new]
+class Unit(NamedTuple):
+    """``new``, at ``path``, stands for blocks whose last is ``last``; ``shortcuts`` are what it adds."""
+
+    path: str
+    last: nn.Module
+    new: nn.Module
+    shortcuts: list[DWShortcut]
+
+
+def try_stages(host: Host, swaps: list[tuple[nn.Module, nn.Module]], units: list[Unit], prefix: int) -> None:
+    """Raise ValueError unless every one of ``units`` is its blocks, and its shortcuts are given tokens on a grid that they are told.
+
+    ``swaps``: (module, the one that takes its place), which hold the units.
+    """
+    name, shortcuts = type(host.trunk).__name__, [s for unit in units for s in unit.shortcuts]
     with undisturbed(host.trunk, *(new for _, new in swaps)):
         if host.grid_from == "model":
             _check_pixels(host, prefix)
-        ends = [group.blocks[-1] for group in groups]
-        expected, _ = _outputs(host, ends, f"{name} cannot be tried on one image")
-        with _instead(host, swaps), _neutral(host, groups, prefix) as seen:
-            got, stages = _outputs(host, groups, f"a shortcut cannot be put around the blocks of {name}, tried on one image")
-    for path, (_, new) in zip(host.blocks_path, swaps, strict=True):
-        for i, group in enumerate(new):
-            at = groups.index(group)
-            _check_group(f"{path}.{i * len(group.blocks)}", group, expected[at], got[at], seen)
-        if stages and seen:
-            _check_stage(path, stages[path.rpartition(".")[0]], prefix, *seen[id(new[-1].shortcut)])
+        expected, _ = _outputs(host, [unit.last for unit in units], f"{name} cannot be tried on one image")
+        with _instead(host.trunk, swaps), _neutral(host, shortcuts) as seen:
+            news = [unit.new for unit in units]
+            got, stages = _outputs(host, news, f"a shortcut cannot be put around the blocks of {name}, tried on one image")
+    for unit, before, after in zip(units, expected, got, strict=True):
+        _check_unit(unit, before, after, seen)
+    for path, stage in stages.items():
+        (last,) = [unit.shortcuts[0] for unit in units if unit.path.startswith(f"{path}.")][-1:]
+        _check_stage(path, stage, prefix, *seen[id(last)])
 
 
 def _tensors(output) -> list[Tensor]:
@@ -52,17 +62,19 @@ def _outputs(host: Host, modules: list[nn.Module], failed: str) -> tuple[list[li
     parents = {path.rpartition(".")[0] for path in host.blocks_path} if host.staged else set()
     stages = {path: host.trunk.get_submodule(path) for path in parents} if _derived(host) else {}
 
-    def noting(own):
+    def noting(module):
+        own = module.forward
+
         def forward(*args, **options):
             output = own(*args, **options)
-            found.setdefault(id(own.__self__), []).extend(_tensors(output))
+            found.setdefault(id(module), []).extend(_tensors(output))
             return output
 
         return forward
 
     with contextlib.ExitStack() as stack:
         for module in {id(m): m for m in (*modules, *stages.values())}.values():
-            stack.enter_context(forward_of(module, noting(module.forward)))
+            stack.enter_context(forward_of(module, noting(module)))
         try:
             host.trunk.forward(image_of(host))
         except Exception as error:
@@ -77,16 +89,22 @@ def _derived(host: Host) -> bool:
     return host.grid_from == "pools" or any(block.flow == "squares" for block in host.blocks)
 
 
+def put_in_place(model: nn.Module, instead: dict[int, nn.Module]) -> None:
+    """Put modules in place of others, given by their ids, wherever the model holds them."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in instead:
+                parent._modules[name] = instead[id(child)]
+
+
 @contextlib.contextmanager
-def _instead(host: Host, swaps: Swaps) -> Iterator[None]:
-    """The new lists in place of the old ones."""
-    with contextlib.ExitStack() as stack:
-        for path, (old, new) in zip(host.blocks_path, swaps, strict=True):
-            parent, _, last = path.rpartition(".")
-            children = host.trunk.get_submodule(parent)._modules
-            children[last] = new
-            stack.callback(children.__setitem__, last, old)
+def _instead(model: nn.Module, swaps: list[tuple[nn.Module, nn.Module]]) -> Iterator[None]:
+    """The new modules in place of the old ones."""
+    put_in_place(model, {id(old): new for old, new in swaps})
+    try:
         yield
+    finally:
+        put_in_place(model, {id(new): old for old, new in swaps})
 
 
 def pools(host: Host) -> list[nn.Module]:
@@ -96,8 +114,8 @@ def pools(host: Host) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _neutral(host: Host, groups: list[ShortcutBlocks], prefix: int) -> Iterator[dict[int, tuple[Tensor, Grid]]]:
-    """The shortcuts of ``groups`` add nothing; what each was given, its blocks' output and its grid, by its id."""
+def _neutral(host: Host, shortcuts: list[DWShortcut]) -> Iterator[dict[int, tuple[Tensor, Grid]]]:
+    """The shortcuts add nothing; what each was given, its blocks' output and its grid, by its id."""
     seen: dict[int, tuple[Tensor, Grid]] = {}
     grids: list[Grid] = []
 
@@ -125,19 +143,19 @@ def _neutral(host: Host, groups: list[ShortcutBlocks], prefix: int) -> Iterator[
     with contextlib.ExitStack() as stack:
         for module in (host.embed, *pools(host)) if host.grid_from in ("embedding", "pools") else ():
             stack.enter_context(forward_of(module, embedded(module)))
-        for shortcut in (s for group in groups for s in group.shortcuts()):
+        for shortcut in shortcuts:
             stack.enter_context(forward_of(shortcut, neutral(shortcut)))
         yield seen
 
 
-def _check_group(path: str, group: ShortcutBlocks, expected: list[Tensor], got: list[Tensor], seen: dict) -> None:
-    if not expected or not all(id(shortcut) in seen for shortcut in group.shortcuts()):
-        raise ValueError(f"convert: the shortcut of {path} did not run on one image (probe=False converts it untried)")
+def _check_unit(unit: Unit, expected: list[Tensor], got: list[Tensor], seen: dict) -> None:
+    if not expected or not all(id(shortcut) in seen for shortcut in unit.shortcuts):
+        raise ValueError(f"convert: the shortcut of {unit.path} did not run on one image (probe=False converts it untried)")
     pairs = zip(got, expected, strict=True) if len(got) == len(expected) else ()
     if len(got) != len(expected) or any(off(a, b) > 4 * torch.finfo(b.dtype).eps for a, b in pairs):  # the same operators: equal
         raise ValueError(
-            f"convert: the {len(group.blocks)} blocks from {path} on give something else as a group: the model does something between them,"
-            " or to them one by one (every=1 leaves them single)"
+            f"convert: {unit.path} gives something else with a shortcut that adds nothing: the model does something between the blocks that"
+            " are to be in one group, or to them one by one (every=1 leaves them single)"
         )
 
 
