@@ -207,8 +207,9 @@ def check_dw_shortcut(original, model, x, host) -> float:
         assert all(torch.equal(out[i], made[i]) for i in range(len(out)) if i not in [at for *_, at in terms])
         for module, tokens, y, at in terms:
             (tokens, grid), (y, _), (found, _) = (_flat(t, group) for t in (tokens, y, out[at]))
-            grid = grid_of(tokens.shape[1] - host.prefix, host) if grid is None else grid
-            worst = max(worst, error(found, y + shortcut(module, tokens, host.prefix, grid)))
+            P = 0 if tokens.shape[1] in [H * W for H, W in host.grids] else host.prefix  # PVT's class token joins in the last stage
+            grid = grid_of(tokens.shape[1] - P, host) if grid is None else grid
+            worst = max(worst, error(found, y + shortcut(module, tokens, P, grid)))
     return worst
 
 

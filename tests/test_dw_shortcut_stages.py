@@ -239,12 +239,3 @@ def test_features_and_layers_of_timm(name, every):
             own = {layers[1][f"{paths[id(group)]}.shortcut.{key}"] for key, _ in group.shortcut.named_parameters()}
             last = [f"{paths[id(group)]}.{key}" for key, _ in group.named_parameters() if key.startswith((f"blocks.{every - 1}.", "norm"))]
             assert own == {layers[1][key] for key in last if key in layers[1]}  # CoaT's blocks share what is in other layers
-
-
-def test_packed_patches_are_refused():
-    model = lifeops.convert(_host("naflex"), "dw_shortcut")
-    coordinates = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij"), -1).flatten(0, 1).expand(1, -1, -1)
-    packed = {"patches": torch.zeros(1, 6, 192).double(), "patch_coord": coordinates, "patch_valid": torch.ones(1, 6, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=r"NaFlexEmbeds, the model's patch embedding, is given packed patches \(1, 6, 192\)"):
-        model(packed)
-    assert model(_images("naflex")).shape == (2, 3)  # nothing is left of it

@@ -72,7 +72,7 @@ class Host(NamedTuple):
     None where the model does not say it. ``suffix``: how many come behind them. ``has_cls``: the first prefix token is a class token.
     ``blocks_path``: of the blocks' list inside ``trunk``; the lists of several stages have one each. ``grid_from``: where the grid that
     a block's tokens lie on comes from, a key of :data:`GRIDS`. ``apart``: the model runs something of its own between the blocks of a list,
-    so that several are no module of their own.
+    so that several are no module of their own. ``prefixes``: P of each list, where they differ.
     """
 
     library: str
@@ -86,6 +86,7 @@ class Host(NamedTuple):
     blocks: list[Block]
     grid_from: str = "embedding"
     apart: bool = False
+    prefixes: tuple[int, ...] = ()
 
     @property
     def embed(self) -> nn.Module:

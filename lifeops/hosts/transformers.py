@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lifeops.hosts.host import Host, block_of, pair
 
-LOOKED_FOR = "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers"
+LOOKED_FOR = "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers, or stages"
 
 EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
 _LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
@@ -42,7 +42,9 @@ def _at(trunk: nn.Module, path: str):
 
 
 def _stages(trunk: nn.Module) -> tuple[str, tuple[str, ...]] | None:
-    """Where patch embedding and lists of blocks are in a model of stages: Swin, PVT v2 and SegFormer, whose blocks are told their grid."""
+    """Where patch embedding and lists of blocks are in a model of stages, whose blocks are told their grid: Swin, PVT, SegFormer."""
+    if _filled(trunk, "encoder.patch_embeddings") and (lists := _filled(trunk, "encoder.block")):  # PVT
+        return "encoder.patch_embeddings.0", tuple(f"encoder.block.{i}" for i in range(len(lists)))
     for name in _STAGES:
         stages = _filled(trunk, name) or ()
         inside = [f"{holder}.{n}" for holder in ("embeddings", f"{name}.0") for n in EMBEDS]
@@ -69,7 +71,9 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
     if staged is not None:
         embed, lists = staged
         blocks = [block_of(f"{name}.{i}", layer, ORDERS) for name in lists for i, layer in enumerate(trunk.get_submodule(name))]
-        return Host("transformers", path, trunk, embed, 0, 0, False, lists, blocks, "call")
+        embeddings = _filled(trunk, "encoder.patch_embeddings") or ()  # PVT's class token joins in the last stage
+        prefixes = tuple(_count(e, CLS) for e in embeddings)
+        return Host("transformers", path, trunk, embed, 0, 0, any(prefixes), lists, blocks, "call", prefixes=prefixes)
     embeddings = getattr(trunk, "embeddings", None)
     name = next((n for n in EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
     if name is None:

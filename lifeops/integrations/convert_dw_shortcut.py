@@ -90,14 +90,15 @@ def _clones(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) 
     swaps, units, starts = [(block, news[id(block)]) for block in paths(host).values()], [], Starts()
     if every > 1 and len(swaps) < len(host.blocks):
         raise ValueError(f"convert: every must be 1 for {type(host.trunk).__name__}, which calls blocks several times, got {every}")
-    for path in host.blocks_path:
+    prefixes = host.prefixes if host.prefixes and not prefix else [prefix] * len(host.blocks_path)
+    for path, own in zip(host.blocks_path, prefixes, strict=True):
         blocks = host.trunk.get_submodule(path)
         check_every("convert", every, len(blocks))
         for i, block in enumerate(blocks):
             new = news[id(block)]
             new.told = host.grid_from == "call"
             if i % every == every - 1:
-                new.shortcut = shortcut_for(block, kernel_sizes, prefix)
+                new.shortcut = shortcut_for(block, kernel_sizes, own)
             if every > 1 and i % every in (0, every - 1):
                 new.group = Group(len(units) // every, i % every > 0, starts)
             units.append(Unit(f"{path}.{i}", block, new, [new.shortcut] if "shortcut" in new._modules else []))
