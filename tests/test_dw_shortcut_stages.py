@@ -159,6 +159,8 @@ def test_outputs_and_gradients(name, every):
         y = m(x)
         (gradient,) = torch.autograd.grad(y.square().sum(), x)
         results.append((y, gradient))
+    with torch.no_grad():
+        _close(lifeops.fuse_(copy.deepcopy(model))(_images(name)), results[1][0])
     _close(results[0][0], results[1][0])
     _close(results[0][1], results[1][1], 1e-9)
 
@@ -206,6 +208,26 @@ def test_checkpointing(name, every):
             _close(a, b, 1e-9)
 
 
+@pytest.mark.parametrize("name", ["pit", "pit_distilled", "nest", "coat"])
+def test_stages_that_are_run_again(name):
+    """torch's checkpoints around whole stages, another model's pass before the backward: nothing but the stage's input tells the grid."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model, _ = _pair(name)
+    other = lifeops.convert(_host("pit_distilled" if name == "pit" else "pit"), "dw_shortcut")
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(_images(name)).square().sum(), parameters, allow_unused=True)
+    stages = getattr(model, "transformers", getattr(model, "levels", getattr(model, "serial_blocks2", None)))
+    for i, stage in enumerate(stages):
+        stages[i] = checkpoint_wrapper(stage)
+    loss = model(_images(name)).square().sum()
+    other(_images("pit_distilled" if name == "pit" else "pit"))
+    for a, b in zip(torch.autograd.grad(loss, parameters, allow_unused=True), expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            _close(a, b, 1e-9)
+
+
 @pytest.mark.parametrize("name", ["twins_pcpvt", "xcit", "naflex"])
 def test_two_sizes_before_one_backward(name):
     """4 x 6 and 6 x 4 patches: which grid a recomputation has is not told by their number."""
@@ -239,3 +261,12 @@ def test_features_and_layers_of_timm(name, every):
             own = {layers[1][f"{paths[id(group)]}.shortcut.{key}"] for key, _ in group.shortcut.named_parameters()}
             last = [f"{paths[id(group)]}.{key}" for key, _ in group.named_parameters() if key.startswith((f"blocks.{every - 1}.", "norm"))]
             assert own == {layers[1][key] for key in last if key in layers[1]}  # CoaT's blocks share what is in other layers
+
+
+@pytest.mark.parametrize("name", ["twins_svt", "pit", "nest", "coat", "xcit"])
+def test_traced(name):
+    """torch.jit.trace gives sizes as tensors."""
+    model, _ = _pair(name)
+    x = _images(name)
+    with torch.no_grad():
+        _close(torch.jit.trace(model, x, check_trace=False)(x), model(x))

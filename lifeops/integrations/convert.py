@@ -17,7 +17,7 @@ from lifeops.integrations.convert_localvit import convert_localvit
 from lifeops.integrations.convert_plan import Plan, share_hooks
 from lifeops.integrations.convert_probe import can_try
 from lifeops.integrations.convert_probe import probe as run_once
-from lifeops.integrations.convert_stages import pools, put_in_place, try_stages
+from lifeops.integrations.convert_stages import pooled, put_in_place, try_stages
 from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
@@ -92,7 +92,9 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
         handles += [block.register_forward_pre_hook(holder.enter_block), block.register_forward_hook(holder.leave_block, always_call=True)]
     holder.embed_path = ".".join(filter(None, (plan.host.path, plan.host.embed_path)))
     holder.belongs_to(model)
-    for module in (*pools(plan.host), plan.host.embed):
+    stages, pools = pooled(plan.host)
+    handles += [stage.register_forward_pre_hook(holder.enter_stage) for stage in stages]
+    for module in (*pools, plan.host.embed):
         holder.watch(module)
 
 
@@ -130,28 +132,31 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     that are parameters or several attentions, and those of transformers, stay of their class, and only the MLP's part is exchanged: the
     branch takes the MLP's name and is neither normalised nor scaled.
 
-    ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
-    blocks, or around the blocks of every stage of a Swin, Swin V2 or PVT v2, which tell their grid: these run once with the shortcuts.
-    ``blocks`` then holds groups of the same blocks, so that state-dict names change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a
-    group is what activation checkpointing runs again. The layers of transformers keep their names and get a ``shortcut`` each
+    ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around the patch blocks of
+    CaiT and XCiT, or around the blocks of every stage of a Swin, PVT, Twins, PiT, NesT, CoaT (with one for each scale that its parallel
+    blocks change) or SegFormer; of TNT's blocks around the patches' tokens. timm's ``blocks`` then hold groups of the same blocks, so that
+    state-dict names change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again. The
+    layers of transformers, and Twins' blocks where ``every`` is not 1, keep their names, and the last of a group gets a ``shortcut``
     (``layers.0.shortcut…``). timm's ``group_matcher`` (layer decay), ``forward_intermediates`` and ``get_intermediate_layers`` of the
-    instance count blocks all the same: a shortcut belongs to the last block that it is around.
+    instance count blocks all the same: a shortcut belongs to the last block that it is around, and so it is in the hidden states that
+    transformers records.
 
     Layers of transformers stay instances of their classes, so that gradient checkpointing and recorded hidden states go on as before;
     with "life" no attention matrices are made, and ``output_attentions=True`` is a ValueError.
 
     Each block is tried first: the model runs on one random image, its blocks passing on their tokens, and each is then called once as the
     model calls it. "life", given the old q, k and v, must give what the old attention gives; "localvit" must leave the attention's branch
-    what it is; a shortcut must find tokens. Not on the meta device or where weights are offloaded; ``probe=False`` leaves it out, and
-    what it costs: about two forward passes ("life").
+    what it is; a shortcut must find tokens. Models of stages, and groups, run with and without shortcuts that add nothing, and must put
+    out the same. Not on the meta device or where weights are offloaded; ``probe=False`` leaves it out, and what it costs: about two forward
+    passes.
 
     Blocks that the model holds several times stay shared, hooks on a replaced module act on its replacement, and a conversion that
     fails changes nothing.
 
     Options: "life": ``qkv_norm``, ``aux_key``, ``recompute`` as in :class:`lifeops.nn.LifeQKV`; "localvit": ``act`` ("hs+se"),
     ``reduction`` (C, as the authors' tiny and small models), ``expand_ratio`` (the MLP's) as in
-    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut (1 alone for transformers), and
-    ``kernel_sizes`` (3), an odd int or several; all: ``num_prefix_tokens`` overrides the model's own.
+    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut, and ``kernel_sizes`` (3), an odd
+    int or several; all: ``num_prefix_tokens`` overrides the model's own.
 
     ``start="identity"`` leaves the model's outputs what they are, for fine-tuning from there: "dw_shortcut" alone can, its convolutions
     start at zero (and their batch norms as ever, so that gradients reach the convolutions at once, the norms after a step).

@@ -107,10 +107,10 @@ def _instead(model: nn.Module, swaps: list[tuple[nn.Module, nn.Module]]) -> Iter
         put_in_place(model, {id(new): old for old, new in swaps})
 
 
-def pools(host: Host) -> list[nn.Module]:
-    """The modules that make each stage's grid of the one before."""
+def pooled(host: Host) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The stages whose blocks see the grid that the stage is given, and the pools that make the others' of it."""
     stages = [host.trunk.get_submodule(path.rpartition(".")[0]) for path in host.blocks_path] if host.grid_from == "pools" else []
-    return [stage.pool for stage in stages if stage.pool is not None]
+    return [s for s in stages if s.pool is None], [s.pool for s in stages if s.pool is not None]
 
 
 @contextlib.contextmanager
@@ -141,7 +141,7 @@ def _neutral(host: Host, shortcuts: list[DWShortcut]) -> Iterator[dict[int, tupl
         return forward
 
     with contextlib.ExitStack() as stack:
-        for module in (host.embed, *pools(host)) if host.grid_from in ("embedding", "pools") else ():
+        for module in (host.embed, *pooled(host)[1]) if host.grid_from in ("embedding", "pools") else ():
             stack.enter_context(forward_of(module, embedded(module)))
         for shortcut in shortcuts:
             stack.enter_context(forward_of(shortcut, neutral(shortcut)))

@@ -26,8 +26,12 @@ def embedded_grid(embed: nn.Module, args: tuple, output) -> Grid:
         )
     else:
         grid = _flat_grid(embed, args, output)
-    # torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones
-    return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in grid)
+    return plain(grid)
+
+
+def plain(sizes) -> Grid:
+    """Sizes as ints where torch.jit.trace gives them as tensors; int() of all would fix a compiler's symbolic ones."""
+    return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in sizes)
 
 
 def _flat_grid(embed, args, output):

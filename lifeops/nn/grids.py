@@ -24,7 +24,7 @@ from torch import nn
 
 from lifeops import geometry
 from lifeops.arguments import check_module
-from lifeops.nn.embedded_grid import Grid, embedded_grid
+from lifeops.nn.embedded_grid import Grid, embedded_grid, plain
 from lifeops.nn.grid_copies import Copied
 
 _CARRIED = "lifeops_grids"
@@ -209,6 +209,11 @@ class GridHolder(Copied):
         else:
             self._open(opener, grid, here)
         thread.fresh, thread.embedder = True, frame
+
+    def enter_stage(self, stage, args):
+        """Before a stage that is given maps (B, C, H, W), first of a tuple: what checkpointing of a whole stage runs again."""
+        if not torch.compiler.is_compiling():
+            self._open(stage, plain(args[0][0].shape[2:]), sys._getframe(1))
 
     def enter_block(self, block, args):
         if torch.compiler.is_compiling():

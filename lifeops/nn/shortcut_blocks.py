@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from lifeops import geometry
 from lifeops.arguments import check_int, got
 from lifeops.nn.dw_shortcut import DWShortcut, check_every
+from lifeops.nn.embedded_grid import Grid, plain
 from lifeops.nn.inputs import kernel_sizes
 
 
-def told_grid(told: tuple, options: dict):
+def told_grid(told: tuple, options: dict) -> Grid | None:
     """The grid that a block is told behind its tokens: as (H, W), as H and W, or by name; None if it is told none."""
     if len(told) == 2:
-        return told
-    return told[0] if told else options.get("grid", options.get("size"))
+        return plain(told)
+    grid = told[0] if told else options.get("grid", options.get("size"))
+    return plain(grid) if isinstance(grid, (tuple, list)) else grid
 
 
 class ShortcutBlocks(nn.Module):
@@ -50,7 +52,7 @@ class ShortcutBlocks(nn.Module):
         """``end``, which the blocks made of ``start``, with the shortcut of ``start``."""
         (x,), (y,) = start, end
         if x.dim() == 4:
-            return self.shortcut(x.flatten(1, 2), y.flatten(1, 2), tuple(x.shape[1:3])).unflatten(1, x.shape[1:3])
+            return self.shortcut(x.flatten(1, 2), y.flatten(1, 2), plain(x.shape[1:3])).unflatten(1, x.shape[1:3])
         return self.shortcut(x, y, told_grid(told, options))
 
     def shortcuts(self) -> list[DWShortcut]:
@@ -76,8 +78,9 @@ class SquareShortcutBlocks(ShortcutBlocks):
 
     def around(self, start, end, told, options):
         (x,), (y,) = start, end
-        sides = tuple(math.isqrt(n) for n in x.shape[1:3])
-        if tuple(n * n for n in sides) != tuple(x.shape[1:3]):
+        squares = plain(x.shape[1:3])
+        sides = tuple(map(math.isqrt, squares))
+        if tuple(n * n for n in sides) != squares:
             raise ValueError(f"{type(self).__name__}: x must be (B, t * t, n * n, C), got {tuple(x.shape)}")
         t, n = sides
         out = self.shortcut(_whole(x, t, n), _whole(y, t, n), (t * n, t * n))
@@ -102,7 +105,7 @@ class ScaleShortcutBlocks(ShortcutBlocks):
     def around(self, start, end, told, options):
         grids = told[0] if told else options["sizes"]
         changed = zip(self.shortcut, start[1:], end[1:], grids[1:], strict=True)
-        return end[0], *(shortcut(x, y, grid) for shortcut, x, y, grid in changed)
+        return end[0], *(shortcut(x, y, plain(grid)) for shortcut, x, y, grid in changed)
 
 
 FLOWS = {"tokens": ShortcutBlocks, "pixels": PixelShortcutBlocks, "squares": SquareShortcutBlocks, "scales": ScaleShortcutBlocks}
