@@ -4,11 +4,11 @@ from host_configs import add
 from hosts import transformers
 
 
-def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32, 48), rect=True, label=None, own=None, **options):
+def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32, 48), rect=True, label=None, own=None, grids=(), **more):
     """transformers' models; ``rect``: the configuration's image_size may be a pair."""
     side = size if rect else size[0]
     base = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 96, "patch_size": 8}
-    options = {**base, "image_size": side, **options}
+    options = {**base, "image_size": side, **more}
     options = {k: v for k, v in options.items() if v is not None}
 
     def build():
@@ -16,7 +16,8 @@ def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32
         return getattr(transformers, model or f"{name}Model")(configuration)
 
     patch = options.get("patch_size") if chain != "none" else None
-    add("transformers", family, label or model or f"{name}Model", build, size, patch, prefix, chain, own or options.get("image_size"))
+    own = own or options.get("image_size")
+    add("transformers", family, label or model or f"{name}Model", build, size, patch, prefix, chain, own, grids)
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -140,8 +141,9 @@ _hf("PVT", "PvtV2", sr_ratios=[4, 2], **_MIX)
 _hf(
     "PVT",
     "Pvt",
+    grids=((16, 16), (8, 8)),
     sequence_reduction_ratios=[2, 1],
-    **{**_MIX, "image_size": 64, "size": (64, 64), "patch_sizes": [4, 2], "num_encoder_blocks": 2},
+    **{**_MIX, "image_size": 64, "size": (64, 64), "patch_sizes": [4, 2], "num_encoder_blocks": 2, "prefix": 1},
 )
 _HSWIN = {
     **_STAGES,

@@ -42,7 +42,10 @@ def tensors(output) -> list[torch.Tensor]:
 
 
 def grid_of(patches: int, host) -> tuple[int, int]:
-    """(H, W) of that many patches: the configuration's grid, or a stage's with the image's proportions."""
+    """(H, W) of that many patches: the configuration's grid, or a stage's, its own or with the image's proportions."""
+    for grid in host.grids:
+        if grid[0] * grid[1] == patches:
+            return grid
     H, W = host.size if host.grid is None or host.grid[0] * host.grid[1] != patches else host.grid
     row = round((patches * H / W) ** 0.5)
     if row * row * W != patches * H:
@@ -202,33 +205,68 @@ def _branch(block):
     return found[0] if found and not isinstance(block, torch.nn.ModuleList) else None
 
 
+def _token_lists(values) -> list[torch.Tensor]:
+    return [values] if isinstance(values, torch.Tensor) else [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _whole(squares) -> torch.Tensor:
+    """(B, T, N, C), T squares of N patches, as (B, T N, C) row after row of the whole square grid, patch by patch."""
+    t, n = (round(count**0.5) for count in squares.shape[1:3])
+    rows = [[(r // n * t + c // n, r % n * n + c % n) for c in range(t * n)] for r in range(t * n)]
+    return torch.stack([squares[:, square, patch] for row in rows for square, patch in row], 1)
+
+
+def _terms(module, given, made):
+    """(shortcut, its tokens, what the blocks made of them, which of ``made`` it is) of a group; tokens in the order of the grid."""
+    if isinstance(module.shortcut, torch.nn.ModuleList):  # CoaT's parallel blocks: the first scale stays
+        assert len(module.shortcut) == len(given) - 1
+        return [(s, given[i], made[i], i) for i, s in enumerate(module.shortcut, 1)]
+    at = len(made) - 1  # TNT: pixels, then tokens
+    return [(module.shortcut, given[at], made[at], at)]
+
+
+def _flat(t, like):
+    """Tokens, whatever they were; with the grid where they tell it themselves."""
+    if t.dim() == 3:
+        return t, None
+    if type(like).__name__ == "SquareShortcutBlocks":
+        side = round((t.shape[1] * t.shape[2]) ** 0.5)
+        return _whole(t), (side, side)
+    return t.flatten(1, 2), tuple(t.shape[1:3])
+
+
 def check_dw_shortcut(original, model, x, host) -> float:
     """Each group of blocks: what went into its first, what came out of its last, and what came out of the group."""
     inner, handles = {}, []
-    every = [m for m in model.modules() if isinstance(getattr(m, "shortcut", None), ours.DWShortcut)]
-    groups = [m for m in every if isinstance(m, lifeops.nn.dw_shortcut.ShortcutBlocks)]
+    every = [m for m in model.modules() if _is_group(m)]
+    groups = [m for m in every if isinstance(m, lifeops.nn.shortcut_blocks.ShortcutBlocks)]
     for group in groups:
-        keep = lambda m, a, out, group=group: inner.__setitem__(id(group), first_tensor(out))  # noqa: E731
+        keep = lambda m, a, out, group=group: inner.__setitem__(id(group), out)  # noqa: E731
         handles.append(group.blocks[-1].register_forward_hook(keep))
-    calls = _calls(model, lambda m: isinstance(getattr(m, "shortcut", None), ours.DWShortcut), x)
+    calls = _calls(model, _is_group, x)
     for handle in handles:
         handle.remove()
     assert len(calls) == len(every)
     worst = 0.0
     for path, group, args, kwargs, out in calls:
-        tokens, out = args[0], first_tensor(out)
         if id(group) in inner:
-            y = inner[id(group)]
+            made, out = _token_lists(inner[id(group)]), _token_lists(out)
         else:  # a layer of transformers, which holds its shortcut itself
             with torch.no_grad():
-                y = first_tensor(original.get_submodule(path)(*args, **kwargs))
-        if tokens.dim() == 4:
-            grid = tuple(tokens.shape[1:3])
-            tokens, y, out = tokens.flatten(1, 2), y.flatten(1, 2), out.flatten(1, 2)
-        else:
-            grid = grid_of(tokens.shape[1] - host.prefix, host)
-        worst = max(worst, error(out, y + shortcut(group.shortcut, tokens, host.prefix, grid)))
+                made, out = [first_tensor(original.get_submodule(path)(*args, **kwargs))], [first_tensor(out)]
+        terms = _terms(group, _token_lists(args), made)
+        assert all(torch.equal(out[i], made[i]) for i in range(len(out)) if i not in [at for *_, at in terms])
+        for module, tokens, y, at in terms:
+            (tokens, grid), (y, _), (found, _) = (_flat(t, group) for t in (tokens, y, out[at]))
+            P = 0 if tokens.shape[1] in [H * W for H, W in host.grids] else host.prefix  # PVT's class token joins in the last stage
+            grid = grid_of(tokens.shape[1] - P, host) if grid is None else grid
+            worst = max(worst, error(found, y + shortcut(module, tokens, P, grid)))
     return worst
+
+
+def _is_group(module) -> bool:
+    held = getattr(module, "shortcut", None)
+    return isinstance(held[0] if isinstance(held, torch.nn.ModuleList) else held, ours.DWShortcut)
 
 
 CONVERTED = {"life": check_life, "localvit": check_localvit, "dw_shortcut": check_dw_shortcut}

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from lifeops.hosts.host import Host, block_of, pair
 
 LOOKED_FOR = (
-    "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers, or with patch_embed and"
-    " layers that have attn and a window_size (SAM)"
+    "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers, or stages, or with"
+    " patch_embed and layers that have attn and a window_size (SAM)"
 )
 
 EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
 LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
+_STAGES = ("encoder.layers", "stages")
 CLS = ("cls_token", "class_embedding")
 _PREFIX = (*CLS, "distillation_token", "register_tokens")
 SUFFIX = ("detection_tokens",)
@@ -34,12 +35,31 @@ ORDERS = dict.fromkeys(_PRE, "pre")
 
 def _list(trunk: nn.Module) -> str | None:
     """Where the layers are: directly, or inside an encoder."""
-    for name in LISTS:
-        found = trunk
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.ModuleList) and len(found):
-            return name
+    return next((name for name in LISTS if _filled(trunk, name)), None)
+
+
+def _filled(trunk: nn.Module, name: str) -> nn.ModuleList | None:
+    found = _at(trunk, name)
+    return found if isinstance(found, nn.ModuleList) and len(found) else None
+
+
+def _at(trunk: nn.Module, path: str):
+    """What is there, or None."""
+    for part in path.split("."):
+        trunk = getattr(trunk, part, None)
+    return trunk
+
+
+def _stages(trunk: nn.Module) -> tuple[str, tuple[str, ...]] | None:
+    """Where patch embedding and lists of blocks are in a model of stages, whose blocks are told their grid: Swin, PVT, SegFormer."""
+    if _filled(trunk, "encoder.patch_embeddings") and (lists := _filled(trunk, "encoder.block")):  # PVT
+        return "encoder.patch_embeddings.0", tuple(f"encoder.block.{i}" for i in range(len(lists)))
+    for name in _STAGES:
+        stages = _filled(trunk, name) or ()
+        inside = [f"{holder}.{n}" for holder in ("embeddings", f"{name}.0") for n in EMBEDS]
+        embed = next((place for place in inside if isinstance(_at(trunk, place), nn.Module)), None)
+        if stages and embed and all(hasattr(stage, "blocks") for stage in stages):
+            return embed, tuple(f"{name}.{i}.blocks" for i in range(len(stages)))
     return None
 
 
@@ -56,6 +76,13 @@ def prefix_of(embeddings: nn.Module) -> int:
 
 def read(path: str, trunk: nn.Module) -> Host | str | None:
     """``trunk`` described; why not, or None where nothing of it is there."""
+    staged = _stages(trunk)
+    if staged is not None:
+        embed, lists = staged
+        blocks = [block_of(f"{name}.{i}", layer, ORDERS) for name in lists for i, layer in enumerate(trunk.get_submodule(name))]
+        embeddings = _filled(trunk, "encoder.patch_embeddings") or ()  # PVT's class token joins in the last stage
+        prefixes = tuple(_count(e, CLS) for e in embeddings)
+        return Host("transformers", path, trunk, embed, 0, 0, any(prefixes), lists, blocks, grid_from="call", prefixes=prefixes)
     embeddings = getattr(trunk, "embeddings", None)
     name = next((n for n in EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
     if name is None:

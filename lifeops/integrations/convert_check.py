@@ -183,7 +183,7 @@ def check_wrapped(path: str, block: nn.Module, new: nn.Module, given: Call, grid
     """``new`` is ``block`` and its shortcut, which takes the tokens; the block gives tokens."""
     told = []
 
-    def beside(x, y):
+    def beside(x, y, grid):
         told.append((x, y))
         return y + 1
 

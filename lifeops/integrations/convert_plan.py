@@ -12,6 +12,8 @@ from lifeops.hosts.find import find_host
 from lifeops.hosts.host import Host
 from lifeops.hosts.transformers import SUFFIX
 from lifeops.integrations.convert_probe import Probed
+from lifeops.integrations.convert_stages import Unit
+from lifeops.integrations.host_block import Starts
 from lifeops.integrations.undisturbed import HOOKS
 from lifeops.nn.plain import exactly, why_not
 
@@ -22,6 +24,8 @@ class Plan(NamedTuple):
     ``swaps``: (module, the one that takes its place). ``asks``: the new modules that ask for a grid. ``blocks``: the modules called with
     the tokens whose hooks bind one grid during each call. ``prefix``: P. ``bound``: whether the grid comes from the patch embedding; else
     the modules see it themselves. ``check``: compares the new with the old, given what the model gives its blocks; raises ValueError.
+    ``whole``: what is compared when the model is run with and without what is new: :mod:`lifeops.integrations.convert_stages`; None
+    where it is not. ``starts``: what groups of blocks remember during a forward pass.
     """
 
     host: Host
@@ -30,7 +34,9 @@ class Plan(NamedTuple):
     blocks: list[nn.Module]
     prefix: int
     bound: bool
-    check: Callable[[Probed], None]
+    check: Callable[[Probed], None] | None
+    whole: list[Unit] | None = None
+    starts: Starts | None = None
 
 
 def readable(path: str, layer: nn.Module) -> None:
@@ -55,11 +61,11 @@ def check_options(options: dict, known: tuple[str, ...]) -> None:
 def host_of(model: nn.Module, num_prefix_tokens: int | None) -> tuple[Host, int]:
     """The host and P."""
     host = find_host("convert", model)
-    layers = {type(m) for m in host.embed.modules()}
-    if nn.Conv2d not in layers and layers & {nn.Conv3d, nn.Linear}:
+    layers = {type(m) for m in host.teller.modules()}
+    if host.teller_path is None and nn.Conv2d not in layers and layers & {nn.Conv3d, nn.Linear}:
         what = "patches of several frames (Conv3d)" if nn.Conv3d in layers else "patches that were cut before (Linear)"
         raise ValueError(
-            f"convert: {type(host.embed).__name__}, the patch embedding of {type(host.trunk).__name__}, reads {what}; looked for one that"
+            f"convert: {type(host.teller).__name__}, the patch embedding of {type(host.trunk).__name__}, reads {what}; looked for one that"
             " reads images, whose patches lie on one grid"
         )
     if host.suffix:

@@ -36,21 +36,25 @@ class Probed(NamedTuple):
     grid: tuple[int, int] | None
 
 
-def _image(host: Host) -> Tensor:
+_SIZES = "img_size", "image_size", "default_img_size"
+
+
+def image_of(host: Host) -> Tensor:
     """One random image of the size the model was built for."""
-    embed = host.embed
+    embed = host.teller
     conv = next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
-    if conv is None:
-        raise ValueError(f"{type(embed).__name__}, the patch embedding, has no Conv2d")
+    channels = getattr(embed, "in_chans", None) if conv is None else conv.in_channels
+    if channels is None:
+        raise ValueError(f"{type(embed).__name__}, the patch embedding, has neither a Conv2d nor in_chans")
     holders = embed, getattr(host.trunk, "embeddings", None), getattr(host.trunk, "config", None)
-    size = next((s for s in (getattr(h, name, None) for h in holders for name in ("img_size", "image_size")) if s is not None), None)
+    size = next((s for s in (getattr(h, name, None) for h in holders for name in _SIZES) if s is not None), None)
     if size is None and host.staged:
         size = 64, 96
     if size is None:
-        patch, grid = getattr(embed, "patch_size", conv.stride), getattr(embed, "grid_size", None) or (4, 4)
+        patch, grid = getattr(embed, "patch_size", None) or conv.stride, getattr(embed, "grid_size", None) or (4, 4)
         size = [g * p for g, p in zip(grid, (patch, patch) if isinstance(patch, int) else patch, strict=True)]
-    image = torch.randn(1, conv.in_channels, *((size, size) if isinstance(size, int) else size), generator=torch.Generator().manual_seed(0))
-    return image.to(conv.weight.device, conv.weight.dtype)
+    image = torch.randn(1, channels, *((size, size) if isinstance(size, int) else size), generator=torch.Generator().manual_seed(0))
+    return image.to(next(embed.parameters()))
 
 
 def can_try(host: Host) -> bool:
@@ -61,7 +65,7 @@ def can_try(host: Host) -> bool:
         return True
     try:
         with undisturbed(host.trunk):
-            host.trunk.forward(_image(host))
+            host.trunk.forward(image_of(host))
     except Exception:
         return False
     return True
@@ -74,7 +78,7 @@ def probe(host: Host, prefix: int) -> Probed:
     """
     model, blocks = host.trunk, paths(host)
     calls: dict[int, Call] = {}
-    watch, grids, embed, own = Watch({}, set()), [], host.embed, host.embed.forward
+    watch, grids, embed, own = Watch({}, set()), [], host.teller, host.teller.forward
     beside: dict[type, tuple | None] = {}  # what a block of the class gives behind its tokens
     place = Place("convert", watch, embed)
 
@@ -106,7 +110,7 @@ def probe(host: Host, prefix: int) -> Probed:
         for path, block in blocks.items():
             stack.enter_context(forward_of(block, passing(path, block)))
         try:
-            image = _image(host)
+            image = image_of(host)
             with watch:
                 model.forward(image)
         except Exception as error:
@@ -136,7 +140,7 @@ def run_through(host: Host) -> Probed:
         for block in paths(host).values():
             stack.enter_context(forward_of(block, noting(block, block.forward)))
         try:
-            host.trunk.forward(_image(host))
+            host.trunk.forward(image_of(host))
         except Exception as error:
             raise _failed(host.trunk, error) from error
     if not calls:
@@ -163,30 +167,6 @@ def paths(host: Host) -> dict[str, nn.Module]:
 def ran(host: Host, probed: Probed) -> Iterator[tuple[str, nn.Module, Call]]:
     """The blocks that ran, each once: where it is first, itself, and what the model gave it."""
     return ((path, block, probed.calls[id(block)]) for path, block in paths(host).items() if id(block) in probed.calls)
-
-
-def try_stages(host: Host, swaps: list[tuple[nn.Module, nn.Module]], shortcuts: list[nn.Module]) -> None:
-    """Run a model of several stages with its lists of blocks exchanged: each shortcut must find tokens or maps on a grid that it is told.
-
-    Raises ValueError unless all of them do, once.
-    """
-    ran, name = [], type(host.trunk).__name__
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(undisturbed(host.trunk, *(new for _, new in swaps)))
-        for path, (old, new) in zip(host.blocks_path, swaps, strict=True):
-            parent, _, last = path.rpartition(".")
-            children = host.trunk.get_submodule(parent)._modules
-            children[last] = new
-            stack.callback(children.__setitem__, last, old)
-        for shortcut in shortcuts:
-            stack.enter_context(forward_of(shortcut, lambda *args, own=shortcut.forward: (ran.append(own), own(*args))[1]))
-        try:
-            host.trunk.forward(_image(host))
-        except Exception as error:
-            why = f"tried on one image: {type(error).__name__}: {error}"
-            raise ValueError(f"convert: a shortcut cannot be put around the blocks of {name}, {why}") from error
-    if len(ran) != len(shortcuts):
-        raise ValueError(f"convert: of {len(shortcuts)} shortcuts around the blocks of {name} {len(ran)} ran on one image")
 
 
 def _failed(model: nn.Module, error: Exception) -> ValueError:

@@ -18,16 +18,21 @@ def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor | tuple) -
     told = [n for part in beside for n in (part if isinstance(part, (tuple, list)) else (part,))]
     if len(told) == 2 and output.dim() == 3 and told[0] * told[1] <= output.shape[1]:  # prefix tokens among them
         grid = told
+    elif beside == [None]:
+        raise ValueError(
+            f"lifeops: {type(embed).__name__}, the model's patch embedding, is given packed patches {tuple(args[0].shape)}, which lie on no"
+            " one grid; give images (B, channels, height, width)"
+        )
     elif output.dim() == 4:  # dynamic_img_size
         grid = output.shape[2:4] if geometry.channels_first(embed, output) else output.shape[1:3]
     else:
         grid = _flat_grid(embed, args, output)
-    return _ints(grid)
+    return plain(grid)
 
 
-def _ints(grid) -> Grid:
-    """torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones."""
-    return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in grid)
+def plain(sizes) -> Grid:
+    """Sizes as ints where torch.jit.trace gives them as tensors; int() of all would fix a compiler's symbolic ones."""
+    return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in sizes)
 
 
 def _flat_grid(embed, args, output):

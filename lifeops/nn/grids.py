@@ -24,7 +24,7 @@ from torch import nn
 
 from lifeops import geometry
 from lifeops.arguments import check_module
-from lifeops.nn.embedded_grid import Grid, embedded_grid
+from lifeops.nn.embedded_grid import Grid, embedded_grid, plain
 from lifeops.nn.grid_copies import Copied
 
 _CARRIED = "lifeops_grids"
@@ -58,11 +58,11 @@ class _Thread(threading.local):
 
 
 def _caller(skip: int):
-    """The frame that called the module whose hook this is, past torch's own."""
+    """The frame that called the module whose hook this is, past torch's own, and NaFlexViT's, which ends before the blocks run."""
     frame = sys._getframe(skip)
     while frame.f_back is not None and frame.f_code.co_filename == _MODULE_FILE:
         frame = frame.f_back
-    return frame
+    return frame.f_back if frame.f_code.co_name == "_forward_embeds" else frame
 
 
 def _runs(scope: _Scope) -> bool:
@@ -210,6 +210,11 @@ class GridHolder(Copied):
         else:
             self._open(opener, grid, here)
         thread.fresh, thread.embedder = True, frame
+
+    def enter_stage(self, stage, args):
+        """Before a stage that is given maps (B, C, H, W), first of a tuple: what checkpointing of a whole stage runs again."""
+        if not torch.compiler.is_compiling():
+            self._open(stage, plain(args[0][0].shape[2:]), sys._getframe(1))
 
     def enter_block(self, block, args):
         x = args[0] if args else None
