@@ -121,7 +121,9 @@ _hf(
 )
 _hf("FLAVA", "FlavaImage", intermediate_size=192, **_BEIT)
 _hf("Pixio", "Pixio", 8, **_BEIT)
-_hf("InternVL", "InternVLVision", size=(32, 32), image_size=(32, 32), patch_size=(8, 8), layer_scale_init_value=0.1)
+_INTERN = {"size": (32, 32), "image_size": (32, 32), "patch_size": (8, 8), "layer_scale_init_value": 0.1}
+_hf("InternVL", "InternVLVision", **_INTERN)
+_hf("InternVL", "InternVLVision", label="InternVLVisionModel, norms of q and k", use_qk_norm=True, norm_type="rms_norm", **_INTERN)
 _hf("Pixtral", "PixtralVision", 0, "none", head_dim=8, **_BEIT)
 _STAGES = {"hidden_size": None, "num_hidden_layers": None, "num_attention_heads": None, "intermediate_size": None, "patch_size": None}
 _PVT = {
@@ -179,6 +181,7 @@ _hf("Hiera", "Hiera", **_SIZED, embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1,
 _hf("SAM", "SamVision", 0, "sam", **_BEIT, output_channels=8, window_size=2, global_attn_indexes=[1])
 _hf("SAM", "SamVision", 0, label="SamVisionModel, global", **_BEIT, output_channels=8, window_size=0, global_attn_indexes=[0, 1])
 _hf("SAM", "SamHQVision", 0, "sam", **_BEIT, output_channels=8, window_size=2, global_attn_indexes=[1])
+_hf("SAM", "Sam3ViT", 0, "none", **_BEIT, pretrain_image_size=32, window_size=2, global_attn_indexes=[1])
 _hf("FocalNet", "FocalNet", **_SIZED, embed_dim=24, depths=[1, 1, 1, 1])
 _hf("MetaFormer", "PoolFormer", **{**_SIZED, "image_size": None}, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1])
 _hf("SwiftFormer", "SwiftFormer", **{**_SIZED, "size": (64, 64)}, rect=False)

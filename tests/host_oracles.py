@@ -73,7 +73,10 @@ def life(module, x, prefix, grid, bias, rope, half, old):
     """LIFE's attention: three scales, q, k and v the thirds of each, softmax, the projection; the norms of the ``old`` one between."""
 
     def normed(name, t):
-        return getattr(old, name)(t) if isinstance(getattr(old, name, None), torch.nn.Module) else t
+        norm = getattr(old, name, None)
+        if getattr(getattr(norm, "weight", None), "numel", int)() == x.shape[2] != t.shape[-1]:  # over the joined heads
+            return norm(t.transpose(1, 2).flatten(2)).unflatten(2, (module.num_heads, -1)).transpose(1, 2)
+        return norm(t) if isinstance(norm, torch.nn.Module) else t
 
     q, k, v = (t.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for t in life_qkv(module.qkv, x, prefix, grid))
     q, k = normed("q_norm", q), normed("k_norm", k)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias, tokens_given
+from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, normed, relative, rotated, table_bias, tokens_given
 from lifeops.hosts.pooled import POOLED, matches, read
 from lifeops.hosts.projections import NAMED, SEPARATE, heads_of, on_grid, thirds
 
@@ -41,21 +41,13 @@ class Kind(NamedTuple):
 # ------------------------------------------------------------------------------------------------ q, k and v
 
 
-def _normed(norm: nn.Module | None, t: Tensor) -> Tensor:
-    """t (b, h, N, d) by a norm over d or, as wide as they are together, over the joined heads."""
-    weight = getattr(norm, "weight", None)
-    if weight is not None and weight.numel() == t.shape[1] * t.shape[3] != t.shape[3]:
-        return norm(t.transpose(1, 2).flatten(2)).unflatten(2, (t.shape[1], -1)).transpose(1, 2)
-    return t if norm is None else norm(t)
-
-
 def _scale(module: nn.Module) -> float | None:
     return next((getattr(module, name) for name in ("scale", "scaling") if isinstance(getattr(module, name, None), (int, float))), None)
 
 
 def _attending(call: Call, q: Tensor, k: Tensor, v: Tensor | None) -> Heads:
     """What both ways to project have in common."""
-    q, k = rotated(call, *(_normed(getattr(call.module, name, None), t) for name, t in (("q_norm", q), ("k_norm", k))))
+    q, k = rotated(call, *(normed(getattr(call.module, name, None), t) for name, t in (("q_norm", q), ("k_norm", k))))
     bias = added(call, q)
     if (groups := q.shape[1] // k.shape[1]) > 1:
         k, v = (t if t is None else t.repeat_interleave(groups, 1) for t in (k, v))

@@ -105,6 +105,14 @@ def _hides(mask: Tensor, count: int) -> bool:
     return bool((mask[..., : 1 if mask.shape[-2] == 1 else count, count:] <= torch.finfo(mask.dtype).min / 2).all())
 
 
+def normed(norm: nn.Module | None, t: Tensor) -> Tensor:
+    """t (b, h, N, d) by a norm over d or, as wide as they are together, over the joined heads."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.numel() == t.shape[1] * t.shape[3] != t.shape[3]:
+        return norm(t.transpose(1, 2).flatten(2)).unflatten(2, (t.shape[1], -1)).transpose(1, 2)
+    return t if norm is None else norm(t)
+
+
 # ------------------------------------------------------------------------------------------------ rotation
 
 

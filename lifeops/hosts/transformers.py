@@ -28,7 +28,7 @@ _PRE = (
     "InternVLVisionLayer", "Idefics2EncoderLayer", "Idefics3EncoderLayer", "SmolVLMEncoderLayer", "InstructBlipVideoEncoderLayer",
     "JanusVisionEncoderLayer", "Kosmos2VisionEncoderLayer", "Ovis2VisionEncoderLayer", "Phi4MultimodalVisionEncoderLayer",
     "Sapiens2Layer", "Step3p7VisionEncoderLayer", "Tipsv2VisionLayer", "GotOcr2VisionLayer", "DeepseekOcr2SamVisionLayer",
-    "UnlimitedOcrSamVisionLayer", "SLANeXtVisionLayer", "PPFormulaNetVisionLayer",
+    "UnlimitedOcrSamVisionLayer", "SLANeXtVisionLayer", "PPFormulaNetVisionLayer", "Sam3ViTLayer",
 )  # fmt: skip
 ORDERS = dict.fromkeys(_PRE, "pre")
 

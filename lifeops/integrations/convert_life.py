@@ -14,7 +14,7 @@ from lifeops.hosts.projections import BIASES, INNER, NAMED, OUTPUT, PROJ, SEPARA
 from lifeops.integrations.convert_check import check_attention, check_projections
 from lifeops.integrations.convert_plan import Plan, beyond, check_options, host_of, one_list, readable, share_hooks
 from lifeops.integrations.convert_probe import Call, Probed, call, paths, ran, sequence
-from lifeops.integrations.host_attention import NORMS, POSITIONS, class_for, keep
+from lifeops.integrations.host_attention import NORMS, POSITIONS, class_for, keep, norm_width
 from lifeops.integrations.host_block import host_block, same_parts
 from lifeops.integrations.life_projection import LifeProjection, projection_for
 from lifeops.nn.life import LifeAttention
@@ -73,11 +73,9 @@ def _check(path: str, attn: nn.Module | None) -> nn.Linear:
     if {layer.in_features for _, layer in layers} | {proj.out_features} != {dim} or {layer.out_features for _, layer in layers} != {width}:
         sizes = ", ".join(f"{name} {layer.in_features} to {layer.out_features}" for name, layer in (*layers, (name, proj)))
         raise ValueError(f"convert: {path} must map {dim} channels to {dim}, in heads of equal number for q, k and v; got {sizes}")
-    for name, size in zip(NORMS, (dim // heads, dim // heads, dim), strict=True):
-        norm = getattr(attn, name, None)
-        shape = getattr(norm, "normalized_shape", getattr(getattr(norm, "weight", None), "shape", (size,)))
-        if tuple(shape) != (size,):
-            raise ValueError(f"convert: {path}.{name} is over {tuple(shape)} channels, looked for {(size,)}")
+    for name, sizes in zip(NORMS, ((dim // heads, dim), (dim // heads, dim), (dim,)), strict=True):
+        if (width := norm_width(getattr(attn, name, None))) not in (None, *sizes):
+            raise ValueError(f"convert: {path}.{name} is over {width} channels, looked for {' or '.join(map(str, sizes))}")
     return proj
 
 

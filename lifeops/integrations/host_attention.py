@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import torch
 from torch import Tensor, nn
 
-from lifeops.hosts.heads import additive, sized_bias, table_bias
+from lifeops.hosts.heads import additive, normed, sized_bias, table_bias
 from lifeops.hosts.projections import core, joined
 from lifeops.nn.life import LifeAttention
 
@@ -25,6 +26,12 @@ def _mask(*biases: Tensor | None) -> Tensor | None:
         return found[0] if found else None
     dtype = next(b.dtype for b in found if b.dtype != torch.bool)
     return sum(additive(b, dtype) for b in found)
+
+
+def norm_width(norm: nn.Module | None) -> int | None:
+    """Over how many channels, all dimensions together; None where it does not say it."""
+    shape = getattr(norm, "normalized_shape", getattr(getattr(norm, "weight", None), "shape", None))
+    return None if shape is None else math.prod(shape)
 
 
 def _modules(attn: nn.Module) -> dict[str, nn.Module]:
@@ -53,6 +60,7 @@ def keep(new: LifeAttention, attn: nn.Module) -> LifeAttention:
         ours.copy_(theirs).requires_grad_(theirs.requires_grad)
     for name, module in _modules(attn).items():
         new.add_module(name, module)
+        new.by_scale &= name not in NORMS[:2] or norm_width(module) in (None, new.head_dim)
     if getattr(attn, _TABLE, None) is not None:
         new.register_parameter(_TABLE, getattr(attn, _TABLE))
         new.register_buffer(_INDEX, getattr(attn, _INDEX), persistent=False)
@@ -71,8 +79,7 @@ class HostLifeAttention(LifeAttention):
     """
 
     def _placed(self, q, k, rope):
-        q = self.q_norm(q) if hasattr(self, "q_norm") else q
-        k = self.k_norm(k) if hasattr(self, "k_norm") else k
+        q, k = (normed(getattr(self, name, None), t) for name, t in (("q_norm", q), ("k_norm", k)))
         return super()._placed(q, k, rope)
 
     def _project(self, parts):
