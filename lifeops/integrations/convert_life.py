@@ -97,7 +97,8 @@ def _exchange(host: Host, block: Block, path: str, attn: nn.Module | None, prefi
 
 def _projection(attn: nn.Module, path: str, name: str, prefix: int, options: dict) -> _Swap:
     layer, heads = getattr(attn, name), heads_of(attn)
-    readable(f"{path}.{name}", layer)
+    if name == "in_proj":  # whose MLP's weights are copied
+        readable(f"{path}.{name}", layer)
     new = None if heads is None else projection_for(attn, name, heads, prefix, options)
     if new is None:
         got = f"{layer.in_features} channels to {layer.out_features}, heads: {heads}"
