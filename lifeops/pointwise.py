@@ -66,12 +66,12 @@ def _as_convolution(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _map(x: torch.Tensor, images: int) -> torch.Tensor:
     """(B, N, C) contiguous as a channels-last (images, C, B*N / images, 1) view."""
-    return x.view(images, -1, x.shape[2]).transpose(1, 2).unsqueeze(3)
+    return x.view(images, -1, 1, x.shape[2]).permute(0, 3, 1, 2)  # unsqueeze's stride of 1 would not be channels last
 
 
 def _tokens(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Back to (B, N, C). A tiny convolution may come out channels first: then this is a copy, else a view."""
-    return y.squeeze(3).transpose(1, 2).contiguous().view(*like.shape[:2], y.shape[1])
+    return y.permute(0, 2, 3, 1).contiguous().view(*like.shape[:2], y.shape[1])
 
 
 def _convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -116,3 +116,27 @@ def pointwise_bwd_dw(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dyᵀ x summed over (B, N): (C_out, C_in)."""
     dw = _gradients(dy, x, x.new_empty((dy.shape[2], x.shape[2])), False)
     return torch.mm(dy.flatten(0, 1).t(), x.flatten(0, 1)) if dw is None else dw
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return pointwise(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need, again = ctx.needs_input_grad, torch.is_grad_enabled()  # a second derivative goes through torch's own operators
+        dx = (torch.matmul(dy, weight) if again else pointwise_bwd_dx(dy, weight)) if need[0] else None
+        dw = (torch.einsum("bno,bni->oi", dy, x) if again else pointwise_bwd_dw(dy, x)) if need[1] else None
+        return dx, dw, dy.sum((0, 1)) if need[2] else None
+
+
+def product(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+    """``layer(x)`` for x (B, N, C_in) by the faster path, with gradients; ``layer`` must be plainly what nn.Linear is."""
+    if x.dim() != 3 or torchlib.autocast_dtype(x) is not None or not _as_convolution(x, layer.weight):
+        return layer(x)
+    if torchlib.wants_grad((x, layer.weight, layer.bias)):
+        return _Product.apply(x, layer.weight, layer.bias)
+    return pointwise(x, layer.weight, layer.bias)
