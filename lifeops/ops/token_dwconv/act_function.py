@@ -1,7 +1,8 @@
 """token_dwconv with ``prologue`` and ``epilogue``: the autograd Functions and the way they are put together.
 
-Without gradients everything is one operator. With them the convolution (prologue, bias) and what follows it (affine, activation)
-are two Functions, of which each keeps its own input, the pre-activation, and nothing else.
+Without gradients everything is one operator. With them an activation alone behind the convolution is one operator and, on CPU, its
+backward another, which keeps x. Everything else is two Functions, the convolution (prologue, bias) and what follows it (affine,
+activation), of which each keeps its own input, the pre-activation, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from typing import NamedTuple
 
 import torch
 
-from lifeops import torchlib
+from lifeops import config, torchlib
 from lifeops.arguments import check_floating, check_tensor
 from lifeops.ops.channel import act as channel_act
 from lifeops.ops.channel import activations
+from lifeops.ops.token_dwconv import act_bwd_spec
 from lifeops.ops.token_dwconv import act_spec as spec
 from lifeops.ops.token_dwconv import function as plain
 from lifeops.ops.token_dwconv import spec as dwconv
 from lifeops.ops.token_dwconv.function import _bwd_db
 
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.caller, (spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op))
+_bwd = torchlib.caller(act_bwd_spec.op)
 _once = torchlib.once_differentiable(
     "token_dwconv with a prologue or an epilogue", "for one, apply torch's own operators around lifeops.token_dwconv"
 )
@@ -94,6 +97,31 @@ class ChannelActivation(torch.autograd.Function):
         return *(g if n else None for g, n in zip((dx, dscale, dshift), ctx.needs_input_grad, strict=False)), None, None
 
 
+class TokenDWConvOutAct(torch.autograd.Function):
+    """y = g(DW(x) + bias) + residual; z = DW(x) + bias is computed again for backward. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, out_act, H, W, P, prefix, backend):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.out_act, ctx.geometry = out_act, (H, W, P, prefix, backend)
+        plain = None, None, "none"
+        return _fwd(x, weight, bias, *plain, None, None, out_act, residual, H, W, P, prefix, False, False, backend)[0]
+
+    @staticmethod
+    @_once
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        dx, dw, db = _bwd(dy, x, weight, bias, ctx.out_act, *ctx.geometry)
+        grads = dx, torchlib.like_parameter(dw, weight.shape, weight.stride()), db, dy
+        return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
+
+
+def _in_one_pass(x, weight, backend) -> bool:
+    """Whether all of the convolution's gradients are wanted where an operator has them in one pass: on CPU."""
+    asked = backend or config.settings.backend
+    return x.device.type == "cpu" and asked in (None, "", "cpu", "reference") and x.requires_grad and weight.requires_grad
+
+
 def _values(name, x, steps):
     """scale, shift and act of a step, checked beside ``x``, in the dtype the kernels sum in."""
     if steps is None:
@@ -139,7 +167,10 @@ def _graph(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, re
     if after == ChannelAct() and not (pool or stats):
         y = TokenDWConvAct.apply(x, weight, bias, scale, shift, residual, act, H, W, P, prefix, backend)
         return y, None, None, None
-    if ChannelAct(scale, shift, act) == ChannelAct():  # the plain convolution's gradients need no pass over x for a scale's
+    bare = ChannelAct(scale, shift, act) == ChannelAct()
+    if bare and out_scale is None and out_shift is None and not (pool or stats) and _in_one_pass(x, weight, backend):
+        return TokenDWConvOutAct.apply(x, weight, bias, residual, out_act, H, W, P, prefix, backend), None, None, None
+    if bare:  # the plain convolution's gradients need no pass over x for a scale's
         y = plain.convolve(x, weight, bias, None, H, W, P, "drop", backend)
     else:
         y = TokenDWConvAct.apply(x, weight, bias, scale, shift, None, act, H, W, P, "drop", backend)
