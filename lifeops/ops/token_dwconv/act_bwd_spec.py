@@ -45,7 +45,8 @@ def fake(dy, x, weight, bias, out_act, H, W, P, prefix, backend):
 
 def flops(dy, x, weight, bias, out_act, H, W, *rest):
     """Of both gradients, and of z, which is computed again."""
-    return dwconv.flops(x, weight, bias, None, H, W, 0) + dwconv.flops_bwd_dx(dy, weight, H, W) + dwconv.flops_bwd_dw(dy, x, weight[2], H, W)
+    of_z = dwconv.flops(x, weight, bias, None, H, W, 0)
+    return of_z + dwconv.flops_bwd_dx(dy, weight, H, W) + dwconv.flops_bwd_dw(dy, x, weight[2], H, W)
 
 
 def samples():

@@ -116,10 +116,10 @@ class TokenDWConvOutAct(torch.autograd.Function):
         return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
 
 
-def _in_one_pass(x, weight, backend) -> bool:
-    """Whether all of the convolution's gradients are wanted where an operator has them in one pass: on CPU."""
-    asked = backend or config.settings.backend
-    return x.device.type == "cpu" and asked in (None, "", "cpu", "reference") and x.requires_grad and weight.requires_grad
+def _in_one_pass(x, before: ChannelAct, after: ChannelAct, sums: bool, backend: str) -> bool:
+    """Whether an operator has the gradients of the whole in one pass: of an activation alone behind the convolution, on CPU."""
+    alone = before == ChannelAct() and after[:2] == (None, None) and after != ChannelAct() and not sums
+    return alone and x.device.type == "cpu" and (backend or config.settings.backend) in ("", "cpu", "reference")
 
 
 def _values(name, x, steps):
@@ -167,10 +167,10 @@ def _graph(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, re
     if after == ChannelAct() and not (pool or stats):
         y = TokenDWConvAct.apply(x, weight, bias, scale, shift, residual, act, H, W, P, prefix, backend)
         return y, None, None, None
-    bare = ChannelAct(scale, shift, act) == ChannelAct()
-    if bare and out_scale is None and out_shift is None and not (pool or stats) and _in_one_pass(x, weight, backend):
+    before = ChannelAct(scale, shift, act)
+    if x.requires_grad and weight.requires_grad and _in_one_pass(x, before, after, pool or stats, backend):
         return TokenDWConvOutAct.apply(x, weight, bias, residual, out_act, H, W, P, prefix, backend), None, None, None
-    if bare:  # the plain convolution's gradients need no pass over x for a scale's
+    if before == ChannelAct():  # the plain convolution's gradients need no pass over x for a scale's
         y = plain.convolve(x, weight, bias, None, H, W, P, "drop", backend)
     else:
         y = TokenDWConvAct.apply(x, weight, bias, scale, shift, None, act, H, W, P, "drop", backend)
@@ -205,10 +205,12 @@ def convolve(args, prologue, epilogue, pool, stats):
     return Convolved(y, *(t if a else None for t, a in zip(sums, asked, strict=True))) if pool or stats else y
 
 
-def explain_ops(x, weight, prologue, epilogue):
+def explain_ops(x, weight, prologue, epilogue, sums: bool, backend: str):
     """The operators of a call with a prologue or an epilogue, and the problem each of them sees."""
     before, after = _values("prologue", x, prologue), _values("epilogue", x, epilogue)
     problem = spec.Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2], before.act, after.act)
+    if _in_one_pass(x, before, after, sums, backend):
+        return [(spec.fwd_op, problem), (act_bwd_spec.op, problem)]
     ops = [(spec.fwd_op, problem), *((op, problem._replace(out_act="none")) for op in (spec.bwd_dx_op, spec.bwd_dw_op))]
     if after != ChannelAct():
         rows = channel_act.Problem(x.device, x.dtype, x.shape[2], after.act)
