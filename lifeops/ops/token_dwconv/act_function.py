@@ -125,11 +125,13 @@ def _in_one_pass(x, before: ChannelAct, after: ChannelAct, sums: bool, backend: 
 def _values(name, x, steps):
     """scale, shift and act of a step, checked beside ``x``, in the dtype the kernels sum in."""
     if steps is None:
-        steps = ChannelAct()
+        return ChannelAct()
     if not isinstance(steps, tuple) or len(steps) != 3:
         raise TypeError(f"token_dwconv: {name} must be a lifeops.ChannelAct(scale, shift, act), got {type(steps).__name__}")
     scale, shift, act = steps
     activations.check("token_dwconv", f"{name}.act", act, activations.PROLOGUES if name == "prologue" else activations.ACTS)
+    if scale is None and shift is None:
+        return ChannelAct(act=act)
     values = {f"{name}.scale": scale, f"{name}.shift": shift}
     for part, t in values.items():
         check_tensor("token_dwconv", part, t, optional=True)
