@@ -84,7 +84,8 @@ def explain(
     spec.check(*args)
     x, request = args[0], args[-1]
     if prologue is not None or epilogue is not None or pool or stats:
-        return [registry.explain_op(op, request, p, ()) for op, p in act_function.explain_ops(x, weight, prologue, epilogue)]
+        ops = act_function.explain_ops(x, weight, prologue, epilogue, pool or stats, request)
+        return [registry.explain_op(op, request, p, ()) for op, p in ops]
     named = {"x": x} if residual is None else {"x": x, "residual": residual}
     copies = tuple(name for name, t in named.items() if not torchlib.channels_contiguous(t))
     problem = spec.Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2])
