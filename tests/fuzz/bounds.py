@@ -41,7 +41,8 @@ def judge(got, expected, magnitude, *, terms, stored, tokens, planted=False, pro
     got = got.double()
     bound = allowed(expected, magnitude, dtype, terms=terms, stored=stored, tokens=tokens)
     top = torch.finfo(dtype).max
-    in_range = (magnitude < (0.25 * torch.finfo(wide).max) ** (1 / products)) & ((expected.abs() + bound < top) | (expected.abs() - bound > 1.01 * top))
+    in_range = magnitude < (0.25 * torch.finfo(wide).max) ** (1 / products)
+    in_range &= (expected.abs() + bound < top) | (expected.abs() - bound > 1.01 * top)
     in_range &= (magnitude < torch.finfo(tokens).max) | (stored == 0) | magnitude.isinf()
     special = ~expected.isfinite() if planted else torch.zeros_like(in_range)  # where magnitudes say nothing
     wrong = torch.where(special | in_range, kind(got) != kind(rounded), False)

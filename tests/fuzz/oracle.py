@@ -63,8 +63,11 @@ def tokens(t):
 
 
 def conv(m, weight):
-    """Depth-wise, of maps."""
-    return F.conv2d(m, weight, padding=weight.shape[-1] // 2, groups=len(weight)) if m.numel() else m * 1.0
+    """Depth-wise conv2d of maps, every window times its filter: torch's own takes 20 times as long in float64."""
+    if not m.numel():
+        return m * 1.0
+    windows = F.unfold(m, weight.shape[-1], padding=weight.shape[-1] // 2).unflatten(1, (len(weight), -1))
+    return (windows * weight.flatten(1)[:, :, None]).sum(2).view(m.shape)
 
 
 def conv_grads(dy, m, weight):
@@ -369,6 +372,7 @@ def rollout_rows(q, k, scale, head_fusion, discard_ratio):
 
 def rollout_step(o, r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     rows, _ = rollout_rows(q, k, scale, head_fusion, discard_ratio)
+    rows = torch.where((r != 0).any(1)[..., None], rows, 0.0)  # a query without weight adds nothing, whatever lies in it
     own = o.size(r)
     if head_fusion != "mean" or discard_ratio > 0:
         own = own / ((1 - residual) * rows.sum(-1) + residual).clamp_min(1e-37)[:, None]
