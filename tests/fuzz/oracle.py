@@ -65,7 +65,7 @@ def tokens(t):
 def conv(m, weight):
     """Depth-wise conv2d of maps, every window times its filter: torch's own takes 20 times as long in float64."""
     if not m.numel():
-        return m * 1.0
+        return m + 0 * weight.sum()
     windows = F.unfold(m, weight.shape[-1], padding=weight.shape[-1] // 2).unflatten(1, (len(weight), -1))
     return (windows * weight.flatten(1)[:, :, None]).sum(2).view(m.shape)
 

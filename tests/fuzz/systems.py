@@ -53,8 +53,16 @@ def local_attention(p, x, H, W, P, h):
     return F.linear(y, p["proj.weight"], p["proj.bias"])
 
 
-def _norm(p, name, t, train):
-    """Batch norm of (B, C, H, W)."""
+def running(p, name, t):
+    """Running mean and variance behind a training step of a batch norm that reads ``t``."""
+    found = t.mean((0, 2, 3)), t.var((0, 2, 3), unbiased=True)
+    return tuple((0.9 * p[f"{name}.{n}"] + 0.1 * new).detach() for n, new in zip(("running_mean", "running_var"), found, strict=True))
+
+
+def _norm(p, name, t, train, seen=None):
+    """Batch norm of (B, C, H, W); the running statistics go to ``seen``."""
+    if train and seen is not None:
+        seen += running(p, name, t)
     mean, var = (t.mean((0, 2, 3)), t.var((0, 2, 3), unbiased=False)) if train else (p[f"{name}.running_mean"], p[f"{name}.running_var"])
     scale = p[f"{name}.weight"] * (var + 1e-5).rsqrt()
     return (t - mean[:, None, None]) * scale[:, None, None] + p[f"{name}.bias"][:, None, None]
@@ -70,25 +78,27 @@ def _gate(p, kind, m):
 
 
 def locality(p, x, H, W, P, act, train):
-    """nn.LocalityFeedForward; ``act`` as the authors name it."""
+    """nn.LocalityFeedForward and, in training, its running statistics; ``act`` as the authors name it."""
+    seen = []
     name, _, kind = act.partition("+")
     f = oracle.VALUES["relu6" if name == "relu6" else "hardswish"]
     last = 7 if kind else 6
     product = lambda t, i: torch.einsum("bchw,oc->bohw", t, p[f"conv.{i}.weight"].flatten(1))  # noqa: E731
-    t = f(_norm(p, "conv.1", product(oracle.maps(x, H, W), 0), train))
-    t = f(_norm(p, "conv.4", oracle.conv(t, p["conv.3.weight"]), train))
+    t = f(_norm(p, "conv.1", product(oracle.maps(x, H, W), 0), train, seen))
+    t = f(_norm(p, "conv.4", oracle.conv(t, p["conv.3.weight"]), train, seen))
     if kind:
         t = t * _gate(p, kind, t.mean((2, 3)))[:, :, None, None]
-    t = _norm(p, f"conv.{last + 1}", product(t, last), train)
-    return torch.cat((x[:, :P], x[:, P:] + oracle.tokens(t)), 1)
+    t = _norm(p, f"conv.{last + 1}", product(t, last), train, seen)
+    return torch.cat((x[:, :P], x[:, P:] + oracle.tokens(t)), 1), seen
 
 
 def shortcut(p, x, y, H, W, P, kernels, train):
-    """nn.DWShortcut with several kernels."""
-    g, total = oracle.gelu(oracle.maps(x, H, W)), 0
+    """nn.DWShortcut with several kernels, and its running statistics."""
+    g, total, seen = oracle.gelu(oracle.maps(x, H, W)), 0, []
     for i in range(kernels):
-        total = total + oracle.conv(_norm(p, f"batchnorms.{i}", g, train), p[f"convs.{i}.weight"]) + p[f"convs.{i}.bias"][:, None, None]
-    return torch.cat((y[:, :P], y[:, P:] + oracle.tokens(total)), 1)
+        v = _norm(p, f"batchnorms.{i}", g, train, seen)
+        total = total + oracle.conv(v, p[f"convs.{i}.weight"]) + p[f"convs.{i}.bias"][:, None, None]
+    return torch.cat((y[:, :P], y[:, P:] + oracle.tokens(total)), 1), seen
 
 
 def distance_to_kinks(p, x, H, W, act, train):

@@ -47,7 +47,7 @@ UNJUDGED = {  # padded taps of an infinite or NaN gradient: 0 * inf or nothing, 
     "token_dwconv_bwd_dw": (0,), "token_dwconv_act_bwd_dw": (0,), "dw_shortcut_bwd": (1,), "local_attention": (1, 2),
 }  # fmt: skip
 NOT_PLANTED = {"weight", "dw2", "dw3", "attn", "lse", "attn_mask"}
-NAN_ALONE = "local_attention", "local_attention_bwd", "dw_shortcut_bwd"  # what 0 * inf is depends on where a product underflows
+NAN_ALONE = "local_attention", "local_attention_bwd", "dw_shortcut_bwd", "rollout_step"  # 0 * inf or not: where does a product underflow
 
 
 def _plant(case, args, value, which, where):
@@ -69,6 +69,8 @@ def _special(case, value, which, where):
         value = torch.nan
     if "mask" in case.sample:
         case = case._replace(sample={**case.sample, "mask": "", "key_mask": False})
+    if case.backend == "reference" and "float16" in case.dtype:
+        case = case._replace(dtype="float32", other="")  # torch's convolution in half precision multiplies neighbours of a window with 0
     case, args = harness.settled(case)
     _plant(case, args, value, which, where)
     if not harness.out_of_time(f"{case.op}, special values"):
