@@ -30,16 +30,16 @@ def allowed(expected, magnitude, dtype, *, terms, stored, tokens):
     return 1.01 * (UNIT[dtype] * expected.abs() + per_term * magnitude) + floor
 
 
-def judge(got, expected, magnitude, *, terms, stored, tokens, planted=False, products=1):
+def judge(got, expected, magnitude, *, terms, stored, tokens, planted=False, products=1, floor=0.0):
     """None, or what is wrong in words. ``planted``: NaN or an infinity was among the inputs. ``products``: of how many sums there are
-    products on the way, each of which has to be in range.
+    products on the way, each of which has to be in range. ``floor``: added to the bound.
     """
     dtype = got.dtype
     if got.shape != expected.shape:
         return f"shape {tuple(got.shape)}, not {tuple(expected.shape)}"
     wide, rounded = accumulate(tokens), expected.to(dtype).double()
     got = got.double()
-    bound = allowed(expected, magnitude, dtype, terms=terms, stored=stored, tokens=tokens)
+    bound = allowed(expected, magnitude, dtype, terms=terms, stored=stored, tokens=tokens) + floor
     top = torch.finfo(dtype).max
     in_range = magnitude < (0.25 * torch.finfo(wide).max) ** (1 / products)
     in_range &= (expected.abs() + bound < top) | (expected.abs() - bound > 1.01 * top)

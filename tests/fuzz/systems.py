@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fuzz import oracle
+from fuzz import oracle, oracle_attention
 from fuzz.oracle import Exact
 
 
@@ -19,7 +19,7 @@ def attention(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, 
     """local_attention; tokens that do not exist are zero, and so is what comes out there."""
     if key_mask is not None:
         q, k, v = (torch.where(key_mask[:, None, :, None], t, 0.0) for t in (q, k, v))
-    y = oracle.local_attention(Exact, q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, "")[0]
+    y = oracle_attention.local_attention(Exact, q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, "")[0]
     return y if key_mask is None else torch.where(key_mask[:, :, None], y, 0.0)
 
 
@@ -87,7 +87,7 @@ def locality(p, x, H, W, P, act, train):
     t = f(_norm(p, "conv.1", product(oracle.maps(x, H, W), 0), train, seen))
     t = f(_norm(p, "conv.4", oracle.conv(t, p["conv.3.weight"]), train, seen))
     if kind:
-        t = t * _gate(p, kind, t.mean((2, 3)))[:, :, None, None]
+        t = t * _gate(p, kind, t.sum((2, 3)) / max(1, H * W))[:, :, None, None]
     t = _norm(p, f"conv.{last + 1}", product(t, last), train, seen)
     return torch.cat((x[:, :P], x[:, P:] + oracle.tokens(t)), 1), seen
 
@@ -113,6 +113,6 @@ def distance_to_kinks(p, x, H, W, act, train):
         near = min(near, *((t - kink).abs().min().item() for kink in kinks))
         t = f(t) if conv is None else oracle.conv(f(t), p[f"{conv}.weight"])
     if kind in ("se", "ecah"):
-        s = _gate(p, kind, t.mean((2, 3)))
+        s = _gate(p, kind, t.sum((2, 3)) / max(1, H * W))
         near = min(near, s.abs().min().item(), (s - 1).abs().min().item()) if ((s > 0) & (s < 1)).all() else near
     return near
