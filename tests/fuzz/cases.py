@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fuzz.layouts import KEEPING, LAYOUTS, lay_out
 from lifeops import registry
-from lifeops.ops.activations import ACTS, PROLOGUES
-from lifeops.ops.token_dwconv_samples import Maker
+from lifeops.ops.channel.activations import ACTS, PROLOGUES
+from lifeops.ops.token_dwconv.samples import Maker
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ISAS = "baseline", "avx2", "avx512"

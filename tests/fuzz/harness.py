@@ -11,7 +11,7 @@ from conftest import poisoned
 from fuzz import bounds, oracle, oracle_attention
 from fuzz.cases import arguments, names
 from lifeops import config, registry, testing, torchlib
-from lifeops.ops.activations import EXACT
+from lifeops.ops.channel.activations import EXACT
 
 BACKEND = os.environ.get("LIFEOPS_TEST_BACKEND", "cpu")  # triton: in a process of its own, with TRITON_INTERPRET=1
 INTERPRETED = BACKEND == "triton"

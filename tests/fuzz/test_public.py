@@ -11,7 +11,7 @@ import lifeops
 from fuzz import harness, paths, systems
 from fuzz.cases import DTYPES, ISAS
 from fuzz.layouts import LAYOUTS
-from lifeops.ops.activations import ACTS, PROLOGUES
+from lifeops.ops.channel.activations import ACTS, PROLOGUES
 
 pytestmark = pytest.mark.skipif(harness.INTERPRETED, reason="the operators below are fuzzed there")
 SMOOTH = "none", "gelu", "gelu_first"  # where a slope jumps, rounding in half precision decides
