@@ -15,11 +15,11 @@ from lifeops import config, torchlib
 from lifeops.arguments import check_floating, check_tensor
 from lifeops.ops.channel import act as channel_act
 from lifeops.ops.channel import activations
+from lifeops.ops.token_dwconv import act_bwd_spec
 from lifeops.ops.token_dwconv import act_spec as spec
 from lifeops.ops.token_dwconv import function as plain
 from lifeops.ops.token_dwconv import spec as dwconv
 from lifeops.ops.token_dwconv.function import _bwd_db
-from lifeops.ops.token_dwconv.spec import act_bwd_spec
 
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.caller, (spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op))
 _bwd = torchlib.caller(act_bwd_spec.op)
