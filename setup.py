@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -113,7 +114,7 @@ def extensions(built):
                 self.extensions = []  # nothing to copy back into the tree
                 MISSING.update(dict.fromkeys(built, f"the build failed: {str(error).splitlines()[0]}"))
                 report(MISSING)
-            keep(MISSING, ROOT if self.inplace or self.editable_mode else Path(self.build_lib))
+            keep(MISSING, ROOT if self.inplace or self.editable_mode else Path(self.build_lib), compiled=bool(self.extensions))
 
     return [ops, info], {"build_ext": Build}
 
@@ -124,10 +125,20 @@ def report(missing):
         print(f"\n*** lifeops: {backend} kernels LEFT OUT: {reason}.\n*** To build them: {HOW}\n", file=sys.stderr)
 
 
-def keep(missing, folder):
-    """Note it beside the modules, where `lifeops info` and the fallback warning find it."""
-    if (folder / "lifeops").is_dir():
-        (folder / "lifeops" / "_build.json").write_text(json.dumps({"left_out": missing, "how": HOW}))
+def keep(missing, folder, compiled=False):
+    """Note it beside the modules, where `lifeops info` and the fallback warning find it, and what the compiled ones are: a checksum of each
+    file and of the sources, by which lifeops/built.py tells a damaged and a stale one.
+    """
+    package = folder / "lifeops"
+    if not package.is_dir():
+        return
+    notes = {"left_out": missing, "how": HOW}
+    if compiled:
+        notes["sources"] = sources_digest()
+        notes["files"] = {path.name: f"{zlib.crc32(path.read_bytes()):08x}" for path in sorted(package.glob("_*.so"))}
+    part = package / "_build.json.part"
+    part.write_text(json.dumps(notes))
+    part.replace(package / "_build.json")
 
 
 class BuildPy(build_py):
@@ -135,7 +146,8 @@ class BuildPy(build_py):
 
     def run(self):
         super().run()
-        keep(MISSING, ROOT if self.editable_mode else Path(self.build_lib))
+        if not EXTENSIONS:
+            keep(MISSING, ROOT if self.editable_mode else Path(self.build_lib))
 
 
 BUILT, MISSING = plan()

@@ -13,6 +13,8 @@ from rich.console import Console
 from bench import module_check, optional, rows, tables
 from bench.collect import Options, collect
 from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, TIMM, Problem, compiles, level_of, modes_of, named, problems
+from lifeops.cli import ended_plainly, told_plainly
+from lifeops.files import make_folder
 
 COMMANDS = ("accelerate", "compare", "module_check", "page", "scaling", "tune")
 MORE = """commands:
@@ -98,6 +100,10 @@ def measure(args) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     todo = chosen(args)
     o = options(args, todo)
+    for path in args.out:  # before an hour of measuring, not behind it
+        make_folder(path.parent)
+        if path.exists():
+            rows.read(path)
     header(console, args.device)
     start = time.perf_counter()
     found = collect(todo, o, console, lambda so_far: [rows.save(so_far, path) for path in args.out])
@@ -113,10 +119,16 @@ def measure(args) -> int:
     return int(any(row["note"] for row in found))
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def run(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
         import importlib
 
         return importlib.import_module(f"bench.{argv[0]}").main(argv[1:])
-    return measure(parser().parse_args(argv))
+    p = parser()
+    args = p.parse_args(argv)
+    with told_plainly(p):
+        return measure(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return ended_plainly("python -m bench", lambda: run(sys.argv[1:] if argv is None else argv))

@@ -37,12 +37,16 @@ def process(todo: list[Problem], o: Options, threads: int, allocator: str, repea
     env = {**os.environ, **(WARM_ALLOCATOR if allocator == "warm" else {}), "OMP_NUM_THREADS": str(threads)}
     settings = {"threads": threads, "seconds": o.seconds, "seed": repeat + 1, "device": o.device, "cache": o.cache, "backend": o.backend}
     command = [sys.executable, "-m", "bench.worker", *(f"--{k}={v}" for k, v in settings.items())]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-    worker.stdin.write(json.dumps({"problems": todo, "compiled": [p for p in todo if p in o.compiled]}))
-    worker.stdin.close()
-    yield from map(json.loads, worker.stdout)
-    if worker.wait():
-        raise SystemExit(f"bench: a worker process ended with code {worker.returncode}")
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    try:
+        worker.stdin.write(json.dumps({"problems": todo, "compiled": [p for p in todo if p in o.compiled]}))
+        worker.stdin.close()
+        yield from map(json.loads, worker.stdout)
+        if worker.wait():
+            raise SystemExit(f"bench: a worker process ended with code {worker.returncode}")
+    finally:  # in a session of its own it does not hear the terminal's Ctrl-C
+        worker.kill()
+        worker.wait()
 
 
 def rows_of(entry: dict, facts: dict) -> list[dict]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from bench import rows as store
 from bench import scaling, tables
 from bench.baselines import does_same_work
+from lifeops.files import written
 
 COLOURS = dict(zip(("eager", "onednn", "compiled", "compiled_shifts", "naive", "plain", "clone"), (f"C{n}" for n in range(7)), strict=True))
 BOUND_COLOURS = {"bytes": "tab:blue", "flops": "tab:orange", "issue": "tab:green"}
@@ -19,7 +20,8 @@ BOUND_COLOURS = {"bytes": "tab:blue", "flops": "tab:orange", "issue": "tab:green
 
 def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90, metadata={"Software": None})
+    with written(path) as part:
+        figure.savefig(part, dpi=90, format="png", metadata={"Software": None})
     return path
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from bench import rows
+from lifeops.files import written
 from lifeops.nn import DWShortcut, LifeAttention, LocalAttention, LocalityFeedForward
 from lifeops.nn.plain import is_fused
 
@@ -80,5 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     found = measured()
     Console().print(table(found))
     if args.out:
-        args.out.write_text(json.dumps({"machine": rows.machine("cpu"), "commit": rows.commit(), "rows": found}, indent=1) + "\n")
+        with written(args.out) as part:
+            part.write_text(json.dumps({"machine": rows.machine("cpu"), "commit": rows.commit(), "rows": found}, indent=1) + "\n")
     return int(max(row["us"] for row in found) > PROMISED)

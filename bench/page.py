@@ -11,6 +11,7 @@ from bench import module_check, scaling_page
 from bench import rows as store
 from bench.problems import targets
 from bench.tables import Key, faster, losing, measured, missed, ratios, spread, wrong
+from lifeops.files import written
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -148,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     from bench import figures
 
     figures.draw_files(sorted(RESULTS.glob("*.csv")), PAGE.parent / PICTURES)
-    PAGE.write_text(page())
+    with written(PAGE) as part:
+        part.write_text(page())
     return 0
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from lifeops import config, registry
+from lifeops.files import written
 
 README = Path(__file__).parent.parent / "README.md"
 NAMES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
@@ -66,7 +67,8 @@ def main(argv: list[str]) -> int:
     after = generated(before)
     if "--check" in argv:
         return int(before != after)
-    README.write_text(after)
+    with written(README) as part:
+        part.write_text(after)
     return 0
 
 

@@ -24,6 +24,7 @@ import torch
 
 from bench import rows
 from lifeops import rollout, rollout_step
+from lifeops.files import written
 from lifeops.models.deit import VisionTransformer
 
 # B, N, h, d, R
@@ -144,7 +145,8 @@ def memory(threads: int, levels: list[str]) -> dict[str, dict[str, float]]:
 def save(path: Path, every: dict[str, dict[str, float]]) -> None:
     size = {"N": TOKENS, "layers": LAYERS, "heads": HEADS}
     about = {"machine": rows.machine("cpu"), "torch": torch.__version__, "commit": rows.commit()} | size
-    path.write_text(json.dumps(about | {"peak_mib": every}, indent=1) + "\n")
+    with written(path) as part:
+        part.write_text(json.dumps(about | {"peak_mib": every}, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from typing import get_type_hints
 import torch
 
 from bench.problems import Problem
+from lifeops.files import written
 
 FACTS = ("machine", "torch", "triton", "commit", "threads", "allocator", "cache", "repeat")
 TIMES = ("median_ms", "q25_ms", "q75_ms")
@@ -106,10 +107,11 @@ def save(rows: list[dict], path: Path) -> None:
     """Put ``rows`` into a CSV or JSON file, in the place of earlier ones of the same problems."""
     rows = replaced(read(path) if path.exists() else [], rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        path.write_text("[\n" + ",\n".join(json.dumps({f: row[f] for f in FIELDS}) for row in rows) + "\n]\n")
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with written(path) as part:
+        if path.suffix == ".json":
+            part.write_text("[\n" + ",\n".join(json.dumps({f: row[f] for f in FIELDS}) for row in rows) + "\n]\n")
+            return
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from bench.measure import interleaved
 from lifeops import pointwise
+from lifeops.files import written
 
 WIDTHS = {"narrow": 192, "wide": 768}
 
@@ -39,5 +40,6 @@ def main(argv: list[str] | None = None) -> int:
             print(row, {name: round(t, 2) for name, t in ms.items()})
             same = [r for r in table["rows"] if all(r[k] == row[k] for k in ("vendor", "isa", "dtype", "shape"))]
             table["rows"] = [r for r in table["rows"] if r not in same] + [row]
-    pointwise._TABLE.write_text(json.dumps(table, indent=2) + "\n")
+    with written(pointwise._TABLE) as part:
+        part.write_text(json.dumps(table, indent=2) + "\n")
     return 0

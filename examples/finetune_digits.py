@@ -23,7 +23,9 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 import lifeops
+from lifeops.cli import ended_plainly
 from lifeops.demo import data
+from lifeops.files import make_folder, written
 
 MODEL = "vit_small_patch14_reg4_dinov2"
 SMALL = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4, "init_values": 1.0}
@@ -107,7 +109,8 @@ def picture(curves, sizes, path):
         axes.set(title=f"{size} labelled images", xlabel="fine-tuning steps")
     panels[0].set_ylabel("test accuracy in %")
     panels[-1].legend()
-    figure.savefig(path, dpi=120)
+    with written(path) as part:
+        figure.savefig(part, dpi=120, format="png")
 
 
 def main():
@@ -118,7 +121,7 @@ def main():
     parser.add_argument("--pretrain-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     curves = {size: [] for size in args.sizes}
     pool, test = data.load()
     for seed in track(range(args.seeds), "seeds"):
@@ -126,7 +129,7 @@ def main():
         base.reset_classifier(data.NUM_CLASSES)
         for size in args.sizes:
             curves[size].append(run(base, pool, test, size, seed, args.steps))
-    with (args.out / "finetune.csv").open("w", newline="") as file:
+    with written(args.out / "finetune.csv") as part, part.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("images", "seed", "model", "step", "accuracy"))
         writer.writerows((n, seed, name, *point) for n in curves for seed, r in enumerate(curves[n]) for name in r for point in r[name])
@@ -135,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended_plainly("finetune_digits.py", main))

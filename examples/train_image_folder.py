@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 4 examples/train_image_folder.py path/to/images --amp --resume checkpoint.pt
 
 With sub-folders ``train`` and ``val`` those are used; otherwise every fifth image is kept for validation.
-Images are read and augmented by torchvision if it imports, else by a small PIL reader that does not augment.
+The checkpoint is replaced as a whole after every epoch; a run that was killed and goes on with --resume ends with the same weights, to
+the bit, as one that was not. Images are read and augmented by torchvision if it imports, else by a small PIL reader that does not augment.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
+from lifeops.cli import ended_plainly
+from lifeops.files import make_folder, save
 from lifeops.models.deit import VisionTransformer
 from lifeops.nn import LifeAttention
 
@@ -127,22 +130,23 @@ def main(argv=None):
     saved = torch.load(args.resume, map_location=device, weights_only=True) if args.resume else {"epoch": 0}
     for name, part in parts.items() if args.resume else ():
         part.load_state_dict(saved[name])
-    torch.manual_seed(args.seed + rank)  # equal weights, different augmentation and drop path
     wrapped = DistributedDataParallel(model) if world_size > 1 else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp)
     if rank == 0:
+        make_folder(args.output.parent, "--output")
         print(f"{args.attention} DeiT, {num_classes} classes, {world_size} x {device.type}, images read by {'torchvision' if T else 'PIL'}")
     for epoch in range(saved["epoch"], args.epochs):
         loader.sampler.set_epoch(epoch)
+        torch.manual_seed(args.seed + rank + world_size * (epoch + 1))  # augmentation, drop path: as if a resumed run had not ended
         loss = train_epoch(wrapped, loader, optimizer, schedule, device, autocast)
         accuracy = evaluate(model, val_loader, num_val, device, autocast)
         if rank == 0:
             print(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.3f}, validation accuracy {100 * accuracy:.1f} %", flush=True)
-            torch.save({"epoch": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}, args.output)
+            save({"epoch": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}, args.output)
     if world_size > 1:
         dist.destroy_process_group()
     return model
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(ended_plainly("train_image_folder.py", main))

@@ -1,14 +1,14 @@
-"""Triton implementations: importing this package registers them. Without Triton it imports, and holds nothing."""
+"""Triton implementations: importing this package registers them. Without a Triton that works it imports, and holds nothing."""
 
 import importlib
 import pkgutil
 
+from lifeops import registry as _registry
+
 try:
     import triton as _triton  # noqa: F401
-except ImportError as error:
-    from lifeops import registry as _registry
-
-    _registry.set_unavailable("triton", f"triton cannot be imported: {error}")
+except Exception as error:  # ImportError where there is none; an installation that is broken raises anything
+    _registry.set_unavailable("triton", f"triton cannot be imported: {_registry.one_line(error)}")
 else:
     for _module in pkgutil.iter_modules(__path__):
         if not _module.name.startswith("_"):

@@ -9,6 +9,10 @@ from functools import cache
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from lifeops import registry
+from lifeops.errors import KernelNotBuilt
 
 TL_DTYPE = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WARPS = 4  # 128 threads: up to 168 registers each leave three programs on an SM
@@ -122,8 +126,24 @@ def launch(kernel, programs: int, on: torch.Tensor, arguments: dict) -> None:
     """Run ``programs`` programs on the device of ``on``. The sums are explicit FMAs; fusion is asked for all the same,
     because Triton 3.9 warns when it is left to a default that 3.10 turns off.
     """
-    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+    with on_device(on, kernel):
         kernel[(programs,)](**arguments, num_warps=WARPS, enable_fp_fusion=True)
+
+
+@contextlib.contextmanager
+def on_device(on: torch.Tensor, kernel):
+    """Launches on the device of ``on``. What fails before a kernel runs is KernelNotBuilt: no C compiler, a cache that cannot be written
+    to, an error of Triton's compiler or of ptxas. What fails as it runs keeps its error ("Triton Error [CUDA]: …").
+    """
+    try:
+        with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+            yield
+    except (torch.OutOfMemoryError, MemoryError, InterpreterError):
+        raise
+    except Exception as error:
+        if str(error).startswith("Triton Error"):
+            raise
+        raise KernelNotBuilt(f"Triton cannot build {kernel.fn.__name__} here: {registry.one_line(error)}") from error
 
 
 def unsupported(problem, kernel, max_kernel: int) -> list[str]:

@@ -5,8 +5,6 @@ exp2 per score, nothing rescaled. More tokens stream through blocks of BLOCK_N k
 """
 # ruff: noqa: RUF005  (Triton compiles no starred tuples)
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -150,7 +148,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def run(kernel, programs: int, on: torch.Tensor, config, arguments: dict) -> None:
-    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+    with _tile.on_device(on, kernel):
         kernel[(programs,)](**arguments, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
 
 

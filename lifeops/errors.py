@@ -15,6 +15,10 @@ class NotSupported(RuntimeError):
         return NotSupported, (self.op, self.backend, self.reasons)
 
 
+class KernelNotBuilt(RuntimeError):
+    """A kernel that this machine cannot build: nothing has run, so another implementation may."""
+
+
 class FallbackWarning(UserWarning):
     """A slower implementation than the preferred one runs; ``LIFEOPS_STRICT=1`` makes it an error."""
 

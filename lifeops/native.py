@@ -6,18 +6,17 @@ compared with the ones this file was written for; that also finds a stale librar
 
 from __future__ import annotations
 
-import json
+import warnings
 from pathlib import Path
 
 import torch
 
-from lifeops import config, registry
+from lifeops import built, config, registry
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.channel.activations import ACTS, PROLOGUES
 from lifeops.ops.rollout_step import FUSIONS, dropped_entries
 from lifeops.ops.token_dwconv.spec import DTYPES
 
-_HERE = Path(__file__).parent
 SCHEMAS = {
     "token_dwconv": "lifeops_native::token_dwconv(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) y, int H,"
     " int W, int x_prefix, int y_prefix, int prefix_mode, bool flip, int isa) -> ()",
@@ -49,21 +48,21 @@ MAX_KERNEL = 15
 
 
 def build_notes() -> dict[str, str]:
-    """Why a backend was left out of this installation, as setup.py noted it."""
+    """Why a backend was left out of this installation, as setup.py noted it, or that its notes cannot be read."""
     try:
-        notes = json.loads((_HERE / "_build.json").read_text())
-    except FileNotFoundError:
-        return {}
-    return {backend: f"{reason}; to build it: {notes['how']}" for backend, reason in notes["left_out"].items()}
+        notes = built.notes()
+    except ValueError as error:
+        return dict.fromkeys(("cpu", "cuda"), str(error))
+    return {backend: f"{reason}; to build it: {notes['how']}" for backend, reason in notes.get("left_out", {}).items()}
 
 
 def _find() -> Path:
-    files = sorted(_HERE.glob("_ops*.so"))
+    files = sorted(built.FOLDER.glob("_ops*.so"))
     if files:
         return files[-1]
-    if (_HERE.parent / "setup.py").exists():
+    if (built.FOLDER.parent / "setup.py").exists():
         raise ImportError(
-            f"no compiled kernels in {_HERE}: this is the source tree; if lifeops is installed elsewhere, the folder you"
+            f"no compiled kernels in {built.FOLDER}: this is the source tree; if lifeops is installed elsewhere, the folder you"
             " run from shadows it (run from another folder), otherwise run `pip install --no-build-isolation -e .`"
         )
     raise ImportError("this installation has no compiled kernels")
@@ -74,7 +73,7 @@ def _stale(path: Path) -> str | None:
         op = getattr(torch.ops.lifeops_native, name, None)
         found = str(op.default._schema) if op is not None else "nothing"
         if found != expected:
-            return f"{path.name} is stale: expected {expected!r}, found {found!r}; rebuild it with `pip install --no-build-isolation .`"
+            return f"{path.name} is stale: expected {expected!r}, found {found!r}; {built.REBUILD}"
     return None
 
 
@@ -82,10 +81,16 @@ def _load() -> str | None:
     """None if the library is loaded and fits, else why not."""
     try:
         path = _find()
+        damage = built.damage(path)
+        if damage is not None:
+            return damage
         torch.ops.load_library(str(path))
     except (ImportError, OSError) as error:
-        return str(error)
-    return _stale(path)
+        return f"{error}: {error.__cause__}" if error.__cause__ else str(error)  # torch's own message lacks the loader's reason
+    stale = _stale(path)
+    if stale is None and built.changed_sources():
+        warnings.warn(f"lifeops: csrc/ has changed since {path.name} was built; {built.REBUILD}", stacklevel=2)
+    return stale
 
 
 _fwd = _grad_weight = _channel = None

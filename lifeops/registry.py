@@ -85,6 +85,8 @@ _unavailable: dict[str, str] = {}
 _choice: dict[tuple, Impl] = {}
 plans = _Plans()
 """What torchlib found out about calls it has seen; forgotten whenever an implementation is registered."""
+_not_built = _Plans()
+"""(op, backend, problem) to why its kernel could not be built when it was first called for."""
 _warned: set[tuple] = set()
 
 
@@ -135,10 +137,23 @@ def load(backend: str) -> None:
     _tried.add(module)
     try:
         importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a broken package raises anything: AttributeError, RuntimeError, OSError, …
         for name, where in _LOADERS.items():
             if where == module:
-                set_unavailable(name, f"{module} cannot be imported: {error}")
+                set_unavailable(name, f"{module} cannot be imported: {one_line(error)}")
+
+
+def set_not_built(op: Op, backend: str, problem, error: Exception) -> None:
+    """From now on ``backend`` does not run ``problem``: its kernel cannot be built here."""
+    _not_built[op.name, backend, problem] = str(error)
+    forget_choices()
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line, at most 300 characters: its type and the last lines of what it says."""
+    said = " ".join(str(error).split())
+    kind = type(error).__name__
+    return kind if not said else f"{kind}: {said}" if len(said) <= 300 else f"{kind}: … {said[-300:]}"
 
 
 def reasons_against(op: Op, backend: str, problem) -> list[str]:
@@ -147,7 +162,8 @@ def reasons_against(op: Op, backend: str, problem) -> list[str]:
     impl = op.impls.get(backend)
     if impl is None:
         return [_unavailable.get(backend, f"it has no implementation of {op.name}")]
-    return impl.supports(problem)
+    not_built = _not_built.get((op.name, backend, problem)) if _not_built else None
+    return [not_built] if not_built else impl.supports(problem)
 
 
 def _preferred(problem) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 
 from lifeops import config, registry
 from lifeops.after_import import after_import
+from lifeops.errors import KernelNotBuilt, NotSupported
 from lifeops.registry import Op
 
 _LIB = torch.library.Library("lifeops", "DEF")
@@ -149,9 +150,23 @@ def _kernel(op: Op):
         if plan is None:
             plan = registry.plans[key] = _plan(op, args)
         last_backend[op.name], fn, sequences = plan
-        return fn(*_contiguous_channels(args, sequences))
+        try:
+            return fn(*_contiguous_channels(args, sequences))
+        except KernelNotBuilt as error:  # nothing has run: the next best backend, or NotSupported where this one was asked for
+            registry.set_not_built(op, plan[0], op.problem(*args), error)
+            return run(*args)
+        except (RuntimeError, MemoryError) as error:
+            _name_failure(error, op.name, plan[0])
+            raise
 
     return run
+
+
+def _name_failure(error: Exception, op: str, backend: str) -> None:
+    """Puts op and backend in front of what an error says. It stays the same object: who waits for OutOfMemoryError gets one."""
+    said = str(error)
+    if not isinstance(error, NotSupported) and error.args in ((said,), ()) and ": backend '" not in said:
+        error.args = (f"{op}: backend {backend!r} failed: {said or type(error).__name__}",)
 
 
 def _autograd(op: Op):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lifeops
-from lifeops import native, registry
+from lifeops import built, native, registry
 from lifeops.cli import info
 
 PACKAGE = Path(lifeops.__file__).parent
@@ -121,7 +121,7 @@ def test_info_names_versions_backends_and_switches():
 
 
 def test_info_tells_a_stale_build(monkeypatch):
-    monkeypatch.setattr(info, "_digest", lambda csrc: "something else")
+    monkeypatch.setattr(built, "sources_digest", lambda csrc: "something else")
     if (PACKAGE.parent / "csrc").is_dir() and not registry.unavailable("cpu"):
         assert "STALE" in info.build()["extension"]
 

@@ -18,7 +18,9 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "finetune_digits.py"
 def test_finetune(tmp_path, monkeypatch, capsys):
     options = ("--out", str(tmp_path), "--sizes", "20", "--seeds", "2", "--pretrain-steps", "3", "--steps", "25")
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), *options])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert stop.value.code == 0
     rows = list(csv.DictReader((tmp_path / "finetune.csv").open()))
     curves = {(row["seed"], row["model"], row["step"]): float(row["accuracy"]) for row in rows}
     assert len(curves) == len(rows) == 2 * 2 * 3  # seeds, models, steps 0, 20 and 25

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lifeops"
 LAYERS = (
-    {"after_import", "arguments", "config", "errors", "files", "geometry", "pointwise", "registry", "told", "torchlib"},
+    {"after_import", "arguments", "built", "config", "errors", "files", "geometry", "pointwise", "registry", "told", "torchlib"},
     {"ops"},
     {"autograd", "native", "testing"},  # what implements the ops, and tests them
     {"nn"},

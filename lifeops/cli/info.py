@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -11,9 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lifeops import config, pointwise, registry
-
-_HERE = Path(__file__).parents[1]  # the package
+from lifeops import built, config, pointwise, registry
 
 
 def _version(package: str) -> str:
@@ -25,41 +22,35 @@ def _version(package: str) -> str:
 
 def _native():
     """The pybind11 module, or why it is not there."""
+    damage = next(filter(None, map(built.damage, sorted(built.FOLDER.glob("_info*.so")))), None)
+    if damage is not None:
+        return None, damage
     try:
         from lifeops import _info
     except ImportError as error:
         return None, str(error)
-    if Path(_info.__file__).parent != _HERE:  # an editable installation answers for its package's missing modules too
-        return None, f"{_HERE} has none; the one found belongs to {Path(_info.__file__).parent}"
+    if Path(_info.__file__).parent != built.FOLDER:  # an editable installation answers for its package's missing modules too
+        return None, f"{built.FOLDER} has none; the one found belongs to {Path(_info.__file__).parent}"
     return _info, ""
 
 
-def _digest(csrc: Path) -> str:
-    """As setup.py computes it when it builds."""
-    digest = hashlib.sha256()
-    for path in sorted(csrc.rglob("*")):
-        if path.is_file():
-            digest.update(path.relative_to(csrc.parent).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _freshness(built: str) -> str:
-    csrc = _HERE.parent / "csrc"
+def _freshness(digest: str) -> str:
+    csrc = built.FOLDER.parent / "csrc"
     if not csrc.is_dir():
         return "installed without sources beside it"
-    if _digest(csrc) == built:
+    if built.sources_digest(csrc) == digest:
         return "matches csrc/"
     return "STALE: csrc/ has changed since; run `pip install --no-build-isolation -e .`"
 
 
 def _shadowed() -> str | None:
     """The source folder in front of an installed package, as when one runs from the repository root."""
-    if not (_HERE.parent / "setup.py").exists():
+    if not (built.FOLDER.parent / "setup.py").exists():
         return None
     for distribution in importlib.metadata.distributions(name="lifeops"):  # an egg-info of the source folder is one of them
         installed = Path(distribution.locate_file("lifeops"))
-        if (installed / "__init__.py").is_file() and installed.resolve() != _HERE.resolve():
-            return f"this is {_HERE}, which shadows the installation in {installed}: run from another folder"
+        if (installed / "__init__.py").is_file() and installed.resolve() != built.FOLDER.resolve():
+            return f"this is {built.FOLDER}, which shadows the installation in {installed}: run from another folder"
     return None
 
 

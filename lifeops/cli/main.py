@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
+import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # command -> (module whose ``main(argv)`` runs it, imported only then; what it does)
 COMMANDS = {
@@ -42,9 +44,37 @@ def told_plainly(parser: argparse.ArgumentParser, kinds: tuple[type[Exception], 
             warnings.showwarning = lambda message, *place: sys.stderr.write(line("warning", message))
             yield
     except kinds as error:
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("lifeops"):
+        if isinstance(error, BrokenPipeError) or (isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("lifeops")):
             raise
         parser.exit(2, line("error", error))
+
+
+def ended_plainly(prog: str, command: Callable[[], object]) -> int:
+    """The exit code of ``command()``, as shells expect it: what it returns (0 for what is no int), for Ctrl-C one line and 130, for files
+    and output that cannot be written one line and 2, for a reader that has gone (``| head``) no line and 141.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _drop_output()
+        return 128 + 13  # SIGPIPE, which Windows' signal module lacks
+    except OSError as error:
+        _drop_output()
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _drop_output() -> None:
+    """What standard output cannot take is written to nowhere: Python would try again, and complain, as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,4 +89,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the command's own options")
     args = parser.parse_args(argv)
     module, _ = COMMANDS[args.command]
-    return importlib.import_module(module).main(args.args)
+    return ended_plainly(f"lifeops {args.command}", lambda: importlib.import_module(module).main(args.args))

@@ -97,7 +97,7 @@ def _transformers(folder: str) -> Loaded:
     from transformers import AutoModelForImageClassification
 
     try:
-        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # damaged files raise anything
         raise ValueError(f"--model transformers:{folder} cannot be loaded ({type(error).__name__}: {error})") from error
     side = getattr(model.config, "image_size", None)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lifeops.demo import report
 from lifeops.demo.train import INITIALISATIONS, Recipe, Run, System, build
+from lifeops.demo.unfinished import Unfinished
 from lifeops.files import make_folder, written
 from lifeops.init import projections
 from lifeops.init.offsets import shift_targets
@@ -45,13 +46,15 @@ def recipe_of(recipe: Recipe) -> Recipe:
 def run(args, console, recipe: Recipe, train_all, jobs: int) -> None:
     recipe, folder = recipe_of(recipe), make_folder(args.out / SYSTEM.name)
     console.print(_initial_report(recipe), highlight=False, soft_wrap=True)
-    runs = train_all(console, SYSTEM, args.sizes, args.seeds, recipe, jobs)
+    unfinished = Unfinished(folder / "unfinished", recipe)
+    runs = train_all(console, SYSTEM, args.sizes, args.seeds, recipe, jobs, unfinished)
     table = accuracy_table(runs)
     table.print(console)
     report.write_csv(folder / "table.csv", SYSTEM, runs, {})
     report.write_markdown(folder / "table.md", [table])
     report.plot_curves(folder / "curves.png", SYSTEM, runs)
     plot_heads(folder / "heads.png", recipe)
+    unfinished.clear()
     console.print(f"The table, curves and each head's initial attention are in {folder}{os.sep}", soft_wrap=True)
 
 

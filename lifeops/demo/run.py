@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import torch
@@ -19,7 +24,8 @@ from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.demo.measure import compare
 from lifeops.demo.train import MODELS, SYSTEMS, Recipe, Run, System, build, make_optimizer, run_one, trained, training_loss
-from lifeops.files import make_folder, written
+from lifeops.demo.unfinished import Unfinished
+from lifeops.files import make_folder, save
 from lifeops.models.deit import VisionTransformer
 
 SIZES, QUICK_SIZES = (50, 100, 300, 1000), (50, 300)
@@ -32,7 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="lifeops demo",
         description="Train a small DeiT from scratch on scikit-learn's digits, plain and with local structure (same seeds, data"
         " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
-        " curves.png, attention.png (impulse: heads.png) and the models' weights, <model>.pt, for `lifeops rollout`.",
+        " curves.png, attention.png (impulse: heads.png) and the models' weights, <model>.pt, for `lifeops rollout`. A demo that was"
+        " interrupted is gone on with: what it trained is in OUT/<system>/unfinished until it ends.",
     )
     choices = [*SYSTEMS, "impulse"]
     parser.add_argument("--system", choices=choices, default="life", help="what to compare with the plain model (default: life)")
@@ -75,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
         return impulse.run(args, console, recipe, train_all, args.jobs or _num_cores())
     system = SYSTEMS[args.system]
     folder = make_folder(args.out / system.name)
-    runs = train_all(console, system, args.sizes, args.seeds, recipe, args.jobs or _num_cores())
+    unfinished = Unfinished(folder / "unfinished", recipe)
+    runs = train_all(console, system, args.sizes, args.seeds, recipe, args.jobs or _num_cores(), unfinished)
     costs = measure_all(console, system, recipe, quick=args.quick)
     tables = [report.accuracy_table(system, runs), *(report.cost_table(system, setting, models) for setting, models in costs.items())]
     for table in tables:
@@ -85,36 +93,76 @@ def run(args: argparse.Namespace) -> None:
     report.plot_curves(folder / "curves.png", system, runs)
     report.plot_attention(folder / "attention.png", system, runs, recipe)
     for kept in (r for r in runs if r.weights is not None):
-        with written(folder / f"{kept.model}.pt") as part:
-            torch.save({"model": trained(kept, recipe).state_dict()}, part)
+        save({"model": trained(kept, recipe).state_dict()}, folder / f"{kept.model}.pt")
+    unfinished.clear()
     console.print(f"Tables, curves and attention maps are in {folder}{os.sep}", soft_wrap=True)
 
 
-def train_all(console, system: System, sizes: Sequence[int], seeds: int, recipe: Recipe, jobs: int) -> list[Run]:
+def train_all(console, system: System, sizes: Sequence[int], seeds: int, recipe: Recipe, jobs: int, unfinished: Unfinished) -> list[Run]:
     """Every run of the demo. Models this small gain nothing from threads, so runs go side by side with one thread each."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     # the weights of one pair are kept, for the attention maps
     todo = [(m, size, seed, recipe, size == sizes[-1] and seed == 0) for size in sizes for seed in range(seeds) for m in system.trained]
+    found = {(m, size, seed): unfinished.load(m, size, seed, keep) for m, size, seed, _, keep in todo}
+    left = [arguments for arguments in todo if found[arguments[:3]] is None]
     text = f"Training {len(todo)} models: {', '.join(system.trained)} x {seeds} seeds x {', '.join(map(str, sizes))} images"
+    if len(left) < len(todo):
+        text += f"; {len(todo) - len(left)} of them are done, in an earlier demo that did not end ({unfinished.folder})"
     console.print(text, highlight=False, soft_wrap=True)
     columns = ("training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        done = []
-        for result in progress.track(_results(todo, min(jobs, len(todo))), total=len(todo)):
-            done.append(result)
-    return done
+        for run in progress.track(_results(left, min(jobs, len(left))), total=len(left)):
+            unfinished.keep(run)
+            found[run.model, run.size, run.seed] = run
+    return list(found.values())
 
 
 def _results(todo: list[tuple], jobs: int):
-    """The runs of ``todo`` as they end."""
-    if jobs == 1:
+    """The runs of ``todo`` as they end. No process outlives the one that started it, however that ends."""
+    if jobs <= 1:
         yield from (run_one(*arguments) for arguments in todo)
         return
     context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads half alive
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for future in as_completed([pool.submit(run_one, *arguments) for arguments in todo]):
+    pool, before = ProcessPoolExecutor(jobs, context, initializer=_prepare_worker), set(multiprocessing.active_children())
+    try:
+        with _deaf_to_interrupts():
+            futures = [pool.submit(run_one, *arguments) for arguments in todo]
+        for future in as_completed(futures):
             yield future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError("a training process was killed from outside (is there enough memory for --jobs of them?)") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts():
+    """Processes started inside do not hear Ctrl-C, which a terminal sends to all of them: the one that started them ends them. It hears
+    one that comes meanwhile behind this.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # its start would take the block away
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _prepare_worker() -> None:
+    """One thread, and an end when the demo's process ends: killed, it could not tell."""
+    torch.set_num_threads(1)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def measure_all(console, system: System, recipe: Recipe, quick: bool) -> dict[str, dict]:

@@ -189,7 +189,8 @@ def fit(model: VisionTransformer, images: Images, recipe: Recipe, seed: int, run
     """Train ``model`` on ``images``; losses and, if ``test`` is given, accuracies are appended to ``run``."""
     steps = recipe.num_steps(len(images))
     optimizer = make_optimizer(model, recipe)
-    schedule = OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=0.1, cycle_momentum=False)
+    warmup = 0.1 if steps != 10 else 0.2  # a warm-up of one step, its first and last, is a division by zero in OneCycleLR
+    schedule = OneCycleLR(optimizer, recipe.lr, total_steps=steps, pct_start=warmup, cycle_momentum=False)
     evaluate_at = {round(steps * (i + 1) / recipe.evaluations) for i in range(recipe.evaluations)} if test is not None else ()
     model.train()
     for step, batch in enumerate(batches(images, steps, recipe, seed), start=1):
