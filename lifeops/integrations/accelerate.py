@@ -126,9 +126,10 @@ def accelerate(model: nn.Module, *, kinds: str | Iterable[str] | None = None, ve
     if not taken:
         for module in model.modules():
             module.__dict__.pop(LEFT, None)
-        found = "; ".join(f"{why} ({list(left.values()).count(why)} modules)" for why in dict.fromkeys(left.values())) or "none of them"
-        looked = ", ".join(sorted({entry.cls for entry in ENTRIES.values()}))
-        raise ValueError(f"{NAME}: {type(model).__name__} holds no module to take. Looked for: {looked}. Found: {found}")
+        found = "; ".join(f"{why} ({list(left.values()).count(why)} modules)" for why in dict.fromkeys(left.values())) or "none"
+        looked = ", ".join(f"{kind} ({entry.cls})" for kind, entry in ENTRIES.items())
+        holds = f"{type(model).__name__} holds no depth-wise convolution over tokens that would be taken"
+        raise ValueError(f"{NAME}: {holds}. Found: {found}. Looked for: {looked}; lifeops.convert gives a ViT such convolutions")
     return model
 
 
