@@ -99,6 +99,17 @@ def _cait(model, x, tokens):
     return _chained(layers)
 
 
+def _eomt(model, x, tokens):
+    """Queries join in front on the way: before that their rows are the identity's."""
+    queries = model.query.num_embeddings
+    first, last = (_square(attentions_of(model, x), len(x), n) for n in (tokens, queries + tokens))
+    assert len(first) + len(last) == len(model.layers)
+    joined = torch.eye(queries + tokens, dtype=torch.float64).repeat(len(first), len(x), 1, 1)
+    for own, a in zip(joined, first, strict=True):
+        own[:, queries:, queries:] = a
+    return _chained([*joined, *last])
+
+
 # ------------------------------------------------------------------------------------------------ windows
 
 
@@ -163,7 +174,7 @@ def _swin(model, x, tokens):
     matrices, last = [], None
     for attention, windows, candidates in calls:
         flat = [s.reshape(len(x), -1, windows.shape[-1]) for s in candidates if s.shape[-1] == windows.shape[-1]]
-        places = max((_places(windows, s) for s in flat), key=lambda p: int((p >= 0).sum()))
+        places = max((_places(windows, s) for s in flat), key=lambda p: len(p[p >= 0].unique()))
         n = flat[0].shape[1]
         assert len(places[places >= 0].unique()) == len(x) * n, "windows do not hold every token"
         grid = _grid(x.shape[2:], n)
@@ -195,5 +206,27 @@ def _sam(model, x, tokens):
     return _chained(matrices)
 
 
-CHAINS = {"plain": _plain, "parallel": _parallel, "cait": _cait, "swin": _swin, "sam": _sam}
+# ------------------------------------------------------------------------------------------------ pooling
+
+
+def window_means(grid, kernel, stride, prefix):
+    """((pooled tokens, tokens), the pooled grid): each row the mean over a window, by pooling the identity; ``prefix`` as they are."""
+    each = torch.eye(grid[0] * grid[1], dtype=torch.float64).view(-1, 1, *grid)
+    pooled = F.avg_pool2d(each, kernel, stride, [k // 2 for k in kernel], count_include_pad=False)
+    return torch.block_diag(torch.eye(prefix, dtype=torch.float64), pooled.flatten(1).T), tuple(pooled.shape[2:])
+
+
+def _mvit(model, x, tokens):
+    """Pooled keys and skip connections, by the strides of the layers that pool them."""
+    seen, grid, product = iter(attentions_of(model, x)), tuple(-(-n // 4) for n in x.shape[2:]), None
+    for block in (block for stage in model.stages for block in stage.blocks):
+        prefix, pool = int(block.has_cls_token), block.shortcut_pool_attn
+        keys, _ = window_means(grid, block.attn.pool_k.kernel_size, block.attn.pool_k.stride, prefix)
+        skip, grid = window_means(grid, *((1, 1), (1, 1)) if pool is None else (pool.kernel_size, pool.stride), prefix)
+        layer = (next(seen).mean(1) @ keys + skip) / 2
+        product = layer if product is None else layer @ product
+    return product
+
+
+CHAINS = {"plain": _plain, "parallel": _parallel, "cait": _cait, "eomt": _eomt, "swin": _swin, "sam": _sam, "mvit": _mvit}
 """How the attention of a host's layers makes a roll-out: (model, x, number of tokens) -> (B, output tokens, input tokens)."""

@@ -13,11 +13,11 @@ def _vit(family, name, prefix=1, chain="plain", cls=None, size=(32, 48), **optio
     add("timm", family, name, lambda: cls(**options), size, options["patch_size"], prefix, chain, own)
 
 
-def _named(family, name, prefix=1, chain="plain", patch=16, label=None, **options):
+def _named(family, name, prefix=1, chain="plain", patch=16, label=None, own=None, **options):
     """timm's registered models, narrow: 4 x 6 patches."""
     size = (4 * patch, 6 * patch)
     options = {"img_size": size, **WIDE, **options}
-    add("timm", family, label or name, lambda: timm.create_model(name, **options), options["img_size"], patch, prefix, chain)
+    add("timm", family, label or name, lambda: timm.create_model(name, **options), options["img_size"], patch, prefix, chain, own)
 
 
 def _staged(family, name, size=(64, 96), chain="none", prefix=0, label=None, sized=False, patch=None, **options):
@@ -26,10 +26,10 @@ def _staged(family, name, size=(64, 96), chain="none", prefix=0, label=None, siz
     add("timm", family, label or name, lambda: timm.create_model(name, **options), size, patch, prefix, chain)
 
 
-def _class(family, name, size=(64, 96), prefix=0, chain="none", **options):
+def _class(family, name, size=(64, 96), prefix=0, chain="none", patch=None, **options):
     """timm's classes whose registered depths cannot be changed."""
     cls = getattr(timm.models, name.partition(",")[0], None) or timm.models.mvitv2.MultiScaleVit
-    add("timm", family, name, lambda: cls(num_classes=3, **options), size, None, prefix, chain)
+    add("timm", family, name, lambda: cls(num_classes=3, **options), size, patch, prefix, chain)
 
 
 # ------------------------------------------------------------------------------------------------ timm: plain ViTs
@@ -125,9 +125,9 @@ for _name, _prefix in (
 _named("SAM", "samvit_base_patch16", 0, "sam")
 _named("SAM", "samvit_base_patch16", 0, "plain", label="samvit, global", global_attn_indexes=(0, 1))
 _named("SAM", "samvit_base_patch16", 0, "plain", label="samvit, global, no bias", global_attn_indexes=(0, 1), use_rel_pos=False)
-_named("NaFlex", "naflexvit_base_patch16_gap", 4)
-_named("NaFlex", "naflexvit_base_patch16_map", 1)
-_named("NaFlex", "naflexvit_base_patch16_siglip", 0)
+_named("NaFlex", "naflexvit_base_patch16_gap", 4, own=(256, 256))
+_named("NaFlex", "naflexvit_base_patch16_map", 1, own=(256, 256))
+_named("NaFlex", "naflexvit_base_patch16_siglip", 0, own=(256, 256))
 
 # ------------------------------------------------------------------------------------------------ timm: other attention
 
@@ -165,7 +165,7 @@ _class(
 )
 _staged("LeViT", "levit_128s", (64, 64), img_size=64)
 _staged("LeViT", "levit_conv_128s", (64, 64), img_size=64)
-_staged("MViT", "mvitv2_tiny", (64, 64), img_size=64)
+_staged("MViT", "mvitv2_tiny", (64, 64), "mvit", img_size=64, patch=4)
 _class(
     "MViT",
     "MultiScaleVit, cls",
@@ -173,6 +173,8 @@ _class(
     img_size=(64, 64),
     cfg=timm.models.mvitv2.MultiScaleVitCfg(depths=(1, 1, 1, 1), use_cls_token=True),
     prefix=1,
+    chain="mvit",
+    patch=4,
 )
 _SWIN = {"patch": 4, "sized": True, "chain": "swin", "embed_dim": 24, "num_heads": (1, 2, 4, 8)}
 _staged("Swin", "swin_tiny_patch4_window7_224", (64, 96), window_size=4, depths=(2, 2, 2, 2), **_SWIN)

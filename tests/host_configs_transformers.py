@@ -81,9 +81,9 @@ _hf("BLIP", "Blip2Vision", **_BEIT)
 _hf("BLIP", "InstructBlipVision", **_BEIT)
 _hf("BLIP", "GitVision", **_BEIT)
 _hf("AIMv2", "Aimv2Vision", 0, **_BEIT)
-_hf(
-    "EoMT", "Eomt", 5, "none", model="EomtForUniversalSegmentation", num_queries=3, num_blocks=1, num_upscale_blocks=1, mlp_ratio=1, **_BEIT
-)
+_EOMT = {"num_queries": 3, "num_blocks": 1, "num_upscale_blocks": 1, "mlp_ratio": 1, **_BEIT}
+_hf("EoMT", "Eomt", 5, "eomt", model="EomtForUniversalSegmentation", **_EOMT)
+_hf("EoMT", "EomtDinov3", 5, "eomt", model="EomtDinov3ForUniversalSegmentation", **_EOMT)
 _hf(
     "Depth Anything",
     "DepthAnything",

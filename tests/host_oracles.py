@@ -196,10 +196,11 @@ def check_rollout(model, x, host) -> float:
     found = {target: lifeops.rollout(model, x, target) for target in (None, (0, 1), "mean")}
     if host.chain not in CHAINS:
         raise AssertionError("accepted, and no product of its attention is known to compare with")
-    prefix = host.prefix + (host.chain == "cait")  # whose cls token joins late
+    late = {"cait": 1, "eomt": 3}.get(host.chain, 0)  # tokens that join on the way: the cls token itself, queries before it
+    prefix = host.prefix + late
     product = CHAINS[host.chain](model, x, host.prefix + host.grid[0] * host.grid[1])
     cls, patch, mean = torch.zeros(3, product.shape[-2], dtype=product.dtype)
-    cls[0] = patch[prefix + 1] = 1
+    cls[late if host.chain == "eomt" else 0] = patch[prefix + 1] = 1
     mean[prefix:] = 1 / (len(mean) - prefix)
     first = found[None].labels[0]
     default = cls if first == "cls token" else mean if first == "mean of the patch tokens" else found[None].weights[:, 0].double()
@@ -207,6 +208,8 @@ def check_rollout(model, x, host) -> float:
     for result, weights in zip(found.values(), (default, patch, mean), strict=True):
         expected = (weights[..., None, :] @ product).reshape(len(x), -1)[:, prefix:]
         worst = max(worst, error(result.maps[:, 0], expected.unflatten(1, grid_of(expected.shape[1], host))))
+        lost = weights.sum(-1) - expected.sum(1)  # on other tokens, and on the padding of windows
+        worst = max(worst, (result.prefix[:, 0] - lost).abs().max().item())
     return worst
 
 

@@ -20,6 +20,7 @@ HOSTS = {
     "cait": (named("cait_xxs24_224"), "timm", "patch_embed", 0, False, "pre", {**PRE, "ls1": "gamma_1", "ls2": "gamma_2"}),
     "xcit": (staged("xcit_nano_12_p8_224"), "timm", "patch_embed", 0, False, None, {**PRE, "ls1": "gamma1"}),
     "pit": (staged("pit_ti_distilled_224"), "timm", "patch_embed", 2, True, "pre", PRE),
+    "naflex": (named("naflexvit_base_patch16_gap", embed_dim=48, num_heads=3), "timm", "embeds.proj", 4, False, "pre", PRE),
     "lifeops": (lambda: lifeops.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3),
                 "lifeops", "patch_embed", 1, True, "pre", PRE),
     "ViT": (hf("ViT"), "transformers", "embeddings.patch_embeddings", 1, True, "pre", BERT),
@@ -62,6 +63,14 @@ def test_tokens_that_blocks_see():
             model(images)
         embedded, (tokens, width) = seen[0] if isinstance(seen[0], int) else seen[0].numel(), seen[1]
         assert tokens - host.prefix == embedded // width, name
+
+
+def test_tokens_that_join_late():
+    eomt = hf("Eomt", "EomtForUniversalSegmentation", num_queries=3, num_blocks=1, num_upscale_blocks=1, mlp_ratio=1)()
+    for model, late, late_cls in ((HOSTS["cait"][0](), 1, True), (eomt, 3, False), (small_vit()(), 0, False)):
+        found = lifeops.describe(model)
+        assert (found.host.late, found.host.late_cls) == (late, late_cls)
+        assert (f"{late} join in front" in str(found)) == bool(late)
 
 
 def test_inside_another_model():

@@ -15,7 +15,7 @@ ROLLOUT_REFUSES = {
     "layers it cannot read": (named("convit_tiny", depth=3, local_up_to_layer=1), r"blocks\.0\.attn attends or mixes tokens in a way"),
     "layers behind": (lambda: _Behind(), r"last\.self_attn attends in a way that is not known: .*, behind blocks\.1\.attn"),
     "several embeddings": (staged("crossvit_tiny_240"), r"CrossVit has 2 patch embeddings"),
-    "NCHW": (staged("pit_ti_224", img_size=64), r"a 7 x 7 grid are 49 tokens, the layers have 50: .* tokens 1 to 49 are the 49 patches"),
+    "pooled on the way": (staged("pit_ti_224", img_size=64), r"blocks\.1\.attn has 50 tokens and .*blocks\.0\.attn 17: tokens are"),
     "hiera": (staged("hiera_tiny_224", img_size=64), r"gives \(2, 256, 96\), whose 256 tokens are no grid"),
     "shuffled": (hf("ViTMAE", mask_ratio=0.0), r"does not read the 16 patches as tokens 1 to 16 in their order: .* shuffled"),
     "dropped": (hf("ViTMAE", mask_ratio=0.75), r"the layers have 5: of 16 patches some are dropped"),
@@ -25,7 +25,7 @@ ROLLOUT_REFUSES = {
         r"shuffled",
     ),
     "behind the patches": (hf("Yolos", image_size=(32, 32), num_detection_tokens=9), r"tokens 1 to 16 are the patches, and 9 come behind"),
-    "no patch size": (lambda: transformers.HieraModel(_hiera()), r"HieraPatchEmbeddings, the patch embedding, does not say its patch_size"),
+    "no grid": (lambda: transformers.HieraModel(_hiera()), r"HieraPatchEmbeddings, the model's patch embedding, gives .* no grid"),
 }  # fmt: skip
 
 

@@ -5,7 +5,8 @@ import torch
 
 import lifeops
 from conftest import declare_torchvision_ops
-from lifeops.attention_maps.windows import MergeLayer, Options, WindowLayer
+from lifeops.attention_maps.protocol import Options
+from lifeops.attention_maps.windows import MergeLayer, WindowLayer
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 PLAIN = Options("mean", 0.5, 0.0, None)
@@ -137,9 +138,7 @@ def test_transformers_equal_their_eager_attention(transformers, name):
 def test_windows_are_put_back_where_they_were():
     """A shifted, padded window layer is the matrix whose rows, found token by token, hold the window's attention."""
     B, R, (H, W), (h, w), shift = 2, 3, (5, 7), (3, 4), (1, 2)
-    block = torch.nn.Module()
-    block.window_size, block.shift_size = (h, w), shift
-    layer = WindowLayer(block, (H, W))
+    layer = WindowLayer("layer", (H, W), ((h, w), shift))
     windows = 2 * 2
     layer.attention = torch.rand(B * windows, 2, h * w, h * w).softmax(-1)
     place = {}  # token of the grid -> (window, place in it)
@@ -158,7 +157,7 @@ def test_windows_are_put_back_where_they_were():
 
 def test_merged_patches_share_alike():
     r = torch.rand(1, 2, 2 * 3)
-    fine = MergeLayer((4, 5)).back(r, PLAIN).unflatten(2, (4, 5))
+    fine = MergeLayer("merge", (4, 5)).back(r, PLAIN).unflatten(2, (4, 5))
     torch.testing.assert_close(fine[..., :2, :2], r[..., :1, None].expand(1, 2, 2, 2) / 4)
     torch.testing.assert_close(fine[..., 2:, 4], r[..., 5:].expand(1, 2, 2) / 2)  # the odd column has two parts
     torch.testing.assert_close(fine.sum((2, 3)), r.sum(2))

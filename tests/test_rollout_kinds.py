@@ -49,6 +49,7 @@ FLEXIBLE = {
                                                                                  class_token=True, rope_type="axial")), 1),
 }  # fmt: skip
 BESIDE_MLP = {"beside mlp": (small_vit(block_fn=vit.ParallelScalingBlock, qk_norm=True), 1)}
+POOLS = {"siglip", "aimv2", "aimv2 native", "naflex map"}  # no class token, and a head that pools by attention
 HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP, **FLEXIBLE}
 
 
@@ -75,7 +76,8 @@ def test_equals_the_product_of_the_models_own_matrices(name):
         found = lifeops.rollout(model, images, targets)
         assert naive.off(found.maps.flatten(2), (found.weights @ expected)[..., prefix:]) <= 1e-5
         assert (found.maps.sum((2, 3)) + found.prefix - 1).abs().max() <= 1e-5
-    assert lifeops.rollout(model, images).labels == ("cls token" if prefix and name != "naflex" else "mean of the patch tokens",)
+    default = "cls token" if prefix and name != "naflex" else "attention pooling" if name in POOLS else "mean of the patch tokens"
+    assert lifeops.rollout(model, images).labels == (default,)
     assert torch.equal(found.maps, lifeops.rollout(model, images, "mean", verify=False).maps)
     assert hooks_of(model) == hooks
 
@@ -267,6 +269,17 @@ def test_pooling_heads_weigh_the_tokens(name):
     assert naive.off(found.weights[..., prefix:], seen[:, :1]) <= 1e-5
     assert (found.weights[..., :prefix] == 0).all()
     torch.testing.assert_close(found.maps, lifeops.rollout(model, images, found.weights).maps)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_default_is_what_the_output_reads(verify):
+    tower = made(POOLED["siglip"])
+    config = transformers.SiglipConfig(vision_config=dict(HF), num_labels=5)
+    classifier = made(lambda: transformers.SiglipForImageClassification(config))  # of the mean, although its tower holds such a head
+    cases = (tower, "attention pooling"), (classifier, "mean of the patch tokens"), (made(POOLED["pe"]), "cls token")
+    for model, label in cases:
+        images = images_of(model) if model is not classifier else torch.randn(2, 3, 32, 32)
+        assert lifeops.rollout(model, images, verify=verify).labels == (label,)
 
 
 class _Queries(naive.Attentions):

@@ -4,6 +4,7 @@ import naive_rollout as naive
 import pytest
 import torch
 import torch.nn.functional as F
+from host_attention import CHAINS
 from hosts import hooks_of, made, timm, transformers
 
 import lifeops
@@ -113,3 +114,33 @@ def test_windows_and_the_whole_grid_in_turn(name):
         assert naive.off(found.maps.flatten(2), found.weights @ expected) <= 1e-5
         assert (found.maps.sum((2, 3)) + found.prefix - 1).abs().max() <= 1e-6
         assert (found.prefix > 0.01).all()  # 6 rows in windows of 4 are padded
+
+
+def _padded(library, name, **options):
+    """A 14 x 12 grid, which windows of 5 do not divide, then 7 x 6."""
+    sizes = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 3), "window_size": 5, "patch_size": 4, **options}
+    if library is timm:
+        return lambda: getattr(timm.models, name)(img_size=(56, 48), num_classes=3, **sizes)
+    return lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(image_size=48, **sizes))
+
+
+PADDED = {
+    "timm": _padded(timm, "SwinTransformer"), "timm 2": _padded(timm, "SwinTransformerV2"),
+    "timm, one window": _padded(timm, "SwinTransformer", window_size=10, always_partition=True),
+    **{name: _padded(transformers, name) for name in ("Swin", "Swinv2", "DonutSwin", "MaskFormerSwin")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_what_falls_on_the_padding_of_windows_is_told(name):
+    model, images = made(PADDED[name]), torch.randn(2, 3, 56, 48)
+    expected = CHAINS["swin"](model, images, 168)
+    for targets in (None, (5, 3)):
+        found = lifeops.rollout(model, images, targets)
+        maps = found.weights.double() @ expected
+        assert naive.off(found.maps.flatten(2), maps) <= 1e-5
+        assert (found.prefix - (1 - maps.sum(-1))).abs().max() <= 1e-5
+        assert (found.prefix > 0.01).all()
+        whole = lifeops.rollout(model, images, targets, prefix="normalize")
+        assert (whole.maps.sum((2, 3)) - 1).abs().max() <= 1e-5
+        assert torch.equal(whole.prefix, found.prefix)

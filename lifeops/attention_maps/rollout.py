@@ -13,20 +13,22 @@ The roll-out itself is Abnar and Zuidema's (2020).
 from __future__ import annotations
 
 import contextlib
-import numbers
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lifeops.arguments import check_choice, check_flags, check_int, check_module, check_tensor, got, under
-from lifeops.attention_maps.layers import recorded
-from lifeops.attention_maps.pool_heads import over_tokens, pool_head
-from lifeops.attention_maps.vit_parts import Parts, parts_of, watched
-from lifeops.attention_maps.windows import Options
+from lifeops.arguments import check_choice, check_flags, check_int, check_module, got, under
+from lifeops.attention_maps.host_pass import HostPass, pass_of
+from lifeops.attention_maps.layers import JoinLayer, recorded
+from lifeops.attention_maps.pool_heads import PoolHead, one_pool_head, pool_heads
+from lifeops.attention_maps.protocol import Options
+from lifeops.attention_maps.targets import OutputTokens, begin, is_int
 from lifeops.config import requested_backend
 from lifeops.hosts.attention import LOOKED_FOR
+from lifeops.hosts.layouts import called_attention
 from lifeops.ops.rollout_step import _check_options
 
 PREFIX = ("keep", "normalize")
@@ -36,136 +38,19 @@ class Rollout(NamedTuple):
     """What :func:`rollout` returns.
 
     Attributes:
-        maps: (B, R, H, W), each map's weights of the patches.
+        maps: (B, R, H, W), each map's weights of the patches; of packed images a tuple of (R, H, W), each on its own grid.
         prefix: (B, R), what fell on no patch: on the prefix tokens, or on the padding of windows. 1 - maps.sum((2, 3)) unless
-            ``prefix="normalize"``.
+            ``prefix="normalize"``, and never anything on the padding of packed images.
         labels: what each of the R maps is of.
         weights: (B, R, N), the output tokens' weights π the roll-out began with.
         output: what the model returned.
     """
 
-    maps: Tensor
+    maps: Tensor | tuple[Tensor, ...]
     prefix: Tensor
     labels: tuple[str, ...]
     weights: Tensor
     output: object
-
-
-class _Tokens(NamedTuple):
-    """Output tokens: where the prefix ends, the grid behind it, their features, and the parts of the model that classify them."""
-
-    prefix: int
-    grid: tuple[int, int]
-    batch: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def count(self) -> int:
-        return self.prefix + self.grid[0] * self.grid[1]
-
-
-# ------------------------------------------------------------------------------------------------ what the maps are of
-
-
-def _one(tokens: _Tokens, index: int, label: str) -> tuple[Tensor, tuple[str, ...]]:
-    if not -tokens.count <= index < tokens.count:
-        raise ValueError(f"rollout: the token must be one of {tokens.count}, got {index}")
-    weights = torch.zeros(tokens.batch, 1, tokens.count, dtype=tokens.dtype, device=tokens.device)
-    weights[:, :, index] = 1
-    return weights, (label,)
-
-
-def _mask(tokens: _Tokens, mask: Tensor) -> tuple[Tensor, tuple[str, ...]]:
-    """(R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W); divided by its sums."""
-    check_tensor("rollout", "targets", mask)
-    if mask.is_complex() or mask.is_quantized or mask.is_meta != (tokens.device.type == "meta"):
-        raise TypeError(f"rollout: targets must be real weights with memory, got {mask.dtype} on {mask.device}")
-    given, mask = tuple(mask.shape), mask.to(tokens.device, tokens.dtype)
-    if tuple(mask.shape[-2:]) == tokens.grid and mask.dim() in (2, 3, 4):
-        mask = torch.nn.functional.pad(mask.reshape(*mask.shape[:-2], -1), (tokens.prefix, 0))
-        mask = mask[None] if mask.dim() == 1 else mask
-    if mask.dim() == 2:
-        mask = mask.expand(tokens.batch, *mask.shape)
-    if mask.dim() != 3 or (mask.shape[0], mask.shape[2]) != (tokens.batch, tokens.count):
-        grid = f"(…, {tokens.grid[0]}, {tokens.grid[1]})"
-        raise ValueError(f"rollout: targets must be (B, R, N) or (R, N) with N = {tokens.count}, or {grid}, got {given}")
-    if not bool((mask >= 0).all()):
-        raise ValueError("rollout: targets must not be negative or NaN")
-    return _normalised(mask), tuple(f"target {i}" for i in range(mask.shape[1]))
-
-
-def _normalised(weights: Tensor) -> Tensor:
-    """Rows divided by their sums; a row of zeros stays one."""
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0, total, 1)
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _by_class(tokens: _Tokens, how: str, logits: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, tuple[str, ...]]:
-    """Patch tokens' logits (B, H*W, K) to weights of all tokens."""
-    predicted, num_classes = logits.argmax(-1), logits.shape[-1]
-    if classes is None:
-        classes = predicted.unique().tolist()
-    wrong = [c for c in classes if not 0 <= c < num_classes]
-    if wrong or not len(classes):
-        raise ValueError(f"rollout: classes must be some of 0 to {num_classes - 1}, got {list(classes)}")
-    index = torch.tensor(list(classes), device=logits.device)
-    chosen = predicted[:, None] == index[:, None] if how == "hard" else logits.to(tokens.dtype).softmax(-1)[..., index].transpose(1, 2)
-    weights = torch.nn.functional.pad(chosen.to(tokens.dtype), (tokens.prefix, 0))
-    return _normalised(weights), tuple(f"class {c}" for c in classes)
-
-
-def _patch_logits(tokens: _Tokens, given, parts: Parts, output) -> Tensor:
-    """(B, H*W, K): what was given, or the model's own head on every patch token."""
-    logits = given(output) if callable(given) else parts.token_logits() if given is None else given
-    H, W = tokens.grid
-    if isinstance(logits, Tensor) and logits.dim() == 4:
-        logits = logits.flatten(2).transpose(1, 2) if tuple(logits.shape[2:]) == (H, W) else logits
-    if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[1] == tokens.count:
-        logits = logits[:, tokens.prefix :]
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != (tokens.batch, H * W):
-        expected = f"(B, K, {H}, {W}), (B, {H * W}, K) or (B, {tokens.count}, K) with B = {tokens.batch}"
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"rollout: token_logits must be {expected}, got {got}")
-    if logits.is_complex() or logits.is_sparse:
-        raise TypeError(f"rollout: token_logits must be real and dense, got {logits.dtype}, layout {logits.layout}")
-    return logits.to(tokens.device)
-
-
-def _start(tokens: _Tokens, targets, classes, token_logits, parts: Parts, output, verify: bool) -> tuple[Tensor, tuple[str, ...]]:
-    """π (B, R, N) and its labels."""
-    if targets is None:
-        targets = "cls" if parts.has_cls else "mean"
-    if isinstance(targets, Tensor):
-        return _mask(tokens, targets)
-    known = "'cls', 'mean', 'pool', 'hard', 'soft', a token's index, a patch (row, column) or a tensor of weights"
-    if not isinstance(targets, (str, tuple)) and not _is_int(targets):
-        raise TypeError(f"rollout: targets must be {known}, got {got(targets)}")
-    if targets in ("hard", "soft"):
-        return _by_class(tokens, targets, _patch_logits(tokens, token_logits, parts, output), classes)
-    if targets == "mean":
-        patches = torch.ones(1, tokens.count, dtype=tokens.dtype)
-        patches[:, : tokens.prefix] = 0
-        return _mask(tokens, patches)[0], ("mean of the patch tokens",)
-    if targets == "cls":
-        if not parts.has_cls:
-            raise ValueError("rollout: the model has no cls token; targets='mean' is what average pooling reads")
-        return _one(tokens, 0, "cls token")
-    if targets == "pool":
-        weights = over_tokens(parts.pool.weights(verify), tokens.prefix, tokens.count - tokens.prefix, parts.pool.path)
-        return weights.to(tokens.dtype), ("attention pooling",)
-    if _is_int(targets):
-        return _one(tokens, int(targets), f"token {targets}")
-    if isinstance(targets, tuple) and len(targets) == 2 and all(map(_is_int, targets)):
-        (row, column), (H, W) = targets, tokens.grid
-        if not (0 <= row < H and 0 <= column < W):
-            raise ValueError(f"rollout: the patch must lie on the {H} x {W} grid, got {targets}")
-        return _one(tokens, tokens.prefix + row * W + column, f"patch ({row}, {column})")
-    raise ValueError(f"rollout: targets must be {known}, got {got(targets)}")
 
 
 # ------------------------------------------------------------------------------------------------ the roll-out
@@ -177,7 +62,7 @@ def _check(start_layer, prefix, classes, targets) -> None:
         raise ValueError(f"rollout: start_layer must be an int of at least 0, got {got(start_layer)}")
     if classes is not None and not (isinstance(targets, str) and targets in ("hard", "soft")):
         raise ValueError("rollout: classes go with targets='hard' or 'soft'")
-    if classes is not None and not (isinstance(classes, (tuple, list, range)) and all(map(_is_int, classes))):
+    if classes is not None and not (isinstance(classes, (tuple, list, range)) and all(map(is_int, classes))):
         raise TypeError(f"rollout: classes must be ints in a list or tuple, or None, got {got(classes)}")
 
 
@@ -194,32 +79,61 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def _from_layer(records: list, start_layer: int, model: nn.Module) -> list:
+def _first(records: list, start_layer: int, model: nn.Module) -> int:
+    """Which record the attention layer ``start_layer`` is."""
     attending = [i for i, layer in enumerate(records) if layer.attends]
     if not attending:
-        raise ValueError(f"rollout: no attention layer ran in {type(model).__name__}; looked for {LOOKED_FOR}")
+        found = f"found {called_attention(model)}; looked for {LOOKED_FOR}"
+        raise ValueError(f"rollout: no attention layer ran in {type(model).__name__} that is known: {found}")
     if start_layer >= len(attending):
         raise ValueError(f"rollout: start_layer must be below the {len(attending)} attention layers, got {start_layer}")
-    return records[attending[start_layer] :]
+    return attending[start_layer]
 
 
-def _tokens_of(records: list, parts: Parts) -> _Tokens:
+def _tokens_of(records: list, host_pass: HostPass) -> OutputTokens:
     """Where the roll-out begins: the last layer's tokens."""
-    last = records[-1]
-    windowed = hasattr(last, "attention")
-    grid, prefix = (last.grid, 0) if windowed else (parts.grid(), parts.num_prefix_tokens)
-    tokens, expected = prefix + grid[0] * grid[1], last.tokens
-    for other in () if windowed else reversed(records):
-        if not other.attends:  # tokens that join on the way, a class token
-            expected -= other.count
-        elif other.tokens != expected:
-            found = f"{other.path} has {other.tokens} tokens and {last.path} {last.tokens}"
+    last, late = records[-1], sum(layer.count for layer in records if isinstance(layer, JoinLayer))
+    for before, after in itertools.pairwise(records):
+        if before.gives.total != after.reads.total:
+            found = f"{before.path} has {before.gives.total} tokens and {after.path} {after.reads.total}"
             raise ValueError(f"rollout: {found}: tokens are dropped, joined or added on the way")
-    if tokens != last.tokens:
-        found = f"{prefix} prefix tokens and a {grid[0]} x {grid[1]} grid are {tokens} tokens, the layers have {last.tokens}"
+    grid, prefix = last.gives.grid or host_pass.grid, host_pass.prefix + late
+    if prefix + grid[0] * grid[1] != last.gives.total:
+        tokens = prefix + grid[0] * grid[1]
+        found = f"{prefix} prefix tokens and a {grid[0]} x {grid[1]} grid are {tokens} tokens, the layers have {last.gives.total}"
         raise ValueError(f"rollout: {found} (give num_prefix_tokens=…; turn patch dropout off)")
-    x = last.attention if windowed else last.x
-    return _Tokens(prefix, grid, parts.batch, x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dtype, packed = torch.float64 if last.dtype == torch.float64 else torch.float32, host_pass.packed
+    return OutputTokens(prefix, late, grid, host_pass.batch, last.device, dtype, packed and packed.grids)
+
+
+def _pools(model: nn.Module, targets) -> list[PoolHead]:
+    """The pooling head that is asked for, or that may be what the maps are of."""
+    if isinstance(targets, str) and targets == "pool":
+        return [one_pool_head(model)]
+    found = pool_heads(model) if targets is None else []
+    return found if len(found) == 1 else []
+
+
+def _back(records: list, weights: Tensor, grid: tuple[int, int], options: Options, prefix: str) -> tuple[Tensor, Tensor]:
+    """(maps, what fell on no patch) of weights π (B, R, N), from the last layer to the first; ``records`` are used up on the way."""
+    loses, r = any(layer.loses for layer in records), weights
+    while records:
+        r = records.pop().back(r, options)
+    first = r.shape[-1] - grid[0] * grid[1]
+    maps = r[..., first:].unflatten(-1, grid)
+    on_prefix = r[..., :first].sum(-1) + (weights.sum(-1) - r.sum(-1) if loses else 0)
+    if prefix == "normalize":
+        total = maps.sum((2, 3), keepdim=True)
+        maps = maps / torch.where(total > 0, total, 1)
+    return maps, on_prefix
+
+
+def _back_alone(records: list, image: int, weights: Tensor, tokens: OutputTokens, options: Options, prefix: str) -> tuple[Tensor, Tensor]:
+    """The same of one packed image, without its padding."""
+    grid = tokens.grids[image]
+    count = tokens.prefix + grid[0] * grid[1]
+    alone = [layer.alone(image, count) for layer in records]
+    return _back(alone, weights[image : image + 1, :, :count], grid, options, prefix)
 
 
 def rollout(
@@ -234,15 +148,19 @@ def rollout(
     comes with a layer's call is kept, and such a layer's rows are computed in blocks of a fixed number of scores.
 
     Args:
-        model: of timm a ViT, DeiT, DINOv2, DINOv3, EVA, BEiT, PE, rope, relative position or parallel ViT, CaiT, NaFlexViT (images, not
-            packed patches), SAM, Swin (1 and 2); also after :func:`lifeops.convert`; a lifeops model; of transformers a
-            ViT, DeiT, DINOv2, DINOv3, BEiT, Data2Vec, SAM, Swin (1 and 2), the vision model of CLIP, SigLIP, BLIP, AIMv2. Any other that
-            attends in one of these ways is taken if it passes ``verify``. Windows are put back on the grid; merged patches share alike.
-        images: what the model takes, (B, channels, height, width), or a mapping of keyword arguments with "pixel_values".
+        model: of timm a ViT, DeiT, DINOv2, DINOv3, EVA, BEiT, PE, rope, relative position or parallel ViT, CaiT, NaFlexViT, MViTv2,
+            SAM, Swin (1 and 2); also after :func:`lifeops.convert`; a lifeops model; of transformers a ViT, DeiT, DINOv2, DINOv3, BEiT,
+            Data2Vec, SAM, Swin (1 and 2), EoMT, the vision model of CLIP, SigLIP (1 and 2), BLIP, AIMv2. Any other that attends in one of
+            these ways is taken if it passes ``verify``. Windows are put back on the grid; merged and pooled patches share alike.
+        images: what the model takes, (B, channels, height, width), or a mapping of keyword arguments with "pixel_values"; or packed
+            patches of several grids: NaFlexViT's {"patches", "patch_coord", "patch_valid"}, SigLIP 2's {"pixel_values",
+            "pixel_attention_mask", "spatial_shapes"}. Patches must come row by row, padding behind them and hidden from them; each image's
+            map is then what it is without padding and alone.
         targets: what π is.
-            "cls" (default if there is a cls token), "mean" (default else: the mean of the patch tokens), an int (a token of the
-            sequence), (row, column) (a patch);
-            "pool": the tokens as the model's attention pooling weighs them (timm's global_pool="map", SigLIP, AIMv2), mean over its heads;
+            "cls" (default if there is a cls token);
+            "pool" (default without one, if the output depends on such a head): the tokens as the model's attention pooling weighs them
+            (timm's global_pool="map", SigLIP, AIMv2), mean over its heads;
+            "mean" (default else): the mean of the patch tokens; an int (a token of the sequence); (row, column) (a patch);
             "hard": for each class the patch tokens predicted as it, alike; "soft": every patch token by its probability of the class;
             a tensor of weights (R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W): divided by their sums.
         classes: the classes of "hard" and "soft"; default: those that are predicted for at least one token of the batch. A class
@@ -271,25 +189,17 @@ def rollout(
     residual, discard_ratio = _check_options(head_fusion, residual, discard_ratio, "rollout")
     requested_backend("rollout", backend), check_flags("rollout", verify=verify)
     options = Options(head_fusion, residual, discard_ratio, backend)
-    parts = parts_of(model, images, num_prefix_tokens)
-    parts.pool = pool_head(model) if isinstance(targets, str) and targets == "pool" else None
+    host_pass = pass_of(model, images, num_prefix_tokens, _pools(model, targets))
     with _untouched(model):
         by_class = isinstance(targets, str) and targets in ("hard", "soft")
-        with recorded(model, parts if verify else None) as records, watched(parts, by_class), under("rollout"):
-            output = model(**images) if isinstance(images, Mapping) else model(images)
-        records = _from_layer(records, start_layer, model)
-        tokens = _tokens_of(records, parts)
-        weights, labels = _start(tokens, targets, classes, token_logits, parts, output, verify)
-        grid = next((layer.grid for layer in records[:1] if hasattr(layer, "attention")), tokens.grid)
-        windowed = any(hasattr(layer, "attention") for layer in records)
-        r = weights
-        while records:
-            r = records.pop().back(r, options)
-    first = r.shape[-1] - grid[0] * grid[1]  # fewer than tokens.prefix where a class token joins late
-    maps = r[..., first:].unflatten(-1, grid)
-    lost = weights.sum(-1) - r.sum(-1) if windowed or first < tokens.prefix else 0  # in the padding of windows, on what joined
-    on_prefix = r[..., :first].sum(-1) + lost
-    if prefix == "normalize":
-        total = maps.sum((2, 3), keepdim=True)
-        maps = maps / torch.where(total > 0, total, 1)
+        with recorded(model, host_pass, verify) as records, host_pass.watched(by_class), under("rollout"):
+            output = model(**images) if isinstance(images, Mapping) and "patches" not in images else model(images)
+        first = _first(records, start_layer, model)
+        tokens, records = _tokens_of(records, host_pass), records[first:]
+        weights, labels = begin(tokens, targets, classes, token_logits, host_pass, output, verify)
+        if tokens.grids is None:
+            maps, on_prefix = _back(records, weights, records[0].reads.grid or host_pass.grid, options, prefix)
+        else:
+            found = [_back_alone(records, image, weights, tokens, options, prefix) for image in range(tokens.batch)]
+            maps, on_prefix = tuple(m[0] for m, _ in found), torch.cat([p for _, p in found])
     return Rollout(maps, on_prefix, labels, weights, output)

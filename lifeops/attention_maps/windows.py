@@ -4,46 +4,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops import torchlib
+from lifeops.attention_maps.pass_check import PassCheck
+from lifeops.attention_maps.protocol import Options, Tokens
 from lifeops.hosts.attention import Kind, call_of
-from lifeops.hosts.heads import Call
-from lifeops.hosts.host import PARTS
-from lifeops.integrations.attention_check import merge_point
-from lifeops.integrations.pass_check import PassCheck
+from lifeops.hosts.heads import tokens_given
+from lifeops.hosts.projections import merge_point
+from lifeops.hosts.windows import Windows, by_window, grid_given
 from lifeops.ops.rollout_step import roll
 
 
-class Options(NamedTuple):
-    """How a layer's heads become one matrix: see :func:`lifeops.rollout_step`."""
-
-    head_fusion: str
-    residual: float
-    discard_ratio: float
-    backend: str | None
-
-
 class WindowLayer:
-    """Attention inside shifted windows of a grid: small matrices, (B * windows, h, n, n).
+    """Attention inside shifted windows of a grid: small matrices, (B * windows, h, n, n). ``padded_first``: see :class:`Windows`."""
 
-    ``padded_first``: the grid is padded to whole windows and then shifted (transformers), else the other way round (timm).
-    """
+    attends, loses = True, True  # what falls on padding is lost
 
-    attends = True
-
-    def __init__(self, block: nn.Module, grid: tuple[int, int], padded_first: bool = False):
-        self.grid, self.padded_first, self.attention = grid, padded_first, None
-        self.tokens = grid[0] * grid[1]
-        self.sizes(block)
-
-    def sizes(self, block: nn.Module) -> None:
-        sizes = block.window_size, getattr(block, "shift_size", 0)
-        self.window, self.shift = (tuple(n) if isinstance(n, (tuple, list)) else (n, n) for n in sizes)
+    def __init__(self, path: str, grid: tuple[int, int], sizes: tuple[tuple[int, int], tuple[int, int]], padded_first: bool = False):
+        self.path, self.grid, self.padded_first = path, grid, padded_first
+        self.window, self.shift = sizes
+        self.attention: Tensor | None = None
+        self.reads = self.gives = Tokens(0, grid)
 
     def _shifted(self, r: Tensor) -> Tensor:
         return r.roll((-self.shift[0], -self.shift[1]), (2, 3))
@@ -68,14 +53,23 @@ class WindowLayer:
         out = roll(own, self.attention.to(r.dtype), 0, *options[:3])
         return self._grid(out, len(r)).flatten(2)
 
+    @property
+    def device(self) -> torch.device:
+        return self.attention.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.attention.dtype
+
 
 class MergeLayer:
     """A 2 x 2 patch merging: a token's weight goes to its parts alike."""
 
-    attends = False
+    attends, loses = False, False
 
-    def __init__(self, grid: tuple[int, int]):
-        self.grid = grid
+    def __init__(self, path: str, grid: tuple[int, int]):
+        self.path, self.grid = path, grid
+        self.reads, self.gives = Tokens(0, grid), Tokens(0, (-(-grid[0] // 2), -(-grid[1] // 2)))
 
     def back(self, r: Tensor, options: Options) -> Tensor:
         H, W = self.grid
@@ -88,123 +82,95 @@ class MergeLayer:
 # ------------------------------------------------------------------------------------------------ recording
 
 
-def is_window_block(module: nn.Module) -> bool:
-    has = all(hasattr(module, name) for name in ("window_size", "shift_size", "attn"))
-    return has and isinstance(getattr(module.attn, "softmax", None), nn.Module)
-
-
-def _window_checks(records: list, path: str, block: nn.Module, check: PassCheck, seen: dict[str, Tensor]) -> list:
-    """Hooks that compare what the attention is given with the windows of the block's input, normed before (Swin) or after (Swin 2)."""
-
-    def attend(module, args):
-        check.windows(path, records[-1], args[0], seen.pop("normed", None), seen["x"])
-
-    def leave(module, args, output):
-        check.leave(seen.pop("x"), output)
-
-    hooks = [block.attn.register_forward_pre_hook(attend), block.register_forward_hook(leave)]
-    if isinstance(getattr(block, "norm1", None), nn.Module):
-        hooks.append(block.norm1.register_forward_hook(lambda module, args, output: seen.update(normed=output)))
-    return hooks
-
-
-@contextlib.contextmanager
-def window_hooks(records: list, path: str, block: nn.Module, check: PassCheck | None, handles: list) -> Iterator[None]:
-    """Takes the block's attention behind its softmax, which a fused kernel would skip."""
-    seen: dict[str, Tensor] = {}
-
-    def enter(module, args):
-        seen.clear()
-        records.append(WindowLayer(module, tuple(args[0].shape[1:3])))
-        if check is not None:
-            seen["x"] = args[0]
-            check.enter(path, module, args[0], 0)
-
-    def softmax(module, args, output):
-        records[-1].attention = output
-
-    handles += [block.register_forward_pre_hook(enter), block.attn.softmax.register_forward_hook(softmax)]
-    if check is not None:
-        handles += _window_checks(records, path, block, check, seen)
-    fused = getattr(block.attn, "fused_attn", None)
-    if fused:
-        block.attn.fused_attn = False
-    try:
-        yield
-    finally:
-        if fused:
-            block.attn.fused_attn = fused
-
-
-def is_merge(module: nn.Module) -> bool:
-    return type(module).__name__.endswith("PatchMerging") and hasattr(module, "reduction")
-
-
-def merge_hook(records: list):
-    """Notes the grid of a merging's maps (timm), or the one it is called with beside its tokens (transformers)."""
+def merge_hook(records: list, path: str):
+    """Notes the grid of what is merged."""
 
     def enter(module, args, kwargs):
-        x = args[0] if args else kwargs["input_feature"]
-        records.append(MergeLayer(tuple(x.shape[1:3]) if x.dim() == 4 else _dimensions(args, kwargs)))
+        records.append(MergeLayer(path, grid_given(args, kwargs)))
 
     return enter
 
 
-# ------------------------------------------------------------------------------------------------ windows read from the call
+@contextlib.contextmanager
+def _unfused(attention: nn.Module) -> Iterator[None]:
+    """A fused kernel would skip the softmax."""
+    fused = getattr(attention, "fused_attn", None)
+    if fused:
+        attention.fused_attn = False
+    try:
+        yield
+    finally:
+        if fused:
+            attention.fused_attn = fused
 
 
-def _dimensions(args: tuple, kwargs: dict) -> tuple[int, int]:
-    return tuple(int(n) for n in (args[1] if len(args) > 1 else kwargs["input_dimensions"]))
+class _Recorder:
+    """The hooks on one block; ``kind``: how its attention is read, None where a softmax shows it."""
 
+    def __init__(self, records: list, path: str, windows: Windows, kind: Kind | None, check: PassCheck | None):
+        self.records, self.path, self.windows, self.kind, self.check = records, path, windows, kind, check
+        self.seen: dict[str, Tensor] = {}
 
-def window_attention(block: nn.Module) -> nn.Module | None:
-    """The module that is given windows in a block of transformers' Swin or of either library's SAM; None if it is no such block."""
-    shift = getattr(block, "shift_size", None)
-    if not isinstance(getattr(block, "window_size", None), int) or not block.window_size:
-        return None
-    attention = getattr(block, "attn", None) if shift is None else getattr(block, "attention", None)
-    inner = getattr(attention, "self", attention)
-    return inner if isinstance(inner, nn.Module) else None
+    def enter(self, module, args, kwargs) -> None:
+        x = tokens_given(args, kwargs)
+        self.seen.clear()
+        self.seen["x"] = x
+        self.records.append(WindowLayer(self.path, grid_given(args, kwargs), self.windows.sizes, self.windows.padded_first))
+        if self.check is not None:
+            self.check.enter(self.path, module, x)
 
+    def normed(self, module, args, output) -> None:
+        self.seen.setdefault("normed", output)
 
-def _by_window(call: Call) -> Call:
-    """The mask (windows, n, n) of an image for every image."""
-    mask = call.given.get("attention_mask")
-    if mask is None:
-        return call
-    return call._replace(given={**call.given, "attention_mask": mask.repeat(len(call.x) // len(mask), 1, 1)[:, None]})
+    def attend(self, module, args, kwargs) -> None:
+        layer, x = self.records[-1], tokens_given(args, kwargs)
+        layer.window, layer.shift = self.windows.sizes
+        if self.kind is not None:
+            x = self._read(layer, module, args, kwargs)
+        if self.check is not None:
+            found = (self.seen.get("normed"), self.seen["x"])
+            maps = [None if t is None else t.unflatten(1, layer.grid) if t.dim() == 3 else t for t in found]
+            self.check.windows(self.path, layer, x, *maps)
 
-
-def hook_windows(records: list, path: str, block: nn.Module, kind: Kind, check: PassCheck | None, handles: list) -> None:
-    """The attention of every window is computed again from what the attention module is given, as the pass goes."""
-    attention, seen = window_attention(block), {}
-
-    def enter(module, args, kwargs):
-        seen.clear()
-        seen["x"] = args[0] if args else kwargs["hidden_states"]
-        maps = seen["x"].dim() == 4
-        records.append(WindowLayer(module, tuple(seen["x"].shape[1:3]) if maps else _dimensions(args, kwargs), padded_first=True))
-        if check is not None:
-            check.enter(path, module, seen["x"], 0)
-
-    def attend(module, args, kwargs):
-        layer, call = records[-1], _by_window(call_of("rollout", path, kind, module, args, kwargs))
-        layer.sizes(block)  # a block makes its window smaller for a small grid
-        with contextlib.nullcontext() if check is None else check.watch.quiet(), torchlib.without_autocast(call.x):
-            heads = kind.read(call, False)
+    def _read(self, layer: WindowLayer, module, args, kwargs) -> Tensor:
+        """The attention of every window is computed again, as the pass goes."""
+        call = by_window(call_of("rollout", self.path, self.kind, module, args, kwargs))
+        with contextlib.nullcontext() if self.check is None else self.check.watch.quiet(), torchlib.without_autocast(call.x):
+            heads = self.kind.read(call, False)
             layer.attention = heads.weights(heads.scores(slice(None)))
-        if check is not None:
-            check.begin(path, call, kind.read)
-            maps = [None if t is None else t.unflatten(1, layer.grid) if t.dim() == 3 else t for t in (seen.get("normed"), seen["x"])]
-            check.windows(path, layer, call.x, *maps)
+        if self.check is not None:
+            self.check.begin(self.path, call, self.kind.read)
+        return call.x
 
-    handles += [block.register_forward_pre_hook(enter, with_kwargs=True), attention.register_forward_pre_hook(attend, with_kwargs=True)]
-    if check is not None:
-        norm = next(m for m in (getattr(block, name, None) for name in PARTS["norm1"]) if m is not None)
-        handles += [
-            norm.register_forward_hook(lambda module, args, output: seen.setdefault("normed", output)),
-            attention.register_forward_hook(lambda module, args, output: check.end(module, output)),
-            block.register_forward_hook(lambda module, args, output: check.leave(seen.pop("x"), output)),
-        ]
-        if (point := merge_point(attention)) is not None:
-            handles.append(point.register_forward_pre_hook(check.merged))
+    def softmax(self, module, args, output) -> None:
+        self.records[-1].attention = output
+
+    def leave(self, module, args, output) -> None:
+        self.check.leave(self.seen.pop("x"), output)
+
+    def hooks(self) -> list:
+        windows, attention, check = self.windows, self.windows.attention, self.check
+        handles = [windows.block.register_forward_pre_hook(self.enter, with_kwargs=True)]
+        handles.append(attention.register_forward_pre_hook(self.attend, with_kwargs=True))
+        if self.kind is None:
+            handles.append(windows.softmax.register_forward_hook(self.softmax))
+        if check is None:
+            return handles
+        handles.append(windows.block.register_forward_hook(self.leave))
+        if windows.norm is not None:
+            handles.append(windows.norm.register_forward_hook(self.normed))
+        if self.kind is not None:
+            handles.append(attention.register_forward_hook(lambda module, args, output: check.end(module, output)))
+            if (point := merge_point(attention)) is not None:
+                handles.append(point.register_forward_pre_hook(check.merged))
+        return handles
+
+
+@contextlib.contextmanager
+def window_hooks(records: list, path: str, windows: Windows, kind: Kind | None, check: PassCheck | None) -> Iterator[None]:
+    """Records the runs of a block with windows while it is open."""
+    with contextlib.ExitStack() as stack:
+        if kind is None:
+            stack.enter_context(_unfused(windows.attention))
+        stack.callback(lambda handles: [handle.remove() for handle in handles], _Recorder(records, path, windows, kind, check).hooks())
+        yield

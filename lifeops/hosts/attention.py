@@ -17,12 +17,14 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias
+from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias, tokens_given
+from lifeops.hosts.pooled import POOLED, matches, read
 from lifeops.hosts.projections import SEPARATE, heads_of, thirds
 
 LOOKED_FOR = (
     "attention with qkv and num_heads (timm, lifeops), q_proj/k_proj or query/key and num_heads or num_attention_heads (timm,"
-    " transformers), qkv_heads (LIFE), q/k/v for a class token (CaiT), in_proj and in_split (parallel MLP), or Swin blocks"
+    " transformers), qkv_heads (LIFE), q/k/v for a class token (CaiT), in_proj and in_split (parallel MLP), pool_q/k/v (MViTv2), or Swin"
+    " blocks"
 )
 
 
@@ -124,6 +126,7 @@ KINDS = (
     Kind("LIFE", lambda m: hasattr(m, "qkv_heads"), frozenset(), (), _read_life),
     Kind("talking heads", lambda m: _holds(m, "qkv", "proj_l", "proj_w") and _counts_heads(m),
          frozenset({"qkv", "proj_l", "proj_w", "proj", "attn_drop", "proj_drop"}), (), _read_talking),
+    Kind("pooled", lambda m: matches(m) and _holds(m, "qkv") and _counts_heads(m), POOLED, (), read),
     Kind("fused", lambda m: _holds(m, "qkv") and _counts_heads(m),
          frozenset({"qkv", "q_bias", "v_bias", "projection", *_OUT}), (*MASKS, *ROTATIONS), _read_fused),
     Kind("cosine", lambda m: _holds(m, "query", "key", "value", "continuous_position_bias_mlp") and _counts_heads(m),
@@ -153,10 +156,21 @@ def kind_of(op: str, path: str, module: nn.Module) -> Kind | None:
     return kind
 
 
+def attentions(block: nn.Module) -> list[nn.Module]:
+    """Those that stand side by side in a parallel block."""
+    lists = [getattr(block, name, None) for name in ("attns", "ffns")]
+    return list(block.attns) if all(isinstance(found, nn.ModuleList) and len(found) > 1 for found in lists) else []
+
+
+def side_by_side(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The parallel blocks (ParallelThingsBlock) by the modules of their attentions."""
+    return {part: block for block in model.modules() for attn in attentions(block) for part in attn.modules()}
+
+
 # ------------------------------------------------------------------------------------------------ a call
 
 
-def _arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """The arguments of a call by name, the first (the tokens) left out."""
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
@@ -175,16 +189,18 @@ def _tensors(value) -> bool:
 
 def call_of(op: str, path: str, kind: Kind, module: nn.Module, args: tuple, kwargs: dict) -> Call:
     """What a run of a layer was given, from its pre-hook. ValueError for tensors beside the tokens that are not known."""
-    x = args[0] if args else kwargs.get("hidden_states")
+    x = tokens_given(args, kwargs)
     if not isinstance(x, Tensor) or x.dim() not in (3, 4):
         found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{op}: {path} is given {found}, looked for tokens (B, N, C) or (B, H, W, C)")
-    given = _arguments(module, args, kwargs)
+    given = arguments(module, args, kwargs)
     beside = [name for name, value in given.items() if (_tensors(value) and name not in kind.given) or (name == "is_causal" and value)]
     if beside:
         raise ValueError(f"{op}: {path} was called with {', '.join(beside)} beside the tokens, which is not known")
     if kind.name == "LIFE":
         return Call(module, x, _life_grid(module, given), {})
+    if kind.name == "pooled":
+        return Call(module, x, tuple(int(n) for n in given["feat_size"]), {})
     if x.dim() == 3 and getattr(module, "rel_pos_h", None) is not None:
         found = f"has relative positions of rows and columns and is given {tuple(x.shape)}"
         raise ValueError(f"{op}: {path} {found}, looked for maps (B, H, W, C)")

@@ -29,11 +29,12 @@ class Description:
         where = f" at {h.path}" if h.path else ""
         prefix = "an unknown number of" if h.prefix is None else h.prefix
         behind = f", {h.suffix} behind them" if h.suffix else ""
+        late = f"; {h.late} join in front of all behind the first blocks{' (class token)' if h.late_cls else ''}" if h.late else ""
         stages = f" in {len(h.blocks_path)} stages" if h.staged else ""
         lines = [
             f"{type(h.trunk).__name__} of {h.library}{where}",
             f"  patches: {h.embed_path} ({type(h.embed).__name__})",
-            f"  tokens before the patches: {prefix}{' (class token first)' if h.has_cls else ''}{behind}",
+            f"  tokens before the patches: {prefix}{' (class token first)' if h.has_cls else ''}{behind}{late}",
             f"  {len(h.blocks)} blocks{stages}: {', '.join(h.blocks_path)}",
             *(f"    {count} x {kind}" for kind, count in Counter(map(_block, h.blocks)).items()),
         ]

@@ -8,8 +8,8 @@ from lifeops.hosts import timm, transformers
 from lifeops.hosts.host import Host
 
 
-def find_host(op: str, model: nn.Module) -> Host:
-    """The outermost part of ``model`` that an entry knows.
+def find_host(op: str, model: nn.Module, blocks: bool = True) -> Host:
+    """The outermost part of ``model`` that an entry knows; ``blocks=False``: for who does without a list of blocks.
 
     Raises ValueError, in the words of ``op``, with what was found and what was looked for.
     """
@@ -17,8 +17,10 @@ def find_host(op: str, model: nn.Module) -> Host:
     for path, module in model.named_modules():
         for library in (timm, transformers):
             host = library.read(path, module)
-            if isinstance(host, Host):
+            if isinstance(host, Host) and (host.blocks or not blocks):
                 return host
+            if isinstance(host, Host):
+                host = f"{type(module).__name__} has {host.embed_path}, and no list of blocks called {', '.join(library.LISTS)}"
             found += [] if host is None else [host]
     why = "; ".join(dict.fromkeys(found)) or f"it holds {_held(model)}"
     raise ValueError(f"{op}: {type(model).__name__} is not a known ViT ({why}); looked for {timm.LOOKED_FOR}, or {transformers.LOOKED_FOR}")

@@ -13,12 +13,16 @@ from lifeops.nn.rotary import rotate
 from lifeops.ops.channel.act import accumulate_dtype
 
 MASKS = ("attn_mask", "attention_mask", "shared_rel_pos_bias", "shared_rel_pos", "relative_position_bias")  # added to the scores
+_TOKENS = ("x", "hidden_states", "input_feature")
 ROTATIONS = ("rope", "position_embeddings")
 Bias = Callable[[slice | Tensor], Tensor]  # some query rows to (b or 1, h or 1, n or 1, N)
 
 
 class Heads(NamedTuple):
-    """What a layer attends with: q (b, h, n, d), k and v (b, h, N, d); ``mix``: what mixes the heads before and behind the softmax."""
+    """What a layer attends with: q (b, h, n, d), k and v (b, h, N, d); ``mix``: what mixes the heads before and behind the softmax.
+
+    ``plus_q``: q is added to what is attended.
+    """
 
     q: Tensor
     k: Tensor
@@ -26,6 +30,7 @@ class Heads(NamedTuple):
     scale: float | None
     bias: tuple[Bias, ...] = ()
     mix: tuple[nn.Linear, nn.Linear] | None = None
+    plus_q: bool = False
 
     @property
     def plain(self) -> bool:
@@ -53,6 +58,11 @@ def _mixed(linear: nn.Linear, heads: Tensor) -> Tensor:
     return mixed if linear.bias is None else mixed + linear.bias.to(heads.dtype)[:, None, None]
 
 
+def tokens_given(args: tuple, kwargs: dict):
+    """What an attention, a block or a merging is called with first."""
+    return args[0] if args else next((kwargs[name] for name in _TOKENS if name in kwargs), None)
+
+
 class Call(NamedTuple):
     """One run of a layer: its tokens x (B, N, C), the grid (LIFE, tokens that come as maps), the named arguments beside x."""
 
@@ -66,10 +76,33 @@ class Call(NamedTuple):
         pick = lambda t: t[images] if isinstance(t, Tensor) and t.dim() == 4 and t.shape[0] == B else t  # noqa: E731
         return self._replace(x=self.x[images], given={name: pick(value) for name, value in self.given.items()})
 
+    def alone(self, op: str, path: str, image: int, count: int) -> Call:
+        """Of one image, of which the first ``count`` tokens are there and the rest is padding. ValueError if these attend to padding."""
+        N, given = self.x.shape[1], {}
+        masks = [name for name in MASKS if isinstance(self.given.get(name), Tensor)]
+        own = lambda t: t[image : image + 1] if t.dim() == 4 and len(t) == len(self.x) else t  # noqa: E731
+        hidden = [_hides(own(self.given[name]), count) for name in masks]
+        if count < N and not any(hidden):
+            raise ValueError(f"{op}: {path} attends to the padding of image {image}: no mask of its call hides tokens {count} to {N - 1}")
+        for name, value in self.given.items():
+            if name in masks:
+                kept = own(value)[..., : 1 if value.shape[-2] == 1 else count, :count]
+                value = kept if additive(kept).any() else None
+            elif name in ROTATIONS and value is not None:
+                value = own(value)[..., : count - N + value.shape[-2], :]
+            given[name] = value
+        return self._replace(x=self.x[image : image + 1, :count], given=given)
+
     def tensors(self) -> list[Tensor]:
         """Everything that a later reading needs unchanged."""
         beside = [t for value in self.given.values() for t in (value if isinstance(value, (tuple, list)) else (value,))]
         return [self.x, *(t for t in beside if isinstance(t, Tensor))]
+
+
+def _hides(mask: Tensor, count: int) -> bool:
+    """Whether the mask (…, n or 1, N) hides the keys from ``count`` on from every query before them."""
+    mask = additive(mask)
+    return bool((mask[..., : 1 if mask.shape[-2] == 1 else count, count:] <= torch.finfo(mask.dtype).min / 2).all())
 
 
 # ------------------------------------------------------------------------------------------------ rotation

@@ -54,7 +54,9 @@ class Host(NamedTuple):
 
     ``embed``: the patch embedding, at ``embed_path`` inside ``trunk``. ``prefix``: how many tokens come before the patches in the blocks;
     None where the model does not say it. ``suffix``: how many come behind them. ``has_cls``: the first prefix token is a class token.
-    ``blocks_path``: of the blocks' list inside ``trunk``; the lists of several stages have one each.
+    ``blocks_path``: of the blocks' list inside ``trunk``, of several stages one each; none where no list of blocks is known.
+    ``late``: how many tokens join in front of all others behind the first blocks; ``late_cls``: they are a class token. ``teller_path``: of
+    the module whose output tells the grid of a pass, where that is not the patch embedding.
     """
 
     library: str
@@ -66,10 +68,17 @@ class Host(NamedTuple):
     has_cls: bool
     blocks_path: tuple[str, ...]
     blocks: list[Block]
+    late: int = 0
+    late_cls: bool = False
+    teller_path: str | None = None
 
     @property
     def embed(self) -> nn.Module:
         return self.trunk.get_submodule(self.embed_path)
+
+    @property
+    def teller(self) -> nn.Module:
+        return self.embed if self.teller_path is None else self.trunk.get_submodule(self.teller_path)
 
     @property
     def grid(self) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""The layers of an attention that make q, k and v, and what it calls its heads and its output, in timm and transformers."""
+"""The layers of an attention that make q, k and v, and what it does with what its heads give, in timm and transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 PROJ = ("proj", "o_proj", "out_proj")
 """What the output projection is called."""
+_JOINING = (*PROJ, "attn_out_proj", "projection", "projection_layer")  # and beside an MLP, in Swin and SAM of transformers, in BEiT
 SEPARATE = ("q_proj", "k_proj", "v_proj")
 BIASES = ("q_bias", "k_bias", "v_bias")  # added to a joint projection without one (BEiT)
 
@@ -31,3 +32,32 @@ def projected(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     """q, k and v (B, N, C) for the tokens x (B, N, C), before norms and positions."""
     layers = projections(attn)
     return thirds(attn, x) if len(layers) == 1 else tuple(layer(x) for _, layer in layers)
+
+
+# ------------------------------------------------------------------------------------------------ behind the heads
+
+
+def joining(attn: nn.Module) -> nn.Module | None:
+    """The layer that joins the heads."""
+    return next((m for m in (getattr(attn, name, None) for name in _JOINING) if isinstance(m, nn.Module)), None)
+
+
+def merge_point(attn: nn.Module) -> nn.Module | None:
+    """The module that is given the heads' joined outputs. None if there is none, or if a hook on it would change what runs."""
+    if hasattr(attn, "fused_layers"):
+        return None
+    norm = getattr(attn, "norm", None)
+    return norm if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else joining(attn)
+
+
+def gated(attn: nn.Module, heads: Tensor, x: Tensor) -> Tensor:
+    """What the merge point is given: the heads' joined outputs of the tokens x, times their gate where there is one before it."""
+    gate = getattr(attn, "gate", None)
+    if isinstance(gate, nn.Module) and merge_point(attn) is not getattr(attn, "norm", None):
+        return heads * gate(x).sigmoid()
+    return heads
+
+
+def of_heads(attn: nn.Module, tokens: Tensor, channels: int) -> Tensor:
+    """The heads' part of what the merge point was given: where it also projects an MLP, it comes first."""
+    return tokens[..., :channels] if hasattr(attn, "in_split") else tokens

@@ -11,7 +11,7 @@ from lifeops.hosts.host import Host, block_of, pair
 LOOKED_FOR = "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers"
 
 EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
-_LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
+LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
 CLS = ("cls_token", "class_embedding")
 _PREFIX = (*CLS, "distillation_token", "register_tokens")
 _SUFFIX = ("detection_tokens",)
@@ -25,7 +25,7 @@ ORDERS = dict.fromkeys(_PRE, "pre")
 
 def _list(trunk: nn.Module) -> str | None:
     """Where the layers are: directly, or inside an encoder."""
-    for name in _LISTS:
+    for name in LISTS:
         found = trunk
         for part in name.split("."):
             found = getattr(found, part, None)
@@ -52,12 +52,12 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
     if name is None:
         return None
     layers = _list(trunk)
-    if layers is None:
-        return f"{type(trunk).__name__} has embeddings.{name}, and no list of layers called {', '.join(_LISTS)}"
-    blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers))]
+    lists = () if layers is None else (layers,)
+    blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers) if lists else ())]
+    late = getattr(getattr(trunk, "query", None), "num_embeddings", 0)  # EoMT
     has_cls = any(getattr(embeddings, n, None) is not None for n in CLS)
     counts = prefix_of(embeddings), _count(embeddings, _SUFFIX)
-    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, (layers,), blocks)
+    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, lists, blocks, late)
 
 
 def resized_positions(host: Host | None, grid: tuple[int, int]) -> Callable[[], Tensor] | None:

@@ -132,7 +132,7 @@ def run(model: nn.Module, image: Tensor, seen: Pass, embed: nn.Module | None) ->
             stack.enter_context(forward_of(embed, embedded))
         with watch:
             model.forward(image)
-    for event in (e for e in watch.attended if e.queries > 1):
+    for event in (e for e in watch.events if e.queries > 1):
         raise ValueError(f"{OP}: {event.path} attends or mixes tokens in a way that is not known: {event.what}; it would be left as it is")
     return place
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from lifeops import torchlib
 from lifeops.hosts.heads import Heads
+from lifeops.hosts.projections import gated, joining, of_heads
 
 ROWS, IMAGES = 8, 2  # O(N) memory and a small part of the layer's time
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 _TF32 = 5e-3
-_OUT = ("proj", "o_proj", "out_proj", "attn_out_proj", "projection", "projection_layer")  # what joins the heads
 
 
 class Rows(NamedTuple):
@@ -60,7 +60,8 @@ def attended_by(heads: Heads, images: list[int]) -> Rows:
     with torchlib.without_autocast(q):
         index = torch.linspace(0, q.shape[2] - 1, min(q.shape[2], ROWS)).round().long().unique().to(q.device)
         scores = heads.scores(index)
-        values = (heads.weights(scores) @ v.to(scores.dtype)).transpose(1, 2).flatten(2)
+        values = heads.weights(scores) @ v.to(scores.dtype)
+        values = (values + q[:, :, index] if heads.plus_q else values).transpose(1, 2).flatten(2)
     largest = scores.abs().nan_to_num(0, 0, 0).max().item() if scores.numel() else 0.0
     return Rows(values, images, index, _tolerance(q.dtype, q.device, largest), q.shape[2])
 
@@ -75,15 +76,6 @@ def off(real: Tensor, expected: Tensor) -> float:
         return 0.0
     difference = (real - expected)[both].abs().max()
     return (difference / real[both].abs().maximum(expected[both].abs()).max().clamp_min(1e-300)).item()
-
-
-def merge_point(module: nn.Module) -> nn.Module | None:
-    """The module that is given the heads' joined outputs. None if there is none, or if a hook on it would change what runs."""
-    if hasattr(module, "fused_layers"):
-        return None
-    norm = getattr(module, "norm", None)
-    names = ("norm",) if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else _OUT
-    return next((m for m in (getattr(module, name, None) for name in names) if isinstance(m, nn.Module)), None)
 
 
 def drops(module: nn.Module) -> bool:
@@ -102,21 +94,16 @@ class LayerCheck:
         self.path, self.module, self.rows, self.x, self.done = path, module, rows, x, False
 
     def merged(self, tokens: Tensor) -> None:
-        """Compare with what the merge point is given: where it also projects an MLP, the attention's part comes first."""
-        expected, gate = self.rows.values, getattr(self.module, "gate", None)
-        if isinstance(gate, nn.Module) and merge_point(self.module) is not getattr(self.module, "norm", None):
-            expected = expected * gate(self.rows.of(self.x)).sigmoid()
-        if hasattr(self.module, "in_split"):
-            tokens = tokens[..., : expected.shape[-1]]
-        self._compare(tokens, expected, "what its heads give")
+        """Compare with what the merge point is given."""
+        expected = gated(self.module, self.rows.values, self.rows.of(self.x))
+        self._compare(of_heads(self.module, tokens, expected.shape[-1]), expected, "what its heads give")
 
     def ended(self, output) -> None:
         """Compare with what the layer gives, if nothing was compared before."""
         if self.done:
             return
         output, expected = output[0] if isinstance(output, (tuple, list)) else output, self.rows.values
-        proj = next((m for m in (getattr(self.module, n, None) for n in _OUT) if isinstance(m, nn.Module)), None)
-        if proj is not None:
+        if (proj := joining(self.module)) is not None:
             dtype = next((p.dtype for p in proj.parameters() if p.is_floating_point()), expected.dtype)
             expected = proj(expected.to(dtype))
         self._compare(output, expected, "its output")

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 _MARKS, _NONE = "_lifeops_marks", frozenset()
-EMBEDDED = -1  # the mark of what the patch embedding gave
+EMBEDDED, POOLED = -1, -2  # the marks of what the patch embedding gave, and a pooling head
 _SOFTMAX = ("_softmax", "_safe_softmax")
 _PRODUCTS = ("bmm", "baddbmm", "mm", "addmm")
 _MOVES = ("gather", "index_select", "index", "roll", "flip", "masked_select", "scatter", "index_put", "index_put_", "sort", "topk")
@@ -40,12 +40,16 @@ def _tensors(values) -> list[Tensor]:
 
 
 class Event(NamedTuple):
-    """``what`` ran in the module at ``path``. ``square``: as many queries as keys, each attending by a softmax."""
+    """``what`` ran in the module at ``path``; what depends on it bears ``mark``. ``square``: as many queries as keys, each attending by a
+    softmax. ``moves``: it moves tokens, else it attends or mixes them.
+    """
 
     what: str
     path: str
+    mark: int
     square: bool = False
     queries: int = 0
+    moves: bool = False
 
 
 class Watch(TorchDispatchMode):
@@ -54,8 +58,8 @@ class Watch(TorchDispatchMode):
     def __init__(self, names: dict[int, str], known: set[int]):
         super().__init__()
         self.names, self.known = names, known
-        self.attended: list[Event] = []  # outside of the layers, since the last one
-        self.moved: list[Event] = []
+        self.events: list[Event] = []  # outside of the layers
+        self.noted = 0
         self.shadows: dict[int, tuple[Tensor, Tensor]] = {}
         self.lost: str | None = None  # the operator at which the shadows could not be followed
         self.paused = False
@@ -80,8 +84,12 @@ class Watch(TorchDispatchMode):
         return marks if owner is self else _NONE
 
     def mark(self, t: Tensor, marks: frozenset[int] | set[int]) -> None:
+        self.remark(t, self.marks(t) | marks)
+
+    def remark(self, t: Tensor, marks: frozenset[int] | set[int]) -> None:
+        """``t`` depends on these and nothing else."""
         with contextlib.suppress(NotImplementedError, RuntimeError):  # see marks: what reads it finds no layer before it, which is refused
-            setattr(t.untyped_storage(), _MARKS, (self, self.marks(t) | marks))
+            setattr(t.untyped_storage(), _MARKS, (self, marks))
 
     # -------------------------------------------------------------------------------------------- operators
 
@@ -95,37 +103,41 @@ class Watch(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = _tensors((out,))
         if marks:
-            self._notice(func, args, tensors)
+            marks |= self._notice(func, args, tensors)
             for t in outputs:
                 self.mark(t, marks)
         if shadowed is not None:
             self._shadow(func, outputs, *shadowed)
         return out
 
-    def _notice(self, func, args, tensors) -> None:
+    def _notice(self, func, args, tensors) -> set[int]:
+        """The mark of what ran, if it is to be noted."""
         name = func._schema.name.rpartition("::")[2]
         first = tensors[0]
         if "attention" in name and first.dim() == 4 and len(tensors) > 1:
-            self._add(self.attended, name, first.shape[-2] == tensors[1].shape[-2] > 1, first.shape[-2])
-        elif name in _SOFTMAX and first.dim() >= 3 and args[1] % first.dim() == first.dim() - 1:
+            return self._add(name, first.shape[-2] == tensors[1].shape[-2] > 1, first.shape[-2])
+        if name in _SOFTMAX and first.dim() >= 3 and args[1] % first.dim() == first.dim() - 1:
             if first.shape[-1] == first.shape[-2] > 1:
-                self._add(self.attended, "softmax over a square", True, first.shape[-2])
+                return self._add("softmax over a square", True, first.shape[-2])
         elif name in _PRODUCTS and all(self.marks(t) for t in tensors[-2:]):
-            self._add(self.attended, "a product of two activations", False, tensors[-2].shape[-2])
+            return self._add("a product of two activations", queries=tensors[-2].shape[-2])
         elif name in _MOVES and first.dim() >= 3 and self.marks(first):
-            self._add(self.moved, name)
+            return self._add(name, moves=True)
+        return set()
 
-    def _add(self, events: list[Event], what: str, square: bool = False, queries: int = 0) -> None:
+    def _add(self, what: str, square: bool = False, queries: int = 0, moves: bool = False) -> set[int]:
         """Note it with the innermost module that runs, unless a known one runs it."""
         frame, path = sys._getframe(2), None
         while frame is not None:
             owner = frame.f_locals.get("self") if frame.f_code.co_argcount else None
             if isinstance(owner, nn.Module):
                 if id(owner) in self.known:
-                    return
+                    return set()
                 path = self.names.get(id(owner)) if path is None else path
             frame = frame.f_back
-        events.append(Event(what, path or "the model itself", square, queries))
+        self.noted += 1
+        self.events.append(Event(what, path or "the model itself", POOLED - self.noted, square, queries, moves))
+        return {self.events[-1].mark}
 
     # -------------------------------------------------------------------------------------------- shadows
 

@@ -50,6 +50,12 @@ class Place:
             self.watch.follow(x, x.masked_fill(mask if first else mask[..., None], float("nan")))
             self.watch.mark(x, {EMBEDDED})
 
+    def follow(self, x: Tensor, prefix: int) -> None:
+        """Follow the same patches on from ``x`` (B, N, C), where they come behind ``prefix`` tokens."""
+        with self.watch.quiet():
+            mask = torch.nn.functional.pad(self.mask, (prefix, 0))
+            self.watch.follow(x, x.masked_fill(mask[:, None], float("nan")))
+
     def check(self, path: str, x: Tensor, prefix: int, grid: tuple[int, int]) -> None:
         """Raise unless in ``x``, which ``path`` reads, the patches of ``grid`` come in order behind ``prefix`` tokens, and nothing more."""
         if self.mask is None:

@@ -11,12 +11,19 @@ Grid = tuple[int, int]
 
 
 def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor) -> Grid:
-    """(H, W) of what a patch embedding gave out: maps tell it, timm's and lifeops' flat tokens come from one that says it."""
+    """(H, W) of what a patch embedding gave out: maps tell it, flat tokens come beside it or from one that says it."""
+    if isinstance(output, (tuple, list)) and isinstance(output[1], (tuple, list)):  # Swin of transformers, MViT
+        return _ints(output[1])
+    output = output[0] if isinstance(output, (tuple, list)) else output
     if output.dim() == 4:  # dynamic_img_size
         grid = output.shape[2:4] if geometry.channels_first(embed, output) else output.shape[1:3]
     else:
         grid = _flat_grid(embed, args, output)
-    # torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones
+    return _ints(grid)
+
+
+def _ints(grid) -> Grid:
+    """torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones."""
     return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in grid)
 
 

@@ -89,24 +89,36 @@ def discard(rows: torch.Tensor, discard_ratio: float) -> torch.Tensor:
     return rows.masked_fill(rows < threshold, 0)
 
 
+def shares(own, attention, head_fusion, residual, discard_ratio):
+    """Of some rows of a layer, attention (B, h, n, N), and their weights own (B, R, n): own over the sums of the rows of Â, and what they
+    give to the keys, (1 - residual) own F (B, R, N).
+    """
+    rows = discard(fuse(attention, head_fusion), discard_ratio)
+    if head_fusion != "mean" or discard_ratio > 0:
+        own = own / ((1 - residual) * rows.sum(-1) + residual).clamp_min(_LEAST[own.dtype])[:, None]
+    return own, (1 - residual) * (own @ rows)
+
+
 def roll(r, attention, first, head_fusion, residual, discard_ratio):
     """What the rows ``first``, ``first`` + 1, … of a layer add to r Â: r (B, R, N), attention (B, h, n, N)."""
-    rows = discard(fuse(attention, head_fusion), discard_ratio)
-    own = r[..., first : first + rows.shape[1]]
-    if head_fusion != "mean" or discard_ratio > 0:
-        own = own / ((1 - residual) * rows.sum(-1) + residual).clamp_min(_LEAST[r.dtype])[:, None]
-    out = (1 - residual) * (own @ rows)
-    out[..., first : first + rows.shape[1]] += residual * own
+    rows = slice(first, first + attention.shape[2])
+    own, out = shares(r[..., rows], attention, head_fusion, residual, discard_ratio)
+    out[..., rows] += residual * own
     return out
+
+
+def blocks(count, scores):
+    """``count`` rows of ``scores`` scores each, as many of them at a time as the reference holds."""
+    block = max(1, _BLOCK // max(1, scores))
+    return (slice(first, first + block) for first in range(0, count, block))
 
 
 def roll_blocks(r, heads, attend, head_fusion, residual, discard_ratio):
     """r Â, a block of queries at a time: attend(rows) gives their attention (B, h, n, N)."""
     (B, _, N), out = r.shape, torch.zeros_like(r)
-    block, wanted = max(1, _BLOCK // max(1, B * heads * N)), (r != 0).any(1)[:, None, :, None]
-    for first in range(0, N, block):
-        rows = slice(first, first + block)
-        out += roll(r, torch.where(wanted[:, :, rows], attend(rows), 0), first, head_fusion, residual, discard_ratio)
+    wanted = (r != 0).any(1)[:, None, :, None]
+    for rows in blocks(N, B * heads * N):
+        out += roll(r, torch.where(wanted[:, :, rows], attend(rows), 0), rows.start, head_fusion, residual, discard_ratio)
     return out
 
 

@@ -9,55 +9,69 @@ from collections import Counter
 
 from torch import Tensor, nn
 
+from lifeops.attention_maps.host_pass import HostPass
 from lifeops.integrations.attention_check import LayerCheck, attended_by, drops, off, some_images
-from lifeops.integrations.pass_watch import Watch
+from lifeops.integrations.pass_watch import Event, Watch
 from lifeops.integrations.token_place import Place, tokens_of
 
 
 class PassCheck:
-    """``layers``: the modules that are known to attend or to merge; ``parts``: see :mod:`vit_parts`."""
+    """``layers``: the modules that are known to attend or to merge; ``host_pass``: see :mod:`host_pass`."""
 
-    def __init__(self, model: nn.Module, parts, layers: list[nn.Module]):
+    def __init__(self, model: nn.Module, host_pass: HostPass, layers: list[nn.Module]):
         named = list(model.named_modules(remove_duplicate=False))
         known = {id(layer) for layer in layers}
-        self.parts = parts
+        self.host_pass = host_pass
         self.watch = Watch({id(m): path for path, m in reversed(named)}, known)
         self.places = Counter(id(m) for _, m in named if id(m) in known)  # how often the model holds each
         self.ran: Counter[int] = Counter()
         self.last: str | None = None  # the path of the layer that ran last
-        self.place, self.count = Place("rollout", self.watch, parts.embed), 0
+        self.place, self.count = Place("rollout", self.watch, host_pass.host.embed), 0
         self.before: set[int] = set()  # the marks of what the last layers read
         self.gave: set[int] = set()  # and of what they gave: one layer, or several side by side
         self.open: list[LayerCheck] = []
+        self.masking: set[int] = set()  # the marks of what masks were made by
+        self.late, self.tokens = host_pass.host.late, 0  # how many tokens have still to join; how many the last layer read
 
     # -------------------------------------------------------------------------------------------- the layers
 
-    def enter(self, path: str, module: nn.Module, x: Tensor, prefix: int, beside: bool = False) -> None:
-        """A known layer is about to run on ``x``, which begins with ``prefix`` other tokens; ``beside`` the one that ran last."""
+    def enter(self, path: str, module: nn.Module, x: Tensor, beside: bool = False, given: tuple[Tensor, ...] = ()) -> None:
+        """A known layer is about to run on ``x``; ``beside`` the one that ran last. ``given``: the masks that it is called with."""
         self.ran[id(module)] += 1
         if self.ran[id(module)] > self.places[id(module)]:
             raise ValueError(f"rollout: {path} ran {self.ran[id(module)]} times in one forward pass, which is no chain of layers")
-        for event in self.watch.attended[:1]:
-            where = f"before {path}" if self.last is None else f"between {self.last} and {path}"
+        marks = self.watch.marks(x)
+        where = f"before {path}" if self.last is None else f"between {self.last} and {path}"
+        self.masking |= {e.mark for e in self.watch.events} & set().union(*map(self.watch.marks, given))
+        for event in self._unaccounted(marks, moves=False):
             raise ValueError(f"rollout: {event.path} attends or mixes tokens in a way that is not known: {event.what}, {where}")
         if not beside:
             self.before, self.gave = self.gave, set()
-        marks = self.watch.marks(x)
         if self.last is None:
-            self.place.check(path, x, prefix, self.parts.grid())
+            self.place.check(path, x, self.host_pass.prefix, self.host_pass.grid)
         elif beside and (self.gave & marks or not self.before <= marks):
             raise ValueError(f"rollout: {path} does not read what {self.last} read, beside which it stands")
         elif not beside and not self.before <= marks:
             raise ValueError(f"rollout: {path} does not read what {self.last} gave: they stand side by side, and roll-out chains layers")
-        for event in self.watch.moved[:1]:
+        elif self.late and x.shape[1] != self.tokens:
+            self.place.check(path, x, self.host_pass.prefix + self.late, self.host_pass.grid)
+            self.late = 0
+        for event in self._unaccounted(marks, moves=True):
             raise ValueError(f"rollout: {event.path} moves tokens before {path}: {event.what}")
-        self.last = path
+        self.last, self.tokens = path, x.shape[1]
+
+    def _unaccounted(self, marks, moves: bool) -> list[Event]:
+        """What ran since the last layer, unless it made a mask and the tokens, which bear ``marks``, do not depend on it."""
+        return [e for e in self.watch.events if e.moves == moves and (e.mark in marks or e.mark not in self.masking)]
 
     def leave(self, x: Tensor, output) -> None:
-        self.watch.mark(tokens_of(output), {*self.watch.marks(x), self.count})
+        tokens = tokens_of(output)
+        self.watch.remark(tokens, {*self.watch.marks(x), self.count})  # not on what its mask was made by
         self.gave.add(self.count)
         self.count += 1
-        self.watch.attended, self.watch.moved = [], []
+        self.watch.events = [event for event in self.watch.events if event.mark in self.masking]
+        if self.late:
+            self.place.follow(tokens, self.host_pass.prefix)
 
     def begin(self, path: str, call, read) -> None:
         """Compute some rows of the attention of a layer's :class:`~lifeops.hosts.heads.Call`."""
@@ -93,10 +107,10 @@ class PassCheck:
         """A pooling head is about to read ``x``."""
         if not self.gave <= self.watch.marks(x):
             raise ValueError(f"rollout: {path} does not pool what {self.last} gave")
-        for event in self.watch.moved[:1]:
+        for event in self._unaccounted(self.watch.marks(x), moves=True):
             raise ValueError(f"rollout: {event.path} moves tokens before {path}: {event.what}")
 
     def finish(self) -> None:
         """Self-attention behind the last known layer is a layer too; a pooling by a few queries is a head."""
-        for event in (e for e in self.watch.attended if e.square and self.last is not None):
+        for event in (e for e in self.watch.events if e.square and self.last is not None):
             raise ValueError(f"rollout: {event.path} attends in a way that is not known: {event.what}, behind {self.last}")

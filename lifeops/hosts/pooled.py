@@ -1,0 +1,127 @@
+"""Attention whose queries, keys and values are pooled on their grid first (MViTv2): how it is read, and which tokens each one was made of.
+
+    q = norm(pool(W_q x)), k and v alike;  A = softmax(scale q kᵀ + q·R_row + q·R_column);  out = A v, + q where ``residual_pooling``
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lifeops.hosts.heads import Bias, Call, Heads
+from lifeops.hosts.host import pair
+from lifeops.hosts.projections import heads_of, thirds
+
+POOLED = frozenset({"qkv", "proj", "pool_q", "pool_k", "pool_v", "norm_q", "norm_k", "norm_v", "rel_pos_h", "rel_pos_w"})
+_POOLS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+class Window(NamedTuple):
+    """What one pooled token was made of: (rows, columns) each."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+
+    def grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Of the pooled tokens."""
+        return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip(grid, self.kernel, self.stride, self.padding, strict=True))
+
+    def spread(self, r: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The weights r (B, R, h*w) of the pooled tokens, each shared alike by those of ``grid`` that its window reads: (B, R, H*W)."""
+        if self == Window():
+            return r
+        rows, columns = (_means(*each, like=r) for each in zip(grid, self.kernel, self.stride, self.padding, strict=True))
+        return (rows.T @ r.unflatten(-1, self.grid(grid)) @ columns).flatten(-2)
+
+
+def _means(size: int, kernel: int, stride: int, padding: int, like: Tensor) -> Tensor:
+    """(pooled, size): each row the mean over the places of an axis that a window reads, without its padding."""
+    first = torch.arange((size + 2 * padding - kernel) // stride + 1, device=like.device)[:, None] * stride - padding
+    place = torch.arange(size, device=like.device)
+    inside = ((place >= first) & (place < first + kernel)).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True)
+
+
+def window_of(op: str, path: str, pool: nn.Module | None) -> Window:
+    """ValueError for what is no plain convolution or pooling."""
+    if pool is None:
+        return Window()
+    plain = type(pool) in _POOLS and not isinstance(pool.padding, str) and not getattr(pool, "ceil_mode", False)
+    if not plain or pair(getattr(pool, "dilation", 1)) != (1, 1):
+        raise ValueError(f"{op}: {path} pools by {pool}, looked for Conv2d, MaxPool2d or AvgPool2d without dilation and ceil_mode")
+    return Window(pair(pool.kernel_size), pair(pool.stride), pair(pool.padding))
+
+
+class PoolWindows(NamedTuple):
+    """Those of the queries, of keys and values, and of the skip connection beside the attention."""
+
+    queries: Window
+    keys: Window
+    skip: Window
+
+
+def pool_windows(op: str, path: str, block: nn.Module, attention: nn.Module) -> PoolWindows:
+    q, k, v = (window_of(op, f"{path}.pool_{name}", getattr(attention, f"pool_{name}")) for name in "qkv")
+    if k != v:
+        raise ValueError(f"{op}: {path} pools its keys by {k} and its values by {v}, looked for the same windows")
+    return PoolWindows(q, k, window_of(op, f"{path}, its skip connection,", getattr(block, "shortcut_pool_attn", None)))
+
+
+def prefix_of(attention: nn.Module) -> int:
+    """How many tokens before the patches are not pooled."""
+    return int(attention.has_cls_token)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def matches(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("pool_q", "pool_k", "pool_v", "rel_pos_type", "has_cls_token"))
+
+
+def _pool(module: nn.Module, name: str, t: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """t (b, h, P + H*W, d) pooled and normed, and its grid."""
+    pool, norm, P = getattr(module, f"pool_{name}"), getattr(module, f"norm_{name}"), prefix_of(module)
+    if pool is not None:
+        maps = pool(t[:, :, P:].flatten(0, 1).transpose(1, 2).unflatten(2, grid))
+        grid = tuple(maps.shape[2:])
+        t = torch.cat((t[:, :, :P], maps.flatten(2).transpose(1, 2).unflatten(0, t.shape[:2])), 2)
+    return (t if norm is None else norm(t)), grid
+
+
+def _distances(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(queries, keys): rows of a table of relative positions; the coarser axis is stretched to the finer one."""
+    stretch, along = max(keys / queries, 1.0), max(queries / keys, 1.0)
+    places = torch.arange(queries, device=device)[:, None] * stretch - torch.arange(keys, device=device) * along
+    return (places + (keys - 1) * along).long()
+
+
+def _relative(module: nn.Module, q: Tensor, q_grid: tuple[int, int], k_grid: tuple[int, int]) -> Bias:
+    """The product of a patch's query with a vector per row distance and one per column distance; nothing for other tokens."""
+    P, width = prefix_of(module), q_grid[1]
+    sizes = zip((module.rel_pos_h, module.rel_pos_w), q_grid, k_grid, strict=True)
+    tables = [table.to(q.dtype)[_distances(queries, keys, q.device)] for table, queries, keys in sizes]
+
+    def bias(rows):
+        at = torch.arange(P + math.prod(q_grid), device=q.device)[rows] - P
+        own, patch = q[:, :, rows], at.clamp_min(0)
+        places = zip(tables, (patch // width, patch % width), strict=True)
+        down, across = (torch.einsum("bhnd,nkd->bhnk", own, table[p]) for table, p in places)
+        added = (down[..., :, None] + across[..., None, :]).flatten(-2)
+        return F.pad(added.masked_fill((at < 0)[:, None], 0), (P, 0))
+
+    return bias
+
+
+def read(call: Call, values: bool) -> Heads:
+    module, grid = call.module, call.grid
+    q, k, v = (t.unflatten(2, (heads_of(module), -1)).transpose(1, 2) for t in thirds(module, call.x))
+    (q, q_grid), (k, k_grid) = _pool(module, "q", q, grid), _pool(module, "k", k, grid)
+    v = _pool(module, "v", v, grid)[0] if values else None
+    bias = (_relative(module, q, q_grid, k_grid),) if module.rel_pos_type == "spatial" else ()
+    return Heads(q, k, v, module.scale, bias, plus_q=module.residual_pooling)
