@@ -13,11 +13,11 @@ def _vit(family, name, prefix=1, chain="plain", cls=None, size=(32, 48), **optio
     add("timm", family, name, lambda: cls(**options), size, options["patch_size"], prefix, chain, own)
 
 
-def _named(family, name, prefix=1, chain="plain", patch=16, label=None, **options):
+def _named(family, name, prefix=1, chain="plain", patch=16, label=None, own=None, **options):
     """timm's registered models, narrow: 4 x 6 patches."""
     size = (4 * patch, 6 * patch)
     options = {"img_size": size, **WIDE, **options}
-    add("timm", family, label or name, lambda: timm.create_model(name, **options), options["img_size"], patch, prefix, chain)
+    add("timm", family, label or name, lambda: timm.create_model(name, **options), options["img_size"], patch, prefix, chain, own)
 
 
 def _staged(family, name, size=(64, 96), chain="none", prefix=0, label=None, sized=False, patch=None, grids=(), **options):
@@ -125,9 +125,9 @@ for _name, _prefix in (
 _named("SAM", "samvit_base_patch16", 0, "sam")
 _named("SAM", "samvit_base_patch16", 0, "plain", label="samvit, global", global_attn_indexes=(0, 1))
 _named("SAM", "samvit_base_patch16", 0, "plain", label="samvit, global, no bias", global_attn_indexes=(0, 1), use_rel_pos=False)
-_named("NaFlex", "naflexvit_base_patch16_gap", 4)
-_named("NaFlex", "naflexvit_base_patch16_map", 1)
-_named("NaFlex", "naflexvit_base_patch16_siglip", 0)
+_named("NaFlex", "naflexvit_base_patch16_gap", 4, own=(256, 256))
+_named("NaFlex", "naflexvit_base_patch16_map", 1, own=(256, 256))
+_named("NaFlex", "naflexvit_base_patch16_siglip", 0, own=(256, 256))
 
 # ------------------------------------------------------------------------------------------------ timm: other attention
 

@@ -59,7 +59,7 @@ def test_images_and_embeddings_of_any_model():
     assert images.image_sizes(torch.nn.Linear(2, 2)) == []
     for build, path in ((staged("mobilevit_xxs"), "stem.conv"), (hf("ViT"), "embeddings.patch_embeddings"), (small_vit(), "patch_embed")):
         model = build()
-        assert images.embedding_of(model) is model.get_submodule(path)
+        assert images.embedding_of(model, None) is model.get_submodule(path)
 
 
 def test_a_report_that_is_not_the_models_is_put_back():

@@ -28,6 +28,7 @@ from lifeops.attention_maps.protocol import Options
 from lifeops.attention_maps.targets import OutputTokens, begin, is_int
 from lifeops.config import requested_backend
 from lifeops.hosts.attention import LOOKED_FOR
+from lifeops.hosts.layouts import called_attention
 from lifeops.ops.rollout_step import _check_options
 
 PREFIX = ("keep", "normalize")
@@ -82,7 +83,8 @@ def _first(records: list, start_layer: int, model: nn.Module) -> int:
     """Which record the attention layer ``start_layer`` is."""
     attending = [i for i, layer in enumerate(records) if layer.attends]
     if not attending:
-        raise ValueError(f"rollout: no attention layer ran in {type(model).__name__}; looked for {LOOKED_FOR}")
+        found = f"found {called_attention(model)}; looked for {LOOKED_FOR}"
+        raise ValueError(f"rollout: no attention layer ran in {type(model).__name__} that is known: {found}")
     if start_layer >= len(attending):
         raise ValueError(f"rollout: start_layer must be below the {len(attending)} attention layers, got {start_layer}")
     return attending[start_layer]

@@ -11,6 +11,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from lifeops.hosts.host import Host
 from lifeops.hosts.images import embedding_of, image_sizes
 from lifeops.hosts.positions import host_or_none
 from lifeops.hosts.transformers import resized_positions
@@ -139,20 +140,20 @@ def _try(model: nn.Module, layers: list[Projections], embed: nn.Module | None) -
     ) from error
 
 
-def _runs(model: nn.Module, layers: list[Projections]) -> nn.Module:
+def _runs(model: nn.Module, host: Host | None, layers: list[Projections]) -> nn.Module:
     """The part of ``model`` that embeds the image and holds all the layers; itself where that is none that an entry knows."""
-    host = host_or_none(OP, model)
     inside = set() if host is None else set(host.trunk.modules())
     return host.trunk if host is not None and all(p.module in inside for p in layers) else model
 
 
 def verified(model, layers: list[Projections], positions: Positions | None, own_table: bool, impulse: bool) -> Verified:
     """Raises ValueError: the model cannot run, a layer did not run or is not plain attention, or what impulses need is not so."""
-    model = _runs(model, layers)
+    host = host_or_none(OP, model)
+    model = _runs(model, host, layers)
     found = Verified(model, layers, positions)
     if not can_run(model):
         return found
-    embed = embedding_of(model)
+    embed = embedding_of(model, host)
     with undisturbed(model):
         tried = _try(model, layers, embed)
         if tried is None:
