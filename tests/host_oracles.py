@@ -97,17 +97,15 @@ def _without_mlp(block):
     return block
 
 
-def _kept(output):
-    """What a module gave, whatever is added to it later."""
-    return output.clone() if isinstance(output, torch.Tensor) else output
-
-
 def _calls(model, kind, x):
     """[(path, module, args, kwargs, output)] of every module that ``kind`` is true of in one forward pass."""
     found, handles = [], []
     for path, module in model.named_modules():
         if kind(module):
-            keep = lambda m, a, k, out, path=path: found.append((path, m, a, k, _kept(out)))  # noqa: E731
+
+            def keep(m, args, kwargs, out, path=path):
+                found.append((path, m, args, kwargs, out.clone() if isinstance(out, torch.Tensor) else out))  # to which more may be added
+
             handles.append(module.register_forward_hook(keep, with_kwargs=True))
     with torch.no_grad():
         model(x)
