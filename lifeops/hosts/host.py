@@ -135,5 +135,7 @@ def told_grid(holder) -> tuple[int, int] | None:
 def block_of(path: str, module: nn.Module, orders: dict[str, str], flow: str = "tokens") -> Block:
     """``module`` described by its attributes; ``orders``: of the classes that are known."""
     names = {part: next((n for n in known if getattr(module, n, None) is not None), None) for part, known in PARTS.items()}
+    if names["mlp"] != "intermediate":
+        names["out"] = None
     order = orders.get(type(module).__name__) if flow == "tokens" else None
     return Block(path, module, order, **names, flow=flow)
