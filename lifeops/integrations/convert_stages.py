@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from lifeops.hosts.host import Host
+from lifeops.hosts.host import Block, Host
 from lifeops.integrations.attention_check import off
 from lifeops.integrations.convert_probe import image_of
 from lifeops.integrations.token_place import chosen, rows_at
@@ -21,6 +22,7 @@ from lifeops.integrations.undisturbed import forward_of, undisturbed
 from lifeops.nn.dw_shortcut import DWShortcut
 from lifeops.nn.embedded_grid import Grid, embedded_grid
 from lifeops.nn.maps import to_maps
+from lifeops.nn.shortcut_blocks import FLOWS
 
 
 class Unit(NamedTuple):
@@ -41,10 +43,17 @@ def try_stages(host: Host, swaps: list[tuple[nn.Module, nn.Module]], units: list
     with undisturbed(host.trunk, *(new for _, new in swaps)):
         if host.grid_from == "model":
             _check_pixels(host, prefix)
-        expected, _ = _outputs(host, [unit.last for unit in units], f"{name} cannot be tried on one image")
+        expected, _, told = _outputs(host, [unit.last for unit in units], f"{name} cannot be tried on one image")
         with _instead(host.trunk, swaps), _neutral(host, shortcuts) as seen:
             news = [unit.new for unit in units]
-            got, stages = _outputs(host, news, f"a shortcut cannot be put around the blocks of {name}, tried on one image")
+            got, stages, told_now = _outputs(host, news, f"a shortcut cannot be put around the blocks of {name}, tried on one image")
+    for block in host.blocks:
+        before, after = (_beside(calls.get(id(block.module)), block) for calls in (told, told_now))
+        if after is not None and not _same(before, after):
+            raise ValueError(
+                f"convert: {block.path} is told something else in a group than alone: the model tells its blocks one by one, as one with a"
+                " rotation for each does (every=1 leaves them single)"
+            )
     for unit, before, after in zip(units, expected, got, strict=True):
         _check_unit(unit, before, after, seen)
     for path, stage in stages.items():
@@ -56,9 +65,24 @@ def _tensors(output) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else [t for t in output if isinstance(t, Tensor)]
 
 
-def _outputs(host: Host, modules: list[nn.Module], failed: str) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
-    """What each of ``modules`` puts out on one image, and, where the grid is not told in the call, what each stage does."""
+def _beside(given: tuple[tuple, dict] | None, block: Block) -> list | None:
+    """What a block was told beside the tokens that it gives back."""
+    return None if given is None else tree_leaves((given[0][FLOWS[block.flow].carried :], given[1]))
+
+
+def _same(before: list | None, after: list) -> bool:
+    if before is None or len(before) != len(after):
+        return False
+    pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not b]
+    return all(type(a) is type(b) and (torch.equal(a, b) if isinstance(a, Tensor) else a == b) for a, b in pairs)
+
+
+def _outputs(host: Host, modules: list[nn.Module], failed: str) -> tuple[list[list[Tensor]], dict[str, Tensor], dict[int, tuple]]:
+    """What each of ``modules`` puts out on one image; where the grid is not told in the call, what each stage does; and, by their ids,
+    what the blocks that ran were given first.
+    """
     found: dict[int, list[Tensor]] = {}
+    calls: dict[int, tuple] = {}
     parents = {path.rpartition(".")[0] for path in host.blocks_path} if host.staged else set()
     stages = {path: host.trunk.get_submodule(path) for path in parents} if _derived(host) else {}
 
@@ -66,6 +90,7 @@ def _outputs(host: Host, modules: list[nn.Module], failed: str) -> tuple[list[li
         own = module.forward
 
         def forward(*args, **options):
+            calls.setdefault(id(module), (args, options))
             output = own(*args, **options)
             found.setdefault(id(module), []).extend(_tensors(output))
             return output
@@ -73,7 +98,7 @@ def _outputs(host: Host, modules: list[nn.Module], failed: str) -> tuple[list[li
         return forward
 
     with contextlib.ExitStack() as stack:
-        for module in {id(m): m for m in (*modules, *stages.values())}.values():
+        for module in {id(m): m for m in (*modules, *stages.values(), *(b.module for b in host.blocks))}.values():
             stack.enter_context(forward_of(module, noting(module)))
         try:
             host.trunk.forward(image_of(host))
@@ -81,7 +106,8 @@ def _outputs(host: Host, modules: list[nn.Module], failed: str) -> tuple[list[li
             if str(error).startswith("convert:"):
                 raise
             raise ValueError(f"convert: {failed}: {type(error).__name__}: {error}") from error
-    return [found.get(id(m), []) for m in modules], {path: found[id(m)][0] for path, m in stages.items() if id(m) in found}
+    outputs, maps = [found.get(id(m), []) for m in modules], {path: found[id(m)][0] for path, m in stages.items() if id(m) in found}
+    return outputs, maps, calls
 
 
 def _derived(host: Host) -> bool:

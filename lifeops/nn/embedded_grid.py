@@ -18,7 +18,7 @@ def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor | tuple) -
     told = [n for part in beside for n in (part if isinstance(part, (tuple, list)) else (part,))]
     if len(told) == 2 and output.dim() == 3 and told[0] * told[1] <= output.shape[1]:  # prefix tokens among them
         grid = told
-    elif beside == [None]:
+    elif beside == [None] and args[0].dim() != 4:  # NaFlexViT
         raise ValueError(
             f"lifeops: {type(embed).__name__}, the model's patch embedding, is given packed patches {tuple(args[0].shape)}, which lie on no"
             " one grid; give images (B, channels, height, width)"
