@@ -89,9 +89,9 @@ def accelerate(model: nn.Module, *, kinds: str | Iterable[str] | None = None, ve
     original ``forward`` runs. ``print(lifeops.explain(model))`` says which modules were taken, and why others were left.
 
     Taken is what a measurement found faster on a CPU (docs/accelerate.md has the table): Twins' PEG, CoaT's CPE and CRPE, XCiT's LPI, the
-    feed-forwards of PVT v2 and Segformer, and from kernel size 5 on EdgeNeXt's blocks and FocalNet's levels, which gain in training. DaViT's
-    CPE and TinyViT's local convolution are known and left, unless ``kinds`` names them. A feed-forward with GELU and XCiT's LPI in
-    evaluation mode are then differentiable once.
+    feed-forwards of PVT v2 and Segformer, and from kernel size 5 on EdgeNeXt's blocks and FocalNet's levels, which gain in training.
+    DaViT's CPE and TinyViT's local convolution are known and left, unless ``kinds`` names them. A feed-forward with GELU and XCiT's LPI
+    in evaluation mode are then differentiable once.
 
     Args:
         kinds: names of what to take, whether it pays or not ("twins_peg", "coat_cpe", …; an unknown name raises with the list); None:
