@@ -77,6 +77,7 @@ def _tokens(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``weight`` (C_out, C_in, 1, 1). On one thread conv2d leaves a 1x1 convolution of fewer than 16 images to the other library."""
     if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        bias = bias if bias is None else bias.contiguous()  # which is read as if it were (torch 2.13)
         return torch.mkldnn_convolution(_map(x, 1), weight, bias, [0, 0], [1, 1], [1, 1], 1)
     return F.conv2d(_map(x, x.shape[0]), weight, bias)
 

@@ -13,6 +13,9 @@ def test_both_paths_and_their_gradients(path, dtype, tokens, monkeypatch):
     monkeypatch.setattr(config, "settings", config.settings._replace(cpu_gemm=path))
     x, w, b, dy = (torch.randint(-1, 2, s).to(dtype) for s in ((2, tokens, 12), (9, 12), (9,), (2, tokens, 9)))
     assert torch.equal(pointwise.pointwise(x, w, b), (x.double() @ w.double().t() + b.double()).to(dtype))
+    apart = w.repeat_interleave(2, 1)[:, ::2], b.repeat_interleave(2)[::2]  # parameters whose elements lie apart
+    assert torch.equal(pointwise.pointwise(x, *apart), pointwise.pointwise(x, w, b))
+    assert torch.equal(pointwise.pointwise_bwd_dx(dy, apart[0]), (dy.double() @ w.double()).to(dtype))
     assert torch.equal(pointwise.pointwise_bwd_dx(dy, w), (dy.double() @ w.double()).to(dtype))
     assert torch.equal(pointwise.pointwise_bwd_dw(dy, x), torch.einsum("bno,bni->oi", dy.double(), x.double()).to(dtype))
 
