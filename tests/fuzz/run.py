@@ -48,8 +48,8 @@ def _write_page(rows, seed):
         before = kinds.get(kind, (0, 0))
         kinds[kind] = before[0] + cases, before[1] + wrong
     kinds["all"] = tuple(map(sum, zip(*kinds.values(), strict=True)))
-    lines = [f"| seed {seed} | cases | mismatches |", "|---|---:|---:|", *(f"| {kind} | {n} | {wrong} |" for kind, (n, wrong) in kinds.items())]
-    text = "\n".join(lines)
+    lines = (f"| {kind} | {cases} | {wrong} |" for kind, (cases, wrong) in kinds.items())
+    text = "\n".join((f"| seed {seed} | cases | mismatches |", "|---|---:|---:|", *lines))
     head, rest = PAGE.read_text().split("<!-- figures -->")
     PAGE.write_text(f"{head}<!-- figures -->\n{text}\n<!-- /figures -->{rest.split('<!-- /figures -->')[1]}")
 
