@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ _options["phases"] = Phase.explicit, Phase.generate, Phase.shrink
 settings.register_profile("slice", derandomize=True, max_examples=25, **_options)
 settings.register_profile("fuzz", max_examples=max(1, CASES), **_options)
 settings.load_profile("fuzz" if CASES else "slice")
+
+@pytest.fixture(autouse=True)
+def _in_time():
+    if time.time() > harness.UNTIL:
+        pytest.skip("the time is up")
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
