@@ -13,7 +13,7 @@ from rich.console import Console
 from bench import module_check, optional, rows, tables
 from bench.collect import Options, collect
 from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, TIMM, Problem, compiles, level_of, modes_of, named, problems
-from lifeops.cli import ended_plainly, told_plainly
+from lifeops.cli.main import ended_plainly, told_plainly
 from lifeops.files import make_folder
 
 COMMANDS = ("accelerate", "compare", "module_check", "page", "scaling", "tune")

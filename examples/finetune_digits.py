@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 
 import lifeops
-from lifeops.cli import ended_plainly
+from lifeops.cli.main import ended_plainly
 from lifeops.demo import data
 from lifeops.files import make_folder, written
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
-from lifeops.cli import ended_plainly
+from lifeops.cli.main import ended_plainly
 from lifeops.files import make_folder, save
 from lifeops.models.deit import VisionTransformer
 from lifeops.nn import LifeAttention

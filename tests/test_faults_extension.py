@@ -104,7 +104,8 @@ def test_a_whole_library_is_not_refused(folder):
 
 END_TO_END = """
 import warnings, torch, lifeops
-from lifeops import config, info, registry, torchlib
+from lifeops import config, registry, torchlib
+from lifeops.cli import info
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     for _ in range(2):

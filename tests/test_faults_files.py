@@ -14,6 +14,7 @@ import torch
 from faults import ROOT, TIMEOUT, each_fault, ended, fault, started
 
 from lifeops import cli
+from lifeops.cli.main import told_plainly
 from lifeops.files import make_folder, save, written
 from lifeops.models.deit import VisionTransformer
 
@@ -209,6 +210,6 @@ def test_other_files_that_end_in_part_stay(tmp_path):
 
 def test_warnings_of_errors_keep_their_cause(tmp_path, capsys):
     parser = argparse.ArgumentParser(prog="x")
-    with pytest.raises(SystemExit), cli.told_plainly(parser), written(tmp_path / "no" / "file"):
+    with pytest.raises(SystemExit), told_plainly(parser), written(tmp_path / "no" / "file"):
         pass
     assert capsys.readouterr().err == f"x: error: {tmp_path / 'no' / 'file'} cannot be written: No such file or directory\n"
