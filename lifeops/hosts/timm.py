@@ -17,10 +17,10 @@ ORDERS = {
 _KINDS = nn.ModuleList, nn.Sequential
 _EMBEDS = {"patch_embed": "", "patch_embeds": ".0", "patch_embed1": "", "pixel_embed": ""}  # the first one's: Twins, CoaT, TNT
 _STAGES = ("layers", "stages", "levels", "transformers")  # the last: PiT
-LISTS = ("blocks", *(f"{name}.*.blocks" for name in _STAGES))
 _LATE = ("blocks_token_only", "cls_attn_blocks")  # CaiT, XCiT: a class token joins behind the blocks
 _BLOCKS = ("blocks", "transformer_encoder")  # of a stage; NesT
 _SCALES = ("serial_blocks1", "serial_blocks2", "serial_blocks3", "serial_blocks4", "parallel_blocks")  # CoaT
+LISTS = ("blocks", *(f"{name}.*.blocks" for name in _STAGES), *_SCALES[::4])
 _FLOWS = {"pixel_embed": "pixels", "transformer_encoder": "squares", "parallel_blocks": "scales"}
 
 
