@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -29,6 +29,11 @@ test-none: $(VENV)/test.ready
 
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .
+
+# Random cases of everything against formulas in float64: `make fuzz ARGS="--cases 100000 --seed 7 --minutes 120"` (docs/reliability.md).
+# A slice of it, always the same cases, is part of `make test`.
+fuzz: $(VENV)/test.ready
+	$(BIN)/python tests/fuzz/run.py $(ARGS)
 
 # docs/hosts.md: what every host of tests/host_configs*.py answers, each answer compared with an oracle.
 hosts: $(VENV)/test.ready
@@ -74,7 +79,7 @@ $(VENV)/demo.ready: $(VENV)/built.ready
 	touch $@
 
 $(VENV)/test.ready: $(VENV)/built.ready
-	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark timm safetensors scikit-learn matplotlib rich ruff $(TOOLS)
+	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff $(TOOLS)
 	touch $@
 
 clean:

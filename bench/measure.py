@@ -41,16 +41,20 @@ def quartiles(ms: Sequence[float]) -> Timing:
     return Timing(*(statistics.quantiles(ms, n=4)[i] for i in (1, 0, 2)))
 
 
-def _once(fn: Run) -> float:
-    start = time.perf_counter()
+def _once(fn: Run, clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     fn()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def interleaved(
-    variants: Mapping[str, Sequence[Run]], seconds: float = 0.6, cache: str = "warm", least: int = 5, most: int = 400
-) -> dict[str, Timing]:
-    """Time every variant, given as one function per set of inputs, in turn for about ``seconds`` in all, at least ``least`` rounds."""
+    variants: Mapping[str, Sequence[Run]], seconds: float = 0.6, cache: str = "warm", least: int = 5, most: int = 400,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time every variant, given as one function per set of inputs, in turn for about ``seconds`` in all, at least ``least`` rounds.
+
+    ``clock``: ``time.process_time`` where one thread works and others use the machine too.
+    """
     flush = torch.ones(FLUSH_BYTES // 4) if cache == "cold" else None
     first = {name: min(_once(fn) for fn in runs) for name, runs in variants.items()}  # sets up what is set up lazily
     for name, runs in variants.items():
@@ -65,7 +69,7 @@ def interleaved(
                 flush.sum()
             elif first[name] < LONG_MS:
                 fn()
-            samples[name].append(_once(fn))
+            samples[name].append(_once(fn, clock))
         if n + 1 >= least and time.perf_counter() - start > seconds:
             break
     return {name: quartiles(ms) for name, ms in samples.items()}

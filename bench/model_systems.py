@@ -10,10 +10,10 @@ from bench.case import Case, of_module
 from bench.problems import Problem
 from lifeops.models import deit, localvit
 from lifeops.nn import DWShortcut, LifeAttention, LocalityFeedForward
-from lifeops.nn.dw_shortcut import wrap
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
+from lifeops.nn.shortcut_blocks import wrap
 
 CLASSES = 100
 

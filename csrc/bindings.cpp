@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(lifeops_native, m) {
       "token_dwconv_act_grad_weight(Tensor dy, Tensor x, Tensor? scale, Tensor? shift, int act, Tensor(a!) dw, Tensor(b!)? db, int K, "
       "int H, int W, int dy_prefix, int x_prefix, int isa) -> ()");
   m.def(
+      "token_dwconv_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int act, Tensor(a!) dx, Tensor(b!) dw, Tensor(c!)? db, "
+      "int H, int W, int dy_prefix, int x_prefix, int prefix_mode, int isa) -> ()");
+  m.def(
       "channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate, Tensor? pool_grad, Tensor? a, "
       "Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()");
   m.def(

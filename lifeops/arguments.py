@@ -165,7 +165,7 @@ def check_generator(op: str, generator) -> None:
 @contextlib.contextmanager
 def under(op: str):
     """Around what ``op`` builds or calls with its user's arguments; usable as a decorator: a complaint about one begins with ``op``'s name,
-    the complaining class's behind it.
+    the complaining class's behind it; the library's own, which a part that serves all begins with, is replaced.
     """
     try:
         yield
@@ -173,4 +173,4 @@ def under(op: str):
         if str(error).startswith(f"{op}: "):
             raise
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{op}: {error}") from error
+        raise kind(f"{op}: {str(error).removeprefix('lifeops: ')}") from error

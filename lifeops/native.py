@@ -30,6 +30,8 @@ SCHEMAS = {
     " int prefix_mode, int isa) -> ()",
     "token_dwconv_act_grad_weight": "lifeops_native::token_dwconv_act_grad_weight(Tensor dy, Tensor x, Tensor? scale, Tensor? shift,"
     " int act, Tensor(a!) dw, Tensor(b!)? db, int K, int H, int W, int dy_prefix, int x_prefix, int isa) -> ()",
+    "token_dwconv_act_backward": "lifeops_native::token_dwconv_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, int act,"
+    " Tensor(a!) dx, Tensor(b!) dw, Tensor(c!)? db, int H, int W, int dy_prefix, int x_prefix, int prefix_mode, int isa) -> ()",
     "channel_act": "lifeops_native::channel_act(int channel_pass, Tensor x, Tensor? dy, Tensor? scale, Tensor? shift, Tensor? gate,"
     " Tensor? pool_grad, Tensor? a, Tensor? b, Tensor? residual, Tensor(a!)? y, Tensor(b!)? sums, int act, int patches, int isa) -> ()",
     "dw_shortcut": "lifeops_native::dw_shortcut(Tensor x, Tensor block_output, Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta,"
@@ -156,6 +158,15 @@ def _token_dwconv_act_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weigh
     return dw, x.new_empty((0,)) if db is None else db
 
 
+def _token_dwconv_act_bwd(dy, x, weight, bias, act, H, W, P, prefix, backend):
+    dx, dw = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2])), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    db = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    place = H, W, _rows(P, prefix), P, int(prefix != "keep"), _isa()
+    parameters = weight.contiguous(), _contiguous(bias), ACTS.index(act)
+    torch.ops.lifeops_native.token_dwconv_act_backward(dy, x, *parameters, dx, dw, db, *place)
+    return dx, dw, x.new_empty((0,)) if db is None else db
+
+
 def _contiguous(t):
     return t if t is None or t.is_contiguous() else t.contiguous()
 
@@ -232,6 +243,7 @@ _IMPLEMENTATIONS = {  # op: (native operator, function)
     "token_dwconv_act": ("token_dwconv_act", _token_dwconv_act),
     "token_dwconv_act_bwd_dx": ("token_dwconv_act_grad_input", _token_dwconv_act_bwd_dx),
     "token_dwconv_act_bwd_dw": ("token_dwconv_act_grad_weight", _token_dwconv_act_bwd_dw),
+    "token_dwconv_act_bwd": ("token_dwconv_act_backward", _token_dwconv_act_bwd),
     "channel_stats": ("channel_act", _channel_stats),
     "channel_act": ("channel_act", _channel_act),
     "channel_act_pool": ("channel_act", _channel_act_pool),

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lifeops import config
+from lifeops import config, torchlib
 
 _TABLE = Path(__file__).parent / "data" / "cpu_gemm.json"
 WIDE = 256  # channels from which a product counts as wide
@@ -54,6 +54,8 @@ def _as_convolution(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False  # a compiler chooses products itself
     return (
         choose(x.dtype, x.shape[2], config.settings.cpu_gemm) == "conv1x1"  # first: on most machines it is the whole answer
+        and not torchlib.modes_look_on()  # counters and tracers know torch's usual products
+        and not torchlib.captured()
         and x.device.type == "cpu"
         and x.dtype != torch.float64
         and x.is_contiguous()
@@ -62,37 +64,80 @@ def _as_convolution(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _map(x: torch.Tensor) -> torch.Tensor:
-    """(B, N, C) contiguous as a channels-last (B, C, N, 1) view."""
-    return x.transpose(1, 2).unsqueeze(3)
+def _map(x: torch.Tensor, images: int) -> torch.Tensor:
+    """(B, N, C) contiguous as a channels-last (images, C, B*N / images, 1) view."""
+    return x.view(images, -1, 1, x.shape[2]).permute(0, 3, 1, 2)  # unsqueeze's stride of 1 would not be channels last
 
 
-def _tokens(y: torch.Tensor) -> torch.Tensor:
+def _tokens(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Back to (B, N, C). A tiny convolution may come out channels first: then this is a copy, else a view."""
-    return y.squeeze(3).transpose(1, 2).contiguous()
+    return y.permute(0, 2, 3, 1).contiguous().view(*like.shape[:2], y.shape[1])
 
 
-_CONV = ([0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+def _convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``weight`` (C_out, C_in, 1, 1). On one thread conv2d leaves a 1x1 convolution of fewer than 16 images to the other library."""
+    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        bias = bias if bias is None else bias.contiguous()  # which is read as if it were (torch 2.13)
+        return torch.mkldnn_convolution(_map(x, 1), weight, bias, [0, 0], [1, 1], [1, 1], 1)
+    return F.conv2d(_map(x, x.shape[0]), weight, bias)
+
+
+@functools.cache
+def _images(tokens: int) -> int | None:
+    """Into how many images of at least 8 tokens the weight gradient's sum is cut, so that oneDNN takes it on one thread too."""
+    return next((n for n in range(16, min(128, tokens // 8) + 1) if tokens % n == 0), None)
+
+
+def _gradients(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, of_x: bool) -> torch.Tensor | None:
+    """A gradient of the convolution by oneDNN, None where the other library is to compute it. Only sizes are read of what it is not of."""
+    if not _as_convolution(dy, weight) or not x.is_contiguous():
+        return None
+    count = _images(x.shape[0] * x.shape[1])
+    if count is None:
+        return None
+    sizes = [0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [of_x, not of_x, False]
+    dx, dw, _ = torch.ops.aten.convolution_backward(_map(dy, count), _map(x, count), weight[:, :, None, None], *sizes)
+    return _tokens(dx, x) if of_x else dw[:, :, 0, 0]
 
 
 def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (B, N, C_in), weight (C_out, C_in), bias (C_out,) or None -> (B, N, C_out), contiguous."""
     if _as_convolution(x, weight):
-        return _tokens(F.conv2d(_map(x), weight[:, :, None, None], bias))
+        return _tokens(_convolved(x, weight[:, :, None, None], bias), x)
     return F.linear(x, weight, bias)
 
 
 def pointwise_bwd_dx(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dy W: (B, N, C_out) -> (B, N, C_in)."""
-    if _as_convolution(dy, weight):
-        return _tokens(F.conv2d(_map(dy), weight.t()[:, :, None, None]))
-    return torch.matmul(dy, weight)
+    dx = _gradients(dy, dy.new_empty((*dy.shape[:2], weight.shape[1])), weight, True)
+    return torch.matmul(dy, weight) if dx is None else dx
 
 
 def pointwise_bwd_dw(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dyᵀ x summed over (B, N): (C_out, C_in)."""
-    if _as_convolution(x, dy) and dy.is_contiguous():
-        weight = x.new_empty((dy.shape[2], x.shape[2], 1, 1))
-        grads = torch.ops.aten.convolution_backward(_map(dy), _map(x), weight, *_CONV, [False, True, False])
-        return grads[1][:, :, 0, 0]
-    return torch.mm(dy.flatten(0, 1).t(), x.flatten(0, 1))
+    dw = _gradients(dy, x, x.new_empty((dy.shape[2], x.shape[2])), False)
+    return torch.mm(dy.flatten(0, 1).t(), x.flatten(0, 1)) if dw is None else dw
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return pointwise(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need, again = ctx.needs_input_grad, torch.is_grad_enabled()  # a second derivative goes through torch's own operators
+        dx = (torch.matmul(dy, weight) if again else pointwise_bwd_dx(dy, weight)) if need[0] else None
+        dw = (torch.einsum("bno,bni->oi", dy, x) if again else pointwise_bwd_dw(dy, x)) if need[1] else None
+        return dx, dw, dy.sum((0, 1)) if need[2] else None
+
+
+def product(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+    """``layer(x)`` for x (B, N, C_in) by the faster path, with gradients; ``layer`` must be plainly what nn.Linear is."""
+    if x.dim() != 3 or torchlib.autocast_dtype(x) is not None or not _as_convolution(x, layer.weight):
+        return layer(x)
+    if torchlib.wants_grad((x, layer.weight, layer.bias)):
+        return _Product.apply(x, layer.weight, layer.bias)
+    return pointwise(x, layer.weight, layer.bias)

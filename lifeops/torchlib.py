@@ -308,11 +308,23 @@ def once_differentiable(name: str, instead: str) -> Callable:
     return decorate
 
 
+def _overlaps(shape, stride) -> bool:
+    """Whether some elements of such a tensor may share memory."""
+    reach = 0
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
+
+
 def like_parameter(grad: torch.Tensor | None, shape, stride) -> torch.Tensor | None:
-    """``grad`` with the parameter's shape and strides, those of dimensions of size 1 too: DistributedDataParallel's buckets expect them."""
+    """``grad`` with the parameter's shape and strides, those of dimensions of size 1 too: DistributedDataParallel's buckets expect them.
+    A parameter that is an expanded or overlapping view gets a gradient in a layout of its own.
+    """
     if grad is None:
         return None
     grad = grad.reshape(shape)
-    if _is_compiling() or grad.stride() == stride or 0 in stride:  # a compiler chooses layouts itself
+    if _is_compiling() or grad.stride() == stride or _overlaps(shape, stride):  # a compiler chooses layouts itself
         return grad
     return torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)

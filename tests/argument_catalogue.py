@@ -54,6 +54,10 @@ KINDS = {
     "odds": {**SIZES, "empty": [], "evens": [3, 4], "strings": ["3"]},
     "dtype": {**OTHERS, "integer": torch.int32, "complex": torch.complex64},
     "device": {"str": "nonsense", "list": [], "dict": {}, "float": 1.5, "numpy": np.ones(2)},
+    "flag?": {k: v for k, v in FLAGS.items() if v is not None}, "kinds": {"int": 3, "misspelt": "nope", "ints": [3], "numpy": np.ones(2)},
+    "key": {"int": 3, "list": [1], "dict": {}, "numpy": np.ones(2), "tensor": torch.ones(2), "bytes": b"a"},
+    "file": {"None": None, "int": 3, "list": [1], "numpy": np.ones(2), "tensor": torch.ones(2)},
+    "area": {"float": 3.0, "str": "3", "dict": {}, "zero": 0, "negative": -1, "bool": True, "three": (2, 3, 1), "floats": (2.0, 3.0)},
     "ints": {"int": 3, "str": "a", "None": None, "empty": (), "floats": (1.0, 2.0), "strings": ("a",), "negative": (-1, 2)},
 }  # fmt: skip
 
@@ -118,6 +122,7 @@ def _forward(build, **options):
 
 ATTENTION = {"x": X, "grid": (2, 3), "attn_mask": draw(7, 7), "is_causal": False}
 ATTENDS = {**TOKENS, "attn_mask": None, "is_causal": "flag"}
+ROPE = {**ATTENTION, "rope": draw(6, 6)}
 IMAGES = {"x": draw(2, 3, 8, 8)}
 CASES = {
     "token_dwconv": Case(lifeops.token_dwconv, DWCONV, dict.fromkeys(("x", "weight", "bias", "residual")) | PLACED
@@ -133,12 +138,20 @@ CASES = {
         "backend": "backend"}),
     "rollout": Case(lifeops.rollout, {"model": _vit(), "images": IMAGES["x"]}, {
         "model": "module", "images": None, "targets": "other", "classes": "other", "head_fusion": "name", "residual": "rate",
-        "discard_ratio": "rate", "start_layer": "count", "prefix": "name", "num_prefix_tokens": "count?", "backend": "backend"}),
+        "discard_ratio": "rate", "start_layer": "count", "prefix": "name", "num_prefix_tokens": "count?", "verify": "flag",
+        "backend": "backend"}),
+    "rollout ": Case(lifeops.rollout, {"model": _vit(), "images": IMAGES["x"], "targets": "soft"}, {"token_logits": "other"}),
     "use_backend": Case(lambda backend: _entered(lifeops.use_backend(backend)), {"backend": None}, {"backend": "backend"}),
     "use_grid": Case(lambda **o: _entered(lifeops.use_grid(**o)), {"model": lifeops.nn.DWShortcut(9), "grid": (2, 3)},
                      {"model": "module", "grid": "grid"}),
     "explain": Case(lifeops.explain, {"op": "token_dwconv"}, {"op": "name"}),
-    "convert": Case(lifeops.convert, {"model": _vit()}, {"model": "module", "system": "name"}),
+    "convert": Case(lambda **o: lifeops.convert(**{"model": _vit(), **o}), {}, {
+        "model": "module", "system": "name", "probe": "flag", "start": "backend"}),
+    "accelerate": Case(lifeops.accelerate, {"model": _vit()}, {"model": "module", "kinds": "kinds", "verify": "flag"}),
+    "describe": Case(lifeops.describe, {}, {"model": "module"}),
+    "load_official": Case(lifeops.load_official, {"checkpoint": {}}, {
+        "checkpoint": "file", "key": "key", "num_heads": "size?", "aux_key": "key", "act": "key", "img_size": "area",
+        "num_classes": "count?", "window_size": "size?"}),
     "revert": Case(lifeops.revert, {"model": _vit()}, {"model": "module"}),
     "fuse_": Case(lifeops.fuse_, {}, {"module": "module"}),
     "convert ": Case(lambda **o: _converts("life", **o), {}, {
@@ -166,7 +179,7 @@ CASES = {
     "LifeAttention": Case(lifeops.nn.LifeAttention, {"dim": 9, "num_heads": 3}, {
         "dim": "size", "num_heads": "size", "num_prefix_tokens": "count", "grid": "grid", "qkv_norm": "flag", "aux_key": "name",
         "attn_drop": "rate", "proj_drop": "rate", "proj_bias": "flag", "recompute": "flag", **DD}),
-    "LifeAttention ": Case(_forward(lambda: lifeops.nn.LifeAttention(9, 3)), ATTENTION, ATTENDS, ("attn_mask",)),
+    "LifeAttention ": Case(_forward(lambda: lifeops.nn.LifeAttention(9, 3)), ROPE, {**ATTENDS, "rope": None}, ("attn_mask", "rope")),
     "LocalAttention": Case(lifeops.nn.LocalAttention, {"dim": 9, "num_heads": 3}, {
         "dim": "size", "num_heads": "size", "kernel_size": "odd", "num_prefix_tokens": "count", "grid": "grid", "attn_head_dim": "size?",
         "dim_out": "size?", "qkv_bias": "flag", "qk_norm": "flag", "scale_norm": "flag", "proj_bias": "flag", "gated": "flag",
@@ -203,7 +216,7 @@ CASES = {
     "structured_": Case(lifeops.init.structured_, {"model_or_blocks": _vit()}, {
         "model_or_blocks": "module", "method": "name", "version": "count", "kernel_size": "odd", "generator": "other",
         "position_scale": "number?", "qk_scale": "number?", "value_scale": "number?", "position_embedding": "other", "grid": "grid",
-        "steps": "count", "progress": "flag"}),
+        "shared": "flag?", "steps": "count", "progress": "flag", "verify": "flag"}),
     "impulse_conv_": _filters(lifeops.init.impulse_conv_),
     "box_": _filters(lifeops.init.box_, taps=2),
     "gaussian_": _filters(lifeops.init.gaussian_, variance=1.0),

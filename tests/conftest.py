@@ -1,5 +1,6 @@
 """Shared set-up: strict numerics, NaN in every fresh buffer, and torchvision's missing operators for timm on a CPU torch."""
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -32,12 +33,20 @@ def _poisoned(allocate):
     return run
 
 
-@pytest.fixture
-def poison(monkeypatch):
+@contextlib.contextmanager
+def poisoned():
     """Every buffer the library allocates starts as NaN, so that an element it forgets to write shows."""
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_strided"):
+            patch.setattr(torch, name, _poisoned(getattr(torch, name)))
+        patch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+        yield
+
+
+@pytest.fixture
+def poison():
+    with poisoned():
+        yield
 
 
 @pytest.fixture

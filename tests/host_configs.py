@@ -14,7 +14,8 @@ HOSTS: dict[str, "HostConfig"] = {}
 class HostConfig(NamedTuple):
     """``size``: (H, W) of the images; ``own``: of those that its position table is for. ``patch``: their patches, None where no block sees
     patches as tokens; ``prefix``: the tokens before them. Known from the configuration, not asked of the library. ``chain``: how the
-    attention of its layers makes a roll-out (see host_attention.CHAINS)."""
+    attention of its layers makes a roll-out (see host_attention.CHAINS). ``grids``: of its stages, where they have not
+    the proportions of the image."""
 
     library: str
     family: str
@@ -25,6 +26,7 @@ class HostConfig(NamedTuple):
     patch: tuple[int, int] | None
     prefix: int
     chain: str
+    grids: tuple[tuple[int, int], ...] = ()
 
     def grid_at(self, size) -> tuple[int, int] | None:
         """Patches of an image, those that padding completes too."""
@@ -39,9 +41,9 @@ def _pair(value):
     return value if isinstance(value, (tuple, list)) else value and (value, value)
 
 
-def add(library, family, name, build, size, patch, prefix=0, chain="plain", own=None) -> None:
+def add(library, family, name, build, size, patch, prefix=0, chain="plain", own=None, grids=()) -> None:
     assert name not in HOSTS, name
-    HOSTS[name] = HostConfig(library, family, name, build, size, tuple(_pair(own or size)), _pair(patch), prefix, chain)
+    HOSTS[name] = HostConfig(library, family, name, build, size, tuple(_pair(own or size)), _pair(patch), prefix, chain, grids)
 
 
 def made(host: HostConfig) -> torch.nn.Module:

@@ -13,17 +13,17 @@ def _vit(family, name, prefix=1, chain="plain", cls=None, size=(32, 48), **optio
     add("timm", family, name, lambda: cls(**options), size, options["patch_size"], prefix, chain, own)
 
 
-def _named(family, name, prefix=1, chain="plain", patch=16, label=None, **options):
+def _named(family, name, prefix=1, chain="plain", patch=16, label=None, own=None, **options):
     """timm's registered models, narrow: 4 x 6 patches."""
     size = (4 * patch, 6 * patch)
     options = {"img_size": size, **WIDE, **options}
-    add("timm", family, label or name, lambda: timm.create_model(name, **options), options["img_size"], patch, prefix, chain)
+    add("timm", family, label or name, lambda: timm.create_model(name, **options), options["img_size"], patch, prefix, chain, own)
 
 
-def _staged(family, name, size=(64, 96), chain="none", prefix=0, label=None, sized=False, patch=None, **options):
+def _staged(family, name, size=(64, 96), chain="none", prefix=0, label=None, sized=False, patch=None, grids=(), **options):
     """timm's models with widths of their own."""
     options = {"num_classes": 3, **({"img_size": size} if sized else {}), **options}
-    add("timm", family, label or name, lambda: timm.create_model(name, **options), size, patch, prefix, chain)
+    add("timm", family, label or name, lambda: timm.create_model(name, **options), size, patch, prefix, chain, grids=grids)
 
 
 def _class(family, name, size=(64, 96), prefix=0, chain="none", patch=None, **options):
@@ -125,9 +125,9 @@ for _name, _prefix in (
 _named("SAM", "samvit_base_patch16", 0, "sam")
 _named("SAM", "samvit_base_patch16", 0, "plain", label="samvit, global", global_attn_indexes=(0, 1))
 _named("SAM", "samvit_base_patch16", 0, "plain", label="samvit, global, no bias", global_attn_indexes=(0, 1), use_rel_pos=False)
-_named("NaFlex", "naflexvit_base_patch16_gap", 4)
-_named("NaFlex", "naflexvit_base_patch16_map", 1)
-_named("NaFlex", "naflexvit_base_patch16_siglip", 0)
+_named("NaFlex", "naflexvit_base_patch16_gap", 4, own=(256, 256))
+_named("NaFlex", "naflexvit_base_patch16_map", 1, own=(256, 256))
+_named("NaFlex", "naflexvit_base_patch16_siglip", 0, own=(256, 256))
 
 # ------------------------------------------------------------------------------------------------ timm: other attention
 
@@ -138,7 +138,7 @@ _staged("XCiT", "xcit_nano_12_p8_224", (32, 48), sized=True, depth=2)
 _CONVIT = {"size": (64, 64), "sized": True, "patch": 16, "prefix": 1, "chain": "plain"}
 _staged("ConViT", "convit_tiny", (64, 64), sized=True, depth=3, local_up_to_layer=1)
 _staged("ConViT", "convit_tiny", **_CONVIT, label="convit, no gates", depth=2, local_up_to_layer=0)
-_staged("TNT", "tnt_s_patch16_224", prefix=1, sized=True, depth=2, embed_dim=96, inner_dim=24, num_heads_outer=4)
+_staged("TNT", "tnt_s_patch16_224", prefix=1, patch=16, sized=True, depth=2, embed_dim=96, inner_dim=24, num_heads_outer=4)
 _staged(
     "CrossViT",
     "crossvit_9_240",
@@ -186,8 +186,9 @@ _staged(
 _staged("Swin", "swinv2_tiny_window8_256", (64, 96), window_size=4, depths=(2, 2), **_SWIN)
 _staged("Swin", "swinv2_cr_tiny_ns_224", window_size=4, depths=(2, 2), sized=True, embed_dim=24, num_heads=(2, 4))
 _class("NesT", "Nest", (64, 64), img_size=64, num_levels=3, embed_dims=(24, 48, 96), num_heads=(1, 2, 4), depths=(1, 1, 1))
-_staged("PiT", "pit_ti_224", sized=True, prefix=1)
-_staged("PiT", "pit_ti_distilled_224", sized=True, prefix=2)
+_PIT = {"sized": True, "grids": ((7, 11), (4, 6), (2, 3))}
+_staged("PiT", "pit_ti_224", prefix=1, **_PIT)
+_staged("PiT", "pit_ti_distilled_224", prefix=2, **_PIT)
 _staged("PVT", "pvt_v2_b0")
 _staged("PVT", "pvt_v2_b2_li", depths=(1, 1, 1, 1))
 _staged("Twins", "twins_pcpvt_small", depths=(1, 1, 1, 1), sized=True)

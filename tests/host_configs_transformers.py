@@ -4,11 +4,11 @@ from host_configs import add
 from hosts import transformers
 
 
-def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32, 48), rect=True, nested=None, label=None, **options):
+def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32, 48), rect=True, label=None, own=None, grids=(), **more):
     """transformers' models; ``rect``: the configuration's image_size may be a pair."""
     side = size if rect else size[0]
     base = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 96, "patch_size": 8}
-    options = {**base, "image_size": side, **options}
+    options = {**base, "image_size": side, **more}
     options = {k: v for k, v in options.items() if v is not None}
 
     def build():
@@ -16,7 +16,8 @@ def _hf(family, name, prefix=1, chain="plain", model=None, config=None, size=(32
         return getattr(transformers, model or f"{name}Model")(configuration)
 
     patch = options.get("patch_size") if chain != "none" else None
-    add("transformers", family, label or model or f"{name}Model", build, size, patch, prefix, chain, options.get("image_size"))
+    own = own or options.get("image_size")
+    add("transformers", family, label or model or f"{name}Model", build, size, patch, prefix, chain, own, grids)
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -41,7 +42,7 @@ _hf("BEiT", "Beit", label="BeitModel, positions", use_absolute_position_embeddin
 _hf("BEiT", "Beit", label="BeitModel, relative tables", use_relative_position_bias=True, **_BEIT)
 _hf("BEiT", "Beit", label="BeitModel, shared table", use_shared_relative_position_bias=True, **_BEIT)
 _hf("BEiT", "Beit", model="BeitForImageClassification", num_labels=3, use_relative_position_bias=True, **_BEIT)
-_hf("BEiT", "Data2VecVision", use_relative_position_bias=True, **_BEIT)
+_hf("BEiT", "Data2VecVision", use_relative_position_bias=True, intermediate_size=192, **_BEIT)
 _hf("MAE", "ViTMAE", chain="none", **_BEIT)
 _hf("MAE", "ViTMAE", chain="none", label="ViTMAEModel, mask_ratio 0", mask_ratio=0.0, **_BEIT)
 _DECODER = {"decoder_hidden_size": 48, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 3, "decoder_intermediate_size": 48}
@@ -49,7 +50,8 @@ _hf("MAE", "ViTMAE", chain="none", model="ViTMAEForPreTraining", mask_ratio=0.0,
 _hf("MSN", "ViTMSN")
 _hf("I-JEPA", "IJepa", 0)
 _hf("YOLOS", "Yolos", chain="suffix", num_detection_tokens=5)
-_hf("DPT", "DPT", backbone_out_indices=[0, 1], neck_hidden_sizes=[8, 8, 8, 8], is_hybrid=False, rect=False, size=(32, 32))
+_NECK = {"backbone_out_indices": [0, 1], "neck_hidden_sizes": [8, 8, 8, 8], "is_hybrid": False}
+_hf("DPT", "DPT", intermediate_size=192, **_NECK, **_BEIT)
 _hf("ViTPose", "VitPoseBackbone", 0, model="VitPoseBackbone", label="VitPoseBackbone")
 _hf("ViTDet", "VitDet", 0, pretrain_image_size=32, size=(32, 32), rect=False, num_channels=3)
 _hf(
@@ -80,10 +82,15 @@ _hf("BLIP", "BlipVision", **_CLIP)
 _hf("BLIP", "Blip2Vision", **_BEIT)
 _hf("BLIP", "InstructBlipVision", **_BEIT)
 _hf("BLIP", "GitVision", **_BEIT)
+_hf("BLIP", "InstructBlipVideoVision", **_BEIT)
 _hf("AIMv2", "Aimv2Vision", 0, **_BEIT)
 _EOMT = {"num_queries": 3, "num_blocks": 1, "num_upscale_blocks": 1, "mlp_ratio": 1, **_BEIT}
 _hf("EoMT", "Eomt", 5, "eomt", model="EomtForUniversalSegmentation", **_EOMT)
 _hf("EoMT", "EomtDinov3", 5, "eomt", model="EomtDinov3ForUniversalSegmentation", **_EOMT)
+_hf("Idefics", "Idefics3Vision", 0, model="Idefics3VisionTransformer", **_BEIT)
+_hf("Idefics", "SmolVLMVision", 0, model="SmolVLMVisionTransformer", **_BEIT)
+_hf("Janus", "JanusVision", 0, **_BEIT)
+_hf("TIPS", "Tipsv2Vision", 2, num_register_tokens=1, **_BEIT)
 _hf(
     "Depth Anything",
     "DepthAnything",
@@ -96,6 +103,7 @@ _hf(
     intermediate_size=None,
     patch_size=14,
     size=(56, 84),
+    own=(56, 56),
     reassemble_hidden_size=96,
     neck_hidden_sizes=[8, 8],
     fusion_hidden_size=8,
@@ -111,9 +119,11 @@ _hf(
         reshape_hidden_states=False,
     ),
 )
-_hf("FLAVA", "FlavaImage", **_BEIT)
+_hf("FLAVA", "FlavaImage", intermediate_size=192, **_BEIT)
 _hf("Pixio", "Pixio", 8, **_BEIT)
-_hf("InternVL", "InternVLVision", size=(32, 32), image_size=(32, 32), patch_size=(8, 8), layer_scale_init_value=0.1)
+_INTERN = {"size": (32, 32), "image_size": (32, 32), "patch_size": (8, 8), "layer_scale_init_value": 0.1}
+_hf("InternVL", "InternVLVision", **_INTERN)
+_hf("InternVL", "InternVLVision", label="InternVLVisionModel, norms of q and k", use_qk_norm=True, norm_type="rms_norm", **_INTERN)
 _hf("Pixtral", "PixtralVision", 0, "none", head_dim=8, **_BEIT)
 _STAGES = {"hidden_size": None, "num_hidden_layers": None, "num_attention_heads": None, "intermediate_size": None, "patch_size": None}
 _PVT = {
@@ -133,8 +143,9 @@ _hf("PVT", "PvtV2", sr_ratios=[4, 2], **_MIX)
 _hf(
     "PVT",
     "Pvt",
+    grids=((16, 16), (8, 8)),
     sequence_reduction_ratios=[2, 1],
-    **{**_MIX, "image_size": 64, "size": (64, 64), "patch_sizes": [4, 2], "num_encoder_blocks": 2},
+    **{**_MIX, "image_size": 64, "size": (64, 64), "patch_sizes": [4, 2], "num_encoder_blocks": 2, "prefix": 1},
 )
 _HSWIN = {
     **_STAGES,
@@ -170,6 +181,7 @@ _hf("Hiera", "Hiera", **_SIZED, embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1,
 _hf("SAM", "SamVision", 0, "sam", **_BEIT, output_channels=8, window_size=2, global_attn_indexes=[1])
 _hf("SAM", "SamVision", 0, label="SamVisionModel, global", **_BEIT, output_channels=8, window_size=0, global_attn_indexes=[0, 1])
 _hf("SAM", "SamHQVision", 0, "sam", **_BEIT, output_channels=8, window_size=2, global_attn_indexes=[1])
+_hf("SAM", "Sam3ViT", 0, "none", **_BEIT, pretrain_image_size=32, window_size=2, global_attn_indexes=[1])
 _hf("FocalNet", "FocalNet", **_SIZED, embed_dim=24, depths=[1, 1, 1, 1])
 _hf("MetaFormer", "PoolFormer", **{**_SIZED, "image_size": None}, hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1])
 _hf("SwiftFormer", "SwiftFormer", **{**_SIZED, "size": (64, 64)}, rect=False)

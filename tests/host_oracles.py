@@ -1,6 +1,7 @@
 """What convert's modules, roll-outs and impulses must be: plain PyTorch, with the grid and the prefix that the configuration says."""
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from plain_systems import life_qkv, locality, shortcut
 
 import lifeops
 from lifeops import nn as ours
+from lifeops.integrations.life_projection import LifeProjection
 
 TOLERANCE = 1e-5
 FEED_FORWARD = (
@@ -40,7 +42,10 @@ def tensors(output) -> list[torch.Tensor]:
 
 
 def grid_of(patches: int, host) -> tuple[int, int]:
-    """(H, W) of that many patches: the configuration's grid, or a stage's with the image's proportions."""
+    """(H, W) of that many patches: the configuration's grid, or a stage's, its own or with the image's proportions."""
+    for grid in host.grids:
+        if grid[0] * grid[1] == patches:
+            return grid
     H, W = host.size if host.grid is None or host.grid[0] * host.grid[1] != patches else host.grid
     row = round((patches * H / W) ** 0.5)
     if row * row * W != patches * H:
@@ -68,7 +73,10 @@ def life(module, x, prefix, grid, bias, rope, half, old):
     """LIFE's attention: three scales, q, k and v the thirds of each, softmax, the projection; the norms of the ``old`` one between."""
 
     def normed(name, t):
-        return getattr(old, name)(t) if isinstance(getattr(old, name, None), torch.nn.Module) else t
+        norm = getattr(old, name, None)
+        if getattr(getattr(norm, "weight", None), "numel", int)() == x.shape[2] != t.shape[-1]:  # over the joined heads
+            return norm(t.transpose(1, 2).flatten(2)).unflatten(2, (module.num_heads, -1)).transpose(1, 2)
+        return norm(t) if isinstance(norm, torch.nn.Module) else t
 
     q, k, v = (t.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for t in life_qkv(module.qkv, x, prefix, grid))
     q, k = normed("q_norm", q), normed("k_norm", k)
@@ -94,7 +102,10 @@ def _calls(model, kind, x):
     found, handles = [], []
     for path, module in model.named_modules():
         if kind(module):
-            keep = lambda m, a, k, out, path=path: found.append((path, m, a, k, out))  # noqa: E731
+
+            def keep(m, args, kwargs, out, path=path):
+                found.append((path, m, args, kwargs, out.clone() if isinstance(out, torch.Tensor) else out))  # to which more may be added
+
             handles.append(module.register_forward_hook(keep, with_kwargs=True))
     with torch.no_grad():
         model(x)
@@ -110,12 +121,56 @@ def _shown(model):
         if isinstance(module, (ours.LocalityFeedForward, ours.DWShortcut, ours.LifeQKV)):
             for p in module.parameters():
                 p.data.normal_(std=max(p[0].numel() if p.dim() > 1 else 4, 1) ** -0.5)
-        if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
-            module.running_mean.normal_(std=0.3), module.running_var.uniform_(0.5, 1.5)
+            for norm in (m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.running_mean is not None):
+                norm.running_mean.normal_(std=0.3), norm.running_var.uniform_(0.5, 1.5)
+
+
+def _around(original, path):
+    """Of a layer: a copy of the module that holds it, which calls it, and the size of its windows, None without."""
+    parent = path.rpartition(".")[0]
+    block, old = original.get_submodule(parent.rpartition(".")[0]), copy.deepcopy(original.get_submodule(parent))
+    window = getattr(block, "window_size", None)
+    if hasattr(old, "qkv_bias_separate"):
+        old.qkv_bias_separate = True
+    return old, (window, window) if isinstance(window, int) and window else window or None
+
+
+def check_projections(original, model, x, host) -> float:
+    """LIFE in the place of a layer against its transcription, and the attention around it against the original one with that inside."""
+    worst = 0.0
+    for path, layer in [(path, m) for path, m in model.named_modules() if isinstance(m, LifeProjection)]:
+        (old, window), wide = _around(original, path), copy.deepcopy(layer).double()
+
+        def plain(tokens, wide=wide, window=window):
+            grid = window or grid_of(math.prod(tokens.shape[1:-1]) - host.prefix, host)
+            flat = tokens.flatten(1, -2).double()
+            beside = [F.linear(flat, wide.fc1.weight, wide.fc1.bias)] if hasattr(wide, "fc1") else []
+            q_k_v = torch.cat((*beside, *life_qkv(wide, flat, host.prefix, grid)), -1)
+            return q_k_v.unflatten(1, tokens.shape[1:-1]).to(tokens.dtype)
+
+        ((_, _, args, _, out),) = _calls(model, {layer}.__contains__, x)
+        worst = max(worst, error(out, plain(args[0])))
+        parent, _, name = path.rpartition(".")
+        setattr(old, name, Called(plain))
+        ((_, _, args, kwargs, out),) = _calls(model, {model.get_submodule(parent)}.__contains__, x)
+        with torch.no_grad():
+            worst = max(worst, error(first_tensor(out), first_tensor(old(*args, **kwargs))))
+    return worst
+
+
+class Called(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
 
 
 def check_life(original, model, x, host) -> float:
     """Each replaced attention against its transcription, with the biases and rotations that the original was seen to use."""
+    if any(isinstance(m, LifeProjection) for m in model.modules()):
+        assert not any(isinstance(m, ours.LifeAttention) for m in model.modules())
+        return check_projections(original, model, x, host)
     with torch.no_grad(), Attentions() as mode:
         original(x)
     calls = _calls(model, lambda m: isinstance(m, ours.LifeAttention), x)
@@ -137,10 +192,10 @@ def check_localvit(original, model, x, host) -> float:
     """Each block against the original one without its feed-forward, and then LocalViT's."""
     worst = 0.0
     for path, module, args, kwargs, out in _calls(model, lambda m: _branch(m) is not None, x):
-        grid = grid_of(args[0].shape[1] - host.prefix, host)
         with torch.no_grad():
             attended = first_tensor(_without_mlp(original.get_submodule(path))(*args, **kwargs))
-        worst = max(worst, error(first_tensor(out), attended + locality(_branch(module), attended, host.prefix, grid)))
+        grid, flat = grid_of(math.prod(attended.shape[1:-1]) - host.prefix, host), attended.flatten(1, -2)
+        worst = max(worst, error(first_tensor(out).flatten(1, -2), flat + locality(_branch(module), flat, host.prefix, grid)))
     return worst
 
 
@@ -151,33 +206,68 @@ def _branch(block):
     return found[0] if found and not isinstance(block, torch.nn.ModuleList) else None
 
 
+def _token_lists(values) -> list[torch.Tensor]:
+    return [values] if isinstance(values, torch.Tensor) else [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def _whole(squares) -> torch.Tensor:
+    """(B, T, N, C), T squares of N patches, as (B, T N, C) row after row of the whole square grid, patch by patch."""
+    t, n = (round(count**0.5) for count in squares.shape[1:3])
+    rows = [[(r // n * t + c // n, r % n * n + c % n) for c in range(t * n)] for r in range(t * n)]
+    return torch.stack([squares[:, square, patch] for row in rows for square, patch in row], 1)
+
+
+def _terms(module, given, made):
+    """(shortcut, its tokens, what the blocks made of them, which of ``made`` it is) of a group; tokens in the order of the grid."""
+    if isinstance(module.shortcut, torch.nn.ModuleList):  # CoaT's parallel blocks: the first scale stays
+        assert len(module.shortcut) == len(given) - 1
+        return [(s, given[i], made[i], i) for i, s in enumerate(module.shortcut, 1)]
+    at = len(made) - 1  # TNT: pixels, then tokens
+    return [(module.shortcut, given[at], made[at], at)]
+
+
+def _flat(t, like):
+    """Tokens, whatever they were; with the grid where they tell it themselves."""
+    if t.dim() == 3:
+        return t, None
+    if type(like).__name__ == "SquareShortcutBlocks":
+        side = round((t.shape[1] * t.shape[2]) ** 0.5)
+        return _whole(t), (side, side)
+    return t.flatten(1, 2), tuple(t.shape[1:3])
+
+
 def check_dw_shortcut(original, model, x, host) -> float:
     """Each group of blocks: what went into its first, what came out of its last, and what came out of the group."""
     inner, handles = {}, []
-    every = [m for m in model.modules() if isinstance(getattr(m, "shortcut", None), ours.DWShortcut)]
-    groups = [m for m in every if isinstance(m, lifeops.nn.dw_shortcut.ShortcutBlocks)]
+    every = [m for m in model.modules() if _is_group(m)]
+    groups = [m for m in every if isinstance(m, lifeops.nn.shortcut_blocks.ShortcutBlocks)]
     for group in groups:
-        keep = lambda m, a, out, group=group: inner.__setitem__(id(group), first_tensor(out))  # noqa: E731
+        keep = lambda m, a, out, group=group: inner.__setitem__(id(group), out)  # noqa: E731
         handles.append(group.blocks[-1].register_forward_hook(keep))
-    calls = _calls(model, lambda m: isinstance(getattr(m, "shortcut", None), ours.DWShortcut), x)
+    calls = _calls(model, _is_group, x)
     for handle in handles:
         handle.remove()
     assert len(calls) == len(every)
     worst = 0.0
     for path, group, args, kwargs, out in calls:
-        tokens, out = args[0], first_tensor(out)
         if id(group) in inner:
-            y = inner[id(group)]
+            made, out = _token_lists(inner[id(group)]), _token_lists(out)
         else:  # a layer of transformers, which holds its shortcut itself
             with torch.no_grad():
-                y = first_tensor(original.get_submodule(path)(*args, **kwargs))
-        if tokens.dim() == 4:
-            grid = tuple(tokens.shape[1:3])
-            tokens, y, out = tokens.flatten(1, 2), y.flatten(1, 2), out.flatten(1, 2)
-        else:
-            grid = grid_of(tokens.shape[1] - host.prefix, host)
-        worst = max(worst, error(out, y + shortcut(group.shortcut, tokens, host.prefix, grid)))
+                made, out = [first_tensor(original.get_submodule(path)(*args, **kwargs))], [first_tensor(out)]
+        terms = _terms(group, _token_lists(args), made)
+        assert all(torch.equal(out[i], made[i]) for i in range(len(out)) if i not in [at for *_, at in terms])
+        for module, tokens, y, at in terms:
+            (tokens, grid), (y, _), (found, _) = (_flat(t, group) for t in (tokens, y, out[at]))
+            P = 0 if tokens.shape[1] in [H * W for H, W in host.grids] else host.prefix  # PVT's class token joins in the last stage
+            grid = grid_of(tokens.shape[1] - P, host) if grid is None else grid
+            worst = max(worst, error(found, y + shortcut(module, tokens, P, grid)))
     return worst
+
+
+def _is_group(module) -> bool:
+    held = getattr(module, "shortcut", None)
+    return isinstance(held[0] if isinstance(held, torch.nn.ModuleList) else held, ours.DWShortcut)
 
 
 CONVERTED = {"life": check_life, "localvit": check_localvit, "dw_shortcut": check_dw_shortcut}
@@ -224,6 +314,40 @@ def outputs_and_gradient(model, x) -> list[torch.Tensor]:
     found = [t for t in tensors(model(x)) if t.is_floating_point() and t.isfinite().all()]  # a loss over no masked patch is not a number
     (gradient,) = torch.autograd.grad(sum(t.square().sum() for t in found if t.requires_grad), x)
     return [*(t.detach() for t in found), gradient]
+
+
+_QKV = (("qkv",), ("to_qkv",), ("q_proj", "k_proj", "v_proj"), ("attention.query", "attention.key", "attention.value"))
+_JOINS = ("proj", "o_proj", "out_proj", "projection", "projection_layer", "output.dense")
+
+
+def _matrices(attn) -> list[torch.Tensor]:
+    """The weights of q, k, v and the output projection, in float64."""
+    layers = dict(attn.named_modules())
+    inputs = next(names for names in _QKV if all(name in layers for name in names))
+    weights = [layers[name].weight.double() for name in inputs]
+    return [*(weights if len(weights) == 3 else weights[0].chunk(3)), next(layers[n] for n in _JOINS if n in layers).weight.double()]
+
+
+def _near_identity(shape, noise, identity, generator):
+    bound = (3 / shape[-1]) ** 0.5
+    drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator).double()
+    return noise * drawn + identity * torch.eye(shape[-1], dtype=torch.float64)
+
+
+@torch.no_grad()
+def check_mimetic(model, report, generator) -> float:
+    """Of every layer: q k of a head is the part of rank d of 0.7 noise + 0.7 I, and v proj is 0.4 noise - 0.4 I, drawn again."""
+    worst, paths = 0.0, dict.fromkeys(head.path for head in report.heads)
+    for path in paths:
+        q, k, v, proj = _matrices(model.get_submodule(path))
+        heads, C, width = sum(head.path == path for head in report.heads), q.shape[1], len(v)
+        U, S, Vh = torch.linalg.svd(_near_identity((heads, C, C), 0.7, 0.7, generator))
+        d = width // heads
+        expected = (U[..., :d] * S[:, None, :d]) @ Vh[:, :d]
+        q, k = (t.unflatten(0, (heads, d)) for t in (q, k))
+        worst = max(worst, error(q.mT @ k, expected))
+        worst = max(worst, error(v @ proj, _near_identity((C, C), 0.4, -0.4, generator)[:width, :width]))
+    return worst
 
 
 @torch.no_grad()

@@ -224,7 +224,7 @@ def test_touched_before_and_released_later():
 def _left(name, change, message, **options):
     model, module, twin, kind, _ = _made(name)
     change(module)
-    with pytest.raises(ValueError, match="accelerate: .*Looked for: .*" + message):
+    with pytest.raises(ValueError, match="accelerate: .*" + message):
         lifeops.accelerate(model, kinds=kind, **options)
     assert type(module) is type(twin)
     assert not [key for key in vars(module) if "lifeops" in key]
@@ -359,7 +359,7 @@ def test_bad_arguments():
         lifeops.accelerate(model, kinds="coat_cpe")
     with pytest.raises(ValueError, match=r"accelerate: .*kinds.*'twins_peg'"):
         lifeops.accelerate(model, kinds="peg")
-    with pytest.raises(ValueError, match=r"holds no module to take.*Found: none of them"):
+    with pytest.raises(ValueError, match=r"holds no depth-wise convolution .*Found: none\. Looked for: twins_peg \(PosConv\), "):
         lifeops.accelerate(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="accelerate: model"):
         lifeops.accelerate("model")

@@ -34,6 +34,23 @@ def test_gradcheck_and_gradgradcheck(backend, prefix, K):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("prefix", "P"), [("keep", 2), ("zero", 2), ("drop", 0)])
+def test_the_input_as_its_own_residual(backend, prefix, P):
+    x, w, b, _ = _problem(P=P, residual=False)
+
+    def run(x, w, b, again=False):
+        other = x.clone() if again else x
+        return lifeops.token_dwconv(x, w, b, grid=(2, 3), num_prefix_tokens=P, prefix=prefix, residual=other, backend=backend)
+
+    torch.testing.assert_close(run(x, w, b), run(x, w, b, again=True))
+    assert torch.autograd.gradcheck(run, (x, w, b))
+    assert torch.autograd.gradgradcheck(run, (x, w, b))
+    torchlib.last_backend.clear()
+    run(x, w, b).sum().backward()
+    assert "token_dwconv_bwd_dx" not in torchlib.last_backend  # dy is added in the kernel
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bias_gradient_alone(backend):
     x, w, b, _ = _problem(residual=False)
     w.requires_grad_(False)

@@ -2,6 +2,8 @@
 name and names the parameter, never an error from inside torch, never an answer.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from argument_catalogue import CASES, DWCONV, KINDS, LIFE, PLACE, Q, X, tensors
 import lifeops
 
 FINE = {
-    ("attn_mask", "bool"), ("attn_mask", "rank"), ("rollout", "targets", "int"),  # a token
+    ("attn_mask", "bool"), ("attn_mask", "rank"), ("rope", "rank"), ("rollout", "targets", "int"),  # a token
     ("position_embedding", "sizes"), *((op, "weight", "meta") for op in CASES if op.strip() in lifeops.init.__all__),  # as torch.nn.init
 }  # fmt: skip
 
@@ -37,6 +39,26 @@ def test_bad_argument(name, parameter, what, value):
     message = str(caught.value)
     assert message.startswith(f"{name.strip()}: "), message
     assert any(known in message for known in (case.kinds if what in ("meta", "sizes") else [parameter])), message
+
+
+def _public():
+    """Every parameter that a user can give: of the callables, and of the modules' ``forward``."""
+    for module in (lifeops, lifeops.nn, lifeops.models, lifeops.init):
+        for name in module.__all__:
+            found = getattr(module, name)
+            if callable(found) and not (isinstance(found, type) and issubclass(found, (Exception, lifeops.init.Report, tuple))):
+                calls = [found, getattr(found, "forward", found)] if isinstance(found, type) else [found]
+                yield from ((name, p) for call in calls for p in inspect.signature(call).parameters.values())
+
+
+def test_every_parameter_has_a_case():
+    kinds = {}
+    for name, case in CASES.items():
+        kinds.setdefault(name.strip(), set()).update(case.kinds)
+    given = {(name, p.name) for name, p in _public() if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    results = ("Description",)
+    assert not {(name, parameter) for name, parameter in given if name not in results and parameter not in kinds.get(name, ())}
+    assert len(given) > 200
 
 
 @pytest.mark.parametrize("name", ["LifeQKV ", "LifeAttention ", "LocalAttention ", "LocalityFeedForward ", "VisionTransformer ", "ViT "])

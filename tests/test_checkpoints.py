@@ -181,10 +181,10 @@ def test_a_plain_model_of_this_library():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 0}, "num_heads must be an int of at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"num_heads": 5}, "cannot tell the heads of a model of width 12; pass num_heads=…, which divides it, got 5"),
         ({"aux_key": "scale2"}, "aux_key must be 'multiscale' or 'scale1', got 'scale2'"),
-        ({"num_classes": -1}, "num_classes must be an int of at least 0, got -1"),
+        ({"num_classes": -1}, "num_classes must not be negative, got -1"),
         ({"img_size": (32, 0)}, "img_size must be a positive int"),
         ({"img_size": 30}, "img_size must be a multiple of patch_size"),
     ],

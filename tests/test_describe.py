@@ -18,7 +18,7 @@ HOSTS = {
     "post norm": (small_vit(block_fn=vit.ResPostBlock), "timm", "patch_embed", 1, True, "post", PRE),
     "parallel": (small_vit(block_fn=vit.ParallelThingsBlock), "timm", "patch_embed", 1, True, "parallel", {"attn": "attns", "mlp": "ffns"}),
     "cait": (named("cait_xxs24_224"), "timm", "patch_embed", 0, False, "pre", {**PRE, "ls1": "gamma_1", "ls2": "gamma_2"}),
-    "xcit": (staged("xcit_nano_12_p8_224"), "timm", "patch_embed", 0, False, None, {**PRE, "ls1": "gamma1"}),
+    "xcit": (staged("xcit_nano_12_p8_224"), "timm", "patch_embed", 0, False, "pre", {**PRE, "ls1": "gamma1"}),
     "pit": (staged("pit_ti_distilled_224"), "timm", "patch_embed", 2, True, "pre", PRE),
     "naflex": (named("naflexvit_base_patch16_gap", embed_dim=48, num_heads=3), "timm", "embeds.proj", 4, False, "pre", PRE),
     "lifeops": (lambda: lifeops.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3),
@@ -102,7 +102,7 @@ def test_converted():
 
 
 def test_unknown_models():
-    with pytest.raises(ValueError, match=r"describe: Sequential is not a known ViT; looked for a timm model"):
+    with pytest.raises(ValueError, match=r"describe: Sequential is not a known ViT \(it holds .*\); looked for a timm model"):
         lifeops.describe(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"CrossVit has 2 patch embeddings"):
         lifeops.describe(staged("crossvit_tiny_240")())

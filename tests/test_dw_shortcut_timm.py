@@ -8,8 +8,8 @@ import torch
 import lifeops
 from conftest import declare_torchvision_ops
 from lifeops.models.vit_cait import ViT
-from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 from test_localvit import _close, _randomised
 
 timm = None

@@ -16,11 +16,11 @@ from lifeops import model_cost, registry, testing
 from lifeops.model_cost import count_flops
 from lifeops.models.deit import Attention, VisionTransformer
 from lifeops.nn import LocalityFeedForward
-from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
 from lifeops.nn.localvit import LocalViTBlock
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 
 SAMPLES = [pytest.param(op, s, id=f"{name}-{s.name}") for name, op in registry.ops.items() for s in op.samples()]
 SIZES = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}

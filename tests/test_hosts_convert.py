@@ -5,11 +5,12 @@ Small models of timm and transformers, no weights. What computes is compared wit
 """
 
 import copy
+import pickle
 import re
 
 import pytest
 import torch
-from hosts import SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, unchanged, vit
+from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, unchanged, vit
 from torch import nn
 
 import lifeops
@@ -22,22 +23,27 @@ def _gated():
 
 
 CONVERT_REFUSES = {
-    "differential": (small_vit(embed_dim=48, attn_layer="diff"), {"life": "has lambda_q1, lambda_k1, lambda_q2, lambda_k2"}),
-    "cait": (named("cait_xxs24_224"), {"life": "has proj_l, proj_w"}),
-    "gate": (_gated, {"life": "EvaAttention, which has gate"}),
+    "differential": (small_vit(embed_dim=48, attn_layer="diff"), {}),
+    "cait": (named("cait_xxs24_224"), {}),
+    "gate": (_gated, {}),
     "fused branches": (
         small_vit(block_fn=vit.ParallelScalingBlock),
-        {"life": "blocks.0.attn is NoneType without q, k and v", "localvit": "without attn, mlp"},
+        {"localvit": "whose attention and MLP share a projection (in_proj)"},
     ),
-    "stages": (
-        staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)),
-        {s: f"blocks in 2 stages (layers.0.blocks, layers.1.blocks), each on a grid of its own; '{s}' needs" for s in SYSTEMS[:2]},
+    "windows in stages": (
+        staged("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2)), {},
     ),
     "late cls": (
         named("convit_tiny", depth=3, local_up_to_layer=1),
         {"life": "GPSA without q, k and v", "localvit": "in blocks.0 tokens 0 to 15", "dw_shortcut": "in blocks.0 tokens 0 to 15"},
     ),
     "shuffled": (hf("ViTMAE", mask_ratio=0.0), dict.fromkeys(SYSTEMS, "hidden in a random order: give noise=torch.arange")),
+    "tokens behind": (
+        hf("Yolos", num_detection_tokens=5, image_size=(32, 48)),
+        dict.fromkeys(SYSTEMS, "puts 5 tokens behind its patches (detection_tokens)"),
+    ),
+    "frames": (hf("VideoMAE"), dict.fromkeys(SYSTEMS, "the patch embedding of VideoMAEModel, reads patches of several frames (Conv3d)")),
+    "packed": (hf("Siglip2Vision"), dict.fromkeys(SYSTEMS, "of Siglip2VisionModel, reads patches that were cut before (Linear)")),
     "masked": (hf("ViTMAE"), dict.fromkeys(SYSTEMS, "of 16 patches some are dropped")),
 }  # fmt: skip
 
@@ -57,13 +63,18 @@ def test_convert_refuses_or_runs(name, system):
             assert torch.equal(lifeops.revert(model)(x), before)
 
 
+@pytest.mark.parametrize("system", ["life", "localvit"])
+def test_stages_without_windows(system):
+    lists = "transformers.0.blocks, transformers.1.blocks, transformers.2.blocks"
+    message = f"blocks in 3 stages ({lists}), each on a grid of its own; '{system}' needs"
+    unchanged(staged("pit_ti_224", img_size=64)(), lambda m: lifeops.convert(m, system), re.escape(message))
+
+
 @pytest.mark.parametrize("rel_pos", [False, True])
 def test_blocks_that_take_maps(rel_pos):
     build = named("samvit_base_patch16", embed_dim=48, num_heads=3, use_rel_pos=rel_pos)
-    for system in ("life", "localvit"):
-        message = "rel_pos_h" if rel_pos and system == "life" else "blocks.0 is given maps"
-        unchanged(build(), lambda m, s=system: lifeops.convert(m, s, num_prefix_tokens=0), message)
-    assert lifeops.convert(build(), "dw_shortcut", num_prefix_tokens=0)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+    for system in SYSTEMS:
+        assert lifeops.convert(build(), system)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
 
 
 class _Masked(nn.Module):
@@ -144,3 +155,35 @@ def test_a_stand_in_that_does_not_attend():
     for block in model.blocks:
         block.attn = StandIn()
     assert lifeops.convert(model, "life")(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+HOST_BLOCKS = lambda: timm.models.Beit(**BEIT, init_values=0.1), small_vit(block_fn=vit.ParallelThingsBlock), hf("ViT")
+
+
+@pytest.mark.parametrize("build", HOST_BLOCKS)
+def test_conv_names_the_feed_forward_of_any_block(build):
+    """As in LocalViT's own block, whatever the host calls its MLP; the block is what it was beside."""
+    old = made(build)
+    host = lifeops.describe(old).host
+    model = lifeops.convert(copy.deepcopy(old), "localvit")
+    path, mlp = host.blocks[1].path, host.blocks[1].mlp
+    block, was = model.get_submodule(path), host.blocks[1].module
+    for b in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        part = getattr(b, mlp)
+        assert b.conv is (part[0] if isinstance(part, nn.ModuleList) else part)
+        assert isinstance(b, type(was))
+        assert type(b).__name__ == type(was).__name__
+        assert b.state_dict().keys() == block.state_dict().keys()
+        assert not any(name.split(".")[0] == "conv" for name, _ in [*b.named_modules(remove_duplicate=False), *b.named_parameters()])
+        assert [name for name, _ in b.named_children()] == [name for name, _ in was.named_children()]
+    tokens = torch.randn(2, host.prefix + host.grid[0] * host.grid[1], 96 if host.library == "transformers" else 24)
+    with pytest.raises(ValueError, match=r"the grid is unknown: .*with lifeops\.use_grid\(model, \(H, W\)\)"):
+        block(tokens)
+    twin = pickle.loads(pickle.dumps(block))
+    with lifeops.use_grid(model, host.grid), lifeops.use_grid(twin, host.grid), torch.no_grad():
+        assert torch.equal(twin(tokens), block(tokens))
+
+
+def test_conv_is_of_localvit_alone():
+    model = lifeops.convert(hf("ViT")(), "life")
+    assert not hasattr(lifeops.describe(model).host.blocks[0].module, "conv")

@@ -10,25 +10,27 @@ import torch
 from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
 
 import lifeops
-from lifeops.init import positions, structured_
+from lifeops.hosts import images, positions
+from lifeops.init import structured_
 
 WIDE = {"embed_dim": 96, "num_heads": 12}
 VITDET = {"pretrain_image_size": 32}
 STRUCTURED_REFUSES = {
-    "windows": ("impulse", hf("VitDet", **VITDET, window_size=2, window_block_indices=[0]), r"inside 4 groups of 4 tokens"),
+    "windows": ("impulse", hf("VitDet", **VITDET, window_size=2, window_block_indices=[0]), r"attends in 4 groups of 4 tokens, looked"),
     "detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=20), r"has 20 tokens behind .* must belong to"),
     "few detection tokens": ("impulse", hf("Yolos", image_size=(32, 32), num_detection_tokens=3), r"has 3 tokens behind"),
-    "dropped": ("impulse", hf("ViTMAE"), r"attends inside 5 tokens"),
-    "differential": ("impulse", small_vit(**WIDE, attn_layer="diff"), r"is DiffAttention, which does not compute"),
+    "dropped": ("impulse", hf("ViTMAE"), r"attends over 5 tokens, looked for"),
+    "differential": ("impulse", small_vit(**WIDE, attn_layer="diff"), r"\(DiffAttention\) has sub_norm, lambda_q1, "),
     "shared bias": ("mimetic", lambda: timm.models.Beit(**BEIT, use_shared_rel_pos_bias=True), r"has a relative position bias \("),
     "bias in a child": ("mimetic", hf("Beit", use_relative_position_bias=True), r"relative_position_bias_table"),
     "relative": ("mimetic", named("vit_relpos_small_patch16_224"), r"has rel_pos"),
     "sam": ("mimetic", named("samvit_base_patch16", embed_dim=48, num_heads=3), r"has rel_pos_h, rel_pos_w"),
-    "channels": ("mimetic", staged("xcit_nano_12_p16_224", img_size=64), r"is XCA, which does not compute"),
-    "factorised": ("mimetic", staged("coat_lite_tiny", img_size=64), r"is FactorAttnConvRelPosEnc, which does not compute"),
-    "cosine": ("mimetic", staged("swinv2_cr_tiny_ns_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)), r"does not compute"),
+    "cross covariance": ("impulse", staged("xcit_nano_12_p16_224", img_size=64), r"\(XCA\) has temperature"),
+    "channels": ("impulse", staged("davit_tiny", depths=(1, 1, 1, 1), embed_dims=(24, 48, 96, 192)), r"is ChannelAttention, which"),
+    "factorised": ("mimetic", staged("coat_lite_tiny", img_size=64), r"\(FactorAttnConvRelPosEnc\) has crpe"),
+    "cosine": ("mimetic", staged("swinv2_cr_tiny_ns_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)), r"logit_scale"),
     "gated layers": ("mimetic", named("convit_tiny", depth=3, local_up_to_layer=1), r"blocks\.0\.attn attends .*would be left"),
-    "swin": ("mimetic", lambda: transformers.SwinModel(_swin()), r"relative_position_bias_table"),
+    "swin": ("mimetic", lambda: transformers.SwinModel(_swin()), r"has relative_position_bias,"),
 }  # fmt: skip
 
 
@@ -44,8 +46,20 @@ def test_structured_refuses(name):
 
 def test_prefix_and_grid_are_the_hosts():
     """timm's CaiT counts the class token of the result, transformers' models say their grid in the configuration alone."""
-    assert positions._prefix(timm.create_model("cait_xxs24_224", img_size=32, depth=1)) == 0
-    assert positions._grid(hf("SiglipVision", image_size=64)()) == (8, 8)
+    cait, siglip = timm.create_model("cait_xxs24_224", img_size=32, depth=1), hf("SiglipVision", image_size=64)()
+    assert positions.prefix_of(cait, positions.host_or_none("", cait)) == 0
+    assert positions.grid_of(siglip, positions.host_or_none("", siglip)) == (8, 8)
+
+
+def test_images_and_embeddings_of_any_model():
+    """What a model says of its images, in the order in which it is tried; timm's hybrids have more convolutions than one."""
+    assert images.image_sizes(hf("Dinov2", image_size=(16, 64))()) == [(16, 64)]
+    assert images.image_sizes(named("vit_tiny_patch16_224", embed_dim=24, num_heads=3)()) == [(64, 64), (224, 224)]
+    assert images.image_sizes(staged("mobilevit_xxs")()) == [(256, 256)]
+    assert images.image_sizes(torch.nn.Linear(2, 2)) == []
+    for build, path in ((staged("mobilevit_xxs"), "stem.conv"), (hf("ViT"), "embeddings.patch_embeddings"), (small_vit(), "patch_embed")):
+        model = build()
+        assert images.embedding_of(model, None) is model.get_submodule(path)
 
 
 def test_a_report_that_is_not_the_models_is_put_back():

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from conftest import declare_torchvision_ops
 from lifeops.init import structured_
 from lifeops.models import VisionTransformer
+from lifeops.nn import LifeAttention
 from test_init_models import GRID, SIZES, close, expected_qk, generator, qk_of, vit
 
 # other people's ----------------------------------------------------------------------------------------------------------
@@ -150,6 +152,47 @@ def test_refusals_leave_the_model_alone(name):
     _unchanged(vit(**changes), lambda m: structured_(m, **options), ValueError, message)
 
 
+def _cross():
+    return nn.MultiheadAttention(24, 3, kdim=12)
+
+
+def _two():
+    attention = VitPytorch(24, 3)
+    attention.to_q, attention.to_kv = nn.Linear(24, 24), nn.Linear(24, 48)
+    del attention.to_qkv
+    return attention
+
+
+def _silent():
+    attention = VitPytorch(24, 3)
+    del attention.heads
+    return attention
+
+
+UNSETTABLE = [(_cross, "one in_proj_weight"), (_two, "in to_kv.weight"), (_silent, "does not say its heads")]
+
+
+@pytest.mark.parametrize(("build", "message"), UNSETTABLE)
+def test_layers_that_cannot_be_set(build, message):
+    with pytest.raises(ValueError, match=message):
+        structured_([build()], position_embedding=torch.randn(20, 24), grid=GRID)
+
+
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj"])
+@pytest.mark.parametrize("changed", [nn.utils.parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)])
+def test_weights_that_are_computed_are_not_written_to(layer, changed):
+    """What is written to them is lost at the next call."""
+    model = vit()
+    changed(model.blocks[0].get_submodule(layer))
+    _unchanged(model, structured_, ValueError, f"blocks.0.attn (Attention): {layer[5:]}.weight is no parameter")
+
+
+def test_computed_weights_of_life():
+    model = vit(attn=LifeAttention)
+    nn.utils.parametrizations.weight_norm(model.blocks[1].attn.qkv.scale1)
+    _unchanged(model, structured_, ValueError, "blocks.1.attn (LifeAttention): qkv.scale1.weight is no parameter")
+
+
 def test_low_rank_embedding_leaves_the_model_alone():
     model = vit()
     nn.init.ones_(model.pos_embed[:, 0])
@@ -167,7 +210,7 @@ def test_zero_embedding_is_drawn():
 def test_more_refusals():
     with pytest.raises(TypeError, match="must be a module or a list of modules, got SimpleNamespace"):
         structured_(SimpleNamespace())
-    with pytest.raises(ValueError, match="no attention found in Linear; looked for modules with qkv and proj"):
+    with pytest.raises(ValueError, match=r"no attention found in Linear whose .*: found nothing called attention; looked for linear"):
         structured_(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="the grid is unknown"):
         structured_([VitPytorch(24, 3)], position_embedding=torch.randn(20, 24))
@@ -180,7 +223,7 @@ def test_more_refusals():
         structured_(rotary, position_embedding=torch.randn(20, 24), grid=GRID)
     talking = VitPytorch(24, 3)
     talking.mix_heads_pre_attn = nn.Parameter(torch.eye(3))
-    with pytest.raises(ValueError, match="has mix_heads_pre_attn: its heads are not plain attention"):
+    with pytest.raises(ValueError, match="has mix_heads_pre_attn, so its attention is not"):
         structured_([talking], position_embedding=torch.randn(20, 24), grid=GRID)
     twice = vit()
     twice.blocks[0].pos_embed = nn.Parameter(torch.zeros(1, 21, 24))
@@ -188,7 +231,7 @@ def test_more_refusals():
         structured_(twice)
     grouped = Split(24, 3, "o_proj")
     grouped.k_proj = nn.Linear(24, 8)
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match=r"of one shape, got .*k \(8, 24\), .*grouped keys"):
         structured_([grouped], position_embedding=torch.randn(20, 24), grid=GRID)
     with torch.device("meta"):
         empty = VisionTransformer(**SIZES)

@@ -8,12 +8,22 @@ from lifeops import config, pointwise, registry, testing, torchlib
 
 @pytest.mark.parametrize("path", ["linear", "conv1x1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_paths_and_their_gradients(path, dtype, monkeypatch):
+@pytest.mark.parametrize("tokens", [5, 72], ids=["few", "enough"])  # for oneDNN's gradients
+def test_both_paths_and_their_gradients(path, dtype, tokens, monkeypatch):
     monkeypatch.setattr(config, "settings", config.settings._replace(cpu_gemm=path))
-    x, w, b, dy = (torch.randint(-3, 4, s).to(dtype) for s in ((2, 5, 12), (9, 12), (9,), (2, 5, 9)))
+    x, w, b, dy = (torch.randint(-1, 2, s).to(dtype) for s in ((2, tokens, 12), (9, 12), (9,), (2, tokens, 9)))
     assert torch.equal(pointwise.pointwise(x, w, b), (x.double() @ w.double().t() + b.double()).to(dtype))
+    apart = w.repeat_interleave(2, 1)[:, ::2], b.repeat_interleave(2)[::2]  # parameters whose elements lie apart
+    assert torch.equal(pointwise.pointwise(x, *apart), pointwise.pointwise(x, w, b))
+    assert torch.equal(pointwise.pointwise_bwd_dx(dy, apart[0]), (dy.double() @ w.double()).to(dtype))
     assert torch.equal(pointwise.pointwise_bwd_dx(dy, w), (dy.double() @ w.double()).to(dtype))
     assert torch.equal(pointwise.pointwise_bwd_dw(dy, x), torch.einsum("bno,bni->oi", dy.double(), x.double()).to(dtype))
+
+
+@pytest.mark.parametrize("path", ["linear", "conv1x1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_paths_inside_life(path, dtype, monkeypatch):
+    monkeypatch.setattr(config, "settings", config.settings._replace(cpu_gemm=path))
     op = registry.ops["life_qkv"]
     for sample in op.samples():
         args = testing.make(op, sample, dtype, backend="cpu")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import lifeops
-from lifeops import ChannelAct
+from lifeops import ChannelAct, torchlib
 from lifeops.ops.channel.activations import ACTS
 
 GRID = (4, 5)
@@ -68,6 +68,25 @@ def test_an_epilogue_alone(P, prefix, act, backend):
     dy, leaves = torch.randn_like(y), [x, w, b, residual]
     for a, e in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"), [(False, {"token_dwconv_act_bwd"}), (True, {"token_dwconv_bwd_dx", "channel_act_grad"})]
+)
+def test_backward_of_an_epilogue_alone(frozen, expected):
+    """One pass that keeps x alone; with frozen weights the plain convolution's gradient and the activation's."""
+    x, w, b, *_ = _problem(2)
+    saved = []
+    for t in (w, b):
+        t.requires_grad_(not frozen)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lifeops.token_dwconv(x, w, b, grid=GRID, num_prefix_tokens=2, epilogue=ChannelAct(act="gelu"))
+    assert frozen or {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, w, b)}
+    torchlib.last_backend.clear()
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert {name for name, backend in torchlib.last_backend.items() if backend == "cpu"} == expected
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dx.square().sum().backward()
 
 
 def _run(x, w, b, s, t, *_):

@@ -57,7 +57,7 @@ def test_layers(name, every, coarse):
     after = _layers(model, coarse)
     assert {p: after[p] for p in before} == before
     assert len(after) > count
-    for group in (m for m in model.modules() if isinstance(m, lifeops.nn.dw_shortcut.ShortcutBlocks)):
+    for group in (m for m in model.modules() if isinstance(m, lifeops.nn.shortcut_blocks.ShortcutBlocks)):
         assert {after[id(p)] for p in group.shortcut.parameters()} == {after[id(p)] for p in group.blocks[-1].parameters()}
     lifeops.revert(model)
     assert _layers(model, coarse) == before

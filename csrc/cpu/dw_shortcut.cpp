@@ -72,7 +72,7 @@ void evaluate(const Tensor& x, const Tensor& block_output, const Tensor& weight,
     std::vector<A> affine(size_t(2 * p.C));
     for (int64_t c = 0; c < p.C; ++c) {
       const double s = gammas[size_t(c)] / std::sqrt(vars[size_t(c)] + eps);
-      affine[size_t(c)] = A(s), affine[size_t(p.C + c)] = A(betas[size_t(c)] - means[size_t(c)] * s);
+      affine[size_t(c)] = A(s), affine[size_t(p.C + c)] = A(mean ? betas[size_t(c)] - means[size_t(c)] * s : betas[size_t(c)]);
     }
     const ChannelAffine prologue{affine.data(), affine.data() + p.C, Act::gelu_first};
     TokenDWConvExtras extras{};

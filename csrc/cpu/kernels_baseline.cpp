@@ -9,7 +9,8 @@
 
 namespace lifeops {
 const TokenDWConvKernels token_dwconv_baseline = {baseline::forward, baseline::forward_scratch, baseline::forward_channels, baseline::grad_weight,
-                                              baseline::grad_weight_scratch, baseline::grad_weight_channels};
+                                              baseline::grad_weight_scratch, baseline::grad_weight_channels,
+                                                  baseline::backward, baseline::backward_scratch, baseline::backward_channels};
 const ChannelActKernel channel_act_baseline = baseline::channel_act;
 const RolloutKernels rollout_step_baseline = {baseline::rollout_row_size, baseline::rollout_scratch_size, baseline::rollout_pack_keys, baseline::rollout_run};
 }  // namespace lifeops

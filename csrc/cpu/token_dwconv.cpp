@@ -1,90 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU launcher: cuts the work into tasks for torch's thread pool, packs the weights, sums the partial weight gradients.
 // How the work is cut depends on the problem only, so results are the same at any thread count.
-#include "token_dwconv.h"
-
 #include <memory>
 
 #include "../tensor_args.h"
-#include "isa.h"
 #include "merge_stats.h"
 #include "launch.h"
+#include "token_dwconv_pack.h"
 #include "threads.h"
 
 namespace lifeops {
 namespace {
 
-const TokenDWConvKernels& kernels(int64_t isa) {
-#if defined(__x86_64__)
-  const Isa chosen = choose_isa(int(isa));
-  if (chosen == Isa::avx512) return token_dwconv_avx512;
-  if (chosen == Isa::avx2) return token_dwconv_avx2;
-#endif
-  return token_dwconv_baseline;
-}
-
 thread_local Scratch ring_scratch;    // one task's rows
 thread_local Scratch shared_scratch;  // the calling thread's packed weights or partial sums, read by all
 
-double to_double(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::f64: return static_cast<const double*>(p)[i];
-    case DType::f32: return static_cast<const float*>(p)[i];
-    case DType::f16: return float(static_cast<const torch::headeronly::Half*>(p)[i]);
-    default: return float(static_cast<const torch::headeronly::BFloat16*>(p)[i]);
-  }
-}
-
-template <class A> void put(void* p, DType dtype, int64_t i, A value) {
-  switch (dtype) {
-    case DType::f64: static_cast<double*>(p)[i] = double(value); break;
-    case DType::f32: static_cast<float*>(p)[i] = float(value); break;
-    case DType::f16: static_cast<torch::headeronly::Half*>(p)[i] = torch::headeronly::Half(float(value)); break;
-    default: static_cast<torch::headeronly::BFloat16*>(p)[i] = torch::headeronly::BFloat16(float(value));
-  }
-}
-
-// Weights of one channel block as (K*K, kBlock), zero-padded, mirrored for the input gradient.
-template <class A> void pack_block(const TokenDWConvParams& p, int64_t block, A* out) {
-  const int64_t taps = p.K * p.K, c0 = block * kBlock, n = min64(kBlock, p.C - c0);
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t c = n; c < kBlock; ++c) out[t * kBlock + c] = 0;
-  for (int64_t c = 0; c < n; ++c) {
-    const int64_t first = (c0 + c) * taps;
-    if (p.weight_dtype == DType::f32) {  // the common case, without a switch per element
-      const float* w = static_cast<const float*>(p.weight) + first;
-      for (int64_t t = 0; t < taps; ++t) out[t * kBlock + c] = A(w[p.flip ? taps - 1 - t : t]);
-    } else {
-      for (int64_t t = 0; t < taps; ++t)
-        out[t * kBlock + c] = A(to_double(p.weight, p.weight_dtype, first + (p.flip ? taps - 1 - t : t)));
-    }
-  }
-}
-
-template <class A> const A* pack(const TokenDWConvParams& p, int64_t blocks, const A** bias) {
+template <class A> A* pack(const TokenDWConvParams& p, int64_t blocks, const A** bias) {
   const int64_t taps = p.K * p.K, weights = blocks * taps * kBlock;
   A* out = static_cast<A*>(shared_scratch.get((weights + blocks * kBlock) * int64_t(sizeof(A))));
   const int64_t grain = max64(1, kGrainBytes / (taps * kBlock * int64_t(sizeof(A))));
   for_each_task(blocks, grain, [&](int64_t block) { pack_block(p, block, out + block * taps * kBlock); });
   if (p.bias) {
-    A* b = out + weights;
-    for (int64_t c = 0; c < blocks * kBlock; ++c) b[c] = c < p.C ? A(to_double(p.bias, p.bias_dtype, c)) : A(0);
-    *bias = b;
+    pack_bias(p, blocks, out + weights);
+    *bias = out + weights;
   }
   return out;
 }
 
-// Row strips: one per image unless that leaves too few tasks for many cores; a strip re-reads K - 1 rows.
-int64_t row_strips(int64_t H, int64_t K, int64_t tasks) {
-  return min64(ceil_div(16, tasks), max64(1, H / (2 * K)));
+// Row strips: one per image unless that leaves too few tasks; a strip re-reads K - 1 rows.
+constexpr int64_t kTasks = 16;  // wanted, for many cores
+int64_t row_strips(int64_t H, int64_t K, int64_t tasks, int64_t wanted = kTasks) {
+  return min64(ceil_div(wanted, tasks), max64(1, H / (2 * K)));
 }
 
-// How the output is cut.
+// How the output is cut. Sums depend on it, the output itself does not: without them there are no more strips than the threads need.
 struct ForwardPlan {
   int64_t channels, chunks, segments, strips;
-  ForwardPlan(const TokenDWConvParams& p, const TokenDWConvKernels& kernel)
+  ForwardPlan(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, bool sums)
       : channels(kernel.forward_channels(p)), chunks(ceil_div(p.C, channels)), segments(ceil_div(p.W, kSegment)),
-        strips(row_strips(p.H, p.K, p.B * chunks * segments)) {}
+        strips(row_strips(p.H, p.K, p.B * chunks * segments, sums ? kTasks : tasks_of_threads())) {}
+  static int64_t tasks_of_threads() {
+    const int64_t threads = int64_t(torch::stable::get_num_threads());
+    return threads > 1 ? min64(kTasks, 2 * threads) : 1;
+  }
   int64_t parts() const { return segments * strips; }  // of an image
   // Output positions of part i of all images' parts, numbered as run_forward numbers them.
   int64_t positions(const TokenDWConvParams& p, int64_t i) const {
@@ -93,12 +51,23 @@ struct ForwardPlan {
   }
 };
 
+// Whether what is added is the input itself, which one more on every filter's centre does too.
+bool adds_input(const TokenDWConvParams& p) {
+  const bool same = p.residual == p.x && p.r_stride_b == p.x_stride_b && p.r_stride_n == p.x_stride_n && p.x_prefix == p.y_prefix;
+  return same && (p.prefix == Prefix::zero || p.y_prefix == 0);
+}
+
 // `sums`: (images' parts, kTaskSums, C), or null.
 template <class A>
-void run_forward(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, const TokenDWConvExtras* extras = nullptr, A* sums = nullptr) {
+void run_forward(TokenDWConvParams p, const TokenDWConvKernels& kernel, const TokenDWConvExtras* extras = nullptr, A* sums = nullptr) {
   const A* bias = nullptr;
-  const A* weight = pack<A>(p, ceil_div(p.C, kBlock), &bias);
-  const ForwardPlan plan(p, kernel);
+  A* weight = pack<A>(p, ceil_div(p.C, kBlock), &bias);
+  if (!extras && adds_input(p)) {
+    const int64_t taps = p.K * p.K;
+    for (int64_t c = 0; c < p.C; ++c) weight[(c / kBlock * taps + taps / 2) * kBlock + c % kBlock] += 1;
+    p.residual = nullptr, p.prefix = Prefix::copy;
+  }
+  const ForwardPlan plan(p, kernel, sums != nullptr);
   const int64_t task_bytes = max64(1, p.H * p.W * plan.channels * int64_t(sizeof(A)) / plan.parts()), scratch = kernel.forward_scratch(p);
   const bool backwards = extras && extras->backwards;
   const int64_t tasks = p.B * plan.parts() * plan.chunks;
@@ -143,28 +112,6 @@ struct GradPlan {
   }
 };
 
-template <class A> void reduce_block(const GradWeightParams& p, const GradPlan& plan, int64_t block, A* partials) {
-  const int64_t taps = p.K * p.K, size = grad_weight_rows(p) * kBlock, c0 = block * kBlock, n = min64(kBlock, p.C - c0);
-  A* total = partials + block * size;  // group by group, in order, into the first
-  for (int64_t group = 1; group < plan.groups; ++group)
-    for (int64_t k = 0; k < size; ++k) total[k] += total[group * plan.blocks * size + k];
-  for (int64_t c = 0; c < n; ++c) {
-    const int64_t first = (c0 + c) * taps;
-    if (p.dw && p.weight_dtype == DType::f32) {  // the common case, without a switch per element
-      float* dw = static_cast<float*>(p.dw) + first;
-      for (int64_t t = 0; t < taps; ++t) dw[t] = float(total[t * kBlock + c]);
-    } else if (p.dw) {
-      for (int64_t t = 0; t < taps; ++t) put(p.dw, p.weight_dtype, first + t, total[t * kBlock + c]);
-    }
-    if (p.db) put(p.db, p.bias_dtype, c0 + c, total[taps * kBlock + c]);
-    if (!p.windows) continue;
-    A* windows = static_cast<A*>(p.windows) + first;
-    const A *columns = total + (taps + 1) * kBlock + c, *rest = columns + p.K * kBlock;
-    for (int64_t i = 0; i < p.K; ++i, rest += p.K * kBlock)
-      for (int64_t j = 0; j < p.K; ++j) *windows++ = columns[j * kBlock] + rest[j * kBlock];
-  }
-}
-
 template <class A>
 void run_grad_weight(const GradWeightParams& p, const TokenDWConvKernels& kernel, const ChannelAffine* prologue = nullptr) {
   const GradPlan plan(p, kernel);
@@ -178,7 +125,7 @@ void run_grad_weight(const GradWeightParams& p, const TokenDWConvKernels& kernel
                               plan.strips, plan.segments, partials + (group * plan.blocks + c0 / kBlock) * size, prologue};
     kernel.grad_weight(p, task, ring_scratch.get(scratch));
   });
-  for_each_task(plan.blocks, max64(1, kGrainBytes / (plan.groups * size * int64_t(sizeof(A)))), [&](int64_t block) { reduce_block(p, plan, block, partials); });
+  for_each_task(plan.blocks, max64(1, kGrainBytes / (plan.groups * size * int64_t(sizeof(A)))), [&](int64_t block) { reduce_block(p, plan.groups, plan.blocks, block, partials); });
 }
 
 void token_dwconv_grad_weight(const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& dw,
@@ -226,7 +173,7 @@ template <class A> A* sums_out(const std::optional<Tensor>& t, const char* name,
 template <class A>
 void forward_act(const TokenDWConvParams& p, const TokenDWConvKernels& kernel, const AffineValues<A>& prologue, const AffineValues<A>& epilogue,
                  A* pool, A* stats) {
-  const ForwardPlan plan(p, kernel);
+  const ForwardPlan plan(p, kernel, pool || stats);
   std::vector<A> sums(pool || stats ? size_t(p.B * plan.parts() * kTaskSums * p.C) : 0);
   const TokenDWConvExtras extras{prologue.unless_plain(), epilogue.unless_plain(), nullptr, nullptr, nullptr, nullptr, 0, 0, !sums.empty()};
   run_forward<A>(p, kernel, &extras, sums.empty() ? nullptr : sums.data());
@@ -265,7 +212,7 @@ void token_dwconv_act_grad_input(const Tensor& dy, const Tensor& x, const Tensor
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     const TokenDWConvKernels& kernel = kernels(isa);
-    const int64_t parts = ForwardPlan(p, kernel).parts() * p.B;
+    const int64_t parts = ForwardPlan(p, kernel, true).parts() * p.B;
     const AffineValues<A> affine(scale, shift, act, p.C, p.dtype);
     std::vector<A> zeros;
     const TokenDWConvExtras extras{nullptr, nullptr, affine.get(), channel_values(a, "a", A(0), p.C, p.dtype, zeros),
@@ -299,7 +246,7 @@ void token_dwconv_act_grad_weight(const Tensor& dy, const Tensor& x, const std::
 void launch_forward(const TokenDWConvParams& p, const TokenDWConvExtras& extras, int64_t isa) {
   const TokenDWConvKernels& kernel = kernels(isa);
   const auto run = [&](auto zero) {
-    std::vector<decltype(zero)> sums(size_t(extras.sums ? ForwardPlan(p, kernel).parts() * p.B * kTaskSums * p.C : 0), zero);
+    std::vector<decltype(zero)> sums(size_t(extras.sums ? ForwardPlan(p, kernel, true).parts() * p.B * kTaskSums * p.C : 0), zero);
     run_forward(p, kernel, &extras, sums.empty() ? nullptr : sums.data());
   };
   p.dtype == DType::f64 ? run(double{}) : run(float{});

@@ -69,6 +69,19 @@ struct GradWeightTask {
   const ChannelAffine* prologue;  // of x, or null
 };
 
+// Backward of y = act(DW(x) + bias) in one pass: with z = DW(x) + bias computed again, dz = act'(z) dy, dx = DWᵀ(dz), dw = corr(dz, x),
+// db = sum dz.
+struct BackwardParams {
+  TokenDWConvParams forward, input;  // of z, whose y nothing is written to, and of dx, whose x is dy
+  GradWeightParams weight;
+  Act act;
+};
+struct BackwardTask {
+  int64_t c0, c1, unit0, unit1, strips, segments;  // as in GradWeightTask
+  const void *taps, *mirrored, *bias;              // packed as for `forward`
+  void* partial;
+};
+
 struct TokenDWConvKernels {
   // `weight` is packed (blocks, K*K, kBlock) in the accumulation type, `bias` (blocks, kBlock) or null.
   void (*forward)(const TokenDWConvParams&, const void* weight, const void* bias, const ForwardTask&, void* scratch);
@@ -77,6 +90,9 @@ struct TokenDWConvKernels {
   void (*grad_weight)(const GradWeightParams&, const GradWeightTask&, void* scratch);
   int64_t (*grad_weight_scratch)(const GradWeightParams&);   // bytes
   int64_t (*grad_weight_channels)(const GradWeightParams&);  // channels a task takes, a multiple of kBlock
+  void (*backward)(const BackwardParams&, const BackwardTask&, void* scratch);
+  int64_t (*backward_scratch)(const BackwardParams&);   // bytes
+  int64_t (*backward_channels)(const BackwardParams&);  // channels a task takes, a multiple of kBlock
 };
 
 extern const TokenDWConvKernels token_dwconv_baseline;

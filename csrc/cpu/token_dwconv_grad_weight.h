@@ -237,28 +237,35 @@ template <class T> struct GradWeight {
   static void add_to(A* out, vec_t<A> sum) { store(out, load(out) + sum); }
 
   // Each dy counts for the taps that see the grid from there: all but those that reach over its edge. Neighbouring rows whose windows
-  // lie inside the grid from top to bottom are summed together. What is outside cannot be taken off a total that is not finite: there
-  // the columns are summed one by one.
+  // lie inside the grid from top to bottom are summed together, and so are the columns that every tap sees. Nothing is taken off a total:
+  // an outlier, or an infinity, reaches the taps that see it and no other.
   void sum_windows(const GradRows<A>& rows, const vec_t<A>* totals, int64_t r0, int64_t q0, A* out) const {
     const auto inside = [&](int64_t row) { return row >= half && row + half < p.H; };
+    const auto first = [&](int64_t j) { return min64(rows.width, max64(0, half - j - q0)); };
+    const auto last = [&](int64_t j) { return max64(first(j), min64(rows.width, p.W + half - j - q0)); };
+    const int64_t core0 = first(0), core1 = last(p.K - 1);  // both fall with j: what all see lies between
     for (int64_t r = 0, end; r < rows.height; r = end) {
       for (end = r + 1; inside(r0 + r) && end < rows.height && inside(r0 + end);) ++end;
-      const vec_t<A> total = sum_rows(totals, r, end), finite = total - total;
-      const bool direct = any_set(finite != vec_t<A>{});
+      const bool all = core0 == 0 && core1 == rows.width;
+      const vec_t<A> core = all ? sum_rows(totals, r, end) : sum_columns(rows, r, end, core0, core1);
       for (int64_t j = 0; j < p.K; ++j) {
-        const int64_t first = min64(rows.width, max64(0, half - j - q0)), last = max64(first, min64(rows.width, p.W + half - j - q0));
-        const vec_t<A> outside = sum_columns(rows, r, end, 0, first) + sum_columns(rows, r, end, last, rows.width);
-        vec_t<A> sum = first == last ? vec_t<A>{} : total - outside;
-        if (direct) sum = finite == vec_t<A>{} ? sum : sum_columns(rows, r, end, first, last);
+        const vec_t<A> sum = core0 < core1 ? core + sum_columns(rows, r, end, first(j), core0) + sum_columns(rows, r, end, core1, last(j))
+                                           : sum_columns(rows, r, end, first(j), last(j));
         add_window_row(sum, r0 + r, j, out);
       }
     }
   }
   static vec_t<A> sum_columns(const GradRows<A>& rows, int64_t r0, int64_t r1, int64_t q0, int64_t q1) {
-    vec_t<A> sum = {};
-    for (int64_t q = q0; q < q1; ++q)
-      for (int64_t r = r0; r < r1; ++r) sum += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
-    return sum;
+    vec_t<A> sum[4] = {};  // chains: an addition takes as long as four loads
+    for (int64_t r = r0; r < r1; ++r) {
+      const A* dy = rows.dy + r * rows.dy_row + q0 * rows.dy_column;
+      int64_t q = q0;
+      for (; q + 4 <= q1; q += 4, dy += 4 * rows.dy_column)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) sum[k] += load_n(dy + k * rows.dy_column, rows.n);
+      for (; q < q1; ++q, dy += rows.dy_column) sum[0] += load_n(dy, rows.n);
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
   void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
     if (row >= half && row + half < p.H) return add_to(out + j * kBlock, sum);

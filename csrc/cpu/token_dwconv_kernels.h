@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of one instruction set by element type.
 #pragma once
-#include "token_dwconv_forward.h"
-#include "token_dwconv_grad_weight.h"
+#include "token_dwconv_backward.h"
 
 namespace lifeops {
 namespace LIFEOPS_ISA {
@@ -33,6 +32,21 @@ inline int64_t grad_weight_scratch(const GradWeightParams& p) {
 }
 inline int64_t grad_weight_channels(const GradWeightParams& p) {
   return p.dtype == DType::f64 ? GradWeight<double>::channels(p) : GradWeight<float>::channels(p);
+}
+
+inline void backward(const BackwardParams& p, const BackwardTask& task, void* scratch) {
+  switch (p.input.dtype) {
+    case DType::f64: return Backward<double>::run(p, task, scratch);
+    case DType::f32: return Backward<float>::run(p, task, scratch);
+    case DType::f16: return Backward<f16>::run(p, task, scratch);
+    default: return Backward<bf16>::run(p, task, scratch);
+  }
+}
+inline int64_t backward_scratch(const BackwardParams& p) {
+  return p.input.dtype == DType::f64 ? Backward<double>::scratch(p.input) : Backward<float>::scratch(p.input);
+}
+inline int64_t backward_channels(const BackwardParams& p) {
+  return p.input.dtype == DType::f64 ? Backward<double>::channels(p.input) : Backward<float>::channels(p.input);
 }
 
 }  // namespace LIFEOPS_ISA

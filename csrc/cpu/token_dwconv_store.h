@@ -38,6 +38,18 @@ template <class T> inline __attribute__((always_inline)) auto rounded(vec_t<type
 
 constexpr int kMostTile = 16;  // sums of a tile
 
+// body(Count, t) for [0, width), four at a time where an activation takes as long a chain of instructions as GELU's table.
+template <Act act, class Body> inline __attribute__((always_inline)) void in_groups(int width, Body body) {
+  constexpr int kTogether = LIFEOPS_VEC_BYTES == 64 && (act == Act::gelu || act == Act::gelu_first) ? 4 : 1;
+  int t = 0;
+  for (; t + kTogether <= width; t += kTogether) body(Count<kTogether>{}, t);
+  if constexpr (kTogether > 1) {
+    if (width - t == 3) body(Count<3>{}, t);
+    else if (width - t == 2) body(Count<2>{}, t);
+    else if (width - t == 1) body(Count<1>{}, t);
+  }
+}
+
 // The tile's sums through the epilogue, to y; out of line, so that the plain convolution keeps its registers.
 template <class T, class A = typename AccOf<T>::type>
 __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out) {
@@ -48,13 +60,21 @@ __attribute__((noinline)) void store_through_epilogue(const vec_t<A>* acc, int r
   const vec_t<A> shift = e ? load_n(static_cast<const A*>(e->shift) + extras.c, out.n) : zero;
   vec_t<A> kept[kMostTile];
   with_act(e ? e->act : Act::none, [&](auto act) {
+    constexpr Act kAct = decltype(act)::value;
     for (int r = 0; r < rows; ++r)
-      for (int t = 0; t < width; ++t) {
-        vec_t<A> value = activate<decltype(act)::value, A>(scale * acc[r * width + t] + shift);
-        if (extras.steps->sums) kept[r * width + t] = rounded<T>(value);
-        if (out.residual) value = rounded<T>(value) + load_n(out.residual + r * out.r_row + t * out.r_stride, out.n);
-        store_n(out.y + r * out.y_row + t * out.y_stride, value, out.n);
-      }
+      in_groups<kAct>(width, [&](auto count, int t0) {
+        constexpr int N = decltype(count)::value;
+        vec_t<A> value[N];
+#pragma GCC unroll 4
+        for (int t = 0; t < N; ++t) value[t] = scale * acc[r * width + t0 + t] + shift;
+        activate_all<kAct, A, N>(value);
+#pragma GCC unroll 4
+        for (int t = 0; t < N; ++t) {
+          if (extras.steps->sums) kept[r * width + t0 + t] = rounded<T>(value[t]);
+          if (out.residual) value[t] = rounded<T>(value[t]) + load_n(out.residual + r * out.r_row + (t0 + t) * out.r_stride, out.n);
+          store_n(out.y + r * out.y_row + (t0 + t) * out.y_stride, value[t], out.n);
+        }
+      });
   });
   if (!extras.steps->sums) return;
   A *sums = extras.sums + extras.sums_stride, *m2s = sums + extras.sums_stride;
@@ -76,11 +96,10 @@ inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* ac
   const bool with_b = steps.b;
   vec_t<A> sum_x = {}, sum = {};
   if (kSums && !extras.first) sum_x = load_n(extras.sums, n), sum = load_n(extras.sums + extras.sums_stride, n);
-  constexpr int kTogether = LIFEOPS_VEC_BYTES == 64 && (act == Act::gelu || act == Act::gelu_first) ? 4 : 1;
   for (int r = 0; r < rows; ++r) {
     const T* pre = extras.pre + r * extras.pre_row;
     T* y = out.y + r * out.y_row;
-    const auto some = [&](auto count) {
+    const auto some = [&](auto count, int) {
       constexpr int N = decltype(count)::value;
       vec_t<A> factor[N], slope[N];
 #pragma GCC unroll 4
@@ -102,13 +121,7 @@ inline __attribute__((always_inline)) void through_derivative(const vec_t<A>* ac
         store_n(y, dx, n);
       }
     };
-    int t = 0;
-    for (; t + kTogether <= width; t += kTogether) some(Count<kTogether>{});
-    if constexpr (kTogether > 1) {
-      if (width - t == 3) some(Count<3>{});
-      else if (width - t == 2) some(Count<2>{});
-      else if (width - t == 1) some(Count<1>{});
-    }
+    in_groups<act>(width, some);
   }
   if constexpr (kSums) store_n(extras.sums, sum_x, n), store_n(extras.sums + extras.sums_stride, sum, n);
 }

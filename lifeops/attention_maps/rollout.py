@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lifeops.arguments import check_choice, check_int, check_module, got, under
+from lifeops.arguments import check_choice, check_flags, check_int, check_module, got, under
 from lifeops.attention_maps.host_pass import HostPass, pass_of
 from lifeops.attention_maps.layers import JoinLayer, recorded
 from lifeops.attention_maps.pool_heads import PoolHead, one_pool_head, pool_heads
@@ -28,6 +28,7 @@ from lifeops.attention_maps.protocol import Options
 from lifeops.attention_maps.targets import OutputTokens, begin, is_int
 from lifeops.config import requested_backend
 from lifeops.hosts.attention import LOOKED_FOR
+from lifeops.hosts.layouts import called_attention
 from lifeops.ops.rollout_step import _check_options
 
 PREFIX = ("keep", "normalize")
@@ -82,7 +83,8 @@ def _first(records: list, start_layer: int, model: nn.Module) -> int:
     """Which record the attention layer ``start_layer`` is."""
     attending = [i for i, layer in enumerate(records) if layer.attends]
     if not attending:
-        raise ValueError(f"rollout: no attention layer ran in {type(model).__name__}; looked for {LOOKED_FOR}")
+        found = f"found {called_attention(model)}; looked for {LOOKED_FOR}"
+        raise ValueError(f"rollout: no attention layer ran in {type(model).__name__} that is known: {found}")
     if start_layer >= len(attending):
         raise ValueError(f"rollout: start_layer must be below the {len(attending)} attention layers, got {start_layer}")
     return attending[start_layer]
@@ -185,7 +187,7 @@ def rollout(
     _check(start_layer, prefix, classes, targets)
     check_int("rollout", "num_prefix_tokens", num_prefix_tokens, 0, optional=True)
     residual, discard_ratio = _check_options(head_fusion, residual, discard_ratio, "rollout")
-    requested_backend("rollout", backend)
+    requested_backend("rollout", backend), check_flags("rollout", verify=verify)
     options = Options(head_fusion, residual, discard_ratio, backend)
     host_pass = pass_of(model, images, num_prefix_tokens, _pools(model, targets))
     with _untouched(model):

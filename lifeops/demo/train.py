@@ -30,10 +30,10 @@ from lifeops.demo.data import Images
 from lifeops.init import structured_
 from lifeops.models.deit import Attention, Block, VisionTransformer
 from lifeops.nn import DWShortcut, LifeAttention, LocalityFeedForward, LocalViTBlock
-from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 
 
 def _localvit_block(feed_forward):

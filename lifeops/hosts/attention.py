@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, relative, rotated, table_bias, tokens_given
+from lifeops.hosts.heads import MASKS, ROTATIONS, Call, Heads, added, given_bias, normed, relative, rotated, table_bias, tokens_given
 from lifeops.hosts.pooled import POOLED, matches, read
-from lifeops.hosts.projections import SEPARATE, heads_of, thirds
+from lifeops.hosts.projections import NAMED, SEPARATE, heads_of, on_grid, thirds
 
 LOOKED_FOR = (
     "attention with qkv and num_heads (timm, lifeops), q_proj/k_proj or query/key and num_heads or num_attention_heads (timm,"
@@ -41,21 +41,13 @@ class Kind(NamedTuple):
 # ------------------------------------------------------------------------------------------------ q, k and v
 
 
-def _normed(norm: nn.Module | None, t: Tensor) -> Tensor:
-    """t (b, h, N, d) by a norm over d or, as wide as they are together, over the joined heads."""
-    weight = getattr(norm, "weight", None)
-    if weight is not None and weight.numel() == t.shape[1] * t.shape[3] != t.shape[3]:
-        return norm(t.transpose(1, 2).flatten(2)).unflatten(2, (t.shape[1], -1)).transpose(1, 2)
-    return t if norm is None else norm(t)
-
-
 def _scale(module: nn.Module) -> float | None:
     return next((getattr(module, name) for name in ("scale", "scaling") if isinstance(getattr(module, name, None), (int, float))), None)
 
 
 def _attending(call: Call, q: Tensor, k: Tensor, v: Tensor | None) -> Heads:
     """What both ways to project have in common."""
-    q, k = rotated(call, *(_normed(getattr(call.module, name, None), t) for name, t in (("q_norm", q), ("k_norm", k))))
+    q, k = rotated(call, *(normed(getattr(call.module, name, None), t) for name, t in (("q_norm", q), ("k_norm", k))))
     bias = added(call, q)
     if (groups := q.shape[1] // k.shape[1]) > 1:
         k, v = (t if t is None else t.repeat_interleave(groups, 1) for t in (k, v))
@@ -66,25 +58,25 @@ def _read_life(call: Call, values: bool) -> Heads:
     return Heads(*call.module.qkv_heads(call.x, call.grid), call.module.scale)
 
 
-def _joint(module: nn.Module, x: Tensor) -> list[Tensor]:
+def _joint(call: Call) -> list[Tensor]:
     """q, k and v (B, h, N, d) of one projection."""
-    return [t.unflatten(2, (heads_of(module), -1)).transpose(1, 2) for t in thirds(module, x)]
+    return [t.unflatten(2, (heads_of(call.module), -1)).transpose(1, 2) for t in thirds(call.module, call.x, call.grid)]
 
 
 def _read_fused(call: Call, values: bool) -> Heads:
-    return _attending(call, *_joint(call.module, call.x))
+    return _attending(call, *_joint(call))
 
 
 def _read_separate(call: Call, values: bool) -> Heads:
     module, x = call.module, call.x
-    names = SEPARATE if hasattr(module, "q_proj") else ("query", "key", "value")
+    names = SEPARATE if hasattr(module, "q_proj") else NAMED
     q = getattr(module, names[0])(x).unflatten(2, (heads_of(module), -1)).transpose(1, 2)
     rest = [getattr(module, name)(x).unflatten(2, (-1, q.shape[-1])).transpose(1, 2) for name in names[1 : 2 + values]]
     return _attending(call, q, rest[0], rest[1] if values else None)
 
 
 def _read_talking(call: Call, values: bool) -> Heads:
-    return Heads(*_joint(call.module, call.x), call.module.scale, mix=(call.module.proj_l, call.module.proj_w))
+    return Heads(*_joint(call), call.module.scale, mix=(call.module.proj_l, call.module.proj_w))
 
 
 def _read_class(call: Call, values: bool) -> Heads:
@@ -106,7 +98,7 @@ def _read_cosine(call: Call, values: bool) -> Heads:
 
 def _read_beside_mlp(call: Call, values: bool) -> Heads:
     module = call.module
-    parts = module.in_proj(module.in_norm(call.x)).split(module.in_split, -1)[1:]
+    parts = on_grid(module.in_proj, module.in_norm(call.x), call.grid).split(module.in_split, -1)[1:]
     return _attending(call, *(t.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for t in parts))
 
 
@@ -204,7 +196,13 @@ def call_of(op: str, path: str, kind: Kind, module: nn.Module, args: tuple, kwar
     if x.dim() == 3 and getattr(module, "rel_pos_h", None) is not None:
         found = f"has relative positions of rows and columns and is given {tuple(x.shape)}"
         raise ValueError(f"{op}: {path} {found}, looked for maps (B, H, W, C)")
-    return Call(module, x, None, given) if x.dim() == 3 else Call(module, x.flatten(1, 2), tuple(x.shape[1:3]), given)
+    return Call(module, x, _bound_grid(module), given) if x.dim() == 3 else Call(module, x.flatten(1, 2), tuple(x.shape[1:3]), given)
+
+
+def _bound_grid(module: nn.Module) -> tuple[int, int] | None:
+    """Of a layer with LIFE's q, k and v the one that the model runs with."""
+    layers = (getattr(module, name, None) for name in ("qkv", "in_proj"))
+    return next((layer.grid_holder.grid for layer in layers if getattr(layer, "needs_grid", False)), None)
 
 
 def _life_grid(module: nn.Module, given: dict) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lifeops.arguments import check_module
 from lifeops.hosts.find import find_host
-from lifeops.hosts.host import CONVERSION, PARTS, Block, Host
+from lifeops.hosts.host import CONVERSION, FLOWS, GRIDS, PARTS, Block, Host
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Description:
             f"{type(h.trunk).__name__} of {h.library}{where}",
             f"  patches: {h.embed_path} ({type(h.embed).__name__})",
             f"  tokens before the patches: {prefix}{' (class token first)' if h.has_cls else ''}{behind}{late}",
+            *([] if h.grid_from == "embedding" else [f"  grid: {GRIDS[h.grid_from]}"]),
             f"  {len(h.blocks)} blocks{stages}: {', '.join(h.blocks_path)}",
             *(f"    {count} x {kind}" for kind, count in Counter(map(_block, h.blocks)).items()),
         ]
@@ -50,7 +51,8 @@ def _block(block: Block) -> str:
     parts = [f"{name}={getattr(block, name)}" for name in PARTS if getattr(block, name) is not None]
     attn = block.part("attn")
     kind = "" if attn is None else f"; attention {type(attn).__name__}"
-    return f"{type(block.module).__name__}, {_FORMULAS[block.order]}{kind} ({', '.join(parts)})"
+    takes = "" if block.flow == "tokens" else f"; takes {FLOWS[block.flow]}"
+    return f"{type(block.module).__name__}, {_FORMULAS[block.order]}{kind} ({', '.join(parts)}){takes}"
 
 
 def describe(model: nn.Module) -> Description:

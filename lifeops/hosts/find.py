@@ -22,5 +22,10 @@ def find_host(op: str, model: nn.Module, blocks: bool = True) -> Host:
             if isinstance(host, Host):
                 host = f"{type(module).__name__} has {host.embed_path}, and no list of blocks called {', '.join(library.LISTS)}"
             found += [] if host is None else [host]
-    why = f" ({'; '.join(dict.fromkeys(found))})" if found else ""
-    raise ValueError(f"{op}: {type(model).__name__} is not a known ViT{why}; looked for {timm.LOOKED_FOR}, or {transformers.LOOKED_FOR}")
+    why = "; ".join(dict.fromkeys(found)) or f"it holds {_held(model)}"
+    raise ValueError(f"{op}: {type(model).__name__} is not a known ViT ({why}); looked for {timm.LOOKED_FOR}, or {transformers.LOOKED_FOR}")
+
+
+def _held(model: nn.Module) -> str:
+    names = [name for name, _ in model.named_children()]
+    return ", ".join(names[:8]) + ", …" * (len(names) > 8) or "no modules"

@@ -105,6 +105,14 @@ def _hides(mask: Tensor, count: int) -> bool:
     return bool((mask[..., : 1 if mask.shape[-2] == 1 else count, count:] <= torch.finfo(mask.dtype).min / 2).all())
 
 
+def normed(norm: nn.Module | None, t: Tensor) -> Tensor:
+    """t (b, h, N, d) by a norm over d or, as wide as they are together, over the joined heads."""
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.numel() == t.shape[1] * t.shape[3] != t.shape[3]:
+        return norm(t.transpose(1, 2).flatten(2)).unflatten(2, (t.shape[1], -1)).transpose(1, 2)
+    return t if norm is None else norm(t)
+
+
 # ------------------------------------------------------------------------------------------------ rotation
 
 
@@ -159,6 +167,13 @@ def _axes_bias(module: nn.Module, q: Tensor, grid: tuple[int, int]) -> Bias:
     return bias
 
 
+def sized_bias(module: nn.Module, given: dict, tokens: int) -> Tensor:
+    """Data2Vec of transformers: the layer's own relative positions for the image's ``resolution``, which comes with the call."""
+    patch = module.config.patch_size
+    size = tuple(n // patch for n in given["resolution"])
+    return module.relative_position_bias(size, given.get("interpolate_pos_encoding", False), dim_size=tokens)
+
+
 def _own_bias(call: Call, q: Tensor) -> list[Bias]:
     module = call.module
     own = getattr(module, "relative_position_bias", None)
@@ -166,10 +181,8 @@ def _own_bias(call: Call, q: Tensor) -> list[Bias]:
         return [table_bias(module.relative_position_bias_table, module.relative_position_index)]
     if isinstance(own, nn.Module) and "resolution" not in call.given:  # transformers' Swin
         return [given_bias(own())]
-    if isinstance(own, nn.Module):  # Data2Vec
-        patch = module.config.patch_size
-        size = tuple(n // patch for n in call.given["resolution"])
-        return [given_bias(own(size, call.given.get("interpolate_pos_encoding", False), dim_size=q.shape[2]))]
+    if isinstance(own, nn.Module):
+        return [given_bias(sized_bias(module, call.given, q.shape[2]))]
     if getattr(module, "rel_pos_h", None) is not None:
         return [_axes_bias(module, q, call.grid)]
     return []

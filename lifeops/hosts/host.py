@@ -21,15 +21,32 @@ PARTS = {
     "norm2": ("norm2", "layernorm_after", "layer_norm2", "rms_norm2"),
     "mlp": ("mlp", "ffns", "ffn", "intermediate"),
     "ls2": ("ls2", "gamma_2", "gamma2", "layer_scale2", "lambda_2"),
+    "out": ("output",),
 }
 """What the parts of a block are called, in the order of timm's own names first."""
+
+
+FLOWS = {
+    "tokens": "tokens (B, P + H*W, C), or maps (B, H, W, C)",
+    "pixels": "pixels inside the patches and tokens (B, P + H*W, C), both given back",
+    "squares": "tokens of square parts of the grid (B, T, N, C)",
+    "scales": "tokens of several scales, all given back, those of the first as they came",
+}
+
+GRIDS = {
+    "embedding": "of the patch embedding",
+    "pools": "of the patch embedding, and behind it of each stage's pool",
+    "call": "told in the call, or seen in maps",
+    "model": "the same for every image",
+}
 
 
 class Block(NamedTuple):
     """One block: where it is and what its parts are called, None for a part that it does not have.
 
     ``order``: "pre": x + ls1(attn(norm1(x))); "post": x + ls1(norm1(attn(x))); "parallel": several branches read the same tokens; None:
-    not known, the class is in no entry.
+    not known, the class is in no entry. ``out``: the second half of an MLP in two. ``flow``: what it is given first and gives back, a
+    key of :data:`FLOWS`.
     """
 
     path: str
@@ -42,6 +59,8 @@ class Block(NamedTuple):
     norm2: str | None
     mlp: str | None
     ls2: str | None
+    out: str | None
+    flow: str = "tokens"
 
     def part(self, name: str):
         """The module, or parameter, that plays ``name``; None if there is none."""
@@ -56,7 +75,9 @@ class Host(NamedTuple):
     None where the model does not say it. ``suffix``: how many come behind them. ``has_cls``: the first prefix token is a class token.
     ``blocks_path``: of the blocks' list inside ``trunk``, of several stages one each; none where no list of blocks is known.
     ``late``: how many tokens join in front of all others behind the first blocks; ``late_cls``: they are a class token. ``teller_path``: of
-    the module whose output tells the grid of a pass, where that is not the patch embedding.
+    the module whose output tells the grid of a pass, where that is not the patch embedding. ``grid_from``: where the grid that
+    a block's tokens lie on comes from, a key of :data:`GRIDS`. ``apart``: the model runs something of its own between the blocks of a list,
+    so that several are no module of their own. ``prefixes``: P of each list, where they differ.
     """
 
     library: str
@@ -71,6 +92,9 @@ class Host(NamedTuple):
     late: int = 0
     late_cls: bool = False
     teller_path: str | None = None
+    grid_from: str = "embedding"
+    apart: bool = False
+    prefixes: tuple[int, ...] = ()
 
     @property
     def embed(self) -> nn.Module:
@@ -108,7 +132,10 @@ def told_grid(holder) -> tuple[int, int] | None:
     return (image[0] // patch[0], image[1] // patch[1]) if image and patch else None
 
 
-def block_of(path: str, module: nn.Module, orders: dict[str, str]) -> Block:
+def block_of(path: str, module: nn.Module, orders: dict[str, str], flow: str = "tokens") -> Block:
     """``module`` described by its attributes; ``orders``: of the classes that are known."""
     names = {part: next((n for n in known if getattr(module, n, None) is not None), None) for part, known in PARTS.items()}
-    return Block(path, module, orders.get(type(module).__name__), **names)
+    if names["mlp"] != "intermediate":
+        names["out"] = None
+    order = orders.get(type(module).__name__) if flow == "tokens" else None
+    return Block(path, module, order, **names, flow=flow)

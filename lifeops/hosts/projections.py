@@ -4,28 +4,53 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-PROJ = ("proj", "o_proj", "out_proj")
+PROJ = ("proj", "o_proj", "out_proj", "projection", "projection_layer")
 """What the output projection is called."""
-_JOINING = (*PROJ, "attn_out_proj", "projection", "projection_layer")  # and beside an MLP, in Swin and SAM of transformers, in BEiT
+_JOINING = (*PROJ, "attn_out_proj")  # and beside an MLP
+INNER, OUTPUT = "attention", "output"
+"""transformers: q, k and v may lie in a module inside, the output projection ``dense`` in another."""
 SEPARATE = ("q_proj", "k_proj", "v_proj")
-_BIASES = ("q_bias", "k_bias", "v_bias")  # added to a joint projection without one (BEiT)
+NAMED = ("query", "key", "value")
+BIASES = ("q_bias", "k_bias", "v_bias")  # added to a joint projection without one (BEiT)
+
+
+def core(attn: nn.Module) -> nn.Module:
+    """Who projects q, k and v: ``attn`` or the module inside."""
+    inner = getattr(attn, INNER, None)
+    return inner if isinstance(getattr(inner, NAMED[0], None), nn.Module) else attn
 
 
 def heads_of(attn: nn.Module) -> int | None:
+    attn = core(attn)
     return next((getattr(attn, n) for n in ("num_heads", "num_attention_heads") if getattr(attn, n, None) is not None), None)
 
 
+def joined(attn: nn.Module) -> tuple[str, nn.Module] | None:
+    """The output projection and its path in ``attn``; None if there is none."""
+    dense = getattr(getattr(attn, OUTPUT, None), "dense", None)
+    if core(attn) is not attn:
+        return None if dense is None else (f"{OUTPUT}.dense", dense)
+    return next(((name, getattr(attn, name)) for name in PROJ if hasattr(attn, name)), None)
+
+
 def projections(attn: nn.Module) -> list[tuple[str, nn.Module]]:
-    """By name the layers that make q, k and v, one or three; empty if there are no such."""
-    names = ("qkv",) if getattr(attn, "qkv", None) is not None else SEPARATE
-    found = [(name, getattr(attn, name, None)) for name in names]
+    """By path the layers that make q, k and v, one or three; empty if there are no such."""
+    where, inside = core(attn), f"{INNER}." * (core(attn) is not attn)
+    names = ("qkv",) if getattr(where, "qkv", None) is not None else SEPARATE if hasattr(where, SEPARATE[0]) else NAMED
+    found = [(f"{inside}{name}", getattr(where, name, None)) for name in names]
     return found if all(isinstance(layer, nn.Module) for _, layer in found) else []
 
 
-def thirds(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+def on_grid(layer: nn.Module, x: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """``layer`` of x, told the grid where it asks for one: LIFE's in the place of a linear one."""
+    return layer(x, grid) if getattr(layer, "needs_grid", False) else layer(x)
+
+
+def thirds(attn: nn.Module, x: Tensor, grid: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
     """q, k and v (B, N, C) of the joint projection ``qkv`` of the tokens x (B, N, C)."""
-    biases = (getattr(attn, name, None) for name in _BIASES)
-    return tuple(t if bias is None else t + bias.to(t.dtype) for t, bias in zip(attn.qkv(x).chunk(3, -1), biases, strict=True))
+    biases = (getattr(attn, name, None) for name in BIASES)
+    parts = on_grid(attn.qkv, x, grid).chunk(3, -1)
+    return tuple(t if bias is None else t + bias.to(t.dtype) for t, bias in zip(parts, biases, strict=True))
 
 
 def projected(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

@@ -36,7 +36,7 @@ ENTRIES = {
     "coat_crpe": Entry("ConvRelPosEnc", ("conv_list",), "crpe", {"convs": "conv_list"}),
     "pvt_v2_ffn": Entry(
         "MlpWithDepthwiseConv", ("fc1", "relu", "dwconv", "act", "fc2", "drop"), "ffn",
-        {"fc1": "fc1", "relu": "relu", "conv": "dwconv", "act": "act", "fc2": "fc2", "drop": "drop"}, pays=False,
+        {"fc1": "fc1", "relu": "relu", "conv": "dwconv", "act": "act", "fc2": "fc2", "drop": "drop"},
     ),
     "pvt_v2_ffn_hf": Entry(
         "PvtV2ConvFeedForwardNetwork", ("dense1", "dwconv", "intermediate_act_fn", "dense2", "dropout", "relu"), "ffn_hf",
@@ -44,11 +44,10 @@ ENTRIES = {
             "fc1": "dense1", "relu": "relu", "holder": "dwconv", "conv": "dwconv.dwconv", "act": "intermediate_act_fn", "fc2": "dense2",
             "drop": "dropout",
         },
-        pays=False,
     ),
     "segformer_ffn": Entry(
         "SegformerMixMLP", ("fc1", "dwconv", "activation_fn", "fc2", "dropout"), "ffn_hf",
-        {"fc1": "fc1", "holder": "dwconv", "conv": "dwconv.dwconv", "act": "activation_fn", "fc2": "fc2", "drop": "dropout"}, pays=False,
+        {"fc1": "fc1", "holder": "dwconv", "conv": "dwconv.dwconv", "act": "activation_fn", "fc2": "fc2", "drop": "dropout"},
     ),
     "xcit_lpi": Entry("LPI", ("conv1", "act", "bn", "conv2"), "lpi", {"conv": "conv1", "act": "act", "norm": "bn", "conv2": "conv2"}),
     "davit_cpe": Entry("ConvPosEnc", ("proj", "act"), "map_cpe", {"conv": "proj", "act": "act"}, pays=False),

@@ -8,29 +8,58 @@ from torch import Tensor, nn
 
 from lifeops.hosts.host import Host, block_of, pair
 
-LOOKED_FOR = "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers"
+LOOKED_FOR = (
+    "a transformers model with embeddings.patch_embeddings (or patch_embedding, patch_embed) and a list of layers, or stages, or with"
+    " patch_embed and layers that have attn and a window_size (SAM)"
+)
 
 EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
 LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
+_STAGES = ("encoder.layers", "stages")
 CLS = ("cls_token", "class_embedding")
 _PREFIX = (*CLS, "distillation_token", "register_tokens")
-_SUFFIX = ("detection_tokens",)
+SUFFIX = ("detection_tokens",)
 _PRE = (
     "ViTLayer", "DeiTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer",
     "BlipEncoderLayer", "Aimv2EncoderLayer", "ViTMAELayer", "ViTMSNLayer", "IJepaLayer", "BeitLayer", "Data2VecVisionLayer", "YolosLayer",
     "DPTViTLayer", "EomtLayer", "VitDetLayer", "VitPoseBackboneLayer", "SamVisionLayer", "Siglip2EncoderLayer", "MetaClip2EncoderLayer",
+    "SamHQVisionLayer", "ChineseCLIPVisionLayer", "CLIPSegEncoderLayer", "AltCLIPEncoderLayer", "MLCDEncoderLayer", "OwlViTEncoderLayer",
+    "Owlv2EncoderLayer", "Blip2EncoderLayer", "InstructBlipEncoderLayer", "GitVisionEncoderLayer", "FlavaLayer", "PixioLayer",
+    "InternVLVisionLayer", "Idefics2EncoderLayer", "Idefics3EncoderLayer", "SmolVLMEncoderLayer", "InstructBlipVideoEncoderLayer",
+    "JanusVisionEncoderLayer", "Kosmos2VisionEncoderLayer", "Ovis2VisionEncoderLayer", "Phi4MultimodalVisionEncoderLayer",
+    "Sapiens2Layer", "Step3p7VisionEncoderLayer", "Tipsv2VisionLayer", "GotOcr2VisionLayer", "DeepseekOcr2SamVisionLayer",
+    "UnlimitedOcrSamVisionLayer", "SLANeXtVisionLayer", "PPFormulaNetVisionLayer", "Sam3ViTLayer",
 )  # fmt: skip
 ORDERS = dict.fromkeys(_PRE, "pre")
 
 
 def _list(trunk: nn.Module) -> str | None:
     """Where the layers are: directly, or inside an encoder."""
-    for name in LISTS:
-        found = trunk
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.ModuleList) and len(found):
-            return name
+    return next((name for name in LISTS if _filled(trunk, name)), None)
+
+
+def _filled(trunk: nn.Module, name: str) -> nn.ModuleList | None:
+    found = _at(trunk, name)
+    return found if isinstance(found, nn.ModuleList) and len(found) else None
+
+
+def _at(trunk: nn.Module, path: str):
+    """What is there, or None."""
+    for part in path.split("."):
+        trunk = getattr(trunk, part, None)
+    return trunk
+
+
+def _stages(trunk: nn.Module) -> tuple[str, tuple[str, ...]] | None:
+    """Where patch embedding and lists of blocks are in a model of stages, whose blocks are told their grid: Swin, PVT, SegFormer."""
+    if _filled(trunk, "encoder.patch_embeddings") and (lists := _filled(trunk, "encoder.block")):  # PVT
+        return "encoder.patch_embeddings.0", tuple(f"encoder.block.{i}" for i in range(len(lists)))
+    for name in _STAGES:
+        stages = _filled(trunk, name) or ()
+        inside = [f"{holder}.{n}" for holder in ("embeddings", f"{name}.0") for n in EMBEDS]
+        embed = next((place for place in inside if isinstance(_at(trunk, place), nn.Module)), None)
+        if stages and embed and all(hasattr(stage, "blocks") for stage in stages):
+            return embed, tuple(f"{name}.{i}.blocks" for i in range(len(stages)))
     return None
 
 
@@ -47,17 +76,34 @@ def prefix_of(embeddings: nn.Module) -> int:
 
 def read(path: str, trunk: nn.Module) -> Host | str | None:
     """``trunk`` described; why not, or None where nothing of it is there."""
+    staged = _stages(trunk)
+    if staged is not None:
+        embed, lists = staged
+        blocks = [block_of(f"{name}.{i}", layer, ORDERS) for name in lists for i, layer in enumerate(trunk.get_submodule(name))]
+        embeddings = _filled(trunk, "encoder.patch_embeddings") or ()  # PVT's class token joins in the last stage
+        prefixes = tuple(_count(e, CLS) for e in embeddings)
+        return Host("transformers", path, trunk, embed, 0, 0, any(prefixes), lists, blocks, grid_from="call", prefixes=prefixes)
     embeddings = getattr(trunk, "embeddings", None)
     name = next((n for n in EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
     if name is None:
-        return None
+        return _maps(path, trunk)
     layers = _list(trunk)
     lists = () if layers is None else (layers,)
     blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers) if lists else ())]
     late = getattr(getattr(trunk, "query", None), "num_embeddings", 0)  # EoMT
     has_cls = any(getattr(embeddings, n, None) is not None for n in CLS)
-    counts = prefix_of(embeddings), _count(embeddings, _SUFFIX)
-    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, lists, blocks, late)
+    counts = prefix_of(embeddings), _count(embeddings, SUFFIX)
+    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, lists, blocks, late=late)
+
+
+def _maps(path: str, trunk: nn.Module) -> Host | None:
+    """SAM and its kin, whose layers, some of them windowed, see maps and nothing beside them: an encoder with patch_embed and layers."""
+    layers = getattr(trunk, "layers", None)
+    known = isinstance(layers, nn.ModuleList) and isinstance(getattr(trunk, "patch_embed", None), nn.Module)
+    if not known or not all(hasattr(layer, "window_size") and hasattr(layer, "attn") for layer in layers):
+        return None
+    blocks = [block_of(f"layers.{i}", layer, ORDERS) for i, layer in enumerate(layers)]
+    return Host("transformers", path, trunk, "patch_embed", 0, 0, False, ("layers",), blocks)
 
 
 def resized_positions(host: Host | None, grid: tuple[int, int]) -> Callable[[], Tensor] | None:

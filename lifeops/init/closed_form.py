@@ -168,8 +168,8 @@ def mimetic_qk(dim: int, num_heads: int, head_dim: int, generator: torch.Generat
 def value_projection(dim: int, width: int, transposed: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """(v rows (width, C), projection (C, width)) from A = 0.4 noise - 0.4 I = L R.
 
-    ``transposed`` (impulse): v = Lᵀ, proj = Rᵀ, so proj∘v = Aᵀ. Otherwise (mimetic): v = L, proj = R. A ``width`` below C keeps
-    the first rows and columns.
+    ``transposed`` (impulse): v = Lᵀ, proj = Rᵀ, so proj∘v = Aᵀ. Otherwise (mimetic): v = L, proj = R, so v·proj = A and
+    proj∘v = R L of the same trace. A ``width`` below C keeps the first rows and columns.
     """
     L, R = near_identity_factors((dim, dim), 0.4, -0.4, generator)
     v, proj = (L.T, R.T) if transposed else (L, R)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lifeops.hosts.projections import thirds
+from lifeops.hosts.images import USUAL, image_sizes
 from lifeops.init.projections import OP, Projections
 from lifeops.integrations.attention_check import LayerCheck, attended
 from lifeops.integrations.pass_watch import Watch
@@ -16,28 +16,17 @@ from lifeops.integrations.token_place import Place
 from lifeops.integrations.undisturbed import forward_of
 from lifeops.nn.life import LifeAttention
 
-_EMBEDDINGS = ("patch_embed", "patch_embeddings", "patch_embedding", "conv_proj", "to_patch_embedding")
-
 
 class _Stop(Exception):
     pass
 
 
-def embedding_module(model: nn.Module) -> nn.Module | None:
-    """The patch embedding by name, or else the first convolution."""
-    named = [m for name, m in model.named_modules() if name.rpartition(".")[2] in _EMBEDDINGS and not isinstance(m, nn.ModuleList)]
-    return next(iter(named or [m for m in model.modules() if isinstance(m, nn.Conv2d)]), None)
-
-
-def images(model: nn.Module, embed: nn.Module | None) -> list[Tensor]:
+def images(model: nn.Module) -> list[Tensor]:
     """Random images of the sizes that the model may have been built for."""
-    conv = next((m for m in (embed or model).modules() if isinstance(m, nn.Conv2d)), None)
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels, like = (3, next(model.parameters())) if conv is None else (conv.in_channels, conv.weight)
     generator = torch.Generator().manual_seed(0)
-    holders = [h for m in model.modules() for h in (m, getattr(m, "config", None))]
-    found = [getattr(holder, name, None) for holder in holders for name in ("img_size", "image_size")]
-    pairs = [(size, size) if isinstance(size, int) else tuple(size) for size in found if isinstance(size, (int, tuple, list))]
-    sizes = dict.fromkeys(size for size in pairs if len(size) == 2 and all(isinstance(n, int) for n in size)) or {(224, 224): None}
+    sizes = image_sizes(model) or [USUAL]
     return [torch.randn(1, channels, *size, generator=generator).to(like.device, like.dtype) for size in sizes]
 
 
@@ -46,32 +35,22 @@ def images(model: nn.Module, embed: nn.Module | None) -> list[Tensor]:
 
 def _out(p: Projections) -> nn.Module | None:
     """The output projection where it is called as a module."""
-    m = p.module
-    if isinstance(m, (LifeAttention, nn.MultiheadAttention)):
-        return None
-    if hasattr(m, "to_out"):
-        return m.to_out[0] if isinstance(m.to_out, nn.Sequential) else m.to_out
-    if isinstance(getattr(getattr(m, "output", None), "dense", None), nn.Linear):
-        return m.output.dense
-    return next(getattr(m, n) for n in ("o_proj", "out_proj", "proj", "projection") if isinstance(getattr(m, n, None), nn.Linear))
+    return None if isinstance(p.module, (LifeAttention, nn.MultiheadAttention)) else p.module.get_submodule(p.layout.out)
 
 
 def _qkv(p: Projections, x: Tensor, args: tuple) -> tuple[Tensor, ...]:
     """q, k and v (B, h, N, d) of x (B, N, C)."""
-    m, inner = p.module, getattr(p.module, "attention", None)
-    if isinstance(m, LifeAttention):
-        return m.qkv_heads(x, *args[1:2])
-    if isinstance(m, nn.MultiheadAttention):
-        flat = torch.nn.functional.linear(x, m.in_proj_weight, m.in_proj_bias).chunk(3, -1)
-    elif hasattr(m, "to_qkv"):
-        flat = m.to_qkv(x).chunk(3, -1)
-    elif isinstance(getattr(m, "qkv", None), nn.Linear):
-        flat = thirds(m, x)
-    elif isinstance(getattr(m, "q_proj", None), nn.Linear):
-        flat = m.q_proj(x), m.k_proj(x), m.v_proj(x)
-    else:
-        flat = inner.query(x), inner.key(x), inner.value(x)
-    return tuple(t.unflatten(-1, (p.num_heads, -1)).transpose(1, 2) for t in flat)
+    if isinstance(p.module, LifeAttention):
+        return p.module.qkv_heads(x, *args[1:2])
+    return tuple(t.unflatten(-1, (p.num_heads, -1)).transpose(1, 2) for t in p.layout.qkv(p.module, x))
+
+
+def _beside(p: Projections, args: tuple, kwargs: dict) -> str:
+    """Which tensors a layer is called with beside its tokens, for messages."""
+    named = {**{f"argument {i + 1}": a for i, a in enumerate(args)}, **kwargs}
+    flat = {name: a[0] if isinstance(a, (tuple, list)) and a else a for name, a in named.items()}
+    found = [] if isinstance(p.module, nn.MultiheadAttention) else [name for name, a in flat.items() if isinstance(a, Tensor)][1:]
+    return f"; it is called with {', '.join(found)} beside its tokens" if found else ""
 
 
 def _flat(x):
@@ -110,12 +89,14 @@ class Pass:
             hook = out and out.register_forward_pre_hook(lambda m, args: check.merged(_flat(args[0])))
             try:
                 output = own(*args, **kwargs)
+                with place.watch.quiet():
+                    joined = output[0] if isinstance(output, tuple) else output
+                    check.ended(_flat(joined.transpose(0, 1) if turned else joined))
+            except ValueError as error:
+                raise ValueError(f"{error}{_beside(p, args, kwargs)}") from error
             finally:
                 if hook:
                     hook.remove()
-            with place.watch.quiet():
-                joined = output[0] if isinstance(output, tuple) else output
-                check.ended(_flat(joined.transpose(0, 1) if turned else joined))
             return output
 
         return forward

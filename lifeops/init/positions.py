@@ -1,4 +1,4 @@
-"""Finding a model's position embedding and the grid it belongs to."""
+"""A model's position embedding and the grid it belongs to, as :mod:`lifeops.hosts.positions` finds them, checked."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from lifeops import geometry
-from lifeops.hosts.find import find_host
-from lifeops.hosts.host import Host, told_grid
+from lifeops.hosts.positions import first_to_all, grid_of, host_or_none, prefix_of, tables
 
 OP = "structured_"
 _ZERO = 1e-8
-_NAMES = ("pos_embed", "pos_embedding", "position_embeddings", "position_embedding")
 
 
 class Positions(NamedTuple):
-    """``tensor`` (1, P' + H*W, C) or (P' + H*W, C), the model's own; ``learned`` unless it is fixed; the rest as in ``Grid``.
+    """``tensor`` (1, P' + H*W, C), (P' + H*W, C) or (1, H, W, C), the model's own; ``learned`` unless it is fixed; the rest as in ``Grid``.
 
-    ``resized``: gives the rows (H*W, C) that the model makes of them in every pass; None where it takes them as they are.
+    ``made``: gives the rows (H*W, C) that the model makes of them in every pass; None where it takes them as they are.
     """
 
     tensor: Tensor
     learned: bool
     grid: tuple[int, int]
-    resized: Callable[[], Tensor] | None = None
+    made: Callable[[], Tensor] | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -45,30 +43,35 @@ class Positions(NamedTuple):
     @property
     def used(self) -> Tensor:
         """(H*W, C): the patches' rows as they reach the tokens."""
-        return self.patches if self.resized is None else self.resized().detach()
+        return self.patches if self.made is None else self.made().detach()
 
 
 def find(model, dim: int, grid, position_embedding: Tensor | None) -> Positions | None:
     """The position embedding given, or the only one of the model; None if there is none. Raises ValueError where sizes do not fit."""
-    given = position_embedding is not None
+    given, host = position_embedding is not None, host_or_none(OP, model)
     tensor = position_embedding if given else _search(model, dim)
     if tensor is None:
         return None
-    grid = _grid(model) if grid is None else tuple(grid)
+    on_grid = tensor.dim() == 4  # a table of rows and columns
+    if tensor.dim() not in (2, 3, 4) or tensor.shape[-1] != dim or (tensor.dim() > 2 and tensor.shape[0] != 1):
+        what = "position_embedding" if given else "the position embedding"
+        raise ValueError(f"{OP}: {what} must have shape (1, N, {dim}) or (N, {dim}), got {tuple(tensor.shape)}")
+    grid = (grid_of(model, host) or (tensor.shape[1:3] if on_grid else None)) if grid is None else tuple(grid)
     if grid is None:
         raise ValueError(f"{OP}: the grid is unknown (no patch_embed.grid_size, no image_size and patch_size): pass grid=(H, W)")
     g = geometry.to_grid(OP, grid, 0)
-    if tensor.dim() not in (2, 3) or tensor.shape[-1] != dim or (tensor.dim() == 3 and tensor.shape[0] != 1):
-        what = "position_embedding" if given else "the position embedding"
-        raise ValueError(f"{OP}: {what} must have shape (1, N, {dim}) or (N, {dim}), got {tuple(tensor.shape)}")
+    if on_grid and tuple(tensor.shape[1:3]) != (g.height, g.width):
+        raise ValueError(f"{OP}: the position embedding {tuple(tensor.shape)} must be of the grid {g.height} x {g.width}")
     found = Positions(tensor, isinstance(tensor, nn.Parameter) and tensor.requires_grad, (g.height, g.width))
-    host = host_of(model)
     if host is not None and host.suffix and not given:
         raise ValueError(
             f"{OP}: {type(host.trunk).__name__} has {host.suffix} tokens behind its patches: the last rows of the position embedding must"
             " belong to the patches"
         )
-    _check_rows(found, _prefix(model))
+    if first_to_all(host) and not given:
+        _check_rows(found, 1)
+        return found._replace(made=lambda: found.patches + found.rows[:1])
+    _check_rows(found, prefix_of(model, host))
     return found
 
 
@@ -80,49 +83,15 @@ def _check_rows(found: Positions, prefix: int | None) -> None:
 
 
 def _search(model, dim: int) -> Tensor | None:
-    if not isinstance(model, nn.Module):
-        return None
-    found = {}
-    for path, module in model.named_modules():
-        for name in _NAMES:
-            value = getattr(module, name, None)
-            value = value.weight if isinstance(value, nn.Embedding) else value
-            if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[-1] == dim:
-                found.setdefault(id(value), (f"{path}.{name}".lstrip("."), value))
+    found = tables(model, dim) if isinstance(model, nn.Module) else {}
     if len(found) > 1:
-        names = ", ".join(name for name, _ in found.values())
-        raise ValueError(f"{OP}: several position embeddings found ({names}): pass position_embedding=, or a part of the model")
-    return next(iter(found.values()))[1] if found else None
-
-
-def host_of(model) -> Host | None:
-    """``model`` as the entries of :mod:`lifeops.hosts` describe it; None for blocks and for models that no entry knows."""
-    if not isinstance(model, nn.Module):
-        return None
-    try:
-        return find_host(OP, model)
-    except ValueError:
-        return None
-
-
-def _grid(model) -> tuple[int, int] | None:
-    """(H, W) as the host tells it, or the first module that does."""
-    host = host_of(model)
-    if host is not None and host.grid is not None:
-        return host.grid
-    return next(filter(None, map(told_grid, model.modules())), None) if isinstance(model, nn.Module) else None
-
-
-def _prefix(model) -> int | None:
-    """P in the blocks, which a model's own num_prefix_tokens may not be (CaiT)."""
-    host = host_of(model)
-    prefix = getattr(model, "num_prefix_tokens", None) if host is None else host.prefix
-    return prefix if isinstance(prefix, int) else None
+        raise ValueError(f"{OP}: several position embeddings found ({', '.join(found)}): pass position_embedding=, or a part of the model")
+    return next(iter(found.values()), None)
 
 
 def num_prefix_tokens(model, found: Positions) -> int:
     """P, as the model says it or as the position embedding's rows tell."""
-    prefix = _prefix(model)
+    prefix = prefix_of(model, host_or_none(OP, model))
     return found.num_prefix_rows if prefix is None else prefix
 
 

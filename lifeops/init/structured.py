@@ -58,8 +58,9 @@ def structured_(
     (:func:`lifeops.init.impulse_qk`, scale 7), v and proj with proj∘v = 0.4 noise - 0.4 I, position embedding times 18 in place
     (all zeros, as transformers' DeiT has it, are drawn with std 0.02 first).
     ``"impulse"``, 2024 (arXiv 2404.01139): q and k by optimisation on a fixed sine-cosine embedding, which replaces a learned one
-    (and is frozen); v and proj are left as they are. No prefix tokens, as the authors. ``"mimetic"`` (arXiv 2305.09828): q k from
-    0.7 noise + 0.7 I, v and proj as above. ``"default"`` keeps the weights and applies the scales. Biases are never touched.
+    (and is frozen); v and proj are left as they are. No prefix tokens, as the authors. ``"mimetic"`` (arXiv 2305.09828): of each head
+    q k is the part of rank d of 0.7 noise + 0.7 I, and v·proj = 0.4 noise - 0.4 I as the impulse authors write it: what attention then
+    applies, proj∘v, has the same trace. ``"default"`` keeps the weights and applies the scales. Biases are never touched.
 
     Args:
         model_or_blocks: a ViT of timm, transformers, torchvision or this library (LIFE, LocalViT, DW shortcut), or a list of its
@@ -87,14 +88,20 @@ def structured_(
         patches, a model that does not run. Nothing is changed then.
     """
     _check_arguments(method, version, kernel_size, generator)
-    _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress)
+    _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress, verify)
     layers = projections.find(model_or_blocks, with_heads=method != "default")
-    embedding = _embedding(model_or_blocks, layers, method, version, grid, position_embedding)
+    tries = verify and method != "default" and isinstance(model_or_blocks, torch.nn.Module)
+    try:
+        embedding = _embedding(model_or_blocks, layers, method, version, grid, position_embedding)
+    except ValueError:
+        if tries:
+            verified(model_or_blocks, layers, None, False, False)  # what is wrong with the attention itself comes first
+        raise
     defaults = _AUTHORS[method] if version == 2025 else _AUTHORS["default"]
     given = Scales(position_scale, qk_scale, value_scale)
     scales = Scales(*(d if g is None else g for d, g in zip(defaults, given, strict=True)))
     checked = before = None
-    if verify and method != "default" and isinstance(model_or_blocks, torch.nn.Module):
+    if tries:
         checked = verified(model_or_blocks, layers, embedding, position_embedding is None, method == "impulse")
         layers, embedding = checked.layers, checked.positions
         before = taken(layers, embedding) if method == "impulse" else None
@@ -120,7 +127,7 @@ def _check_arguments(method, version, kernel_size, generator) -> None:
     check_generator(OP, generator)
 
 
-def _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress) -> None:
+def _check_values(position_scale, qk_scale, value_scale, position_embedding, grid, shared, steps, progress, verify) -> None:
     scales = {"position_scale": position_scale, "qk_scale": qk_scale, "value_scale": value_scale}
     for name, value in scales.items():
         check_number(OP, name, value, optional=True)
@@ -129,7 +136,7 @@ def _check_values(position_scale, qk_scale, value_scale, position_embedding, gri
     if grid is not None:
         geometry.to_grid(OP, grid, 0)
     check_int(OP, "steps", steps, 0)
-    check_flags(OP, shared=shared is not None and shared, progress=progress)
+    check_flags(OP, shared=shared is not None and shared, progress=progress, verify=verify)
 
 
 def _embedding(model, layers: list[Projections], method, version, grid, given) -> Positions | None:
@@ -137,7 +144,9 @@ def _embedding(model, layers: list[Projections], method, version, grid, given) -
     sizes = sorted({(layer.dim, layer.num_heads, layer.head_dim) for layer in layers})
     if len(sizes) > 1:
         if method == "impulse":
-            raise ValueError(f"{OP}: impulses need the same width, heads and head width in all blocks, got {sizes}")
+            found = ", ".join(f"{dim} in {heads} heads of {width}" for dim, heads, width in sizes)
+            hint = "pass a list of blocks that have it, with position_embedding= and grid="
+            raise ValueError(f"{OP}: impulses need the same width, heads and head width in all blocks, got {found}: {hint}")
         return None
     try:
         found = positions.find(model, layers[0].dim, grid, given)

@@ -11,10 +11,13 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from lifeops.hosts.host import Host
+from lifeops.hosts.images import embedding_of, image_sizes
+from lifeops.hosts.positions import host_or_none
 from lifeops.hosts.transformers import resized_positions
-from lifeops.init.model_pass import Pass, embedding_module, first_input, images, run
+from lifeops.init.model_pass import Pass, first_input, images, run
 from lifeops.init.optimised import attention_of
-from lifeops.init.positions import Positions, host_of
+from lifeops.init.positions import Positions
 from lifeops.init.projections import OP, Projections
 from lifeops.init.report import HeadReport, Report, measure
 from lifeops.integrations.token_place import Place, chosen, rows_at
@@ -96,16 +99,17 @@ def _start(model, image, seen: Pass, place: Place, positions: Positions) -> tupl
     starts = [] if seen.rows is None or place.mask is None else rows_at(seen.rows, place.mask)
     if not starts or len(place.mask) != H * W:
         n = 0 if place.mask is None else len(place.mask)
-        raise ValueError(f"{OP}: the {n} patches of the embedding do not reach {first.path} as the {H} x {W} grid in its order")
+        where = f"as the {H} x {W} grid in its order (shuffled, dropped or mixed before it?)"
+        raise ValueError(f"{OP}: the {n} patches of the embedding do not reach {first.path} {where}; 'mimetic' does not need them to")
     mask = chosen(H * W)
     marked = positions.patches.clone()
     marked[mask.to(marked.device)] = float("nan")
     with _rows_as(positions, marked):
         found = first_input(model, image, first, place.embed)
     at = rows_at(found.isnan().any(-1), mask.to(found.device))
-    resized = resized_positions(host_of(model), positions.grid)
+    resized = resized_positions(host_or_none(OP, model), positions.grid)
     if resized is not None and found.isnan().any(-1)[starts[0] : starts[0] + H * W].all():
-        return starts[0], positions._replace(resized=resized)  # each token draws on several rows: whether so shows in Verified.off
+        return starts[0], positions._replace(made=resized)  # each token draws on several rows: whether so shows in Verified.off
     if starts[0] not in at:
         where = f"tokens {at[0]} to {at[0] + H * W - 1}" if at else "no such tokens"
         raise ValueError(
@@ -117,27 +121,39 @@ def _start(model, image, seen: Pass, place: Place, positions: Positions) -> tupl
 
 def _try(model: nn.Module, layers: list[Projections], embed: nn.Module | None) -> tuple[Tensor, Pass, Place] | None:
     """The first image that the model takes; None for a model of several precisions that does not run as it is."""
-    error: Exception | None = None
-    for image in images(model, embed):
+    failed: dict[str, Exception] = {}
+    for image in images(model):
         seen = Pass(layers)
         try:
             return image, seen, run(model, image, seen, embed)
         except Exception as e:
             if str(e).startswith(f"{OP}:"):
                 raise
-            error = e
+            failed[" x ".join(map(str, image.shape[2:]))] = e
     if of_several_precisions(model):
         return None
-    why = f"{type(error).__name__}: {error}"
-    raise ValueError(f"{OP}: {type(model).__name__} cannot be tried on an image ({why}): pass its blocks, or verify=False")
+    error = list(failed.values())[-1]
+    sizes = f"{' or '.join(failed)}{'' if image_sizes(model) else ', which is a guess: it says no img_size or image_size'}"
+    raise ValueError(
+        f"{OP}: {type(model).__name__} cannot be tried on an image of {sizes} ({type(error).__name__}: {error}): pass a list of its blocks,"
+        " position_embedding= and grid=, or verify=False"
+    ) from error
+
+
+def _runs(model: nn.Module, host: Host | None, layers: list[Projections]) -> nn.Module:
+    """The part of ``model`` that embeds the image and holds all the layers; itself where that is none that an entry knows."""
+    inside = set() if host is None else set(host.trunk.modules())
+    return host.trunk if host is not None and all(p.module in inside for p in layers) else model
 
 
 def verified(model, layers: list[Projections], positions: Positions | None, own_table: bool, impulse: bool) -> Verified:
     """Raises ValueError: the model cannot run, a layer did not run or is not plain attention, or what impulses need is not so."""
+    host = host_or_none(OP, model)
+    model = _runs(model, host, layers)
     found = Verified(model, layers, positions)
     if not can_run(model):
         return found
-    embed = embedding_module(model)
+    embed = embedding_of(model, host)
     with undisturbed(model):
         tried = _try(model, layers, embed)
         if tried is None:
@@ -165,5 +181,6 @@ def _check_sizes(sizes: dict[str, tuple[int, int]], grid: tuple[int, int]) -> No
     first = next(iter(sizes.values()))
     for path, (batch, tokens) in sizes.items():
         if batch != 1 or tokens < grid[0] * grid[1] or tokens != first[1]:
-            found = f"{batch} groups of {tokens} tokens" if batch != 1 else f"{tokens} tokens"
-            raise ValueError(f"{OP}: {path} attends inside {found}, looked for all tokens of a {grid[0]} x {grid[1]} grid (windows?)")
+            found = f"in {batch} groups of {tokens} tokens" if batch != 1 else f"over {tokens} tokens"
+            wanted = f"one group of the {grid[0]} x {grid[1]} grid's {grid[0] * grid[1]} patches and the prefix"
+            raise ValueError(f"{OP}: {path} attends {found}, looked for {wanted} (windows, patches left out, images of another size?)")

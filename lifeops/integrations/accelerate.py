@@ -88,9 +88,10 @@ def accelerate(model: nn.Module, *, kinds: str | Iterable[str] | None = None, ve
     its own, whose ``forward`` computes the same, input and parameter gradients included. Exchange, hook or adapt a layer inside, and the
     original ``forward`` runs. ``print(lifeops.explain(model))`` says which modules were taken, and why others were left.
 
-    Taken is what a measurement found faster on a CPU (docs/accelerate.md has the table): Twins' PEG, CoaT's CPE and CRPE, XCiT's LPI, and
-    from kernel size 5 on EdgeNeXt's blocks and FocalNet's levels, which gain in training. The feed-forward of PVT v2 and Segformer, DaViT's
-    CPE and TinyViT's local convolution are known and left, unless ``kinds`` names them.
+    Taken is what a measurement found faster on a CPU (docs/accelerate.md has the table): Twins' PEG, CoaT's CPE and CRPE, XCiT's LPI, the
+    feed-forwards of PVT v2 and Segformer, and from kernel size 5 on EdgeNeXt's blocks and FocalNet's levels, which gain in training.
+    DaViT's CPE and TinyViT's local convolution are known and left, unless ``kinds`` names them. A feed-forward with GELU and XCiT's LPI
+    in evaluation mode are then differentiable once.
 
     Args:
         kinds: names of what to take, whether it pays or not ("twins_peg", "coat_cpe", …; an unknown name raises with the list); None:
@@ -126,9 +127,10 @@ def accelerate(model: nn.Module, *, kinds: str | Iterable[str] | None = None, ve
     if not taken:
         for module in model.modules():
             module.__dict__.pop(LEFT, None)
-        found = "; ".join(f"{why} ({list(left.values()).count(why)} modules)" for why in dict.fromkeys(left.values())) or "none of them"
-        looked = ", ".join(sorted({entry.cls for entry in ENTRIES.values()}))
-        raise ValueError(f"{NAME}: {type(model).__name__} holds no module to take. Looked for: {looked}. Found: {found}")
+        found = "; ".join(f"{why} ({list(left.values()).count(why)} modules)" for why in dict.fromkeys(left.values())) or "none"
+        looked = ", ".join(f"{kind} ({entry.cls})" for kind, entry in ENTRIES.items())
+        holds = f"{type(model).__name__} holds no depth-wise convolution over tokens that would be taken"
+        raise ValueError(f"{NAME}: {holds}. Found: {found}. Looked for: {looked}; lifeops.convert gives a ViT such convolutions")
     return model
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from lifeops.arguments import check_choice, under
+from lifeops.arguments import check_choice, check_flags, got, under
 from lifeops.hosts.host import CONVERSION as RECORD
 from lifeops.integrations import timm_indices
 from lifeops.integrations.accelerate import put_back
@@ -15,12 +15,13 @@ from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
 from lifeops.integrations.convert_life import convert_life
 from lifeops.integrations.convert_localvit import convert_localvit
 from lifeops.integrations.convert_plan import Plan, share_hooks
-from lifeops.integrations.convert_probe import can_try, try_stages
+from lifeops.integrations.convert_probe import can_try, run_through
 from lifeops.integrations.convert_probe import probe as run_once
+from lifeops.integrations.convert_stages import pooled, put_in_place, try_stages
 from lifeops.integrations.undisturbed import undisturbed
-from lifeops.nn.dw_shortcut import ShortcutBlocks
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 
 SYSTEMS = {"life": convert_life, "localvit": convert_localvit, "dw_shortcut": convert_dw_shortcut}
 _NO_IDENTITY = {
@@ -83,38 +84,33 @@ def _follow(old: nn.Module, new: nn.Module, before: _State) -> None:
             p.requires_grad_(*now.trainable)
 
 
-def _put(model: nn.Module, instead: dict[int, nn.Module]) -> None:
-    """Put modules in place of others, wherever the model holds them."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in instead:
-                parent._modules[name] = instead[id(child)]
-
-
 def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
     """Bind the grid of each forward pass: see lifeops.nn.grids."""
     holder, handles = record.holder, record.handles
     handles += [model.register_forward_pre_hook(holder.enter_model), model.register_forward_hook(holder.leave_model, always_call=True)]
     for block in plan.blocks:
         handles += [block.register_forward_pre_hook(holder.enter_block), block.register_forward_hook(holder.leave_block, always_call=True)]
-    holder.embed_path = ".".join(filter(None, (plan.host.path, plan.host.embed_path)))
+    holder.embed_path = ".".join(filter(None, (plan.host.path, plan.host.teller_path or plan.host.embed_path)))
     holder.belongs_to(model)
-    holder.watch(plan.host.embed)
+    stages, pools = pooled(plan.host)
+    handles += [stage.register_forward_pre_hook(holder.enter_stage) for stage in stages]
+    for module in (*pools, plan.host.teller):
+        holder.watch(module)
 
 
 def _try(plan: Plan) -> None:
-    """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe."""
-    if not plan.bound:
-        try_stages(plan.host, plan.swaps, plan.asks)
-        return
-    with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
-        plan.check(run_once(plan.host, plan.prefix))
+    """Raise ValueError where the plan would change what it must not; see lifeops.integrations.convert_probe and convert_stages."""
+    if plan.whole is not None:
+        try_stages(plan.host, plan.swaps, plan.whole, plan.prefix)
+    if plan.check is not None:
+        with undisturbed(plan.host.trunk, *(new for _, new in plan.swaps)):
+            plan.check(run_through(plan.host) if plan.host.staged else run_once(plan.host, plan.prefix))
 
 
 def _check_start(system: str, start: str | None, options: dict) -> None:
     """Hand ``start`` to the system that knows it."""
-    if start not in (None, "identity"):
-        raise ValueError(f"convert: start must be None or 'identity', got {start!r}")
+    if start is not None and (not isinstance(start, str) or start != "identity"):
+        raise ValueError(f"convert: start must be None or 'identity', got {got(start)}")
     if start is not None and system in _NO_IDENTITY:
         raise ValueError(f"convert: {system!r} cannot start as the identity: {_NO_IDENTITY[system]}; 'dw_shortcut' can")
     options.update({"start": start} if system not in _NO_IDENTITY else {})
@@ -129,35 +125,42 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
 
     ``system="life"`` replaces each block's attention by :class:`lifeops.nn.LifeAttention`, those side by side each. ``proj`` keeps its
     weights, norms of q, k and the joined heads stay, and so do positions: q and k are rotated after LIFE, relative biases are added. q, k
-    and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection.
+    and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection. Attention that does more
+    with q, k and v (talking heads, differential, gated, over channels, in windows, beside an MLP in one layer) stays what it is, and only
+    the layer that makes them is exchanged; in windows (Swin, SAM) LIFE convolves inside each, after any shift, as its authors do. CaiT's
+    and XCiT's class attention, where one token asks, stays.
 
     ``system="localvit"`` replaces each block by a :class:`lifeops.nn.LocalViTBlock`: the same ``norm1`` and ``attn``, and
     :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``. Blocks with another order of norms, scales
-    that are parameters or several attentions, and those of transformers, stay of their class, and only the MLP's part is exchanged: the
-    branch takes the MLP's name and is neither normalised nor scaled.
+    that are parameters or several attentions, windows (Swin, SAM), a reduced grid (PVT v2), and those of transformers, stay of their
+    class, and only the MLP's part is exchanged: the branch takes the MLP's name and is neither normalised nor scaled, and sees the whole
+    grid, not windows.
 
-    ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around CaiT's patch
-    blocks, or around the blocks of every stage of a Swin, Swin V2 or PVT v2, which tell their grid: these run once with the shortcuts.
-    ``blocks`` then holds groups of the same blocks, so that state-dict names change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a
-    group is what activation checkpointing runs again. The layers of transformers keep their names and get a ``shortcut`` each
+    ``system="dw_shortcut"`` puts :class:`lifeops.nn.DWShortcut` with new weights around the blocks of a ViT, around the patch blocks of
+    CaiT and XCiT, or around the blocks of every stage of a Swin, PVT, Twins, PiT, NesT, CoaT (with one for each scale that its parallel
+    blocks change) or SegFormer; of TNT's blocks around the patches' tokens. timm's ``blocks`` then hold groups of the same blocks, so that
+    state-dict names change (``blocks.0.blocks.0…``, ``blocks.0.shortcut…``); a group is what activation checkpointing runs again. The
+    layers of transformers, and Twins' blocks where ``every`` is not 1, keep their names, and the last of a group gets a ``shortcut``
     (``layers.0.shortcut…``). timm's ``group_matcher`` (layer decay), ``forward_intermediates`` and ``get_intermediate_layers`` of the
-    instance count blocks all the same: a shortcut belongs to the last block that it is around.
+    instance count blocks all the same: a shortcut belongs to the last block that it is around, and so it is in the hidden states that
+    transformers records.
 
     Layers of transformers stay instances of their classes, so that gradient checkpointing and recorded hidden states go on as before;
     with "life" no attention matrices are made, and ``output_attentions=True`` is a ValueError.
 
     Each block is tried first: the model runs on one random image, its blocks passing on their tokens, and each is then called once as the
     model calls it. "life", given the old q, k and v, must give what the old attention gives; "localvit" must leave the attention's branch
-    what it is; a shortcut must find tokens. Not on the meta device or where weights are offloaded; ``probe=False`` leaves it out, and
-    what it costs: about two forward passes ("life").
+    what it is; a shortcut must find tokens. Models of stages, and groups, run with and without shortcuts that add nothing, and must put
+    out the same. Not on the meta device or where weights are offloaded; ``probe=False`` leaves it out, and what it costs: about two forward
+    passes.
 
     Blocks that the model holds several times stay shared, hooks on a replaced module act on its replacement, and a conversion that
     fails changes nothing.
 
     Options: "life": ``qkv_norm``, ``aux_key``, ``recompute`` as in :class:`lifeops.nn.LifeQKV`; "localvit": ``act`` ("hs+se"),
     ``reduction`` (C, as the authors' tiny and small models), ``expand_ratio`` (the MLP's) as in
-    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut (1 alone for transformers), and
-    ``kernel_sizes`` (3), an odd int or several; all: ``num_prefix_tokens`` overrides the model's own.
+    :class:`lifeops.nn.LocalityFeedForward`; "dw_shortcut": ``every`` (1), blocks per shortcut, and ``kernel_sizes`` (3), an odd
+    int or several; all: ``num_prefix_tokens`` overrides the model's own.
 
     ``start="identity"`` leaves the model's outputs what they are, for fine-tuning from there: "dw_shortcut" alone can, its convolutions
     start at zero (and their batch norms as ever, so that gradients reach the convolutions at once, the norms after a step).
@@ -172,6 +175,7 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     check_choice("convert", "system", system, SYSTEMS)
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
+    check_flags("convert", probe=probe)
     _check_start(system, start, options)
     with under("convert"):
         plan = SYSTEMS[system](model, **options)
@@ -182,10 +186,14 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
         share_hooks(old, new)
     for module in plan.asks:
         module.grid_holder = record.holder
-    _put(model, {id(old): new for old, new in plan.swaps})
+    put_in_place(model, {id(old): new for old, new in plan.swaps})
     if plan.bound:
         _hook(model, record, plan)
     timm_indices.count_blocks(model)
+    if plan.starts is not None:
+        record.handles += [
+            model.register_forward_pre_hook(plan.starts.clear), model.register_forward_hook(plan.starts.clear, always_call=True),
+        ]  # fmt: skip
     setattr(model, RECORD, record)
     return model
 
@@ -232,6 +240,6 @@ def _take_back(model: nn.Module, record: Conversion) -> None:
             _follow(old, new, before)
     for handle in (*record.handles, *record.holder.handles):
         handle.remove()
-    _put(model, instead)
+    put_in_place(model, instead)
     timm_indices.count_modules(model)
     delattr(model, RECORD)

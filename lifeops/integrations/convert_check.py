@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -95,6 +96,25 @@ def _projections(path: str, attn: nn.Module, x: Tensor) -> tuple[Tensor, Tensor,
     return q, k, v
 
 
+def check_projections(path: str, layers: dict, run: Callable[[], Tensor], expected, given: Call) -> None:
+    """The block with new ``layers`` {path: (old, new)} in it, which give what the old ones give, gives what it gave: it goes by them."""
+    seen = {where: [] for where in layers}
+    with contextlib.ExitStack() as stack:
+        for where, (old, new) in layers.items():
+            stack.enter_context(forward_of(new, lambda x, o=old, s=seen[where]: (s.append(x), o(x))[1]))
+        got = run()
+    for where, tokens in seen.items():
+        if len(tokens) != 1:
+            raise ValueError(f"convert: the block of {where} calls it {len(tokens)} times, looked for once")
+        shape, window = tuple(tokens[0].shape), layers[where][1].window
+        wanted = (None if window else given.x.shape[0], math.prod(window or given.x.shape[1:-1]))
+        if len(shape) == 3 and (shape[0] != (wanted[0] or shape[0]) or shape[1] != wanted[1]):
+            what = f"windows of {window}" if window else f"its block's tokens {tuple(given.x.shape)}"
+            raise ValueError(f"convert: {where} is handed {shape}, looked for {what} or maps")
+    if off(_first(got), _first(expected)) > 1e-3:
+        raise ValueError(f"convert: {path} gives something else with another layer in the place of {', '.join(layers)} that gives the same")
+
+
 def check_branch(path: str, old: nn.Module, new: nn.Module, given: Call) -> None:
     """``new`` without its ``conv`` is ``old`` without its ``mlp``, whatever the attention: it is a fixed function of its tokens here."""
     told = []
@@ -125,38 +145,45 @@ def _rounding(x: Tensor, *outputs: Tensor) -> float:
     return 8 * torch.finfo(x.dtype).eps * x.abs().max().item() / max(branch, 1e-30)
 
 
-def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module, given: Call) -> None:
-    """``new`` is z + branch(z), where z is what ``block`` makes of its tokens without its MLP."""
+def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module, given: Call, grid: tuple[int, int] | None) -> None:
+    """``new`` is z + branch(z), where z is what ``block`` makes of its tokens without its MLP; z may lie flat there, or as maps."""
     told, old = [], block.module
-    muted = [block.part("mlp")] + ([block.part("norm2")] if block.order == "post" else [])
+    muted = [block.part("mlp" if block.out is None else "out")] + ([block.part("norm2")] if block.order == "post" else [])
     muted = [m for part in muted for m in (part if isinstance(part, nn.ModuleList) else [part])]
 
-    def read(z):
+    def mute(x, tokens=None, *args, **kwargs):
+        return x.new_zeros(*x.shape[:-1], given.x.shape[-1]) if block.out is None or tokens is None else tokens
+
+    def response(z):
+        return (2 * z.flip(-1) + 1).sin()
+
+    def read(z, *args):
         told.append(z)
-        return (2 * z.roll(1, 1).flip(-1) + 1).sin()
+        return response(z)
 
     with contextlib.ExitStack() as stack:
         for m in muted:
-            stack.enter_context(forward_of(m, lambda x, *args, **kwargs: torch.zeros_like(x)))
-        z = call(f"{path} without its mlp", old, given)
+            stack.enter_context(forward_of(m, mute))
+        z = _first(call(f"{path} without its mlp", old, given))
     with forward_of(branch, read):
-        got = call(path, new, given)
-    if not isinstance(z, Tensor) or len(told) != 1:
-        what = f"gives {type(z).__name__}" if not isinstance(z, Tensor) else f"calls its MLP {len(told)} times"
-        raise ValueError(f"convert: {path} is {type(old).__name__}, which {what}, looked for tokens of one MLP")
+        got = _first(call(path, new, given))
+    if len(told) != 1:
+        raise ValueError(f"convert: {path} is {type(old).__name__}, which calls its MLP {len(told)} times, looked for tokens of one MLP")
     rounding = 1e-3 + _rounding(given.x, z, got)
-    if max(off(told[0], z), off(got - z, read(z))) > rounding:
+    if told[0].numel() != z.numel() or max(off(told[0].reshape(z.shape), z), off(got - z, response(z))) > rounding:
         raise ValueError(
             f"convert: {path} is {type(old).__name__}, which is not z + mlp(z) for what its attention makes of its tokens, z"
             " (an MLP beside the attention, a scale of its own)"
         )
+    with contextlib.nullcontext() if grid is None else branch.grid_holder.use(grid):
+        call(path, new, given)
 
 
 def check_wrapped(path: str, block: nn.Module, new: nn.Module, given: Call, grid: tuple[int, int]) -> None:
     """``new`` is ``block`` and its shortcut, which takes the tokens; the block gives tokens."""
     told = []
 
-    def beside(x, y):
+    def beside(x, y, grid):
         told.append((x, y))
         return y + 1
 

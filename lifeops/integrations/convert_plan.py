@@ -10,7 +10,10 @@ from torch import nn
 from lifeops.arguments import check_int
 from lifeops.hosts.find import find_host
 from lifeops.hosts.host import Host
+from lifeops.hosts.transformers import SUFFIX
 from lifeops.integrations.convert_probe import Probed
+from lifeops.integrations.convert_stages import Unit
+from lifeops.integrations.host_block import Starts
 from lifeops.integrations.undisturbed import HOOKS
 from lifeops.nn.plain import exactly, why_not
 
@@ -21,6 +24,8 @@ class Plan(NamedTuple):
     ``swaps``: (module, the one that takes its place). ``asks``: the new modules that ask for a grid. ``blocks``: the modules called with
     the tokens whose hooks bind one grid during each call. ``prefix``: P. ``bound``: whether the grid comes from the patch embedding; else
     the modules see it themselves. ``check``: compares the new with the old, given what the model gives its blocks; raises ValueError.
+    ``whole``: what is compared when the model is run with and without what is new: :mod:`lifeops.integrations.convert_stages`; None
+    where it is not. ``starts``: what groups of blocks remember during a forward pass.
     """
 
     host: Host
@@ -29,7 +34,9 @@ class Plan(NamedTuple):
     blocks: list[nn.Module]
     prefix: int
     bound: bool
-    check: Callable[[Probed], None]
+    check: Callable[[Probed], None] | None
+    whole: list[Unit] | None = None
+    starts: Starts | None = None
 
 
 def readable(path: str, layer: nn.Module) -> None:
@@ -54,9 +61,20 @@ def check_options(options: dict, known: tuple[str, ...]) -> None:
 def host_of(model: nn.Module, num_prefix_tokens: int | None) -> tuple[Host, int]:
     """The host and P."""
     host = find_host("convert", model)
+    layers = {type(m) for m in host.teller.modules()}
+    if host.teller_path is None and nn.Conv2d not in layers and layers & {nn.Conv3d, nn.Linear}:
+        what = "patches of several frames (Conv3d)" if nn.Conv3d in layers else "patches that were cut before (Linear)"
+        raise ValueError(
+            f"convert: {type(host.teller).__name__}, the patch embedding of {type(host.trunk).__name__}, reads {what}; looked for one that"
+            " reads images, whose patches lie on one grid"
+        )
+    if host.suffix:
+        found = f"{type(host.trunk).__name__} puts {host.suffix} tokens behind its patches ({', '.join(SUFFIX)})"
+        raise ValueError(f"convert: {found}; all systems need the patches last, behind their prefix tokens")
     prefix = host.prefix if num_prefix_tokens is None else num_prefix_tokens
     if prefix is None:
-        raise ValueError(f"convert: {type(host.trunk).__name__} does not say num_prefix_tokens; pass num_prefix_tokens=…")
+        what = "how many tokens (class token, registers) come before the patches; pass it, 0 for none"
+        raise ValueError(f"convert: {type(host.trunk).__name__} does not say num_prefix_tokens, {what}")
     return host, check_int("convert", "num_prefix_tokens", prefix, 0)
 
 

@@ -30,27 +30,31 @@ class Call(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What the model gave each block (by id, at its first call), and the patch grid it had."""
+    """What the model gave each block (by id, at its first call), and the patch grid it had; None for blocks on several."""
 
     calls: dict[int, Call]
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None
 
 
-def _image(host: Host) -> Tensor:
+_SIZES = "img_size", "image_size", "default_img_size"
+
+
+def image_of(host: Host) -> Tensor:
     """One random image of the size the model was built for."""
-    embed = host.embed
+    embed = host.teller
     conv = next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
-    if conv is None:
-        raise ValueError(f"{type(embed).__name__}, the patch embedding, has no Conv2d")
+    channels = getattr(embed, "in_chans", None) if conv is None else conv.in_channels
+    if channels is None:
+        raise ValueError(f"{type(embed).__name__}, the patch embedding, has neither a Conv2d nor in_chans")
     holders = embed, getattr(host.trunk, "embeddings", None), getattr(host.trunk, "config", None)
-    size = next((s for s in (getattr(h, name, None) for h in holders for name in ("img_size", "image_size")) if s is not None), None)
+    size = next((s for s in (getattr(h, name, None) for h in holders for name in _SIZES) if s is not None), None)
     if size is None and host.staged:
         size = 64, 96
     if size is None:
-        patch, grid = getattr(embed, "patch_size", conv.stride), getattr(embed, "grid_size", None) or (4, 4)
+        patch, grid = getattr(embed, "patch_size", None) or conv.stride, getattr(embed, "grid_size", None) or (4, 4)
         size = [g * p for g, p in zip(grid, (patch, patch) if isinstance(patch, int) else patch, strict=True)]
-    image = torch.randn(1, conv.in_channels, *((size, size) if isinstance(size, int) else size), generator=torch.Generator().manual_seed(0))
-    return image.to(conv.weight.device, conv.weight.dtype)
+    image = torch.randn(1, channels, *((size, size) if isinstance(size, int) else size), generator=torch.Generator().manual_seed(0))
+    return image.to(next(embed.parameters()))
 
 
 def can_try(host: Host) -> bool:
@@ -61,7 +65,7 @@ def can_try(host: Host) -> bool:
         return True
     try:
         with undisturbed(host.trunk):
-            host.trunk.forward(_image(host))
+            host.trunk.forward(image_of(host))
     except Exception:
         return False
     return True
@@ -74,7 +78,8 @@ def probe(host: Host, prefix: int) -> Probed:
     """
     model, blocks = host.trunk, paths(host)
     calls: dict[int, Call] = {}
-    watch, grids, embed, own = Watch({}, set()), [], host.embed, host.embed.forward
+    watch, grids, embed, own = Watch({}, set()), [], host.teller, host.teller.forward
+    beside: dict[type, tuple | None] = {}  # what a block of the class gives behind its tokens
     place = Place("convert", watch, embed)
 
     def embedded(*args, **kwargs):
@@ -85,11 +90,18 @@ def probe(host: Host, prefix: int) -> Probed:
         return output
 
     def passing(path, block):
+        run = block.forward
+
         def forward(x, *args, **kwargs):
             if not calls and grids:
                 _check_place(host, place, path, x, prefix, grids[-1])
             calls.setdefault(id(block), Call((x, *args), kwargs))
-            return x
+            if host.library == "transformers" and type(block) not in beside:  # whose blocks may give more than tokens
+                with watch.quiet():
+                    output = run(x, *args, **kwargs)
+                beside[type(block)] = output[1:] if isinstance(output, tuple) else None
+            rest = beside.get(type(block))
+            return x if rest is None else (x, *rest)
 
         return forward
 
@@ -98,7 +110,7 @@ def probe(host: Host, prefix: int) -> Probed:
         for path, block in blocks.items():
             stack.enter_context(forward_of(block, passing(path, block)))
         try:
-            image = _image(host)
+            image = image_of(host)
             with watch:
                 model.forward(image)
         except Exception as error:
@@ -111,6 +123,29 @@ def probe(host: Host, prefix: int) -> Probed:
     for path, _, given in ran(host, found):
         _check_tokens(path, given.x, prefix, found.grid)
     return found
+
+
+def run_through(host: Host) -> Probed:
+    """Run a model of several stages on an image: what it gives each block; inside :func:`undisturbed`."""
+    calls: dict[int, Call] = {}
+
+    def noting(block, run):
+        def forward(*args, **kwargs):
+            calls.setdefault(id(block), Call(args, kwargs))
+            return run(*args, **kwargs)
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for block in paths(host).values():
+            stack.enter_context(forward_of(block, noting(block, block.forward)))
+        try:
+            host.trunk.forward(image_of(host))
+        except Exception as error:
+            raise _failed(host.trunk, error) from error
+    if not calls:
+        raise ValueError(f"convert: {type(host.trunk).__name__} ran without its blocks (probe=False)")
+    return Probed(calls, None)
 
 
 def _check_place(host: Host, place: Place, path: str, x: Tensor, prefix: int, grid: tuple[int, int]) -> None:
@@ -134,33 +169,11 @@ def ran(host: Host, probed: Probed) -> Iterator[tuple[str, nn.Module, Call]]:
     return ((path, block, probed.calls[id(block)]) for path, block in paths(host).items() if id(block) in probed.calls)
 
 
-def try_stages(host: Host, swaps: list[tuple[nn.Module, nn.Module]], shortcuts: list[nn.Module]) -> None:
-    """Run a model of several stages with its lists of blocks exchanged: each shortcut must find tokens or maps on a grid that it is told.
-
-    Raises ValueError unless all of them do, once.
-    """
-    ran, name = [], type(host.trunk).__name__
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(undisturbed(host.trunk, *(new for _, new in swaps)))
-        for path, (old, new) in zip(host.blocks_path, swaps, strict=True):
-            parent, _, last = path.rpartition(".")
-            children = host.trunk.get_submodule(parent)._modules
-            children[last] = new
-            stack.callback(children.__setitem__, last, old)
-        for shortcut in shortcuts:
-            stack.enter_context(forward_of(shortcut, lambda *args, own=shortcut.forward: (ran.append(own), own(*args))[1]))
-        try:
-            host.trunk.forward(_image(host))
-        except Exception as error:
-            why = f"tried on one image: {type(error).__name__}: {error}"
-            raise ValueError(f"convert: a shortcut cannot be put around the blocks of {name}, {why}") from error
-    if len(ran) != len(shortcuts):
-        raise ValueError(f"convert: of {len(shortcuts)} shortcuts around the blocks of {name} {len(ran)} ran on one image")
-
-
 def _failed(model: nn.Module, error: Exception) -> ValueError:
-    why = f"{type(error).__name__}: {error}"
-    return ValueError(f"convert: {type(model).__name__} cannot be tried on one image ({why}); probe=False converts it untried")
+    if str(error).startswith("lifeops:"):
+        return ValueError(str(error).replace("lifeops:", "convert:", 1))
+    why = f"it does not run on one with its blocks passing their tokens on ({type(error).__name__}: {error})"
+    return ValueError(f"convert: {type(model).__name__} cannot be tried on one image: {why}; probe=False converts it untried")
 
 
 def _check_tokens(path: str, x: Tensor, prefix: int, grid: tuple[int, int]) -> None:

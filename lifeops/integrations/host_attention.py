@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import torch
 from torch import Tensor, nn
 
-from lifeops.hosts.heads import additive, table_bias
-from lifeops.hosts.projections import PROJ
+from lifeops.hosts.heads import additive, normed, sized_bias, table_bias
+from lifeops.hosts.projections import core, joined
 from lifeops.nn.life import LifeAttention
 
 NORMS = ("q_norm", "k_norm", "norm")
 """What an attention may apply to its heads' q and k, and to their joined outputs."""
+POSITIONS = ("rel_pos", "relative_position_bias")
+"""Modules that give what an attention adds to its scores."""
 _TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 
 
@@ -25,9 +28,15 @@ def _mask(*biases: Tensor | None) -> Tensor | None:
     return sum(additive(b, dtype) for b in found)
 
 
+def norm_width(norm: nn.Module | None) -> int | None:
+    """Over how many channels, all dimensions together; None where it does not say it."""
+    shape = getattr(norm, "normalized_shape", getattr(getattr(norm, "weight", None), "shape", None))
+    return None if shape is None else math.prod(shape)
+
+
 def _modules(attn: nn.Module) -> dict[str, nn.Module]:
     """The norms and positions that ``attn`` applies."""
-    found = {name: getattr(attn, name, None) for name in (*NORMS, "rel_pos")}
+    found = {name: getattr(core(attn), name, None) for name in (*NORMS, *POSITIONS)}
     return {name: m for name, m in found.items() if isinstance(m, nn.Module) and not isinstance(m, nn.Identity)}
 
 
@@ -46,17 +55,19 @@ def class_for(attn: nn.Module, library: str) -> type[LifeAttention]:
 @torch.no_grad()
 def keep(new: LifeAttention, attn: nn.Module) -> LifeAttention:
     """Give ``new`` the weights of the output projection of ``attn``, and what that has beside projections."""
-    proj = next(getattr(attn, name) for name in PROJ if hasattr(attn, name))
+    _, proj = joined(attn)
     for ours, theirs in zip(new.proj.parameters(), proj.parameters(), strict=True):
         ours.copy_(theirs).requires_grad_(theirs.requires_grad)
     for name, module in _modules(attn).items():
         new.add_module(name, module)
+        new.by_scale &= name not in NORMS[:2] or norm_width(module) in (None, new.head_dim)
     if getattr(attn, _TABLE, None) is not None:
         new.register_parameter(_TABLE, getattr(attn, _TABLE))
         new.register_buffer(_INDEX, getattr(attn, _INDEX), persistent=False)
     new.rotate_half = getattr(attn, "rotate_half", False)
     if isinstance(new, ModelLifeAttention):
-        new.config, new.rotate_half = attn.config, True
+        new.config, new.rotate_half = getattr(core(attn), "config", None), True
+        new.gives_tuple = inspect.signature(type(attn).forward).return_annotation not in (Tensor, "torch.Tensor")
     return new.train(attn.training)
 
 
@@ -68,8 +79,7 @@ class HostLifeAttention(LifeAttention):
     """
 
     def _placed(self, q, k, rope):
-        q = self.q_norm(q) if hasattr(self, "q_norm") else q
-        k = self.k_norm(k) if hasattr(self, "k_norm") else k
+        q, k = (normed(getattr(self, name, None), t) for name, t in (("q_norm", q), ("k_norm", k)))
         return super()._placed(q, k, rope)
 
     def _project(self, parts):
@@ -93,15 +103,20 @@ class HostLifeAttention(LifeAttention):
 
 
 class ModelLifeAttention(HostLifeAttention):
-    """The same, called as the attention layers of transformers are: it gives (output, None)."""
+    """The same, called as the attention layers of transformers are: it gives (output, None) where they give two."""
+
+    gives_tuple = True
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_embeddings=None, **kwargs):
-        """hidden_states (B, P + H*W, C); ``position_embeddings``: (cos, sin) of the patches, H*W x d each.
+        """hidden_states (B, P + H*W, C); ``position_embeddings``: (cos, sin) of the patches, H*W x d each, or of all tokens.
 
         Raises ValueError for ``output_attentions``: no matrix is made.
         """
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("LifeAttention: output_attentions is not known here: no attention matrix is made (see lifeops.rollout)")
         rope = None if position_embeddings is None else torch.cat(position_embeddings[::-1], -1)
-        y = super().forward(hidden_states, None, attention_mask, bool(kwargs.get("is_causal", False)), rope)
-        return y, None
+        shared, own = kwargs.get("relative_position_bias"), None
+        if hasattr(self, "relative_position_bias"):
+            own = sized_bias(self, kwargs, hidden_states.shape[1])
+        y = super().forward(hidden_states, None, _mask(attention_mask, own, shared), bool(kwargs.get("is_causal", False)), rope)
+        return (y, None) if self.gives_tuple else y

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lifeops.arguments import check_int
 from lifeops.errors import CheckpointError
 from lifeops.integrations import official_dw_shortcut as shortcut
 from lifeops.integrations.checkpoint_states import choose, errors_of, load_strictly
@@ -98,8 +99,7 @@ def _given(caller, key, num_heads, aux_key, act, img_size, num_classes, window_s
             raise TypeError(f"{caller}: {name} must be a str, got {value!r}")
     counts = {"num_heads": (num_heads, 1), "num_classes": (num_classes, 0), "window_size": (window_size, 1)}
     for name, (value, least) in counts.items():
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"{caller}: {name} must be an int of at least {least}, got {value!r}")
+        check_int(caller, name, value, least, optional=True)
     if img_size is not None and not isinstance(img_size, (int, tuple, list)):
         raise TypeError(f"{caller}: img_size must be an int or (height, width), got {img_size!r}")
     pair = None if img_size is None else to_pair(caller, "img_size", img_size)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lifeops.arguments import check_int, got
-from lifeops.nn.dw_shortcut import ShortcutBlocks
+from lifeops.nn.shortcut_blocks import ShortcutBlocks
 
 _INSIDE = re.compile(r"\.(\d+)(?:\.blocks(?:\.(\d+))?|\.shortcut)?(?=\.|$)")  # of a list of groups
 
@@ -27,31 +27,31 @@ def _grouped(model: nn.Module) -> dict[str, list[int]]:
 class _Step:
     """One block in timm's loop. The group runs as a whole in front of its first block; this gives what came out of block ``at``."""
 
-    def __init__(self, group: nn.Module, at: int, outputs: list[torch.Tensor], checkpointed: bool):
+    def __init__(self, group: nn.Module, at: int, outputs: list, checkpointed: bool):
         self.group, self.at, self.outputs, self.checkpointed = group, at, outputs, checkpointed
 
-    def __call__(self, x: torch.Tensor, **options) -> torch.Tensor:
+    def __call__(self, *args, **options) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if self.at == 0:
-            self.outputs[:] = self._run(x, options)
+            self.outputs[:] = self._run(args, options)
         y = self.outputs[self.at]
         if self.at == len(self.outputs) - 1:
             self.outputs.clear()
         return y
 
-    def _run(self, x, options):
-        def run(x):
+    def _run(self, args, options):
+        def run(*args):
             inner = []
-            y = self.group(x, outputs=inner, **options)
+            y = self.group(*args, outputs=inner, **options)
             return *inner, y
 
-        return checkpoint(run, x, use_reentrant=False) if self.checkpointed else run(x)
+        return checkpoint(run, *args, use_reentrant=False) if self.checkpointed else run(*args)
 
 
 def _view(model: nn.Module) -> nn.Module:
     """The model with ``blocks`` one by one, everything else its own."""
     checkpointed, steps = getattr(model, "grad_checkpointing", False) and torch.is_grad_enabled(), []
     for group in model.blocks:
-        outputs: list[torch.Tensor] = []
+        outputs: list = []
         steps += [_Step(group, at, outputs, checkpointed) for at in range(len(group.blocks))]
     view = object.__new__(type(model))
     view.__dict__.update(model.__dict__, _modules={**model._modules, "blocks": steps}, grad_checkpointing=False)

@@ -22,9 +22,11 @@ from lifeops.nn.scripting import NotScripted
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.token_dwconv.act_function import ChannelAct
 from lifeops.ops.token_dwconv.public import token_dwconv
+from lifeops.pointwise import product
 
 GRID = 4, 6  # of the tokens that a module is tried on
-_GELU = ChannelAct(act="gelu")
+_GELU, _RELU = ChannelAct(act="gelu"), ChannelAct(act="relu")
+_LINEAR = exactly(nn.Linear)
 _NORM = exactly(nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -41,6 +43,11 @@ def _folds(act: nn.Module) -> bool:
 
 def _conv(x, layer: nn.Conv2d, grid, **options) -> torch.Tensor:
     return token_dwconv(x, layer.weight, layer.bias, grid=grid, **options)
+
+
+def _dense(x, layer: nn.Module) -> torch.Tensor:
+    """``layer(x)``; where it is plainly a dense layer, by the faster of torch's two libraries."""
+    return product(x, layer) if is_plain(layer, _LINEAR) else layer(x)
 
 
 def _add_conv(x, layer: nn.Conv2d, grid, P: int = 0) -> torch.Tensor:
@@ -165,10 +172,14 @@ class FFN(TokenConv):
     rules = (("relu", exactly(nn.ReLU, nn.Identity)), ("holder", _any))
 
     def fused(self, x, feat_size):
-        x, act, drop = self.layer("fc1")(x), self.layer("act"), self.layer("drop")
-        x = self.layer("relu")(x) if "relu" in self.layers else x
-        x = _conv(x, self.layer("conv"), feat_size, epilogue=_GELU) if _folds(act) else act(_conv(x, self.layer("conv"), feat_size))
-        return drop(self.layer("fc2")(drop(x)))
+        act, drop, conv = self.layer("act"), self.layer("drop"), self.layer("conv")
+        x = _dense(x, self.layer("fc1"))
+        before = _RELU if "relu" in self.layers and type(self.layer("relu")) is nn.ReLU else None
+        if is_plain(act, _any_gelu):
+            x = _conv(x, conv, feat_size, prologue=before, epilogue=_GELU)
+        else:
+            x = act(_conv(x, conv, feat_size, prologue=before))
+        return drop(_dense(drop(x), self.layer("fc2")))
 
     def sample(self, draw):
         return draw(2, GRID[0] * GRID[1], self.layer("fc1").in_features), GRID

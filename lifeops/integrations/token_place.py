@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,12 @@ from lifeops.integrations.pass_watch import EMBEDDED, Watch
 
 def tokens_of(output) -> Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _told(output, tokens: int) -> int:
+    """How many of ``tokens`` are patches, by the grid that comes beside them; all where none does."""
+    beside = output[1] if isinstance(output, (tuple, list)) and len(output) == 2 else None
+    return math.prod(beside) if isinstance(beside, (tuple, list)) else tokens
 
 
 def chosen(patches: int) -> Tensor:
@@ -44,9 +52,10 @@ class Place:
             raise ValueError(f"{self.op}: {name} must give tokens or maps, got {got}")
         first = x.dim() == 4 and geometry.channels_first(module, x)
         size = x.shape[1:2] if x.dim() == 3 else x.shape[2:4] if first else x.shape[1:3]
-        self.mask, self.batch = chosen(size.numel()).to(x.device), x.shape[0]
+        before = x.shape[1] - _told(output, x.shape[1]) if x.dim() == 3 else 0  # NaFlexViT's prefix tokens
+        self.mask, self.batch = chosen(size.numel() - before).to(x.device), x.shape[0]
         with self.watch.quiet():
-            mask = self.mask.view(size)
+            mask = torch.cat((self.mask.new_zeros(before), self.mask)).view(size)
             self.watch.follow(x, x.masked_fill(mask if first else mask[..., None], float("nan")))
             self.watch.mark(x, {EMBEDDED})
 

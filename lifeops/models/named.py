@@ -11,9 +11,10 @@ from lifeops.models.dw_shortcut import VARIANTS as SHORTCUT_VARIANTS
 from lifeops.models.dw_shortcut import dw_shortcut
 from lifeops.models.localvit import VARIANTS as LOCALVIT_VARIANTS
 from lifeops.models.localvit import localvit
-from lifeops.nn.dw_shortcut import ShortcutModule, wrap
+from lifeops.nn.dw_shortcut import ShortcutModule
 from lifeops.nn.life import LifeAttention, LifeQKV
 from lifeops.nn.localvit import LocalityFeedForward
+from lifeops.nn.shortcut_blocks import wrap
 
 SYSTEMS = ("plain", "life", "localvit", "dw_shortcut")
 DEIT = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -213,83 +211,6 @@ class DWShortcut(ShortcutModule):
         return f"dim={self.dim}, num_prefix_tokens={self.num_prefix_tokens}"
 
 
-class ShortcutBlocks(nn.Module):
-    """``blocks``, one after another, and ``shortcut`` around them.
-
-    Takes tokens (B, N, C) or, without prefix tokens, maps (B, H, W, C). Other arguments of ``forward`` go to every block, a grid as
-    the second positional one. ``outputs``, a list, is given what each block but the last puts out.
-    """
-
-    def __init__(self, blocks, shortcut: DWShortcut):
-        super().__init__()
-        self.blocks, self.shortcut = nn.ModuleList(blocks), shortcut
-
-    def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None, *, outputs: list | None = None, **options) -> torch.Tensor:
-        y, arguments = x, () if grid is None else (grid,)
-        for i, block in enumerate(self.blocks):
-            if i and outputs is not None:
-                outputs.append(y)
-            y = block(y, *arguments, **options)
-        if x.dim() == 4:
-            return self.shortcut(x.flatten(1, 2), y.flatten(1, 2), tuple(x.shape[1:3])).unflatten(1, x.shape[1:3])
-        return self.shortcut(x, y, grid)
-
-    def set_input_size(self, *args, **options) -> None:
-        """What timm's Swin stages call on their blocks."""
-        for block in self.blocks:
-            block.set_input_size(*args, **options)
-
-
 def check_every(op: str, every: int, depth: int) -> None:
     if isinstance(every, bool) or not isinstance(every, int) or every < 1 or depth % every:
         raise ValueError(f"{op}: every must be a positive int that divides the {depth} blocks, got {got(every)}")
-
-
-def _width(block: nn.Module) -> int:
-    """C of a block: of ``norm1``, or else of the first normalisation with a shape."""
-    norms = [getattr(block, "norm1", None), *block.modules()]
-    found = [m.normalized_shape for m in norms if hasattr(m, "normalized_shape")]
-    if not found:
-        raise ValueError(f"wrap: cannot tell the width of {type(block).__name__}, which has no LayerNorm; pass dim=…")
-    return found[0][-1]
-
-
-def shortcut_for(block: nn.Module, kernel_size, num_prefix_tokens: int, dim: int | None = None, grid=None) -> DWShortcut:
-    """A shortcut with the block's device, dtype and mode, and its width unless ``dim`` is given."""
-    like = next(block.parameters(), torch.empty(0))
-    place = {"grid": grid, "device": like.device, "dtype": like.dtype}
-    return DWShortcut(_width(block) if dim is None else dim, kernel_size, num_prefix_tokens, **place).train(block.training)
-
-
-def _checked_blocks(blocks) -> list[nn.Module]:
-    found = list(blocks) if isinstance(blocks, Iterable) else [blocks]
-    if not found or not isinstance(blocks, Iterable) or not all(isinstance(block, nn.Module) for block in found):
-        raise TypeError(f"wrap: blocks must be modules, at least one, got {got(blocks)}")
-    return found
-
-
-def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=None) -> nn.ModuleList:
-    """One :class:`DWShortcut` around every ``every`` consecutive ``blocks``: a list of len(blocks) / every :class:`ShortcutBlocks`.
-
-    The blocks are the same objects as before; the shortcuts take device, dtype and mode from them.
-
-    Args:
-        blocks: modules (B, N, C) -> (B, N, C) or (B, H, W, C) -> (B, H, W, C).
-        every: 1 is the paper's main method; 2, 3, 4 its variant 1.
-        kernel_size: an odd int, or several for variant 2.
-        num_prefix_tokens: P. dim: C, by default the width of the block's first normalisation.
-        grid: (H, W) for every call, or None: then ``forward`` must be given it, unless the blocks take maps.
-
-    Raises ValueError where ``every`` does not divide the number of blocks or the width cannot be told.
-    """
-    blocks = _checked_blocks(blocks)
-    check_every("wrap", every, len(blocks))
-    kernel_size, dim = kernel_sizes("wrap", "kernel_size", kernel_size), check_int("wrap", "dim", dim, 1, optional=True)
-    num_prefix_tokens = check_int("wrap", "num_prefix_tokens", num_prefix_tokens, 0)
-    grid = geometry.fixed_grid("wrap", grid, num_prefix_tokens)
-    groups = [blocks[i : i + every] for i in range(0, len(blocks), every)]
-    options = kernel_size, num_prefix_tokens, dim, grid
-    wrapped = nn.ModuleList(ShortcutBlocks(group, shortcut_for(group[0], *options)) for group in groups)
-    for group in wrapped:
-        group.training = group.blocks.training = group.blocks[0].training
-    return wrapped

@@ -10,21 +10,29 @@ from lifeops import geometry
 Grid = tuple[int, int]
 
 
-def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor) -> Grid:
-    """(H, W) of what a patch embedding gave out: maps tell it, flat tokens come beside it or from one that says it."""
-    if isinstance(output, (tuple, list)) and isinstance(output[1], (tuple, list)):  # Swin of transformers, MViT
-        return _ints(output[1])
-    output = output[0] if isinstance(output, (tuple, list)) else output
-    if output.dim() == 4:  # dynamic_img_size
+def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor | tuple) -> Grid:
+    """(H, W) of what a patch embedding gave out: maps tell it, flat tokens may come with it or from one that says it."""
+    beside = ()
+    if isinstance(output, (tuple, list)):
+        output, *beside = output
+    told = [n for part in beside for n in (part if isinstance(part, (tuple, list)) else (part,))]
+    if len(told) == 2 and output.dim() == 3 and told[0] * told[1] <= output.shape[1]:  # prefix tokens among them
+        grid = told
+    elif beside == [None] and args[0].dim() != 4:  # NaFlexViT
+        raise ValueError(
+            f"lifeops: {type(embed).__name__}, the model's patch embedding, is given packed patches {tuple(args[0].shape)}, which lie on no"
+            " one grid; give images (B, channels, height, width)"
+        )
+    elif output.dim() == 4:  # dynamic_img_size
         grid = output.shape[2:4] if geometry.channels_first(embed, output) else output.shape[1:3]
     else:
         grid = _flat_grid(embed, args, output)
-    return _ints(grid)
+    return plain(grid)
 
 
-def _ints(grid) -> Grid:
-    """torch.jit.trace gives sizes as tensors; int() would fix a compiler's symbolic ones."""
-    return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in grid)
+def plain(sizes) -> Grid:
+    """Sizes as ints where torch.jit.trace gives them as tensors; int() of all would fix a compiler's symbolic ones."""
+    return tuple(int(n) if isinstance(n, torch.Tensor) else n for n in sizes)
 
 
 def _flat_grid(embed, args, output):
@@ -43,6 +51,6 @@ def _flat_grid(embed, args, output):
             return grid
     raise ValueError(
         f"lifeops: {type(embed).__name__}, the model's patch embedding, gives {tuple(output.shape)}, whose {output.shape[1]} tokens are no"
-        f" grid that it tells ({', '.join(map(str, found)) or 'it has neither grid_size nor patch_size'}); give maps of four dimensions,"
-        " or grid_size=(H, W)"
+        f" grid that it tells ({', '.join(map(str, found)) or 'it has neither grid_size nor patch_size'}); it must give maps of four"
+        " dimensions or have grid_size = (H, W)"
     )

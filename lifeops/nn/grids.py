@@ -24,7 +24,7 @@ from torch import nn
 
 from lifeops import geometry
 from lifeops.arguments import check_module
-from lifeops.nn.embedded_grid import Grid, embedded_grid
+from lifeops.nn.embedded_grid import Grid, embedded_grid, plain
 from lifeops.nn.grid_copies import Copied
 
 _CARRIED = "lifeops_grids"
@@ -52,16 +52,17 @@ class _Thread(threading.local):
     def __init__(self):
         self.scopes: tuple[_Scope, ...] = ()
         self.traced: Grid | tuple[()] | None = None
+        self.outside: tuple | None = None  # what it was before the block that runs, which sees maps
         self.fresh = False  # no block has been called since the last embedding
         self.embedder = None  # the frame that called it
 
 
 def _caller(skip: int):
-    """The frame that called the module whose hook this is, past torch's own."""
+    """The frame that called the module whose hook this is, past torch's own, and NaFlexViT's, which ends before the blocks run."""
     frame = sys._getframe(skip)
     while frame.f_back is not None and frame.f_code.co_filename == _MODULE_FILE:
         frame = frame.f_back
-    return frame
+    return frame.f_back if frame.f_code.co_name == "_forward_embeds" else frame
 
 
 def _runs(scope: _Scope) -> bool:
@@ -210,13 +211,21 @@ class GridHolder(Copied):
             self._open(opener, grid, here)
         thread.fresh, thread.embedder = True, frame
 
+    def enter_stage(self, stage, args):
+        """Before a stage that is given maps (B, C, H, W), first of a tuple: what checkpointing of a whole stage runs again."""
+        if not torch.compiler.is_compiling():
+            self._open(stage, plain(args[0][0].shape[2:]), sys._getframe(1))
+
     def enter_block(self, block, args):
-        if torch.compiler.is_compiling():
-            return
         x = args[0] if args else None
+        maps = tuple(x.shape[1:3]) if isinstance(x, torch.Tensor) and x.dim() == 4 else None  # (B, H, W, C): these tell their own
+        if torch.compiler.is_compiling():
+            if maps is not None:
+                self._thread.outside, self._thread.traced = (self._thread.traced,), maps
+            return
         self._thread.fresh = False
-        grid = self.grid
-        if torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
+        grid = self.grid if maps is None else maps
+        if maps is None and torch._C._current_graph_task_id() != -1:  # inside backward: a recomputation
             carried = _carried(x, self)
             if carried is not None:
                 grid = carried or None
@@ -227,6 +236,8 @@ class GridHolder(Copied):
 
     def leave_block(self, block, args, output):
         if torch.compiler.is_compiling():
+            if self._thread.outside is not None:  # a checkpoint's region has to leave everything as it was
+                self._thread.outside, (self._thread.traced,) = None, self._thread.outside
             return
         scope = self._close(block)
         if scope is not None:

@@ -143,6 +143,7 @@ class LifeAttention(NotScripted, nn.Module):
 
     needs_grid = True
     rotate_half = False
+    by_scale = True  # False where something goes over all heads before they attend
 
     def __init__(
         self, dim, num_heads=8, num_prefix_tokens=1, *, grid=None, qkv_norm=False, aux_key="multiscale", attn_drop=0.0, proj_drop=0.0,
@@ -201,15 +202,17 @@ class LifeAttention(NotScripted, nn.Module):
         """x (B, P + H*W, C) -> (B, P + H*W, C). ``attn_mask``, ``is_causal`` as in F.scaled_dot_product_attention.
 
         ``rope``: sines and cosines side by side as timm's, (…, H*W, 2 d), for all heads or (…, h, H*W, 2 d): LIFE's q and k of the patches
-        are rotated by them.
+        are rotated by them; of all tokens if there are P + H*W rows.
         """
         grid = check_input("LifeAttention", x, self.dim, self.grid_holder.of("LifeAttention", grid), self.num_prefix_tokens)
         check_like("LifeAttention", "x", x, getattr(self.qkv, "scale1", None))
+        if isinstance(rope, torch.Tensor) and rope.device != x.device:
+            raise ValueError(f"LifeAttention: rope must be on x's device {x.device}, got {rope.device}")
         check_mask("LifeAttention", attn_mask, x, self.num_heads)
         check_flags("LifeAttention", is_causal=is_causal)
-        check_rope("LifeAttention", rope, x.shape[0], self.num_heads, grid, self.head_dim)
+        check_rope("LifeAttention", rope, x.shape[0], self.num_heads, grid, self.head_dim, self.num_prefix_tokens)
         fused = is_fused(self)
-        if fused and self.qkv.aligned and self.qkv.norm is None:
+        if fused and self.by_scale and self.qkv.aligned and self.qkv.norm is None:
             masks, ropes = (_per_scale(t, self.num_heads) for t in (attn_mask, rope))
             scales = zip(self.qkv.scales(x, grid), masks, ropes, strict=True)
             parts = [self._attend(*z.chunk(3, -1), grid, mask, is_causal, turn, fused) for z, mask, turn in scales]

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lifeops.arguments import check_tensor
+from lifeops.arguments import check_floating, check_tensor
 
 
-def check_rope(op: str, rope: Tensor | None, batch: int, num_heads: int, grid: tuple[int, int], head_dim: int) -> None:
-    """Raise unless ``rope`` is (…, H*W, 2 d), shared by the heads or (…, h, H*W, 2 d); None is no rope."""
+def check_rope(op: str, rope: Tensor | None, batch: int, num_heads: int, grid: tuple[int, int], head_dim: int, prefix: int = 0) -> None:
+    """Raise unless ``rope`` is (…, H*W, 2 d) or (…, P + H*W, 2 d), shared by the heads or (…, h, …, 2 d); None is no rope."""
     if rope is None:
         return
-    check_tensor(op, "rope", rope)
+    check_tensor(op, "rope", rope), check_floating(op, "rope", rope)
     wanted = batch, num_heads, grid[0] * grid[1], 2 * head_dim
     leading = all(n in (1, most) for n, most in zip(reversed(rope.shape[:-2]), reversed(wanted[:-2]), strict=False))
-    if not 2 <= rope.dim() <= 4 or tuple(rope.shape[-2:]) != wanted[2:] or not leading:
-        raise ValueError(f"{op}: rope must broadcast to (B, h, H*W, 2 d) = {wanted}, got {tuple(rope.shape)}")
+    rows = {wanted[2:], (prefix + wanted[2], wanted[3])}
+    if not 2 <= rope.dim() <= 4 or tuple(rope.shape[-2:]) not in rows or not leading:
+        every = f", or with a row for each of {prefix} prefix tokens too" if prefix else ""
+        raise ValueError(f"{op}: rope must broadcast to (B, h, H*W, 2 d) = {wanted}{every}, got {tuple(rope.shape)}")
 
 
 def rotate(x: Tensor, rope: Tensor, half: bool) -> Tensor:

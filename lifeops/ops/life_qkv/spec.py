@@ -49,13 +49,6 @@ class Problem(NamedTuple):
 def _check_dwconv(name, weight):
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{NAME}: {name} must have shape ({weight.shape[0]}, 1, K, K) with an odd K, got {tuple(weight.shape)}")
-    if weight.dtype not in dwconv.DTYPES:
-        raise TypeError(f"{NAME}: {name}.dtype must be float64, float32, float16 or bfloat16, got {weight.dtype}")
-
-
-def _check_dwconv(name, weight):
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
-        raise ValueError(f"{NAME}: {name} must have shape ({weight.shape[0]}, 1, K, K) with an odd K, got {tuple(weight.shape)}")
     check_floating(NAME, name, weight)
 
 

@@ -51,10 +51,17 @@ def _hides(q, k, lse) -> bool:
     return q.shape[2] < 16 and not lse.all() and not (q.isfinite().all() and k.isfinite().all())
 
 
+def _apart(*tensors):
+    """(B, h, N, d) whose tokens do not share memory (expanded, overlapping views): torch's kernel gives their strides to matrix products,
+    which take them for other ones, or refuse them.
+    """
+    return [t.contiguous() if t.shape[2] > 1 and t.stride(2) < t.shape[3] else t for t in tensors]
+
+
 def _attention(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
     if seed is not None:
         return attend(q, k, v, attn_mask, key_mask, seed, scale, dropout_p)
-    q, k, v = torchlib.contiguous_channels(q, k, v)
+    q, k, v = _apart(*torchlib.contiguous_channels(q, k, v))
     k, v, mask = _mask(q, k, v, attn_mask, key_mask)
     attn, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
     if _hides(q, k, lse):
@@ -65,9 +72,9 @@ def _attention(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
 def _attention_bwd(dy, q, k, v, attn, lse, attn_mask, key_mask, seed, scale, dropout_p, mask_grad):
     if seed is not None or mask_grad:
         return attend_bwd(dy, q, k, v, attn, lse, attn_mask, key_mask, seed, scale, dropout_p, mask_grad)
-    q, k, v = torchlib.contiguous_channels(q, k, v)
+    q, k, v = _apart(*torchlib.contiguous_channels(q, k, v))
     k, v, mask = _mask(q, k, v, attn_mask, key_mask)
-    dy, attn = (heads(t, q.shape[1]) for t in (dy, attn))
+    dy, attn = _apart(*(heads(t, q.shape[1]) for t in (dy, attn)))
     return *map(by_token, _flash_bwd(dy, q, k, v, attn, lse, 0.0, False, attn_mask=mask, scale=scale)), None
 
 

@@ -1,7 +1,8 @@
 """token_dwconv with ``prologue`` and ``epilogue``: the autograd Functions and the way they are put together.
 
-Without gradients everything is one operator. With them the convolution (prologue, bias) and what follows it (affine, activation)
-are two Functions, of which each keeps its own input, the pre-activation, and nothing else.
+Without gradients everything is one operator. With them an activation alone behind the convolution is one operator and, on CPU, its
+backward another, which keeps x. Everything else is two Functions, the convolution (prologue, bias) and what follows it (affine,
+activation), of which each keeps its own input, the pre-activation, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from typing import NamedTuple
 
 import torch
 
-from lifeops import torchlib
+from lifeops import config, torchlib
 from lifeops.arguments import check_floating, check_tensor
 from lifeops.ops.channel import act as channel_act
 from lifeops.ops.channel import activations
+from lifeops.ops.token_dwconv import act_bwd_spec
 from lifeops.ops.token_dwconv import act_spec as spec
 from lifeops.ops.token_dwconv import function as plain
 from lifeops.ops.token_dwconv import spec as dwconv
 from lifeops.ops.token_dwconv.function import _bwd_db
 
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.caller, (spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op))
+_bwd = torchlib.caller(act_bwd_spec.op)
 _once = torchlib.once_differentiable(
     "token_dwconv with a prologue or an epilogue", "for one, apply torch's own operators around lifeops.token_dwconv"
 )
@@ -94,14 +97,41 @@ class ChannelActivation(torch.autograd.Function):
         return *(g if n else None for g, n in zip((dx, dscale, dshift), ctx.needs_input_grad, strict=False)), None, None
 
 
+class TokenDWConvOutAct(torch.autograd.Function):
+    """y = g(DW(x) + bias) + residual; z = DW(x) + bias is computed again for backward. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, out_act, H, W, P, prefix, backend):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.out_act, ctx.geometry = out_act, (H, W, P, prefix, backend)
+        plain = None, None, "none"
+        return _fwd(x, weight, bias, *plain, None, None, out_act, residual, H, W, P, prefix, False, False, backend)[0]
+
+    @staticmethod
+    @_once
+    def backward(ctx, dy):
+        x, weight, bias = ctx.saved_tensors
+        dx, dw, db = _bwd(dy, x, weight, bias, ctx.out_act, *ctx.geometry)
+        grads = dx, torchlib.like_parameter(dw, weight.shape, weight.stride()), db, dy
+        return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
+
+
+def _in_one_pass(x, before: ChannelAct, after: ChannelAct, sums: bool, backend: str) -> bool:
+    """Whether an operator has the gradients of the whole in one pass: of an activation alone behind the convolution, on CPU."""
+    alone = before == ChannelAct() and after[:2] == (None, None) and after != ChannelAct() and not sums
+    return alone and x.device.type == "cpu" and (backend or config.settings.backend) in ("", "cpu", "reference")
+
+
 def _values(name, x, steps):
     """scale, shift and act of a step, checked beside ``x``, in the dtype the kernels sum in."""
     if steps is None:
-        steps = ChannelAct()
+        return ChannelAct()
     if not isinstance(steps, tuple) or len(steps) != 3:
         raise TypeError(f"token_dwconv: {name} must be a lifeops.ChannelAct(scale, shift, act), got {type(steps).__name__}")
     scale, shift, act = steps
     activations.check("token_dwconv", f"{name}.act", act, activations.PROLOGUES if name == "prologue" else activations.ACTS)
+    if scale is None and shift is None:
+        return ChannelAct(act=act)
     values = {f"{name}.scale": scale, f"{name}.shift": shift}
     for part, t in values.items():
         check_tensor("token_dwconv", part, t, optional=True)
@@ -139,7 +169,10 @@ def _graph(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, re
     if after == ChannelAct() and not (pool or stats):
         y = TokenDWConvAct.apply(x, weight, bias, scale, shift, residual, act, H, W, P, prefix, backend)
         return y, None, None, None
-    if ChannelAct(scale, shift, act) == ChannelAct():  # the plain convolution's gradients need no pass over x for a scale's
+    before = ChannelAct(scale, shift, act)
+    if x.requires_grad and weight.requires_grad and _in_one_pass(x, before, after, pool or stats, backend):
+        return TokenDWConvOutAct.apply(x, weight, bias, residual, out_act, H, W, P, prefix, backend), None, None, None
+    if before == ChannelAct():  # the plain convolution's gradients need no pass over x for a scale's
         y = plain.convolve(x, weight, bias, None, H, W, P, "drop", backend)
     else:
         y = TokenDWConvAct.apply(x, weight, bias, scale, shift, None, act, H, W, P, "drop", backend)
@@ -174,10 +207,12 @@ def convolve(args, prologue, epilogue, pool, stats):
     return Convolved(y, *(t if a else None for t, a in zip(sums, asked, strict=True))) if pool or stats else y
 
 
-def explain_ops(x, weight, prologue, epilogue):
+def explain_ops(x, weight, prologue, epilogue, sums: bool, backend: str):
     """The operators of a call with a prologue or an epilogue, and the problem each of them sees."""
     before, after = _values("prologue", x, prologue), _values("epilogue", x, epilogue)
     problem = spec.Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2], before.act, after.act)
+    if _in_one_pass(x, before, after, sums, backend):
+        return [(spec.fwd_op, problem), (act_bwd_spec.op, problem)]
     ops = [(spec.fwd_op, problem), *((op, problem._replace(out_act="none")) for op in (spec.bwd_dx_op, spec.bwd_dw_op))]
     if after != ChannelAct():
         rows = channel_act.Problem(x.device, x.dtype, x.shape[2], after.act)

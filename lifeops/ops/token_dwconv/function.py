@@ -33,8 +33,8 @@ class TokenDWConv(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, _, *ctx.geometry = inputs
-        need = ctx.needs_input_grad
+        x, weight, bias, residual, *ctx.geometry = inputs
+        need, ctx.twice = ctx.needs_input_grad, residual is x
         ctx.save_for_backward(x if need[1] else None, weight if need[0] else None)
         ctx.K, ctx.like, ctx.weight_dtype = weight.shape[-1], (weight.shape, weight.stride()), weight.dtype
         ctx.bias_dtype = bias.dtype if bias is not None and need[2] else None
@@ -43,7 +43,9 @@ class TokenDWConv(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need, dx, dw, db = ctx.needs_input_grad, None, None, None
-        if need[0]:
+        if need[0] and ctx.twice:  # both gradients at once: the mirrored convolution of dy, with dy as its residual
+            dx = torchlib.apply(TokenDWConv, _fwd, dy, weight.flip(-1, -2), None, dy, *ctx.geometry)
+        elif need[0]:
             dx = torchlib.apply(TokenDWConvInputGrad, _bwd_dx, dy, weight, *ctx.geometry)
         if need[1]:
             *geo, backend = ctx.geometry
@@ -53,7 +55,7 @@ class TokenDWConv(torch.autograd.Function):
         elif need[2]:
             *geo, backend = ctx.geometry
             db = torchlib.apply(TokenDWConvBiasGrad, _bwd_db, dy, *geo, ctx.bias_dtype, backend)
-        return dx, dw, db if need[2] else None, dy if need[3] else None, None, None, None, None, None
+        return dx, dw, db if need[2] else None, dy if need[3] and not ctx.twice else None, None, None, None, None, None
 
 
 class TokenDWConvInputGrad(torch.autograd.Function):

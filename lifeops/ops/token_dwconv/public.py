@@ -47,7 +47,8 @@ def token_dwconv(
         grid: (H, W). Never guessed from N.
         num_prefix_tokens: P >= 0 (cls, dist, registers).
         prefix: "keep" copies the prefix rows, "zero" sets them to zero, "drop" leaves them out: y is (B, H*W, C).
-        residual: added to y, prefix rows included; y's shape and x's dtype.
+        residual: added to y, prefix rows included; y's shape and x's dtype. The very tensor x costs nothing on CPU: there the filter's
+            centre is one larger, so that an infinite x times -1 < weight < 0 is infinite, not the NaN of a difference.
         backend: "reference", "cpu", "cuda", "triton", or None for the enclosing ``use_backend`` or the best one.
         prologue: :class:`lifeops.ChannelAct` ``f(scale * x + shift)`` on the patch rows before the zero padding: the padding is 0
             whatever f(shift) is. Backward computes it again.
@@ -84,7 +85,8 @@ def explain(
     spec.check(*args)
     x, request = args[0], args[-1]
     if prologue is not None or epilogue is not None or pool or stats:
-        return [registry.explain_op(op, request, p, ()) for op, p in act_function.explain_ops(x, weight, prologue, epilogue)]
+        ops = act_function.explain_ops(x, weight, prologue, epilogue, pool or stats, request)
+        return [registry.explain_op(op, request, p, ()) for op, p in ops]
     named = {"x": x} if residual is None else {"x": x, "residual": residual}
     copies = tuple(name for name, t in named.items() if not torchlib.channels_contiguous(t))
     problem = spec.Problem(x.device, x.dtype, weight.dtype, x.shape[2], weight.shape[2])
