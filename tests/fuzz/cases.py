@@ -80,15 +80,17 @@ def samples(op, most):
 
 
 def _valid(name, s, most):
-    if not s.get("B", 1):
-        s.pop("key_mask", None)  # the samples hide a whole image
     if s.get("scale1_key"):
         s["C"] -= s["C"] % 3
     while _work(name, s) > most:
         key = max(("B", "H", "W", "C", "N", "d", "K"), key=lambda n: s.get(n, 0))
         s[key] = 3 if key == "K" else s[key] // 2
         if s.get("scale1_key") and key == "C":
-            s["C"] = max(3, s["C"] - s["C"] % 3)
+            s["C"] -= s["C"] % 3
+    if name == "life_qkv":
+        s["C"] = max(3, s["C"])
+    if not s.get("B", 1):
+        s.pop("key_mask", None)  # the samples hide a whole image
     return s
 
 

@@ -66,7 +66,7 @@ def compare(what, plan, library, formula, inputs, state=None, need=None, twice=F
     if need is None:
         need = [n for i, (n, t) in enumerate(placed.items()) if plan.need >> i & 1 and t.is_floating_point()]
     settings = {"dtype": DTYPES[plan.dtype], "layouts": plan.layouts, "seed": plan.seed, "isa": plan.isa, "threads": plan.threads}
-    paths.compare(library, formula, placed, need, twice=twice, floor=floor, **settings)
+    paths.compare(library, formula, placed, need, twice=twice, floor=floor, terms=max(1, plan.B * (plan.P + plan.H * plan.W)), **settings)
 
 
 BACKENDS = st.sampled_from((None, None, "cpu", "reference"))
