@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lifeops.hosts.images import USUAL, image_sizes
+from lifeops.hosts.images import USUAL, first_conv, image_sizes
 from lifeops.init.projections import OP, Projections
 from lifeops.integrations.attention_check import LayerCheck, attended
 from lifeops.integrations.pass_watch import Watch
@@ -23,7 +23,7 @@ class _Stop(Exception):
 
 def images(model: nn.Module) -> list[Tensor]:
     """Random images of the sizes that the model may have been built for."""
-    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    conv = first_conv(model)
     channels, like = (3, next(model.parameters())) if conv is None else (conv.in_channels, conv.weight)
     generator = torch.Generator().manual_seed(0)
     sizes = image_sizes(model) or [USUAL]

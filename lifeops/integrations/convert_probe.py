@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lifeops.hosts.host import Host
+from lifeops.hosts.images import first_conv, image_size
 from lifeops.integrations.pass_watch import Watch
 from lifeops.integrations.token_place import Place
 from lifeops.integrations.undisturbed import can_run, forward_of, of_several_precisions, undisturbed
@@ -36,24 +37,14 @@ class Probed(NamedTuple):
     grid: tuple[int, int] | None
 
 
-_SIZES = "img_size", "image_size", "default_img_size"
-
-
 def image_of(host: Host) -> Tensor:
     """One random image of the size the model was built for."""
     embed = host.teller
-    conv = next((m for m in embed.modules() if isinstance(m, nn.Conv2d)), None)
+    conv = first_conv(embed)
     channels = getattr(embed, "in_chans", None) if conv is None else conv.in_channels
     if channels is None:
         raise ValueError(f"{type(embed).__name__}, the patch embedding, has neither a Conv2d nor in_chans")
-    holders = embed, getattr(host.trunk, "embeddings", None), getattr(host.trunk, "config", None)
-    size = next((s for s in (getattr(h, name, None) for h in holders for name in _SIZES) if s is not None), None)
-    if size is None and host.staged:
-        size = 64, 96
-    if size is None:
-        patch, grid = getattr(embed, "patch_size", None) or conv.stride, getattr(embed, "grid_size", None) or (4, 4)
-        size = [g * p for g, p in zip(grid, (patch, patch) if isinstance(patch, int) else patch, strict=True)]
-    image = torch.randn(1, channels, *((size, size) if isinstance(size, int) else size), generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, channels, *image_size(host), generator=torch.Generator().manual_seed(0))
     return image.to(next(embed.parameters()))
 
 

@@ -16,7 +16,8 @@ def embedded_grid(embed: nn.Module, args: tuple, output: torch.Tensor | tuple) -
     if isinstance(output, (tuple, list)):
         output, *beside = output
     told = [n for part in beside for n in (part if isinstance(part, (tuple, list)) else (part,))]
-    if len(told) == 2 and output.dim() == 3 and told[0] * told[1] <= output.shape[1]:  # prefix tokens among them
+    whole = len(told) == 2 and all(n is not None for n in told) and output.dim() == 3
+    if whole and told[0] * told[1] <= output.shape[1]:  # prefix tokens among them
         grid = told
     elif beside == [None] and args[0].dim() != 4:  # NaFlexViT
         raise ValueError(

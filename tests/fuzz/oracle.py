@@ -183,6 +183,14 @@ def token_dwconv_act_bwd_dw(o, dy, x, K, scale, shift, act, H, W, P, prefix, wei
     return token_dwconv_bwd_dw(o, dy, u, K, H, W, 0, prefix, weight_dtype, bias_dtype, backend)
 
 
+def token_dwconv_act_bwd(o, dy, x, weight, bias, out_act, H, W, P, prefix, backend):
+    z = tokens(conv(maps(o.size(x), H, W), o.size(weight)))
+    dz = maps(o.size(dy), H, W) * maps(o.slope(z if bias is None else z + o.size(bias), out_act), H, W)
+    dz = torch.cat((o.size(dy[:, : dy.shape[1] - H * W]), tokens(dz)), 1)
+    dx = token_dwconv_bwd_dx(o, dz, weight, H, W, P, prefix, backend)
+    return *dx, *token_dwconv_bwd_dw(o, dz, x, weight.shape[-1], H, W, P, prefix, None, None if bias is None else bias.dtype, backend)
+
+
 def channel_stats(o, x, act, patches, backend):
     x = x[:, x.shape[1] - patches :]
     return stats(o, Exact.act(x, act), o.act(x.abs(), act))
@@ -290,7 +298,7 @@ ORACLES = {
     f.__name__: f
     for f in (
         token_dwconv, token_dwconv_bwd_dx, token_dwconv_bwd_dw, token_dwconv_bwd_db, token_dwconv_act, token_dwconv_act_bwd_dx,
-        token_dwconv_act_bwd_dw, channel_stats, channel_act, channel_act_pool, channel_act_sums, channel_act_grad, dw_shortcut,
+        token_dwconv_act_bwd_dw, token_dwconv_act_bwd, channel_stats, channel_act, channel_act_pool, channel_act_sums, channel_act_grad, dw_shortcut,
         dw_shortcut_bwd, dw_shortcut_eval, life_qkv,
     )
 }  # fmt: skip
