@@ -144,12 +144,16 @@ def near_kink(case, args):
         rows, close = oracle_attention.rollout_rows(*(a[n] for n in ("q", "k", "scale", "head_fusion", "discard_ratio")))
         vanishing = a["residual"] == 0 and rows.numel() and rows.sum(-1).min() < 1e-25  # a row of which nothing is left to divide by
         return vanishing or close < 1e-5 * (1 + (sizes.max().item() if sizes.numel() else 0))
-    kinks = oracle.KINKS.get(a.get("act"), ())
+    kinks = oracle.KINKS.get(a.get("act", a.get("out_act")), ())
     if not kinks or case.values == "lattice" or "dy" not in a:
         return False
-    v = oracle.affine(a["x"], a.get("scale"), a.get("shift"))
-    sizes = oracle.affine(*(oracle.Magnitude.size(a.get(n)) for n in ("x", "scale", "shift")))
-    return any(bool(((v - kink).abs() <= 1e-6 * (sizes + abs(kink)) + 1e-35).any()) for kink in kinks)
+    if "out_act" in a:
+        v, sizes = (oracle.pre_activation(o, *(a[n] for n in ("x", "weight", "bias", "H", "W"))) for o in (oracle.Exact, oracle.Magnitude))
+    else:
+        v = oracle.affine(a["x"], a.get("scale"), a.get("shift"))
+        sizes = oracle.affine(*(oracle.Magnitude.size(a.get(n)) for n in ("x", "scale", "shift")))
+    close = 1e-6 * (a["weight"].shape[-1] ** 2 if "out_act" in a else 1)
+    return any(bool(((v - kink).abs() <= close * (sizes + abs(kink)) + 1e-35).any()) for kink in kinks)
 
 
 _SETTLED = {"discard_ratio": 0.0, "head_fusion": "mean"}

@@ -183,10 +183,15 @@ def token_dwconv_act_bwd_dw(o, dy, x, K, scale, shift, act, H, W, P, prefix, wei
     return token_dwconv_bwd_dw(o, dy, u, K, H, W, 0, prefix, weight_dtype, bias_dtype, backend)
 
 
-def token_dwconv_act_bwd(o, dy, x, weight, bias, out_act, H, W, P, prefix, backend):
+def pre_activation(o, x, weight, bias, H, W):
+    """(B, H*W, C), what an activation behind the convolution is given."""
     z = tokens(conv(maps(o.size(x), H, W), o.size(weight)))
-    dz = maps(o.size(dy), H, W) * maps(o.slope(z if bias is None else z + o.size(bias), out_act), H, W)
-    dz = torch.cat((o.size(dy[:, : dy.shape[1] - H * W]), tokens(dz)), 1)
+    return z if bias is None else z + o.size(bias)
+
+
+def token_dwconv_act_bwd(o, dy, x, weight, bias, out_act, H, W, P, prefix, backend):
+    head, patches = o.size(dy).split((dy.shape[1] - H * W, H * W), 1)
+    dz = torch.cat((head, patches * o.slope(pre_activation(o, x, weight, bias, H, W), out_act)), 1)
     dx = token_dwconv_bwd_dx(o, dz, weight, H, W, P, prefix, backend)
     return *dx, *token_dwconv_bwd_dw(o, dz, x, weight.shape[-1], H, W, P, prefix, None, None if bias is None else bias.dtype, backend)
 
@@ -298,7 +303,7 @@ ORACLES = {
     f.__name__: f
     for f in (
         token_dwconv, token_dwconv_bwd_dx, token_dwconv_bwd_dw, token_dwconv_bwd_db, token_dwconv_act, token_dwconv_act_bwd_dx,
-        token_dwconv_act_bwd_dw, token_dwconv_act_bwd, channel_stats, channel_act, channel_act_pool, channel_act_sums, channel_act_grad, dw_shortcut,
-        dw_shortcut_bwd, dw_shortcut_eval, life_qkv,
+        token_dwconv_act_bwd_dw, token_dwconv_act_bwd, channel_stats, channel_act, channel_act_pool, channel_act_sums, channel_act_grad,
+        dw_shortcut, dw_shortcut_bwd, dw_shortcut_eval, life_qkv,
     )
 }  # fmt: skip

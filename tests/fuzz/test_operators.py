@@ -44,7 +44,8 @@ def test_what_was_found(case):
 # ------------------------------------------------------------------------------------------------ NaN and infinities
 
 UNJUDGED = {  # padded taps of an infinite or NaN gradient: 0 * inf or nothing, as convolutions differ
-    "token_dwconv_bwd_dw": (0,), "token_dwconv_act_bwd_dw": (0,), "dw_shortcut_bwd": (1,), "local_attention": (1, 2),
+    "token_dwconv_bwd_dw": (0,), "token_dwconv_act_bwd_dw": (0,), "token_dwconv_act_bwd": (1,), "dw_shortcut_bwd": (1,),
+    "local_attention": (1, 2),
 }  # fmt: skip
 NOT_PLANTED = {"weight", "dw2", "dw3", "attn", "lse", "attn_mask"}
 NAN_ALONE = "local_attention", "local_attention_bwd", "dw_shortcut_bwd", "rollout_step"  # 0 * inf or not: where does a product underflow
@@ -100,7 +101,7 @@ def test_what_was_found_of_special_values(plan):
 SAME_BITS = [n for n in OPS if n.startswith(("token_dwconv", "channel", "dw_shortcut", "rollout"))]  # all but those with torch's products
 BY_IMAGE = {  # the outputs that one image alone has, and the dimension of the images
     "token_dwconv": {0: 0}, "token_dwconv_bwd_dx": {0: 0}, "token_dwconv_act": {0: 0}, "token_dwconv_act_bwd_dx": {0: 0},
-    "channel_act": {0: 0}, "channel_act_pool": {0: 0}, "channel_act_sums": {0: 1}, "channel_act_grad": {0: 0},
+    "token_dwconv_act_bwd": {0: 0}, "channel_act": {0: 0}, "channel_act_pool": {0: 0}, "channel_act_sums": {0: 1}, "channel_act_grad": {0: 0},
     "dw_shortcut_eval": {0: 0}, "rollout_step": {0: 0},
 }  # fmt: skip
 IMAGES = {"x", "dy", "residual", "block_output", "gate", "pool_grad", "r", "q", "k"}
