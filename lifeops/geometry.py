@@ -20,10 +20,6 @@ class Grid(NamedTuple):
     def num_patches(self) -> int:
         return self.height * self.width
 
-    @property
-    def num_tokens(self) -> int:
-        return self.prefix + self.height * self.width
-
     def __str__(self) -> str:
         return f"{self.prefix} + {self.height}*{self.width}"
 

@@ -248,7 +248,7 @@ def test_wrap_follows_its_blocks():
     assert (wrapped[0].shortcut.convs[0].weight.dtype, wrapped[0].training, wrapped[0].shortcut.training) == (torch.float64, False, False)
     with pytest.raises(ValueError, match="every must be a positive int that divides the 2 blocks, got 3"):
         wrap(blocks, 3)
-    with pytest.raises(ValueError, match=r"cannot tell the width of Identity, which has no LayerNorm; pass dim="):
+    with pytest.raises(ValueError, match=r"cannot tell the width of Identity, which has no norm with a shape or with weights; pass dim="):
         wrap([nn.Identity()])
 
 

@@ -175,8 +175,6 @@ def test_outputs_and_gradients(name, every):
     _close(results[0][1], results[1][1], 1e-9)
 
 
-
-
 @pytest.mark.parametrize("name", SINGLE)
 def test_blocks_that_cannot_be_grouped(name):
     alone, between = "is told something else in a group than alone", "0 gives something else with a shortcut that adds nothing"

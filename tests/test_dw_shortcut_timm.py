@@ -158,6 +158,11 @@ def test_what_cannot_be_converted_is_named():
         lifeops.convert(ViT(32, 8, depth=1), "dw_shortcut")
     with pytest.raises(ValueError, match="Linear is not a known ViT"):
         lifeops.convert(torch.nn.Linear(2, 2), "dw_shortcut")
+    model = _host("cls")
+    for block in model.blocks:
+        block.norm1 = block.norm2 = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"^convert: cannot tell the width of Block, which has no norm with a shape or with weights$"):
+        lifeops.convert(model, "dw_shortcut")
     model = lifeops.convert(timm.models.VisionTransformer(**SMALL, patch_drop_rate=0.5), "dw_shortcut").train()
     with pytest.raises(ValueError, match="turn patch dropout off"):
         model(torch.randn(1, 3, 32, 32))

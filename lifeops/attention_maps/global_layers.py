@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lifeops import torchlib
 from lifeops.attention_maps.protocol import Options, Tokens
-from lifeops.hosts.attention import Kind, attentions
+from lifeops.hosts.attention import Kind, parallel_attentions
 from lifeops.hosts.heads import Call, Heads
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.rollout_step import fuse, roll, roll_blocks, rollout_step
@@ -47,7 +47,7 @@ class GlobalLayer:
 
     def takes(self, block: nn.Module) -> bool:
         """Whether another attention of ``block`` stands beside those that are there."""
-        return block is self.block and len(self.calls) < len(attentions(block))
+        return block is self.block and len(self.calls) < len(parallel_attentions(block))
 
     def heads(self) -> list[Heads]:
         """One for each attention of the layer."""

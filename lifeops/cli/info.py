@@ -40,7 +40,7 @@ def _freshness(digest: str) -> str:
         return "installed without sources beside it"
     if built.sources_digest(csrc) == digest:
         return "matches csrc/"
-    return "STALE: csrc/ has changed since; run `pip install --no-build-isolation -e .`"
+    return f"STALE: csrc/ has changed since; {built.REBUILD}"
 
 
 def _shadowed() -> str | None:

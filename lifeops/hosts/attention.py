@@ -148,7 +148,7 @@ def kind_of(op: str, path: str, module: nn.Module) -> Kind | None:
     return kind
 
 
-def attentions(block: nn.Module) -> list[nn.Module]:
+def parallel_attentions(block: nn.Module) -> list[nn.Module]:
     """Those that stand side by side in a parallel block."""
     lists = [getattr(block, name, None) for name in ("attns", "ffns")]
     return list(block.attns) if all(isinstance(found, nn.ModuleList) and len(found) > 1 for found in lists) else []
@@ -156,7 +156,7 @@ def attentions(block: nn.Module) -> list[nn.Module]:
 
 def side_by_side(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """The parallel blocks (ParallelThingsBlock) by the modules of their attentions."""
-    return {part: block for block in model.modules() for attn in attentions(block) for part in attn.modules()}
+    return {part: block for block in model.modules() for attn in parallel_attentions(block) for part in attn.modules()}
 
 
 # ------------------------------------------------------------------------------------------------ a call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -153,6 +153,14 @@ def _axis(table: Tensor, size: int) -> Tensor:
     return table[at[:, None] - at + size - 1]
 
 
+def of_axes(q: Tensor, tables: Iterable[Tensor], places: Iterable[Tensor]) -> Tensor:
+    """(b, h, n, H*W): the product of queries (b, h, n, d) with a vector per row distance and one per column distance; ``tables``, of rows
+    and of columns, hold those of every place of an axis, ``places`` the queries' own.
+    """
+    down, across = (torch.einsum("bhnd,nkd->bhnk", q, table[place]) for table, place in zip(tables, places, strict=True))
+    return (down[..., :, None] + across[..., None, :]).flatten(-2)
+
+
 def _axes_bias(module: nn.Module, q: Tensor, grid: tuple[int, int]) -> Bias:
     """SAM: q's product with a vector per row distance and one per column distance."""
     H, W = grid
@@ -160,9 +168,7 @@ def _axes_bias(module: nn.Module, q: Tensor, grid: tuple[int, int]) -> Bias:
 
     def bias(rows):
         at = torch.arange(H * W, device=q.device)[rows]
-        own = q[:, :, rows]
-        down, across = (torch.einsum("bhnd,nkd->bhnk", own, table[p]) for table, p in zip(tables, (at // W, at % W), strict=True))
-        return (down[..., :, None] + across[..., None, :]).flatten(-2)
+        return of_axes(q[:, :, rows], tables, (at // W, at % W))
 
     return bias
 

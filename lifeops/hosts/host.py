@@ -108,7 +108,7 @@ class Host(NamedTuple):
     def grid(self) -> tuple[int, int] | None:
         """(H, W) of the patches that the model was built for; None where nothing tells it."""
         config = getattr(self.trunk, "config", None)
-        return next(filter(None, (told_grid(m) for m in (self.embed, self.trunk, config) if m is not None)), None)
+        return next(filter(None, (grid_size_of(m) for m in (self.embed, self.trunk, config) if m is not None)), None)
 
     @property
     def staged(self) -> bool:
@@ -123,7 +123,7 @@ def pair(value) -> tuple[int, int] | None:
     return tuple(value) if isinstance(value, (tuple, list)) and len(value) == 2 else None
 
 
-def told_grid(holder) -> tuple[int, int] | None:
+def grid_size_of(holder) -> tuple[int, int] | None:
     """(H, W) by ``grid_size``, or by ``image_size`` and ``patch_size``, of a module or a configuration."""
     grid = getattr(holder, "grid_size", None)
     if isinstance(grid, (tuple, list)) and len(grid) == 2:

@@ -22,10 +22,9 @@ LOOKED_FOR = (
     "linear layers qkv, or q_proj, k_proj and v_proj, with proj, o_proj, out_proj or projection (timm, lifeops, transformers), to_qkv and"
     " to_out (vit-pytorch), attention.query, key, value and output.dense (transformers 4), or torch.nn.MultiheadAttention"
 )
-_OUT = (*PROJ, "projection", "projection_layer")
 _TO_OUT = ("to_out", "to_out.0")
 _LAYOUTS = (
-    (("qkv",), _OUT), (("to_qkv",), _TO_OUT), (("to_q", "to_kv"), _TO_OUT), (SEPARATE, _OUT),
+    (("qkv",), PROJ), (("to_qkv",), _TO_OUT), (("to_q", "to_kv"), _TO_OUT), (SEPARATE, PROJ),
     (("attention.query", "attention.key", "attention.value"), ("output.dense",)),
 )  # fmt: skip
 _IDLE = (nn.Dropout, nn.Identity, nn.Softmax)

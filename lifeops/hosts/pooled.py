@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifeops.hosts.heads import Bias, Call, Heads
+from lifeops.hosts.heads import Bias, Call, Heads, of_axes
 from lifeops.hosts.host import pair
 from lifeops.hosts.projections import heads_of, thirds
 
@@ -109,10 +109,8 @@ def _relative(module: nn.Module, q: Tensor, q_grid: tuple[int, int], k_grid: tup
 
     def bias(rows):
         at = torch.arange(P + math.prod(q_grid), device=q.device)[rows] - P
-        own, patch = q[:, :, rows], at.clamp_min(0)
-        places = zip(tables, (patch // width, patch % width), strict=True)
-        down, across = (torch.einsum("bhnd,nkd->bhnk", own, table[p]) for table, p in places)
-        added = (down[..., :, None] + across[..., None, :]).flatten(-2)
+        patch = at.clamp_min(0)
+        added = of_axes(q[:, :, rows], tables, (patch // width, patch % width))
         return F.pad(added.masked_fill((at < 0)[:, None], 0), (P, 0))
 
     return bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lifeops.hosts.find import find_host
-from lifeops.hosts.host import Host, told_grid
+from lifeops.hosts.host import Host, grid_size_of
 
 NAMES = ("pos_embed", "pos_embedding", "position_embeddings", "position_embedding")
 _FIRST_TO_ALL = ("VitPoseBackboneEmbeddings",)
@@ -42,7 +42,7 @@ def grid_of(model, host: Host | None) -> tuple[int, int] | None:
     """(H, W) as the host tells it, or the first module that does."""
     if host is not None and host.grid is not None:
         return host.grid
-    return next(filter(None, map(told_grid, model.modules())), None) if isinstance(model, nn.Module) else None
+    return next(filter(None, map(grid_size_of, model.modules())), None) if isinstance(model, nn.Module) else None
 
 
 def prefix_of(model, host: Host | None) -> int | None:

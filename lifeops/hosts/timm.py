@@ -8,7 +8,7 @@ from lifeops.hosts.host import Host, block_of
 
 LOOKED_FOR = "a timm model with one patch_embed and with blocks, or with layers or stages of blocks (NaFlexViT: embeds)"
 
-ORDERS = {
+_ORDERS = {
     **dict.fromkeys(("Block", "RelPosBlock", "EvaBlock", "LayerScaleBlock", "LocalViTBlock", "SwinTransformerBlock", "XCABlock"), "pre"),
     **dict.fromkeys(("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"), "post"),
     **dict.fromkeys(("SwinTransformerV2Block", "SwinTransformerV2CrBlock"), "post"),
@@ -93,7 +93,7 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
     prefix, late = _prefix(trunk, len(lists) > 1), _joins(trunk)
     modules = {f"{name}.{i}": b for name in lists for i, b in enumerate(trunk.get_submodule(name))}
     flows = {name: _FLOWS.get(embed_path, _FLOWS.get(name.rpartition(".")[2], "tokens")) for name in lists}
-    blocks = [block_of(place, b, ORDERS, flows[place.rpartition(".")[0]]) for place, b in modules.items()]
+    blocks = [block_of(place, b, _ORDERS, flows[place.rpartition(".")[0]]) for place, b in modules.items()]
     return Host(
         library, path, trunk, embed_path, prefix, 0, bool(prefix) and _has_cls(trunk), lists, blocks, late=int(late), late_cls=late,
         teller_path=teller, grid_from=_grid_from(embed_path, lists, list(modules.values())), apart=embed_path == "patch_embeds.0",

@@ -13,11 +13,11 @@ LOOKED_FOR = (
     " patch_embed and layers that have attn and a window_size (SAM)"
 )
 
-EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
+_EMBEDS = ("patch_embeddings", "patch_embedding", "patch_embed")
 LISTS = ("layers", "layer", "encoder.layer", "encoder.layers", "model.layer", "model.layers")
 _STAGES = ("encoder.layers", "stages")
-CLS = ("cls_token", "class_embedding")
-_PREFIX = (*CLS, "distillation_token", "register_tokens")
+_CLS = ("cls_token", "class_embedding")
+_PREFIX = (*_CLS, "distillation_token", "register_tokens")
 SUFFIX = ("detection_tokens",)
 _PRE = (
     "ViTLayer", "DeiTLayer", "Dinov2Layer", "Dinov2WithRegistersLayer", "DINOv3ViTLayer", "CLIPEncoderLayer", "SiglipEncoderLayer",
@@ -30,7 +30,7 @@ _PRE = (
     "Sapiens2Layer", "Step3p7VisionEncoderLayer", "Tipsv2VisionLayer", "GotOcr2VisionLayer", "DeepseekOcr2SamVisionLayer",
     "UnlimitedOcrSamVisionLayer", "SLANeXtVisionLayer", "PPFormulaNetVisionLayer", "Sam3ViTLayer",
 )  # fmt: skip
-ORDERS = dict.fromkeys(_PRE, "pre")
+_ORDERS = dict.fromkeys(_PRE, "pre")
 
 
 def _list(trunk: nn.Module) -> str | None:
@@ -56,7 +56,7 @@ def _stages(trunk: nn.Module) -> tuple[str, tuple[str, ...]] | None:
         return "encoder.patch_embeddings.0", tuple(f"encoder.block.{i}" for i in range(len(lists)))
     for name in _STAGES:
         stages = _filled(trunk, name) or ()
-        inside = [f"{holder}.{n}" for holder in ("embeddings", f"{name}.0") for n in EMBEDS]
+        inside = [f"{holder}.{n}" for holder in ("embeddings", f"{name}.0") for n in _EMBEDS]
         embed = next((place for place in inside if isinstance(_at(trunk, place), nn.Module)), None)
         if stages and embed and all(hasattr(stage, "blocks") for stage in stages):
             return embed, tuple(f"{name}.{i}.blocks" for i in range(len(stages)))
@@ -69,30 +69,25 @@ def _count(embeddings: nn.Module, names: tuple[str, ...]) -> int:
     return sum(1 if t.dim() == 1 else t.shape[-2] for t in tokens)
 
 
-def prefix_of(embeddings: nn.Module) -> int:
-    """How many tokens the embeddings put before the patches."""
-    return _count(embeddings, _PREFIX)
-
-
 def read(path: str, trunk: nn.Module) -> Host | str | None:
     """``trunk`` described; why not, or None where nothing of it is there."""
     staged = _stages(trunk)
     if staged is not None:
         embed, lists = staged
-        blocks = [block_of(f"{name}.{i}", layer, ORDERS) for name in lists for i, layer in enumerate(trunk.get_submodule(name))]
+        blocks = [block_of(f"{name}.{i}", layer, _ORDERS) for name in lists for i, layer in enumerate(trunk.get_submodule(name))]
         embeddings = _filled(trunk, "encoder.patch_embeddings") or ()  # PVT's class token joins in the last stage
-        prefixes = tuple(_count(e, CLS) for e in embeddings)
+        prefixes = tuple(_count(e, _CLS) for e in embeddings)
         return Host("transformers", path, trunk, embed, 0, 0, any(prefixes), lists, blocks, grid_from="call", prefixes=prefixes)
     embeddings = getattr(trunk, "embeddings", None)
-    name = next((n for n in EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
+    name = next((n for n in _EMBEDS if isinstance(getattr(embeddings, n, None), nn.Module)), None)
     if name is None:
         return _maps(path, trunk)
     layers = _list(trunk)
     lists = () if layers is None else (layers,)
-    blocks = [block_of(f"{layers}.{i}", layer, ORDERS) for i, layer in enumerate(trunk.get_submodule(layers) if lists else ())]
+    blocks = [block_of(f"{layers}.{i}", layer, _ORDERS) for i, layer in enumerate(trunk.get_submodule(layers) if lists else ())]
     late = getattr(getattr(trunk, "query", None), "num_embeddings", 0)  # EoMT
-    has_cls = any(getattr(embeddings, n, None) is not None for n in CLS)
-    counts = prefix_of(embeddings), _count(embeddings, SUFFIX)
+    has_cls = any(getattr(embeddings, n, None) is not None for n in _CLS)
+    counts = _count(embeddings, _PREFIX), _count(embeddings, SUFFIX)
     return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, lists, blocks, late=late)
 
 
@@ -102,7 +97,7 @@ def _maps(path: str, trunk: nn.Module) -> Host | None:
     known = isinstance(layers, nn.ModuleList) and isinstance(getattr(trunk, "patch_embed", None), nn.Module)
     if not known or not all(hasattr(layer, "window_size") and hasattr(layer, "attn") for layer in layers):
         return None
-    blocks = [block_of(f"layers.{i}", layer, ORDERS) for i, layer in enumerate(layers)]
+    blocks = [block_of(f"layers.{i}", layer, _ORDERS) for i, layer in enumerate(layers)]
     return Host("transformers", path, trunk, "patch_embed", 0, 0, False, ("layers",), blocks)
 
 

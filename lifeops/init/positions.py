@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from lifeops import geometry
 from lifeops.hosts.positions import first_to_all, grid_of, host_or_none, prefix_of, tables
+from lifeops.init.projections import OP
 
-OP = "structured_"
 _ZERO = 1e-8
 
 
 class Positions(NamedTuple):
-    """``tensor`` (1, P' + H*W, C), (P' + H*W, C) or (1, H, W, C), the model's own; ``learned`` unless it is fixed; the rest as in ``Grid``.
+    """``tensor`` (1, P' + H*W, C), (P' + H*W, C) or (1, H, W, C), the model's own; ``learned`` unless it is fixed.
 
-    ``made``: gives the rows (H*W, C) that the model makes of them in every pass; None where it takes them as they are.
+    ``grid``: (H, W) of the patches, whose rows come last. ``made``: gives the rows (H*W, C) that the model makes of them in every pass;
+    None where it takes them as they are.
     """
 
     tensor: Tensor

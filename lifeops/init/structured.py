@@ -25,12 +25,11 @@ from lifeops.init.closed_form import (
 from lifeops.init.offsets import check_kernel_size, head_offsets
 from lifeops.init.optimised import STEPS, optimised_qk, sincos_position_embedding
 from lifeops.init.positions import Positions
-from lifeops.init.projections import Projections
+from lifeops.init.projections import OP, Projections
 from lifeops.init.report import Report, add_layer
 from lifeops.init.threads import one_thread
 from lifeops.init.verified import taken, verified
 
-OP = "structured_"
 METHODS = ("impulse", "mimetic", "default")
 VERSIONS = (2024, 2025)
 _EXPECTED_STD = 0.15  # fresh embeddings have 0.02 (timm, transformers); trained or scaled ones about 0.1 to 0.4

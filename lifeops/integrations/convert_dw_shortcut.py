@@ -51,9 +51,9 @@ def _around(flow: str, kernel_sizes: tuple[int, ...], prefix: int, grid: tuple[i
     def shortcut(block: nn.Module) -> nn.Module:
         if flow == "scales":
             widths = [norm.normalized_shape[0] for norm in (block.norm12, block.norm13, block.norm14)]
-            return nn.ModuleList(shortcut_for(block, kernel_sizes, prefix, dim) for dim in widths).train(block.training)
+            return nn.ModuleList(shortcut_for("convert", block, kernel_sizes, prefix, dim) for dim in widths).train(block.training)
         dim = block.norm_out.normalized_shape[0] if flow == "pixels" else None
-        return shortcut_for(block, kernel_sizes, prefix, dim, grid)
+        return shortcut_for("convert", block, kernel_sizes, prefix, dim, grid)
 
     return shortcut
 
@@ -98,7 +98,7 @@ def _clones(host: Host, prefix: int, every: int, kernel_sizes: tuple[int, ...]) 
             new = news[id(block)]
             new.told = host.grid_from == "call"
             if i % every == every - 1:
-                new.shortcut = shortcut_for(block, kernel_sizes, own)
+                new.shortcut = shortcut_for("convert", block, kernel_sizes, own)
             if every > 1 and i % every in (0, every - 1):
                 new.group = Group(len(units) // every, i % every > 0, starts)
             units.append(Unit(f"{path}.{i}", block, new, [new.shortcut] if "shortcut" in new._modules else []))

@@ -16,6 +16,7 @@ from lifeops.nn.localvit import ACTS, LocalityFeedForward, LocalViTBlock
 
 _PLAIN = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2", "gamma_2")  # the parts that LocalViT's own block has, or does without
 
+
 class LocalityBranch(LocalityFeedForward):
     """What :class:`LocalityFeedForward` adds to its tokens, or maps: for blocks of hosts, which add it themselves."""
 

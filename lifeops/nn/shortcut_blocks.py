@@ -112,21 +112,22 @@ FLOWS = {"tokens": ShortcutBlocks, "pixels": PixelShortcutBlocks, "squares": Squ
 """By what the blocks take: see :data:`lifeops.hosts.host.FLOWS`."""
 
 
-def _width(block: nn.Module) -> int:
+def _width(op: str, block: nn.Module) -> int:
     """C of a block: of ``norm1``, or else of the first normalisation with a shape, or with weights."""
     norms = [getattr(block, "norm1", None), *block.modules()]
     found = [m.normalized_shape for m in norms if hasattr(m, "normalized_shape")]
     found += [m.weight.shape for m in norms if type(m).__name__.endswith("Norm") and getattr(m, "weight", None) is not None]
     if not found:
-        raise ValueError(f"wrap: cannot tell the width of {type(block).__name__}, which has no LayerNorm; pass dim=…")
+        hint = "; pass dim=…" if op == "wrap" else ""
+        raise ValueError(f"{op}: cannot tell the width of {type(block).__name__}, which has no norm with a shape or with weights{hint}")
     return found[0][-1]
 
 
-def shortcut_for(block: nn.Module, kernel_size, num_prefix_tokens: int, dim: int | None = None, grid=None) -> DWShortcut:
+def shortcut_for(op: str, block: nn.Module, kernel_size, num_prefix_tokens: int, dim: int | None = None, grid=None) -> DWShortcut:
     """A shortcut with the block's device, dtype and mode, and its width unless ``dim`` is given."""
     like = next(block.parameters(), torch.empty(0))
     place = {"grid": grid, "device": like.device, "dtype": like.dtype}
-    return DWShortcut(_width(block) if dim is None else dim, kernel_size, num_prefix_tokens, **place).train(block.training)
+    return DWShortcut(_width(op, block) if dim is None else dim, kernel_size, num_prefix_tokens, **place).train(block.training)
 
 
 def _checked_blocks(blocks) -> list[nn.Module]:
@@ -155,7 +156,7 @@ def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=
     kernel_size, dim = kernel_sizes("wrap", "kernel_size", kernel_size), check_int("wrap", "dim", dim, 1, optional=True)
     num_prefix_tokens = check_int("wrap", "num_prefix_tokens", num_prefix_tokens, 0)
     grid = geometry.fixed_grid("wrap", grid, num_prefix_tokens)
-    return grouped(blocks, every, lambda block: shortcut_for(block, kernel_size, num_prefix_tokens, dim, grid))
+    return grouped(blocks, every, lambda block: shortcut_for("wrap", block, kernel_size, num_prefix_tokens, dim, grid))
 
 
 def grouped(blocks, every: int, shortcut: Callable[[nn.Module], nn.Module], cls: type[ShortcutBlocks] = ShortcutBlocks) -> nn.ModuleList:

@@ -18,6 +18,7 @@ settings.register_profile("slice", derandomize=True, max_examples=25, **_options
 settings.register_profile("fuzz", max_examples=max(1, CASES), **_options)
 settings.load_profile("fuzz" if CASES else "slice")
 
+
 @pytest.fixture(autouse=True)
 def _in_time():
     if time.time() > harness.UNTIL:

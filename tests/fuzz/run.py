@@ -22,7 +22,7 @@ KINDS = {  # of what is counted, by how its name begins or ends
     "nn.": "modules with gradients, training and evaluation",
 }  # fmt: skip
 PARTS = "test_operators.py", "test_public.py", "test_modules.py"
-PROPERTIES = 72  # each gets as many cases; one takes about 20 ms
+PROPERTIES = 75  # each gets as many cases; one takes about 20 ms
 
 
 def _part(files, cases, seed, until, interpreted):

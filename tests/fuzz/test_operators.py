@@ -101,7 +101,8 @@ def test_what_was_found_of_special_values(plan):
 SAME_BITS = [n for n in OPS if n.startswith(("token_dwconv", "channel", "dw_shortcut", "rollout"))]  # all but those with torch's products
 BY_IMAGE = {  # the outputs that one image alone has, and the dimension of the images
     "token_dwconv": {0: 0}, "token_dwconv_bwd_dx": {0: 0}, "token_dwconv_act": {0: 0}, "token_dwconv_act_bwd_dx": {0: 0},
-    "token_dwconv_act_bwd": {0: 0}, "channel_act": {0: 0}, "channel_act_pool": {0: 0}, "channel_act_sums": {0: 1}, "channel_act_grad": {0: 0},
+    "token_dwconv_act_bwd": {0: 0}, "channel_act": {0: 0}, "channel_act_pool": {0: 0}, "channel_act_sums": {0: 1},
+    "channel_act_grad": {0: 0},
     "dw_shortcut_eval": {0: 0}, "rollout_step": {0: 0},
 }  # fmt: skip
 IMAGES = {"x", "dy", "residual", "block_output", "gate", "pool_grad", "r", "q", "k"}
@@ -141,4 +142,3 @@ def test_an_image_alone_has_the_bits_it_has_in_its_batch(name):
                 assert harness.same_bits(together[i].narrow(dim, b, 1), one[i]), f"{name}, output {i}: image {b} of {count}"
 
     found()
-

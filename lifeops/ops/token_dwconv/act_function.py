@@ -104,8 +104,8 @@ class TokenDWConvOutAct(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, out_act, H, W, P, prefix, backend):
         ctx.save_for_backward(x, weight, bias)
         ctx.out_act, ctx.geometry = out_act, (H, W, P, prefix, backend)
-        plain = None, None, "none"
-        return _fwd(x, weight, bias, *plain, None, None, out_act, residual, H, W, P, prefix, False, False, backend)[0]
+        before = None, None, "none"
+        return _fwd(x, weight, bias, *before, None, None, out_act, residual, H, W, P, prefix, False, False, backend)[0]
 
     @staticmethod
     @_once
