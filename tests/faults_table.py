@@ -12,7 +12,6 @@ import test_faults_processes
 
 MODULES = [test_faults_extension, test_faults_backends, test_faults_files, test_faults_processes]  # in the section's order
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
-TITLE = "# Reliability\n"
 HEAD = """## Faults
 
 Written by `python tests/faults_table.py` from the tests that inject them. Whatever happens ends in one line that says what and what to
@@ -33,14 +32,13 @@ def section() -> str:
 
 
 def page(before: str) -> str:
-    """``before`` with this section in the place of the one it has, or at its end."""
-    if SECTION.search(before):
-        return SECTION.sub(lambda found: section() + ("\n" if found.end() < len(before) else ""), before)
-    return f"{before or TITLE}\n{section()}"
+    """``before`` with this section in the place of the one it has."""
+    assert SECTION.search(before), f'{PAGE} has no section "Faults"'
+    return SECTION.sub(lambda found: section() + ("\n" if found.end() < len(before) else ""), before)
 
 
 if __name__ == "__main__":
     from lifeops.files import written
 
     with written(PAGE) as part:
-        part.write_text(page(PAGE.read_text() if PAGE.exists() else ""))
+        part.write_text(page(PAGE.read_text()))

@@ -12,8 +12,6 @@ def test_the_section_finds_its_place():
     section = faults_table.section()
     assert section.count("\n| ") > 25
     for before, after in {
-        "": f"# Reliability\n\n{section}",
-        "# R\n\n## A\n\na\n": f"# R\n\n## A\n\na\n\n{section}",
         "# R\n\n## Faults\n\nold\n\n## B\n\nb\n": f"# R\n\n{section}\n## B\n\nb\n",
         "# R\n\n## Faults\n\nold\n": f"# R\n\n{section}",
     }.items():

@@ -12,7 +12,7 @@ from lifeops.hosts.images import USUAL, first_conv, image_sizes
 from lifeops.init.projections import OP, Projections
 from lifeops.integrations.attention_check import LayerCheck, attended
 from lifeops.integrations.pass_watch import Watch
-from lifeops.integrations.token_place import Place
+from lifeops.integrations.token_place import Place, tokens_of
 from lifeops.integrations.undisturbed import forward_of
 from lifeops.nn.life import LifeAttention
 
@@ -90,7 +90,7 @@ class Pass:
             try:
                 output = own(*args, **kwargs)
                 with place.watch.quiet():
-                    joined = output[0] if isinstance(output, tuple) else output
+                    joined = tokens_of(output)
                     check.ended(_flat(joined.transpose(0, 1) if turned else joined))
             except ValueError as error:
                 raise ValueError(f"{error}{_beside(p, args, kwargs)}") from error

@@ -14,6 +14,7 @@ from lifeops.hosts.host import Block
 from lifeops.hosts.projections import projected
 from lifeops.integrations.attention_check import attention_tolerance, off
 from lifeops.integrations.convert_probe import Call, call
+from lifeops.integrations.token_place import tokens_of
 from lifeops.integrations.undisturbed import forward_of
 
 
@@ -32,7 +33,7 @@ def _looks_around(own, args, kwargs) -> bool:
     rest = {name: value for name, value in kwargs.items() if name not in named}
 
     def run(tokens):
-        return _first(own(*(() if named else (tokens,)), *args[1:], **rest, **dict.fromkeys(named, tokens)))
+        return tokens_of(own(*(() if named else (tokens,)), *args[1:], **rest, **dict.fromkeys(named, tokens)))
 
     y = run(x)
     for end in (0, -1):  # of a causal one the first token sees itself alone
@@ -57,8 +58,8 @@ def check_attention(path: str, attn: nn.Module, new: nn.Module, run: Callable[[]
         if _looks_around(own, args, kwargs):
             q, k, v = _projections(path, attn, x)
             with forward_of(new.qkv, lambda x, grid: (q, k, v)), new.grid_holder.use(grid):
-                got = _first(new(*args, **kwargs))
-            found, allowed = off(_first(output), got), attention_tolerance(q, k, new.num_heads)
+                got = tokens_of(new(*args, **kwargs))
+            found, allowed = off(tokens_of(output), got), attention_tolerance(q, k, new.num_heads)
             if found > allowed:
                 raise ValueError(
                     f"convert: {path} is {name}, which does not compute softmax(scale q kᵀ) v of its own q, k and v"
@@ -70,10 +71,6 @@ def check_attention(path: str, attn: nn.Module, new: nn.Module, run: Callable[[]
         run()
     if len(runs) != 1:
         raise ValueError(f"convert: the block of {path} calls its attention {len(runs)} times, looked for once")
-
-
-def _first(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _check_arguments(path: str, new: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -111,7 +108,7 @@ def check_projections(path: str, layers: dict, run: Callable[[], Tensor], expect
         if len(shape) == 3 and (shape[0] != (wanted[0] or shape[0]) or shape[1] != wanted[1]):
             what = f"windows of {window}" if window else f"its block's tokens {tuple(given.x.shape)}"
             raise ValueError(f"convert: {where} is handed {shape}, looked for {what} or maps")
-    if off(_first(got), _first(expected)) > 1e-3:
+    if off(tokens_of(got), tokens_of(expected)) > 1e-3:
         raise ValueError(f"convert: {path} gives something else with another layer in the place of {', '.join(layers)} that gives the same")
 
 
@@ -164,9 +161,9 @@ def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module
     with contextlib.ExitStack() as stack:
         for m in muted:
             stack.enter_context(forward_of(m, mute))
-        z = _first(call(f"{path} without its mlp", old, given))
+        z = tokens_of(call(f"{path} without its mlp", old, given))
     with forward_of(branch, read):
-        got = _first(call(path, new, given))
+        got = tokens_of(call(path, new, given))
     if len(told) != 1:
         raise ValueError(f"convert: {path} is {type(old).__name__}, which calls its MLP {len(told)} times, looked for tokens of one MLP")
     rounding = 1e-3 + _rounding(given.x, z, got)

@@ -12,6 +12,7 @@ from lifeops.integrations.pass_watch import EMBEDDED, Watch
 
 
 def tokens_of(output) -> Tensor:
+    """What comes first of several."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
