@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import hooks_of, made, named, small_vit, staged, timm, vit
+from hosts import hf, hooks_of, made, named, small_vit, staged, timm, unchanged, vit
 from plain_systems import life_qkv
 from torch import nn
 
@@ -209,6 +209,14 @@ def test_windows_that_change():
     assert attn.qkv.window == (2, 8)
     with torch.no_grad():
         torch.testing.assert_close(attn.qkv(x), torch.cat(life_qkv(attn.qkv, x, 0, (2, 8)), -1))
+
+
+def test_tokens_of_transformers_tell_no_grid():
+    """Its blocks are no others then, and nothing binds the grid where checkpointing runs them again."""
+    model = hf("BlipVision")()
+    model.encoder.layers[1].self_attn.gate = nn.Linear(96, 96)
+    message = r"^convert: encoder\.layers\.1 is BlipEncoderLayer with attention that does more .* is given tokens \(1, 17, 96\); .* maps"
+    unchanged(model, lifeops.convert, message)
 
 
 class _Twice(nn.Module):

@@ -166,7 +166,8 @@ def _try(host: Host, path: str, block: nn.Module, swaps: list[_Swap], given: Cal
             check_attention(f"{path}.{swap.path}", swap.old, swap.new, run, given, grid)
     layers = {f"{path}.{swap.path}": (swap.layer, swap.asks) for swap in swaps if swap.layer is not None}
     if layers and host.library == "transformers" and given.x.dim() == 3:
-        raise ValueError(f"convert: {path} is {type(block).__name__} with attention that does more with q, k and v than LIFE's, on no maps")
+        what = f"with attention that does more with q, k and v than LIFE's, and is given tokens {tuple(given.x.shape)}"
+        raise ValueError(f"convert: {path} is {type(block).__name__} {what}; of transformers looked for maps (B, H, W, C)")
     expected = run() if layers else None
     with _instead(block, swaps), contextlib.ExitStack() as stack:
         if layers:
