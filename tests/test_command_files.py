@@ -48,7 +48,8 @@ def folder(tmp_path):
 
 
 def run(*images, model="lifeops", checkpoint="model.pth", out="out", options=()):
-    return cli.main(["rollout", *images, "--model", model, "--checkpoint", checkpoint, "--out", out, *options])
+    weights = [] if checkpoint is None else ["--checkpoint", checkpoint]
+    return cli.main(["rollout", *images, "--model", model, *weights, "--out", out, *options])
 
 
 def refused(capsys, *args, **options):
@@ -245,6 +246,31 @@ def test_a_timm_model_and_its_checkpoint(folder, capsys, monkeypatch):
     loaded = lifeops.convert(model, "life")
     torch.save(loaded.state_dict(), "life.pth")
     assert run("ok.png", model="vit_tiny_patch16_224", checkpoint="life.pth", options=["--convert", "life"]) == 0
+
+
+def test_a_timm_model_of_another_size_and_other_classes(folder, capsys, monkeypatch):
+    declare_torchvision_ops()
+    timm = pytest.importorskip("timm")
+    monkeypatch.chdir(folder)
+    model = lifeops.convert(timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=(64, 96)), "dw_shortcut")
+    torch.save(model.state_dict(), "five.pth")
+    told = ["--convert", "dw_shortcut", "--num-classes", "5", "--img-size", "64", "96"]
+    assert run("ok.png", model="vit_tiny_patch16_224", checkpoint="five.pth", options=told) == 0
+    assert not capsys.readouterr().err
+    assert np.load("out/ok.npy").shape == (1, 4, 6)
+    for options, wrong in ((["--num-heads", "3"], "--num-heads"), (["--act", "relu6", "--aux-key", "scale1"], "--aux-key, --act")):
+        message = f"--model vit_tiny_patch16_224 does not read {wrong}"
+        assert message in refused(capsys, "ok.png", model="vit_tiny_patch16_224", checkpoint="five.pth", options=options)
+    refusal = refused(capsys, "ok.png", model="resnet18", checkpoint="five.pth", options=["--img-size", "64"])
+    assert "--model resnet18 does not take img_size" in refusal
+
+
+def test_random_weights_are_told(folder, capsys, monkeypatch):
+    declare_torchvision_ops()
+    pytest.importorskip("timm")
+    monkeypatch.chdir(folder)
+    assert run("ok.png", model="vit_tiny_patch16_224", checkpoint=None) == 0
+    assert "lifeops rollout: warning: vit_tiny_patch16_224 has random weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("system", ["life", "impulse"])

@@ -187,3 +187,34 @@ def test_conv_names_the_feed_forward_of_any_block(build):
 def test_conv_is_of_localvit_alone():
     model = lifeops.convert(hf("ViT")(), "life")
     assert not hasattr(lifeops.describe(model).host.blocks[0].module, "conv")
+
+
+def _two(kind):
+    models = [timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=2) for _ in range(2)]
+    return torch.nn.ModuleDict({"student": models[0], "teacher": models[1] if kind == "two" else models[0]})
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_several_models_in_one(system):
+    pair = _two("two")
+    before = {name: id(m) for name, m in pair.named_modules()}
+    names = r"student \(VisionTransformer\), teacher \(VisionTransformer\)"
+    with pytest.raises(ValueError, match=f"^convert: ModuleDict holds 2 ViTs, {names}"):
+        lifeops.convert(pair, system)
+    assert before == {name: id(m) for name, m in pair.named_modules()}
+    with pytest.raises(ValueError, match=r"^describe: ModuleDict holds 2 ViTs"):
+        lifeops.describe(pair)
+    shared = lifeops.convert(_two("one"), system)  # the same model by two names
+    assert shared["student"] is shared["teacher"]
+    lifeops.convert(pair["student"], system)
+    lifeops.convert(pair["teacher"], system)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "compile"])
+def test_compiled_models_are_refused(how):
+    model = _two("one")["student"]
+    compiled = torch.compile(model, backend="eager") if how == "torch.compile" else model
+    if how == "compile":
+        model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"^convert: .* is compiled; convert the model as it was before"):
+        lifeops.convert(compiled, "life")

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from lifeops.cli.main import image_pair, told_plainly
 from lifeops.files import distinct, make_folder, written
 from lifeops.integrations import convert, load_official
 from lifeops.integrations.checkpoint_states import load_into
+from lifeops.integrations.convert import SYSTEMS
 from lifeops.integrations.official import lifeops_deit
 from lifeops.ops.rollout_step import FUSIONS
 
@@ -49,12 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", type=Path, help="weights: .safetensors, or a torch file (read with weights_only=True)")
     parser.add_argument("--key", help="which of several state dicts in the checkpoint, such as model_ema (default: the model itself)")
     parser.add_argument("--pretrained", action="store_true", help="timm's own weights (downloads them)")
-    parser.add_argument("--convert", choices=("life", "localvit"), help="lifeops.convert a timm model before its checkpoint is loaded")
+    parser.add_argument("--convert", choices=tuple(SYSTEMS), help="lifeops.convert a timm model before its checkpoint is loaded")
+    parser.add_argument("--num-classes", type=int, help="of a timm model, where the checkpoint has other classes than its name's")
     untold = "of --model lifeops or official, where the checkpoint does not tell"
     parser.add_argument("--num-heads", type=int, help=untold)
     parser.add_argument("--aux-key", choices=("scale1", "multiscale"), help=f"LIFE's, {untold}")
     parser.add_argument("--act", help=f"LocalViT's activation, {untold}")
-    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help="of --model lifeops or official, if not the checkpoint's")
+    sizes = "of a timm model, or of --model lifeops or official, if not the name's or the checkpoint's"
+    parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help=sizes)
     parser.add_argument("--target", default=None, help="cls, mean, pool, hard, soft, a token's index or a patch ROW,COLUMN (default: cls)")
     parser.add_argument("--classes", type=int, nargs="+", help="of --target hard or soft (default: the class that the model predicts)")
     parser.add_argument("--class-names", type=Path, help="a text file with one name per line")
@@ -70,19 +74,35 @@ def make_parser() -> argparse.ArgumentParser:
 # ------------------------------------------------------------------------------------------------ models and images
 
 
-def load(name: str, checkpoint: Path | None, *, pretrained=False, system: str | None = None, key: str | None = None, **told) -> Loaded:
+def load(
+    name: str, checkpoint: Path | None, *, pretrained=False, system: str | None = None, key: str | None = None,
+    num_classes: int | None = None, **told,
+) -> Loaded:  # fmt: skip
     """The model that ``name`` means, in eval mode; ``told``: what :func:`lifeops.load_official` is told of a checkpoint."""
+    _check_told(name, {"num-classes": num_classes, **told})
     if name in ("lifeops", "official"):
         if checkpoint is None:
             raise ValueError(f"--model {name} reads its sizes from --checkpoint")
         model = (lifeops_deit if name == "lifeops" else load_official)(checkpoint, key=key, **told)
         return Loaded(model.float().eval(), _image_shape(model), *(_HALF if name == "lifeops" else _IMAGENET))
     folder = name.startswith("transformers:")
-    loaded = _transformers(name.removeprefix("transformers:")) if folder else _timm(name, pretrained, system)
+    sizes = {"num_classes": num_classes, "img_size": told.get("img_size")}
+    loaded = _transformers(name.removeprefix("transformers:")) if folder else _timm(name, pretrained, system, sizes)
     if checkpoint is not None:
         load_into(loaded.model, checkpoint, key, "load")
+    elif not (pretrained or folder):
+        warnings.warn(f"{name} has random weights, its maps mean nothing: give --pretrained or --checkpoint", stacklevel=2)
     loaded.model.eval()
     return loaded
+
+
+def _check_told(name: str, given: dict) -> None:
+    """Raise where an option is given that a model of this kind does not read."""
+    own = name in ("lifeops", "official")
+    read = ("num_heads", "aux_key", "act", "img_size") if own else () if name.startswith("transformers:") else ("num-classes", "img_size")
+    unread = [f"--{option.replace('_', '-')}" for option, value in given.items() if value is not None and option not in read]
+    if unread:
+        raise ValueError(f"--model {name} does not read {', '.join(unread)}")
 
 
 def _image_shape(model: nn.Module) -> tuple[int, int, int]:
@@ -107,13 +127,16 @@ def _transformers(folder: str) -> Loaded:
     return Loaded(model, (model.config.num_channels, *size), *_HALF)
 
 
-def _timm(name: str, pretrained: bool, system: str | None) -> Loaded:
+def _timm(name: str, pretrained: bool, system: str | None, sizes: dict) -> Loaded:
     import timm
 
     if not timm.is_model(name):
         raise ValueError(f"--model must be lifeops, official, transformers:FOLDER or a timm model, got {name!r}")
+    sizes = {option: value for option, value in sizes.items() if value is not None}
     try:
-        model = timm.create_model(name, pretrained=pretrained)
+        model = timm.create_model(name, pretrained=pretrained, **sizes)
+    except TypeError as error:
+        raise ValueError(f"--model {name} does not take {' and '.join(sizes)} ({error})") from error
     except RuntimeError as error:  # timm has no weights of it
         if not pretrained:
             raise
@@ -121,7 +144,8 @@ def _timm(name: str, pretrained: bool, system: str | None) -> Loaded:
     config = timm.data.resolve_model_data_config(model)
     if system is not None:
         convert(model, system)
-    return Loaded(model, config["input_size"], config["mean"], config["std"])
+    shape = config["input_size"]
+    return Loaded(model, (shape[0], *sizes.get("img_size", shape[1:])), config["mean"], config["std"])
 
 
 def read_image(path: Path, loaded: Loaded) -> tuple[Tensor, np.ndarray]:
@@ -227,7 +251,8 @@ def run(args: argparse.Namespace) -> None:
     if absent:
         raise ValueError(f"no such file: {', '.join(map(str, absent))}")
     told = {"num_heads": args.num_heads, "aux_key": args.aux_key, "act": args.act, "img_size": image_pair(args.img_size)}
-    loaded = load(args.model, args.checkpoint, pretrained=args.pretrained, system=args.convert, key=args.key, **told)
+    told |= {"key": args.key, "num_classes": args.num_classes}
+    loaded = load(args.model, args.checkpoint, pretrained=args.pretrained, system=args.convert, **told)
     make_folder(args.out)
     for path, name in zip(args.images, distinct([path.stem for path in args.images]), strict=True):
         if name != path.stem:

@@ -11,17 +11,25 @@ from lifeops.hosts.host import Host
 def find_host(op: str, model: nn.Module, blocks: bool = True) -> Host:
     """The outermost part of ``model`` that an entry knows; ``blocks=False``: for who does without a list of blocks.
 
-    Raises ValueError, in the words of ``op``, with what was found and what was looked for.
+    Raises ValueError, in the words of ``op``, with what was found and what was looked for, and where there are several side by side.
     """
-    found = []
+    hosts, found = [], []
     for path, module in model.named_modules():
+        if any(not host.path or path.startswith(f"{host.path}.") for host in hosts):  # a part of one
+            continue
         for library in (timm, transformers):
             host = library.read(path, module)
             if isinstance(host, Host) and (host.blocks or not blocks):
-                return host
+                hosts.append(host)
+                break
             if isinstance(host, Host):
                 host = f"{type(module).__name__} has {host.embed_path}, and no list of blocks called {', '.join(library.LISTS)}"
             found += [] if host is None else [host]
+    if len(hosts) > 1:
+        names = ", ".join(f"{host.path} ({type(host.trunk).__name__})" for host in hosts)
+        raise ValueError(f"{op}: {type(model).__name__} holds {len(hosts)} ViTs, {names}; give them one by one")
+    if hosts:
+        return hosts[0]
     why = "; ".join(dict.fromkeys(found)) or f"it holds {_held(model)}"
     raise ValueError(f"{op}: {type(model).__name__} is not a known ViT ({why}); looked for {timm.LOOKED_FOR}, or {transformers.LOOKED_FOR}")
 

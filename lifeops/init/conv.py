@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lifeops.arguments import check_choice, check_flags, check_floating, check_int, check_number, check_positive, check_tensor, got
+from lifeops.arguments import check_choice, check_flags, check_floating, check_int, check_positive, check_tensor, got
 from lifeops.init.closed_form import check_generator
 
 DEFAULT_NORM = 3**-0.5
@@ -95,7 +95,7 @@ def random_conv_(
 def _fill(op: str, target, draw: Callable[[int, int], Tensor], norm, num_filters, assign: str, frozen: bool, generator):
     check_generator(op, generator)
     check_choice(op, "assign", assign, ("random", "groups"))
-    check_number(op, "norm", norm), check_flags(op, frozen=frozen), check_int(op, "num_filters", num_filters, optional=True)
+    check_positive(op, "norm", norm), check_flags(op, frozen=frozen), check_int(op, "num_filters", num_filters, optional=True)
     weights = _weights(op, target)
     for weight in weights:
         C, K = weight.shape[0], weight.shape[-1]

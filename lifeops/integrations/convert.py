@@ -116,6 +116,13 @@ def _check_start(system: str, start: str | None, options: dict) -> None:
     options.update({"start": start} if system not in _NO_IDENTITY else {})
 
 
+def _check_not_compiled(model: nn.Module) -> None:
+    """torch's compiler keeps programs that see neither new layers nor the hooks which tell the grid."""
+    for path, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(f"convert: {path or 'the model'} is compiled; convert the model as it was before, then torch.compile it")
+
+
 def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start: str | None = None, **options) -> nn.Module:
     """Give a ViT of timm, transformers or lifeops local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
 
@@ -167,15 +174,15 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
 
     Raises:
         ValueError: unknown system, a model converted before, one that is not a ViT as looked for (the message lists it) or whose blocks do
-            something else when tried, one whose layers were adapted, quantised or sharded: convert it first; a ``start`` that the system
-            does not have. TypeError: no module, unknown options.
+            something else when tried, one that holds several, one that is compiled, or whose layers were adapted, quantised or sharded:
+            convert it first; a ``start`` that the system does not have. TypeError: no module, unknown options.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("convert", "system", system, SYSTEMS)
     if hasattr(model, RECORD):
         raise ValueError(f"convert: the model was converted to {getattr(model, RECORD).system!r} before; call lifeops.revert(model) first")
-    check_flags("convert", probe=probe)
+    check_flags("convert", probe=probe), _check_not_compiled(model)
     _check_start(system, start, options)
     with under("convert"):
         plan = SYSTEMS[system](model, **options)

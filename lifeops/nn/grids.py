@@ -133,7 +133,8 @@ class GridHolder(Copied):
             raise ValueError(
                 f"{module}: the grid is unknown: give forward(…, grid=(H, W)) or {module}(…, grid=(H, W)). A converted model knows it while"
                 " model(images), forward_features or forward_intermediates runs; for blocks called on their own say it with"
-                " `with lifeops.use_grid(model, (H, W)):`"
+                " `with lifeops.use_grid(model, (H, W)):`. If it was compiled before it was converted"
+                " or reverted, torch._dynamo.reset() first"
             )
         return grid
 

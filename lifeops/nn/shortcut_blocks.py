@@ -147,7 +147,8 @@ def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=
         every: 1 is the paper's main method; 2, 3, 4 its variant 1.
         kernel_size: an odd int, or several for variant 2.
         num_prefix_tokens: P. dim: C, by default the width of the block's first normalisation.
-        grid: (H, W) for every call, or None: then ``forward`` must be given it, unless the blocks take maps.
+        grid: (H, W) for every call, or None: then ``with lifeops.use_grid(wrapped, (H, W))`` says it, or the second argument of ``forward``
+            where the blocks themselves take one (:class:`lifeops.nn.LocalViTBlock`); blocks that take maps need none.
 
     Raises ValueError where ``every`` does not divide the number of blocks or the width cannot be told.
     """
