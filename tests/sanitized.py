@@ -7,6 +7,7 @@ touch, and runs the operator tests and fuzzed cases that are for it. The first f
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -29,14 +30,14 @@ exec {cxx} "$@" {flags}
 """
 OPTIONS = "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:malloc_context_size=8:quarantine_size_mb=64"
 CANARIES = {  # a tensor whose memory ends too early, one that begins between two floats; what the report then says, and of which function
-    "x.untyped_storage().resize_(x.untyped_storage().nbytes() - 4)": ("AddressSanitizer: heap-buffer-overflow", "lifeops::{isa}::"),
-    "weight = torch.frombuffer(bytearray(109), dtype=x.dtype, offset=1).view(3, 1, 3, 3)": ("load of misaligned address", "pack_block"),
+    "x.untyped_storage().resize_(x.untyped_storage().nbytes() - 4)": ("ERROR: AddressSanitizer", "lifeops::{isa}::"),
+    "weight = torch.frombuffer(bytearray(2305), dtype=x.dtype, offset=1).view(64, 1, 3, 3)": ("load of misaligned address", "pack_block"),
 }
 CANARY = """
 import torch
 from lifeops import registry
 registry.load("cpu")
-x, weight = torch.ones(1, 12, 3), torch.ones(3, 1, 3, 3)
+x, weight = torch.ones(1, 12, 64), torch.ones(64, 1, 3, 3)  # whole vectors: partial ones are copied by memcpy, which is watched anyhow
 {mistake}
 print("called", flush=True)
 torch.ops.lifeops.token_dwconv(x, weight, None, None, 3, 4, 0, "keep", "cpu")
@@ -92,13 +93,16 @@ def leg(isa: str, cases: int, seed: int) -> None:
     env = environment(isa, build(isa))
     built = time.monotonic()
     check_canaries(isa, env)
-    env["LIFEOPS_FUZZ_CASES"] = str(cases)
+    ledger = ROOT / "build" / "sanitized" / isa / "cases.json"
+    env |= {"LIFEOPS_FUZZ_CASES": str(cases), "LIFEOPS_FUZZ_LEDGER": str(ledger)}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", f"--hypothesis-seed={seed}"]
-    tests = (["test_ops.py", "test_nan.py", "-k", isa], ["fuzz/test_operators.py", "-k", "not image"])
+    # attention and life_qkv are torch's own operators on the CPU
+    tests = (["test_ops.py", "test_nan.py", "-k", isa], ["fuzz/test_operators.py", "-k", "not (image or attention or life_qkv)"])
     for files in tests:
         if subprocess.run([*pytest, *files], cwd=HERE, env=env, check=False).returncode:
             raise SystemExit(f"sanitize: {isa}: {' '.join(files)}: see above")
-    print(f"sanitize: {isa}: clean; {built - start:.0f} s to build, {time.monotonic() - built:.0f} s to run", flush=True)
+    fuzzed, seconds = sum(json.loads(ledger.read_text())["cases"].values()), time.monotonic() - built
+    print(f"sanitize: {isa}: clean, {fuzzed} fuzzed cases; {built - start:.0f} s to build, {seconds:.0f} s to run", flush=True)
 
 
 def main() -> None:
