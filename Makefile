@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz sanitize hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -34,6 +34,11 @@ lint: $(VENV)/test.ready
 # A slice of it, always the same cases, is part of `make test`.
 fuzz: $(VENV)/test.ready
 	$(BIN)/python tests/fuzz/run.py $(ARGS)
+
+# The compiled CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set of this machine in turn:
+# `make sanitize ARGS="--isa avx2 --cases 100"` (docs/reliability.md). They are built apart, below build/.
+sanitize: $(VENV)/test.ready
+	$(BIN)/python tests/sanitized.py $(ARGS)
 
 # docs/hosts.md: what every host of tests/host_configs*.py answers, each answer compared with an oracle.
 hosts: $(VENV)/test.ready

@@ -8,6 +8,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace lifeops {
 
 constexpr int64_t kGrainBytes = 32768;  // less work than this is not worth a second thread
@@ -39,7 +43,12 @@ class Scratch {
   void* get(int64_t bytes) {
     if (bytes > int64_t(storage_.size()) - kAlign) storage_ = std::vector<char>(size_t(bytes + kAlign));
     const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-    return reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
+    void* const found = reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
+#if defined(__SANITIZE_ADDRESS__)  // what was not asked for is not to be touched, although it is there
+    ASAN_POISON_MEMORY_REGION(storage_.data(), storage_.size());
+    ASAN_UNPOISON_MEMORY_REGION(found, size_t(bytes));
+#endif
+    return found;
   }
 
  private:

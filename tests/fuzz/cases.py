@@ -1,5 +1,6 @@
 """Cases of every operator, drawn from the fields of the registry's own samples; a case prints as the Python that makes it again."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from lifeops.ops.channel.activations import ACTS, PROLOGUES
 from lifeops.ops.token_dwconv.samples import Maker
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ISAS = "baseline", "avx2", "avx512"
+ISAS = tuple(os.environ.get("LIFEOPS_FUZZ_ISAS", "baseline avx2 avx512").split())  # one alone: tests/sanitized.py
 VALUES = "lattice", "normal", "offset", "wide", "tiny", "huge"
 SIDES = st.one_of(st.integers(1, 7), st.integers(1, 20), st.just(1), st.sampled_from((0, 31, 32, 33, 48, 65)))
 SMALL = st.one_of(st.integers(1, 5), st.integers(0, 1))

@@ -1,0 +1,120 @@
+"""`make sanitize`: the compiled CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, one instruction set a leg.
+
+A leg builds csrc/cpu into a folder of its own (build/sanitized/ISA), shows that both sanitizers see what that instruction set's kernels
+touch, and runs the operator tests and fuzzed cases that are for it. The first finding ends the leg with its report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+ISAS = "baseline", "avx2", "avx512"
+FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fno-tree-vectorize -fsanitize=address,undefined -fno-sanitize-recover=all"
+# setup.py's own flags come first, so the last -O holds. Kernels of other instruction sets are linked in as they are, unoptimised.
+COMPILER = """#!/bin/sh
+case "$*" in
+*/info.cpp*) exec {cxx} "$@" -O0 ;;
+*/kernels_{isa}.cpp*) ;;
+*/kernels_*.cpp*) exec {cxx} "$@" -O0 ;;
+esac
+exec {cxx} "$@" {flags}
+"""
+OPTIONS = "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:malloc_context_size=8:quarantine_size_mb=64"
+CANARIES = {  # a tensor whose memory ends too early, one that begins between two floats; what the report then says, and of which function
+    "x.untyped_storage().resize_(x.untyped_storage().nbytes() - 4)": ("ERROR: AddressSanitizer", "lifeops::{isa}::"),
+    "weight = torch.frombuffer(bytearray(2305), dtype=x.dtype, offset=1).view(64, 1, 3, 3)": ("load of misaligned address", "pack_block"),
+}
+CANARY = """
+import torch
+from lifeops import registry
+registry.load("cpu")
+x, weight = torch.ones(1, 12, 64), torch.ones(64, 1, 3, 3)  # whole vectors: partial ones are copied by memcpy, which is watched anyhow
+{mistake}
+print("called", flush=True)
+torch.ops.lifeops.token_dwconv(x, weight, None, None, 3, 4, 0, "keep", "cpu")
+"""
+
+
+def build(isa: str) -> Path:
+    """The folder of a package whose kernels for ``isa``, and the code around them, are instrumented."""
+    folder = ROOT / "build" / "sanitized" / isa
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = folder / "c++"
+    compiler.write_text(COMPILER.format(cxx=os.environ.get("CXX", "g++"), isa=isa, flags=FLAGS))
+    compiler.chmod(0o755)
+    package, places = folder / "package", ("--build-base", folder, "--build-lib", folder / "package", "--build-temp", folder / "objects")
+    command = [sys.executable, "setup.py", "-q", "build", *places]
+    env = {**os.environ, "CXX": str(compiler), "LIFEOPS_BUILD": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"sanitize: the build failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return package
+
+
+def environment(isa: str, package: Path) -> dict:
+    """Python with the sanitizers' runtime before everything else, and libstdc++ beside it, whose exceptions it looks into."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    found = (subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+             for name in ("libasan.so", "libstdc++.so"))  # fmt: skip
+    return {
+        **os.environ, "PYTHONPATH": str(package), "LD_PRELOAD": ":".join(str(Path(f).resolve()) for f in found),
+        "ASAN_OPTIONS": OPTIONS, "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
+        "LIFEOPS_CPU_ISA": isa, "LIFEOPS_FUZZ_ISAS": isa, "LIFEOPS_STRICT": "1", "OMP_NUM_THREADS": "2",
+    }  # fmt: skip
+
+
+def check_canaries(isa: str, env: dict) -> None:
+    """Both sanitizers report a mistake made on purpose, the first one inside this instruction set's kernels."""
+    for mistake, (report, function) in CANARIES.items():
+        command = [sys.executable, "-c", CANARY.format(mistake=mistake)]
+        done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True, check=False)
+        seen = report in done.stderr and function.format(isa=isa) in done.stderr
+        if not (done.returncode and done.stdout.startswith("called") and seen):
+            raise SystemExit(f"sanitize: {isa}: no report of {mistake!r} ({report}):\n{done.stdout}{done.stderr[-4000:]}")
+
+
+def widest() -> str:
+    """The last instruction set of ``ISAS`` that this machine has."""
+    command = [sys.executable, "-c", "from lifeops import _info; print(_info.isa())"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def leg(isa: str, cases: int, seed: int) -> None:
+    start = time.monotonic()
+    env = environment(isa, build(isa))
+    built = time.monotonic()
+    check_canaries(isa, env)
+    ledger = ROOT / "build" / "sanitized" / isa / "cases.json"
+    env |= {"LIFEOPS_FUZZ_CASES": str(cases), "LIFEOPS_FUZZ_LEDGER": str(ledger)}
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", f"--hypothesis-seed={seed}"]
+    # attention and life_qkv are torch's own operators on the CPU
+    tests = (["test_ops.py", "test_nan.py", "-k", isa], ["fuzz/test_operators.py", "-k", "not (image or attention or life_qkv)"])
+    for files in tests:
+        if subprocess.run([*pytest, *files], cwd=HERE, env=env, check=False).returncode:
+            raise SystemExit(f"sanitize: {isa}: {' '.join(files)}: see above")
+    fuzzed, seconds = sum(json.loads(ledger.read_text())["cases"].values()), time.monotonic() - built
+    print(f"sanitize: {isa}: clean, {fuzzed} fuzzed cases; {built - start:.0f} s to build, {seconds:.0f} s to run", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make sanitize", description=__doc__)
+    parser.add_argument("--isa", choices=(*ISAS, "widest"), nargs="+", help="the instruction sets; by default all that this machine has")
+    parser.add_argument("--cases", type=int, default=20, help="fuzzed cases of every property")
+    parser.add_argument("--seed", type=int, default=0, help="of the fuzzed cases")
+    args = parser.parse_args()
+    best = widest()
+    for isa in args.isa or ISAS[: ISAS.index(best) + 1]:
+        leg(best if isa == "widest" else isa, args.cases, args.seed)
+
+
+if __name__ == "__main__":
+    main()
