@@ -15,6 +15,7 @@ template <class A> struct GradRows {
   int64_t dy_row, dy_column, n;  // strides of dy in elements; n channels are left from this vector on
   const A* const* x;             // height + K - 1 rows, null outside the grid
   int64_t height, width;
+  int64_t core0 = 0, core1 = 0;  // the columns of a row's total where they are not all of them: pairs, but for the last one
 };
 
 // acc[i, j] += dy[q] * x[i][q + j] for kColumns neighbouring columns, whose taps overlap: K + kColumns - 1 loads of x for a row.
@@ -31,8 +32,10 @@ inline __attribute__((always_inline)) void grad_columns(vec_t<A>* acc, const vec
     }
 }
 
-// Sums of dy[r, q] * x[r + i, q + j] for the filter rows i in [i0, i0 + kRows). With kTotals the sum of dy over each output row too.
-template <class A, int K, int kRows, bool kTotals> void grad_taps(const GradRows<A>& rows, int i0, A* sums, vec_t<A>* totals, Ahead* ahead) {
+enum class Totals { none, all, core };
+
+// Sums of dy[r, q] * x[r + i, q + j] for the filter rows i in [i0, i0 + kRows), and the sum of dy over each output row or its core.
+template <class A, int K, int kRows, Totals kTotals> void grad_taps(const GradRows<A>& rows, int i0, A* sums, vec_t<A>* totals, Ahead* ahead) {
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> acc[kRows * K];
 #pragma GCC unroll 32
@@ -49,16 +52,16 @@ template <class A, int K, int kRows, bool kTotals> void grad_taps(const GradRows
       const vec_t<A> g[2] = {load_n(dy, rows.n), load_n(dy + rows.dy_column, rows.n)};
       __builtin_prefetch(dy + kNear * rows.dy_column), __builtin_prefetch(dy + (kNear + 1) * rows.dy_column);
       if (i0 == 0) next.fetch(), next.fetch();
-      if constexpr (kTotals) total += g[0] + g[1];
+      if (kTotals == Totals::all || (kTotals == Totals::core && q >= rows.core0 && q < rows.core1)) total += g[0] + g[1];
       grad_columns<A, K, kRows, 2>(acc, g, x, q * L);
     }
     if (q < rows.width) {
       const vec_t<A> g = load_n(dy, rows.n);
       if (i0 == 0) next.fetch();
-      if constexpr (kTotals) total += g;
+      if (kTotals == Totals::all || (kTotals == Totals::core && q >= rows.core0 && q < rows.core1)) total += g;
       grad_columns<A, K, kRows, 1>(acc, &g, x, q * L);
     }
-    if constexpr (kTotals) totals[r] = total;
+    if constexpr (kTotals != Totals::none) totals[r] = total;
   }
   if (i0 == 0) *ahead = next;
 #pragma GCC unroll 32
@@ -68,8 +71,9 @@ template <class A, int K, int kRows, bool kTotals> void grad_taps(const GradRows
 // All filter rows, as many at once as the registers hold, the totals with the fewest.
 template <class A, int K> void grad_filter(const GradRows<A>& rows, A* sums, vec_t<A>* totals, Ahead* ahead) {
   constexpr int kRows = kGradTile / K < 1 ? 1 : (kGradTile / K > K ? K : kGradTile / K), kLast = (K - 1) % kRows + 1;
-  for (int i = 0; i < K - kLast; i += kRows) grad_taps<A, K, kRows, false>(rows, i, sums, totals, ahead);
-  grad_taps<A, K, kLast, true>(rows, K - kLast, sums, totals, ahead);
+  for (int i = 0; i < K - kLast; i += kRows) grad_taps<A, K, kRows, Totals::none>(rows, i, sums, totals, ahead);
+  if (rows.core1) return grad_taps<A, K, kLast, Totals::core>(rows, K - kLast, sums, totals, ahead);
+  grad_taps<A, K, kLast, Totals::all>(rows, K - kLast, sums, totals, ahead);
 }
 
 template <class A> void grad_filter_any(int64_t K, const GradRows<A>& rows, A* sums, vec_t<A>* totals, Ahead* ahead) {
@@ -89,7 +93,8 @@ template <class A> void grad_filter_any(int64_t K, const GradRows<A>& rows, A* s
 template <class A> void grad_totals(const GradRows<A>& rows, vec_t<A>* totals) {
   for (int64_t r = 0; r < rows.height; ++r) {
     vec_t<A> total = {};
-    for (int64_t q = 0; q < rows.width; ++q) total += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
+    for (int64_t q = rows.core0; q < (rows.core1 ? rows.core1 : rows.width); ++q)
+      total += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
     totals[r] = total;
   }
 }
@@ -217,6 +222,7 @@ template <class T> struct GradWeight {
     const int64_t taps = p.K * p.K, cols = rows.width + p.K - 1;
     A* out = sums + c / kBlock * kBlock * grad_weight_rows(p) + c % kBlock;
     vec_t<A> totals[kStepRows];
+    if (p.windows) set_core(rows, q0);
     if (p.x) {
       const A* x[kStepRows];
       for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
@@ -225,7 +231,11 @@ template <class T> struct GradWeight {
     } else {
       grad_totals(rows, totals);
     }
-    if (p.db) add_to(out + taps * kBlock, sum_rows(totals, 0, rows.height));
+    if (p.db) {
+      vec_t<A> sum = sum_rows(totals, 0, rows.height);
+      if (rows.core1) sum += sum_columns(rows, 0, rows.height, 0, rows.core0) + sum_columns(rows, 0, rows.height, rows.core1, rows.width);
+      add_to(out + taps * kBlock, sum);
+    }
     if (p.windows) sum_windows(rows, totals, r0, q0, out + (taps + 1) * kBlock);
   }
 
@@ -236,36 +246,46 @@ template <class T> struct GradWeight {
   }
   static void add_to(A* out, vec_t<A> sum) { store(out, load(out) + sum); }
 
+  // The columns that tap column j sees: [first, last).
+  int64_t first(const GradRows<A>& rows, int64_t q0, int64_t j) const { return min64(rows.width, max64(0, half - j - q0)); }
+  int64_t last(const GradRows<A>& rows, int64_t q0, int64_t j) const {
+    return max64(first(rows, q0, j), min64(rows.width, p.W + half - j - q0));
+  }
+  // Those that every tap sees, in pairs; empty where there are none, all where the grid's edge is far.
+  void set_core(GradRows<A>& rows, int64_t q0) const {
+    const int64_t seen0 = first(rows, q0, 0), seen1 = last(rows, q0, p.K - 1);  // both fall with j
+    rows.core0 = min64(rows.width, (seen0 + 1) / 2 * 2), rows.core1 = seen1 == rows.width ? seen1 : seen1 / 2 * 2;
+    if (rows.core0 >= rows.core1) rows.core0 = rows.core1 = min64(rows.width, max64(1, rows.core0));
+  }
+
   // Each dy counts for the taps that see the grid from there: all but those that reach over its edge. Neighbouring rows whose windows
   // lie inside the grid from top to bottom are summed together, and so are the columns that every tap sees. Nothing is taken off a total:
   // an outlier, or an infinity, reaches the taps that see it and no other.
   void sum_windows(const GradRows<A>& rows, const vec_t<A>* totals, int64_t r0, int64_t q0, A* out) const {
     const auto inside = [&](int64_t row) { return row >= half && row + half < p.H; };
-    const auto first = [&](int64_t j) { return min64(rows.width, max64(0, half - j - q0)); };
-    const auto last = [&](int64_t j) { return max64(first(j), min64(rows.width, p.W + half - j - q0)); };
-    const int64_t core0 = first(0), core1 = last(p.K - 1);  // both fall with j: what all see lies between
+    const int64_t right = rows.width - rows.core1;
+    vec_t<A> edge[2 * kMaxKernel + 4];  // sums of the columns left of the core and right of it
     for (int64_t r = 0, end; r < rows.height; r = end) {
       for (end = r + 1; inside(r0 + r) && end < rows.height && inside(r0 + end);) ++end;
-      const bool all = core0 == 0 && core1 == rows.width;
-      const vec_t<A> core = all ? sum_rows(totals, r, end) : sum_columns(rows, r, end, core0, core1);
+      const vec_t<A> core = sum_rows(totals, r, end);
+      for (int64_t k = 0; k < rows.core0; ++k) edge[k] = sum_columns(rows, r, end, k, k + 1);
+      for (int64_t k = 0; k < right; ++k) edge[rows.core0 + k] = sum_columns(rows, r, end, rows.core1 + k, rows.core1 + k + 1);
       for (int64_t j = 0; j < p.K; ++j) {
-        const vec_t<A> sum = core0 < core1 ? core + sum_columns(rows, r, end, first(j), core0) + sum_columns(rows, r, end, core1, last(j))
-                                           : sum_columns(rows, r, end, first(j), last(j));
+        vec_t<A> sum = core;
+        const int64_t q1 = last(rows, q0, j);
+        for (int64_t q = first(rows, q0, j); q < q1; ++q)
+          if (q < rows.core0) sum += edge[q];
+          else if (q >= rows.core1) sum += edge[rows.core0 + q - rows.core1];
+          else q = rows.core1 - 1;
         add_window_row(sum, r0 + r, j, out);
       }
     }
   }
   static vec_t<A> sum_columns(const GradRows<A>& rows, int64_t r0, int64_t r1, int64_t q0, int64_t q1) {
-    vec_t<A> sum[4] = {};  // chains: an addition takes as long as four loads
-    for (int64_t r = r0; r < r1; ++r) {
-      const A* dy = rows.dy + r * rows.dy_row + q0 * rows.dy_column;
-      int64_t q = q0;
-      for (; q + 4 <= q1; q += 4, dy += 4 * rows.dy_column)
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) sum[k] += load_n(dy + k * rows.dy_column, rows.n);
-      for (; q < q1; ++q, dy += rows.dy_column) sum[0] += load_n(dy, rows.n);
-    }
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    vec_t<A> sum = {};
+    for (int64_t q = q0; q < q1; ++q)
+      for (int64_t r = r0; r < r1; ++r) sum += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
+    return sum;
   }
   void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
     if (row >= half && row + half < p.H) return add_to(out + j * kBlock, sum);

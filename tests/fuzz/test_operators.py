@@ -113,9 +113,9 @@ IMAGES = {"x", "dy", "residual", "block_output", "gate", "pool_grad", "r", "q", 
 def test_same_bits_at_any_number_of_threads_and_every_run(name):
     @given(cases(name), st.lists(st.integers(1, 4), min_size=2, max_size=3))
     def found(case, counts):
-        if harness.out_of_time(f"{name}, same bits"):
+        if case.sample.get("K", 0) > 15 or harness.out_of_time(f"{name}, same bits"):  # torch's convolution: not promised
             return
-        case, args = case._replace(backend="cpu") if case.sample.get("K", 0) <= 15 else case, arguments(case)
+        case, args = case._replace(backend="cpu"), arguments(case)
         args = (*args[:-1], case.backend)
         first, *others = (harness.run(case._replace(threads=n), args) for n in (case.threads, *counts))
         for other in others:
