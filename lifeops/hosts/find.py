@@ -25,9 +25,10 @@ def find_host(op: str, model: nn.Module, blocks: bool = True) -> Host:
             if isinstance(host, Host):
                 host = f"{type(module).__name__} has {host.embed_path}, and no list of blocks called {', '.join(library.LISTS)}"
             found += [] if host is None else [host]
-    if len(hosts) > 1:
-        names = ", ".join(f"{host.path} ({type(host.trunk).__name__})" for host in hosts)
-        raise ValueError(f"{op}: {type(model).__name__} holds {len(hosts)} ViTs, {names}; give them one by one")
+    whole = [host for host in hosts if host.blocks]
+    if len(whole) > 1:
+        names = ", ".join(f"{host.path} ({type(host.trunk).__name__})" for host in whole)
+        raise ValueError(f"{op}: {type(model).__name__} holds {len(whole)} ViTs, {names}; give them one by one")
     if hosts:
         return hosts[0]
     why = "; ".join(dict.fromkeys(found)) or f"it holds {_held(model)}"

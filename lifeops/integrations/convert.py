@@ -119,7 +119,7 @@ def _check_start(system: str, start: str | None, options: dict) -> None:
 def _check_not_compiled(model: nn.Module) -> None:
     """torch's compiler keeps programs that see neither new layers nor the hooks which tell the grid."""
     for path, module in model.named_modules():
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        if "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"convert: {path or 'the model'} is compiled; convert the model as it was before, then torch.compile it")
 
 
