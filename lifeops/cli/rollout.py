@@ -26,6 +26,7 @@ from lifeops.ops.rollout_step import FUSIONS
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+_OWN, _FOLDER = ("lifeops", "official"), "transformers:"  # what --model says beside timm's names
 _NEEDS = {"matplotlib": "matplotlib", "PIL": "pillow"}
 
 
@@ -79,15 +80,15 @@ def load(
     num_classes: int | None = None, **told,
 ) -> Loaded:  # fmt: skip
     """The model that ``name`` means, in eval mode; ``told``: what :func:`lifeops.load_official` is told of a checkpoint."""
-    _check_told(name, {"num-classes": num_classes, **told})
-    if name in ("lifeops", "official"):
+    _check_told(name, {"num_classes": num_classes, **told})
+    if name in _OWN:
         if checkpoint is None:
             raise ValueError(f"--model {name} reads its sizes from --checkpoint")
         model = (lifeops_deit if name == "lifeops" else load_official)(checkpoint, key=key, **told)
         return Loaded(model.float().eval(), _image_shape(model), *(_HALF if name == "lifeops" else _IMAGENET))
-    folder = name.startswith("transformers:")
+    folder = name.startswith(_FOLDER)
     sizes = {"num_classes": num_classes, "img_size": told.get("img_size")}
-    loaded = _transformers(name.removeprefix("transformers:")) if folder else _timm(name, pretrained, system, sizes)
+    loaded = _transformers(name.removeprefix(_FOLDER)) if folder else _timm(name, pretrained, system, sizes)
     if checkpoint is not None:
         load_into(loaded.model, checkpoint, key, "load")
     elif not (pretrained or folder):
@@ -98,8 +99,8 @@ def load(
 
 def _check_told(name: str, given: dict) -> None:
     """Raise where an option is given that a model of this kind does not read."""
-    own = name in ("lifeops", "official")
-    read = ("num_heads", "aux_key", "act", "img_size") if own else () if name.startswith("transformers:") else ("num-classes", "img_size")
+    of_others = () if name.startswith(_FOLDER) else ("num_classes", "img_size")
+    read = ("num_heads", "aux_key", "act", "img_size") if name in _OWN else of_others
     unread = [f"--{option.replace('_', '-')}" for option, value in given.items() if value is not None and option not in read]
     if unread:
         raise ValueError(f"--model {name} does not read {', '.join(unread)}")
