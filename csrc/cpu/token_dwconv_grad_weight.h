@@ -15,8 +15,18 @@ template <class A> struct GradRows {
   int64_t dy_row, dy_column, n;  // strides of dy in elements; n channels are left from this vector on
   const A* const* x;             // height + K - 1 rows, null outside the grid
   int64_t height, width;
-  int64_t core0 = 0, core1 = 0;  // the columns of a row's total where they are not all of them: pairs, but for the last one
+  // For window sums: a row's total is that of the columns [core0, core1), each other column of each row has a place of its own.
+  int64_t core0 = 0, core1 = 0;
+  vec_t<A>* edges = nullptr;
+  int64_t edge_columns() const { return core0 + width - core1; }
+  vec_t<A>& edge(int64_t r, int64_t q) const { return edges[r * edge_columns() + (q < core0 ? q : q - core1 + core0)]; }
 };
+
+// One column's part of a row's sum.
+template <class A> inline void add_column(const GradRows<A>& rows, int64_t r, int64_t q, vec_t<A> dy, vec_t<A>* total) {
+  if (q >= rows.core0 && q < rows.core1) *total += dy;
+  else rows.edge(r, q) = dy;
+}
 
 // acc[i, j] += dy[q] * x[i][q + j] for kColumns neighbouring columns, whose taps overlap: K + kColumns - 1 loads of x for a row.
 template <class A, int K, int kRows, int kColumns>
@@ -34,7 +44,8 @@ inline __attribute__((always_inline)) void grad_columns(vec_t<A>* acc, const vec
 
 enum class Totals { none, all, core };
 
-// Sums of dy[r, q] * x[r + i, q + j] for the filter rows i in [i0, i0 + kRows), and the sum of dy over each output row or its core.
+// Sums of dy[r, q] * x[r + i, q + j] for the filter rows i in [i0, i0 + kRows), and the sum of dy over each output row or over its core
+// and the columns beside it.
 template <class A, int K, int kRows, Totals kTotals> void grad_taps(const GradRows<A>& rows, int i0, A* sums, vec_t<A>* totals, Ahead* ahead) {
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> acc[kRows * K];
@@ -52,13 +63,15 @@ template <class A, int K, int kRows, Totals kTotals> void grad_taps(const GradRo
       const vec_t<A> g[2] = {load_n(dy, rows.n), load_n(dy + rows.dy_column, rows.n)};
       __builtin_prefetch(dy + kNear * rows.dy_column), __builtin_prefetch(dy + (kNear + 1) * rows.dy_column);
       if (i0 == 0) next.fetch(), next.fetch();
-      if (kTotals == Totals::all || (kTotals == Totals::core && q >= rows.core0 && q < rows.core1)) total += g[0] + g[1];
+      if (kTotals == Totals::all || (kTotals == Totals::core && q >= rows.core0 && q + 2 <= rows.core1)) total += g[0] + g[1];
+      else if (kTotals == Totals::core) add_column(rows, r, q, g[0], &total), add_column(rows, r, q + 1, g[1], &total);
       grad_columns<A, K, kRows, 2>(acc, g, x, q * L);
     }
     if (q < rows.width) {
       const vec_t<A> g = load_n(dy, rows.n);
       if (i0 == 0) next.fetch();
-      if (kTotals == Totals::all || (kTotals == Totals::core && q >= rows.core0 && q < rows.core1)) total += g;
+      if (kTotals == Totals::all) total += g;
+      else if (kTotals == Totals::core) add_column(rows, r, q, g, &total);
       grad_columns<A, K, kRows, 1>(acc, &g, x, q * L);
     }
     if constexpr (kTotals != Totals::none) totals[r] = total;
@@ -72,7 +85,7 @@ template <class A, int K, int kRows, Totals kTotals> void grad_taps(const GradRo
 template <class A, int K> void grad_filter(const GradRows<A>& rows, A* sums, vec_t<A>* totals, Ahead* ahead) {
   constexpr int kRows = kGradTile / K < 1 ? 1 : (kGradTile / K > K ? K : kGradTile / K), kLast = (K - 1) % kRows + 1;
   for (int i = 0; i < K - kLast; i += kRows) grad_taps<A, K, kRows, Totals::none>(rows, i, sums, totals, ahead);
-  if (rows.core1) return grad_taps<A, K, kLast, Totals::core>(rows, K - kLast, sums, totals, ahead);
+  if (rows.edges) return grad_taps<A, K, kLast, Totals::core>(rows, K - kLast, sums, totals, ahead);
   grad_taps<A, K, kLast, Totals::all>(rows, K - kLast, sums, totals, ahead);
 }
 
@@ -93,8 +106,11 @@ template <class A> void grad_filter_any(int64_t K, const GradRows<A>& rows, A* s
 template <class A> void grad_totals(const GradRows<A>& rows, vec_t<A>* totals) {
   for (int64_t r = 0; r < rows.height; ++r) {
     vec_t<A> total = {};
-    for (int64_t q = rows.core0; q < (rows.core1 ? rows.core1 : rows.width); ++q)
-      total += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
+    for (int64_t q = 0; q < rows.width; ++q) {
+      const vec_t<A> g = load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
+      if (rows.edges) add_column(rows, r, q, g, &total);
+      else total += g;
+    }
     totals[r] = total;
   }
 }
@@ -221,8 +237,9 @@ template <class T> struct GradWeight {
   void add_vector(GradRows<A> rows, int64_t c, int64_t r0, int64_t q0, Ahead* ahead) const {
     const int64_t taps = p.K * p.K, cols = rows.width + p.K - 1;
     A* out = sums + c / kBlock * kBlock * grad_weight_rows(p) + c % kBlock;
-    vec_t<A> totals[kStepRows];
-    if (p.windows) set_core(rows, q0);
+    vec_t<A> totals[kStepRows], edges[kMostColumns];  // a step has no more columns, or it is one row
+    static_assert(kMostColumns >= kMaxKernel - 1);
+    if (p.windows) rows.edges = edges, set_core(rows, q0);
     if (p.x) {
       const A* x[kStepRows];
       for (int64_t i = 0; i < rows.height + p.K - 1; ++i) x[i] = rows.x[i] ? rows.x[i] + c * cols : zeros;
@@ -233,7 +250,7 @@ template <class T> struct GradWeight {
     }
     if (p.db) {
       vec_t<A> sum = sum_rows(totals, 0, rows.height);
-      if (rows.core1) sum += sum_columns(rows, 0, rows.height, 0, rows.core0) + sum_columns(rows, 0, rows.height, rows.core1, rows.width);
+      if (rows.edges) sum += sum_rows(edges, 0, rows.height * rows.edge_columns());
       add_to(out + taps * kBlock, sum);
     }
     if (p.windows) sum_windows(rows, totals, r0, q0, out + (taps + 1) * kBlock);
@@ -251,11 +268,9 @@ template <class T> struct GradWeight {
   int64_t last(const GradRows<A>& rows, int64_t q0, int64_t j) const {
     return max64(first(rows, q0, j), min64(rows.width, p.W + half - j - q0));
   }
-  // Those that every tap sees, in pairs; empty where there are none, all where the grid's edge is far.
+  // Those that every tap sees; none where the filter is wider than the grid.
   void set_core(GradRows<A>& rows, int64_t q0) const {
-    const int64_t seen0 = first(rows, q0, 0), seen1 = last(rows, q0, p.K - 1);  // both fall with j
-    rows.core0 = min64(rows.width, (seen0 + 1) / 2 * 2), rows.core1 = seen1 == rows.width ? seen1 : seen1 / 2 * 2;
-    if (rows.core0 >= rows.core1) rows.core0 = rows.core1 = min64(rows.width, max64(1, rows.core0));
+    rows.core0 = first(rows, q0, 0), rows.core1 = max64(rows.core0, last(rows, q0, p.K - 1));  // both fall with j
   }
 
   // Each dy counts for the taps that see the grid from there: all but those that reach over its edge. Neighbouring rows whose windows
@@ -263,29 +278,24 @@ template <class T> struct GradWeight {
   // an outlier, or an infinity, reaches the taps that see it and no other.
   void sum_windows(const GradRows<A>& rows, const vec_t<A>* totals, int64_t r0, int64_t q0, A* out) const {
     const auto inside = [&](int64_t row) { return row >= half && row + half < p.H; };
-    const int64_t right = rows.width - rows.core1;
-    vec_t<A> edge[2 * kMaxKernel + 4];  // sums of the columns left of the core and right of it
+    vec_t<A> edges[kMaxKernel - 1];  // of the rows that are summed together
     for (int64_t r = 0, end; r < rows.height; r = end) {
       for (end = r + 1; inside(r0 + r) && end < rows.height && inside(r0 + end);) ++end;
       const vec_t<A> core = sum_rows(totals, r, end);
-      for (int64_t k = 0; k < rows.core0; ++k) edge[k] = sum_columns(rows, r, end, k, k + 1);
-      for (int64_t k = 0; k < right; ++k) edge[rows.core0 + k] = sum_columns(rows, r, end, rows.core1 + k, rows.core1 + k + 1);
+      for (int64_t k = 0; k < rows.edge_columns(); ++k) {
+        edges[k] = rows.edges[r * rows.edge_columns() + k];
+        for (int64_t row = r + 1; row < end; ++row) edges[k] += rows.edges[row * rows.edge_columns() + k];
+      }
       for (int64_t j = 0; j < p.K; ++j) {
         vec_t<A> sum = core;
         const int64_t q1 = last(rows, q0, j);
         for (int64_t q = first(rows, q0, j); q < q1; ++q)
-          if (q < rows.core0) sum += edge[q];
-          else if (q >= rows.core1) sum += edge[rows.core0 + q - rows.core1];
+          if (q < rows.core0) sum += edges[q];
+          else if (q >= rows.core1) sum += edges[rows.core0 + q - rows.core1];
           else q = rows.core1 - 1;
         add_window_row(sum, r0 + r, j, out);
       }
     }
-  }
-  static vec_t<A> sum_columns(const GradRows<A>& rows, int64_t r0, int64_t r1, int64_t q0, int64_t q1) {
-    vec_t<A> sum = {};
-    for (int64_t q = q0; q < q1; ++q)
-      for (int64_t r = r0; r < r1; ++r) sum += load_n(rows.dy + r * rows.dy_row + q * rows.dy_column, rows.n);
-    return sum;
   }
   void add_window_row(vec_t<A> sum, int64_t row, int64_t j, A* out) const {
     if (row >= half && row + half < p.H) return add_to(out + j * kBlock, sum);
