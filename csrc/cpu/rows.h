@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows of tokens: how a task reads them once, and asks ahead for the next.
 //
-// Each input row is read once, converted once and written to a zero-padded ring of rows [vector][column][lane]: compact, so that
-// channel strides such as 4096 bytes cannot collide in L1, and free of column masks. The sums then read one ring vector per
-// multiply-add, which two loads a cycle keep up with.
+// Unless it can be read where it lies (see Forward), each input row is read once, converted once and written to a zero-padded ring of
+// rows [vector][column][lane]: compact, so that channel strides such as 4096 bytes cannot collide in L1, and free of column masks. The
+// sums then read one ring vector per multiply-add, which two loads a cycle keep up with.
 #pragma once
 #include "activations.h"
 #include "token_dwconv.h"

@@ -156,7 +156,7 @@ template <class T> struct Backward {
           const A* tile_rows[kMaxKernel + 1];
           for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * x_cols + t0 - q0 + half) * L;
           vec_t<A> z[kTile];
-          tiles[width - 1](tile_rows, k0, k1, taps(of.task.taps, c), p.K, bias ? load(bias + image.c0 + c) : vec_t<A>{}, z);
+          tiles[width - 1](tile_rows, k0, k1, taps(of.task.taps, c), p.K, bias ? load(bias + image.c0 + c) : vec_t<A>{}, z, {});
           times_derivative_of<T>(of.params.act, z, height, int(width), dy_at(r, t0) + c, p.W * p.x_stride_n, p.x_stride_n, n - c,
                                  dz_row(r) + (v * dz_cols + t0 - q0 + half) * L, dz_cols * vectors() * L);
         }
@@ -198,7 +198,7 @@ template <class T> struct Backward {
           const A* tile_rows[kMaxKernel + 1];
           for (int k = k0; k < k1; ++k) tile_rows[k] = rows[k] + (v * dz_cols + t0) * L;
           vec_t<A> acc[kTile];
-          tiles[width - 1](tile_rows, k0, k1, taps(of.task.mirrored, c), p.K, vec_t<A>{}, acc);
+          tiles[width - 1](tile_rows, k0, k1, taps(of.task.mirrored, c), p.K, vec_t<A>{}, acc, {});
           store_tile<T>(acc, height, int(width), TileTarget<T>{y + t0 * p.y_stride_n + c, nullptr, p.y_stride_n, 0, p.W * p.y_stride_n, 0, n - c, nullptr}, &ahead);
         }
       }
