@@ -107,10 +107,12 @@ def _calls(model, kind, x):
                 found.append((path, m, args, kwargs, out.clone() if isinstance(out, torch.Tensor) else out))  # to which more may be added
 
             handles.append(module.register_forward_hook(keep, with_kwargs=True))
-    with torch.no_grad():
-        model(x)
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
     assert found, "none of what was converted ran"
     return found
 
@@ -244,9 +246,11 @@ def check_dw_shortcut(original, model, x, host) -> float:
     for group in groups:
         keep = lambda m, a, out, group=group: inner.__setitem__(id(group), out)  # noqa: E731
         handles.append(group.blocks[-1].register_forward_hook(keep))
-    calls = _calls(model, _is_group, x)
-    for handle in handles:
-        handle.remove()
+    try:
+        calls = _calls(model, _is_group, x)
+    finally:
+        for handle in handles:
+            handle.remove()
     assert len(calls) == len(every)
     worst = 0.0
     for path, group, args, kwargs, out in calls:

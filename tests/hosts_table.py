@@ -14,6 +14,7 @@ from host_configs import HOSTS, HostConfig, made
 from hosts import SYSTEMS, hooks_of, timm, transformers
 
 import lifeops
+from lifeops.hosts.host import CONVERSION
 
 PAGE = Path(__file__).parent.parent / "docs" / "hosts.md"
 CELLS = Path(__file__).parent / "host_cells.json"
@@ -36,7 +37,8 @@ without its feed-forward. `lifeops.revert` then gives equal outputs and the same
 default target, a patch and the mean against the plain product of the attention matrices that the model was seen to compute.
 `impulse`, `mimetic`: `lifeops.init.structured_`; of an impulse the attention mass of the first layer as the report says it, and as the
 model has it on a blank image, of a mimetic start each layer's q k and v·proj against the formula's, drawn again. {accelerate}Numbers
-are the largest difference over the largest entry. A model that is refused is untouched.
+are the largest difference over the largest entry. A model that is refused is untouched; one whose forward passes are refused, where its
+patches do not all reach the blocks, is reverted.
 
 {counts}
 """
@@ -124,7 +126,7 @@ def cell(case: Case, column: str) -> str:
         op, message = COLUMNS[column], " ".join(str(refusal).split())
         if not message.startswith(op):
             raise AssertionError(f"ValueError without {op!r}: {message}") from refusal
-        case.same(model)
+        case.same(lifeops.revert(model) if hasattr(model, CONVERSION) else model)  # where it is a forward pass that is refused
         message = message.removeprefix(op)
         return "refused: " + (message if len(message) <= LONGEST else message[:LONGEST].rstrip() + "…")
 

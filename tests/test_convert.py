@@ -119,12 +119,6 @@ def test_copies_and_pickles_are_independent():
     assert torch.equal(model(x), expected)
 
 
-def test_patch_dropout_is_an_error_that_says_so():
-    model = lifeops.convert(timm.models.VisionTransformer(**SMALL, patch_drop_rate=0.5)).train()
-    with pytest.raises(ValueError, match="turn patch dropout off"):
-        model(torch.randn(1, 3, 32, 32))
-
-
 def test_training_mode_dropout_and_freezing_are_kept():
     model = timm.models.VisionTransformer(**SMALL, attn_drop_rate=0.1, proj_drop_rate=0.2).train().double()
     lifeops.convert(model)

@@ -37,14 +37,12 @@ CONVERT_REFUSES = {
         named("convit_tiny", depth=3, local_up_to_layer=1),
         {"life": "GPSA without q, k and v", "localvit": "in blocks.0 tokens 0 to 15", "dw_shortcut": "in blocks.0 tokens 0 to 15"},
     ),
-    "shuffled": (hf("ViTMAE", mask_ratio=0.0), dict.fromkeys(SYSTEMS, "hidden in a random order: give noise=torch.arange")),
     "tokens behind": (
         hf("Yolos", num_detection_tokens=5, image_size=(32, 48)),
         dict.fromkeys(SYSTEMS, "puts 5 tokens behind its patches (detection_tokens)"),
     ),
     "frames": (hf("VideoMAE"), dict.fromkeys(SYSTEMS, "the patch embedding of VideoMAEModel, reads patches of several frames (Conv3d)")),
     "packed": (hf("Siglip2Vision"), dict.fromkeys(SYSTEMS, "of Siglip2VisionModel, reads patches that were cut before (Linear)")),
-    "masked": (hf("ViTMAE"), dict.fromkeys(SYSTEMS, "of 16 patches some are dropped")),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lifeops.arguments import check_module
+from lifeops.hosts import patch_order
 from lifeops.hosts.find import find_host
 from lifeops.hosts.host import CONVERSION, FLOWS, GRIDS, PARTS, Block, Host
 
@@ -35,6 +36,7 @@ class Description:
             f"{type(h.trunk).__name__} of {h.library}{where}",
             f"  patches: {h.embed_path} ({type(h.embed).__name__})",
             f"  tokens before the patches: {prefix}{' (class token first)' if h.has_cls else ''}{behind}{late}",
+            *(f"  patches on their way: {told}" for told in patch_order.words(h)),
             *([] if h.grid_from == "embedding" else [f"  grid: {GRIDS[h.grid_from]}"]),
             f"  {len(h.blocks)} blocks{stages}: {', '.join(h.blocks_path)}",
             *(f"    {count} x {kind}" for kind, count in Counter(map(_block, h.blocks)).items()),

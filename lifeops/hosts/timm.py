@@ -94,7 +94,9 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
     modules = {f"{name}.{i}": b for name in lists for i, b in enumerate(trunk.get_submodule(name))}
     flows = {name: _FLOWS.get(embed_path, _FLOWS.get(name.rpartition(".")[2], "tokens")) for name in lists}
     blocks = [block_of(place, b, _ORDERS, flows[place.rpartition(".")[0]]) for place, b in modules.items()]
+    picks = ("patch_drop",) if hasattr(getattr(trunk, "patch_drop", None), "prob") else ()
     return Host(
         library, path, trunk, embed_path, prefix, 0, bool(prefix) and _has_cls(trunk), lists, blocks, late=int(late), late_cls=late,
         teller_path=teller, grid_from=_grid_from(embed_path, lists, list(modules.values())), apart=embed_path == "patch_embeds.0",
+        picks=picks,
     )  # fmt: skip

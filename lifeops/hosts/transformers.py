@@ -88,7 +88,8 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
     late = getattr(getattr(trunk, "query", None), "num_embeddings", 0)  # EoMT
     has_cls = any(getattr(embeddings, n, None) is not None for n in _CLS)
     counts = _count(embeddings, _PREFIX), _count(embeddings, SUFFIX)
-    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, lists, blocks, late=late)
+    picks = ("embeddings",) if hasattr(embeddings, "random_masking") else ()
+    return Host("transformers", path, trunk, f"embeddings.{name}", *counts, has_cls, lists, blocks, late=late, picks=picks)
 
 
 def _maps(path: str, trunk: nn.Module) -> Host | None:

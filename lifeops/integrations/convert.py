@@ -9,6 +9,7 @@ from torch import nn
 
 from lifeops.arguments import check_choice, check_flags, got, under
 from lifeops.hosts.host import CONVERSION as RECORD
+from lifeops.hosts.patch_order import in_order
 from lifeops.integrations import timm_indices
 from lifeops.integrations.accelerate import put_back
 from lifeops.integrations.convert_dw_shortcut import convert_dw_shortcut
@@ -96,6 +97,7 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
     handles += [stage.register_forward_pre_hook(holder.enter_stage) for stage in stages]
     for module in (*pools, plan.host.teller):
         holder.watch(module)
+    handles += [plan.host.trunk.get_submodule(path).register_forward_hook(in_order) for path in plan.host.picks]
 
 
 def _try(plan: Plan) -> None:
@@ -160,6 +162,9 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     what it is; a shortcut must find tokens. Models of stages, and groups, run with and without shortcuts that add nothing, and must put
     out the same. Not on the meta device or where weights are offloaded; ``probe=False`` leaves it out, and what it costs: about two forward
     passes.
+
+    Patches that a model shuffles before its blocks (ViTMAE) reach them in the order of the grid. Where it leaves some out, at a
+    ``mask_ratio`` that is not 0 or by timm's patch dropout in training, that forward pass is a ValueError.
 
     Blocks that the model holds several times stay shared, hooks on a replaced module act on its replacement, and a conversion that
     fails changes nothing.

@@ -7,7 +7,7 @@ the old one: :mod:`lifeops.integrations.convert_check`. No hook runs, and modes,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lifeops.hosts.host import Host
 from lifeops.hosts.images import first_conv, image_size
+from lifeops.hosts.patch_order import all_patches
 from lifeops.integrations.pass_watch import Watch
 from lifeops.integrations.token_place import Place
 from lifeops.integrations.undisturbed import can_run, forward_of, of_several_precisions, undisturbed
@@ -48,6 +49,13 @@ def image_of(host: Host) -> Tensor:
     return image.to(next(embed.parameters()))
 
 
+def run_on_image(host: Host, mode: contextlib.AbstractContextManager | None = None) -> None:
+    """One forward pass of the model, all patches in the blocks; ``mode``: what it runs under."""
+    image = image_of(host)
+    with mode or contextlib.nullcontext(), all_patches(host):
+        host.trunk.forward(image)
+
+
 def can_try(host: Host) -> bool:
     """Whether the model has numbers and, if it has several precisions, which autocast may be there for, runs as it is."""
     if not can_run(host.trunk):
@@ -56,7 +64,7 @@ def can_try(host: Host) -> bool:
         return True
     try:
         with undisturbed(host.trunk):
-            host.trunk.forward(image_of(host))
+            run_on_image(host)
     except Exception:
         return False
     return True
@@ -67,53 +75,69 @@ def probe(host: Host, prefix: int) -> Probed:
 
     Raises ValueError if it does not run or if a block does not read ``prefix`` tokens and then the grid's patches in their order.
     """
-    model, blocks = host.trunk, paths(host)
-    calls: dict[int, Call] = {}
-    watch, grids, embed, own = Watch({}, set()), [], host.teller, host.teller.forward
-    beside: dict[type, tuple | None] = {}  # what a block of the class gives behind its tokens
-    place = Place("convert", watch, embed)
+    run = _Run(host, prefix)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(forward_of(host.teller, run.embedding))
+        for path, block in paths(host).items():
+            stack.enter_context(forward_of(block, run.passing(path, block)))
+        _on_image(host, run.watch)
+    name = type(host.trunk).__name__
+    if run.grid is None or not run.calls:
+        raise ValueError(f"convert: {name} ran without {'its patch_embed' if run.grid is None else 'its blocks'} (probe=False)")
+    found = Probed(run.calls, run.grid)
+    for path, _, given in ran(host, found):
+        _check_tokens(path, given.x, prefix, found.grid)
+    return found
 
-    def embedded(*args, **kwargs):
-        output = own(*args, **kwargs)
-        with watch.quiet():
-            grids.append(embedded_grid(embed, args, output))
-        place.embedded(embed, args, output)
+
+class _Run:
+    """What stands in for the forwards of the patch embedding and of the blocks, and what it saw."""
+
+    def __init__(self, host: Host, prefix: int):
+        self.prefix, self.transformers = prefix, host.library == "transformers"
+        self.embed, self.embed_forward = host.teller, host.teller.forward
+        self.watch = Watch({}, set())
+        self.place = Place("convert", self.watch, self.embed)
+        self.calls: dict[int, Call] = {}
+        self.grid: tuple[int, int] | None = None
+        self._beside: dict[type, tuple | None] = {}  # what a block of the class gives behind its tokens
+
+    def embedding(self, *args, **kwargs):
+        output = self.embed_forward(*args, **kwargs)
+        with self.watch.quiet():
+            self.grid = embedded_grid(self.embed, args, output)
+        self.place.embedded(self.embed, args, output)  # which refuses a second run
         return output
 
-    def passing(path, block):
-        run = block.forward
+    def passing(self, path: str, block: nn.Module) -> Callable:
+        own = block.forward
 
         def forward(x, *args, **kwargs):
-            if not calls and grids:
-                _check_place(host, place, path, x, prefix, grids[-1])
-            calls.setdefault(id(block), Call((x, *args), kwargs))
-            if host.library == "transformers" and type(block) not in beside:  # whose blocks may give more than tokens
-                with watch.quiet():
-                    output = run(x, *args, **kwargs)
-                beside[type(block)] = output[1:] if isinstance(output, tuple) else None
-            rest = beside.get(type(block))
+            if not self.calls and self.grid is not None:
+                self.place.check(path, x, self.prefix, self.grid)
+            self.calls.setdefault(id(block), Call((x, *args), kwargs))
+            rest = self._rest(type(block), own, (x, *args), kwargs) if self.transformers else None
             return x if rest is None else (x, *rest)
 
         return forward
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(forward_of(embed, embedded))
-        for path, block in blocks.items():
-            stack.enter_context(forward_of(block, passing(path, block)))
-        try:
-            image = image_of(host)
-            with watch:
-                model.forward(image)
-        except Exception as error:
-            if str(error).startswith("convert:"):
-                raise
-            raise _failed(model, error) from error
-    if not grids or not calls:
-        raise ValueError(f"convert: {type(model).__name__} ran without {'its patch_embed' if not grids else 'its blocks'} (probe=False)")
-    found = Probed(calls, grids[0])
-    for path, _, given in ran(host, found):
-        _check_tokens(path, given.x, prefix, found.grid)
-    return found
+    def _rest(self, cls: type, own: Callable, args: tuple, kwargs: dict) -> tuple | None:
+        """What blocks of transformers may give behind their tokens; None of those that give tokens alone."""
+        if cls not in self._beside:
+            with self.watch.quiet():
+                output = own(*args, **kwargs)
+            self._beside[cls] = output[1:] if isinstance(output, tuple) else None
+        return self._beside[cls]
+
+
+def _on_image(host: Host, mode: contextlib.AbstractContextManager | None = None) -> None:
+    """Run the model on one image under ``mode``; ValueError in the words of convert where it does not run."""
+    try:
+        run_on_image(host, mode)
+    except Exception as error:
+        if str(error).startswith("convert:"):
+            raise
+        raise _failed(host.trunk, error) from error
 
 
 def run_through(host: Host) -> Probed:
@@ -130,23 +154,10 @@ def run_through(host: Host) -> Probed:
     with contextlib.ExitStack() as stack:
         for block in paths(host).values():
             stack.enter_context(forward_of(block, noting(block, block.forward)))
-        try:
-            host.trunk.forward(image_of(host))
-        except Exception as error:
-            raise _failed(host.trunk, error) from error
+        _on_image(host)
     if not calls:
         raise ValueError(f"convert: {type(host.trunk).__name__} ran without its blocks (probe=False)")
     return Probed(calls, None)
-
-
-def _check_place(host: Host, place: Place, path: str, x: Tensor, prefix: int, grid: tuple[int, int]) -> None:
-    try:
-        place.check(path, x, prefix, grid)
-    except ValueError as error:
-        if not hasattr(getattr(host.trunk, "embeddings", None), "random_masking"):
-            raise
-        hint = "patches are hidden in a random order: give noise=torch.arange(H * W).expand(B, -1) and mask_ratio=0 always, and probe=False"
-        raise ValueError(f"{error}; {hint}") from error
 
 
 def paths(host: Host) -> dict[str, nn.Module]:

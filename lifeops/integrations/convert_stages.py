@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from lifeops.hosts.host import Block, Host
 from lifeops.integrations.attention_check import off
-from lifeops.integrations.convert_probe import image_of
+from lifeops.integrations.convert_probe import image_of, run_on_image
 from lifeops.integrations.token_place import chosen, rows_at
 from lifeops.integrations.undisturbed import forward_of, undisturbed
 from lifeops.nn.dw_shortcut import DWShortcut
@@ -101,7 +101,7 @@ def _outputs(host: Host, modules: list[nn.Module], failed: str) -> tuple[list[li
         for module in {id(m): m for m in (*modules, *stages.values(), *(b.module for b in host.blocks))}.values():
             stack.enter_context(forward_of(module, noting(module)))
         try:
-            host.trunk.forward(image_of(host))
+            run_on_image(host)
         except Exception as error:
             if str(error).startswith("convert:"):
                 raise

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from lifeops.hosts.patch_order import in_order
 from lifeops.nn.grids import GridHolder
 
 HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_")) and "hooks" in name)
@@ -29,8 +30,9 @@ def forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 def _without_users(hooks: dict[str, OrderedDict]) -> dict[str, OrderedDict]:
-    """Only the hooks that tell a converted model's modules their grid."""
-    own = {key for found in hooks.values() for key, hook in found.items() if isinstance(getattr(hook, "__self__", None), GridHolder)}
+    """Only the hooks that tell a converted model's modules their grid, and put its patches on it."""
+    hooked = ((key, hook) for found in hooks.values() for key, hook in found.items())
+    own = {key for key, hook in hooked if hook is in_order or isinstance(getattr(hook, "__self__", None), GridHolder)}
     return {name: OrderedDict((key, hook) for key, hook in found.items() if key in own) for name, found in hooks.items()}
 
 
