@@ -77,8 +77,9 @@ class Host(NamedTuple):
     ``late``: how many tokens join in front of all others behind the first blocks; ``late_cls``: they are a class token. ``teller_path``: of
     the module whose output tells the grid of a pass, where that is not the patch embedding. ``grid_from``: where the grid that
     a block's tokens lie on comes from, a key of :data:`GRIDS`. ``apart``: the model runs something of its own between the blocks of a list,
-    so that several are no module of their own. ``prefixes``: P of each list, where they differ. ``picks``: the paths inside ``trunk`` of
-    modules that may leave patches out or shuffle them before the blocks: :mod:`patch_order`.
+    so that several are no module of their own. ``prefixes``: P of each list, where they differ. ``embeds_in``: the method of ``trunk`` that
+    calls the patch embedding, where it ends before the blocks run. ``picks``: the paths inside ``trunk`` of modules that may leave patches
+    out or shuffle them before the blocks: :mod:`patch_order`.
     """
 
     library: str
@@ -96,6 +97,7 @@ class Host(NamedTuple):
     grid_from: str = "embedding"
     apart: bool = False
     prefixes: tuple[int, ...] = ()
+    embeds_in: str | None = None
     picks: tuple[str, ...] = ()
 
     @property

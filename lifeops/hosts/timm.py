@@ -21,6 +21,7 @@ _LATE = ("blocks_token_only", "cls_attn_blocks")  # CaiT, XCiT: a class token jo
 _BLOCKS = ("blocks", "transformer_encoder")  # of a stage; NesT
 _SCALES = ("serial_blocks1", "serial_blocks2", "serial_blocks3", "serial_blocks4", "parallel_blocks")  # CoaT
 LISTS = ("blocks", *(f"{name}.*.blocks" for name in _STAGES), *_SCALES[::4])
+_EMBEDS_IN = "_forward_embeds"  # NaFlexViT
 _FLOWS = {"pixel_embed": "pixels", "transformer_encoder": "squares", "parallel_blocks": "scales"}
 
 
@@ -98,5 +99,5 @@ def read(path: str, trunk: nn.Module) -> Host | str | None:
     return Host(
         library, path, trunk, embed_path, prefix, 0, bool(prefix) and _has_cls(trunk), lists, blocks, late=int(late), late_cls=late,
         teller_path=teller, grid_from=_grid_from(embed_path, lists, list(modules.values())), apart=embed_path == "patch_embeds.0",
-        picks=picks,
+        embeds_in=_EMBEDS_IN if hasattr(trunk, _EMBEDS_IN) else None, picks=picks,
     )  # fmt: skip

@@ -92,6 +92,7 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
     for block in plan.blocks:
         handles += [block.register_forward_pre_hook(holder.enter_block), block.register_forward_hook(holder.leave_block, always_call=True)]
     holder.embed_path = ".".join(filter(None, (plan.host.path, plan.host.teller_path or plan.host.embed_path)))
+    holder.embed_method = plan.host.embeds_in
     holder.belongs_to(model)
     stages, pools = pooled(plan.host)
     handles += [stage.register_forward_pre_hook(holder.enter_stage) for stage in stages]

@@ -7,6 +7,8 @@ import weakref
 
 from torch import nn
 
+_HOOKED = "hook_id", "embed_path", "embed_method"  # what a holder knows of the patch embedding
+
 
 def living(handles: list) -> list:
     """Hook handles without those of modules that are gone: torch can neither copy nor pickle them."""
@@ -22,7 +24,7 @@ class Copied:
     _origin = None  # who is asked instead
 
     def __getstate__(self):
-        kept = {"fixed": self.fixed, "hook_id": self.hook_id, "embed_path": self.embed_path, "_origin": self._origin}
+        kept = {name: getattr(self, name) for name in ("fixed", "_origin", *_HOOKED)}
         return {**kept, "handles": living(self.handles)}
 
     def __setstate__(self, state):
@@ -35,7 +37,8 @@ class Copied:
         if self._origin is not None:
             new._origin = copy.deepcopy(self._origin, memo)
         elif model is None or id(model) in memo:
-            new.handles, new.hook_id, new.embed_path = copy.deepcopy(living(self.handles), memo), self.hook_id, self.embed_path
+            new.handles = copy.deepcopy(living(self.handles), memo)
+            new.__dict__.update({name: getattr(self, name) for name in _HOOKED})
             new.belongs_to(memo.get(id(model)))
         else:
             new._origin = self

@@ -57,12 +57,12 @@ class _Thread(threading.local):
         self.embedder = None  # the frame that called it
 
 
-def _caller(skip: int):
-    """The frame that called the module whose hook this is, past torch's own, and NaFlexViT's, which ends before the blocks run."""
+def _caller(skip: int, past: str | None):
+    """The frame that called the module whose hook this is, past torch's own and the method ``past``, which ends before the blocks run."""
     frame = sys._getframe(skip)
     while frame.f_back is not None and frame.f_code.co_filename == _MODULE_FILE:
         frame = frame.f_back
-    return frame.f_back if frame.f_code.co_name == "_forward_embeds" else frame
+    return frame.f_back if frame.f_code.co_name == past else frame
 
 
 def _runs(scope: _Scope) -> bool:
@@ -89,6 +89,7 @@ class GridHolder(Copied):
         self.handles: list = []  # of the patch embeddings that were hooked, the last one is the model's
         self.hook_id: int | None = None  # its number, which compilers can read
         self.embed_path = "patch_embed"  # inside the model
+        self.embed_method: str | None = None  # of the model's, which calls the embedding and ends before the blocks run
 
     # -------------------------------------------------------------------------------------------- reading
 
@@ -199,7 +200,7 @@ class GridHolder(Copied):
             thread.traced = grid
             return
         self._seen.add(grid)
-        scope, frame = self._scope(), _caller(2)
+        scope, frame = self._scope(), _caller(2, self.embed_method)
         if scope is not None and scope.waits and (scope.grid is None or self._thread.embedder is frame):
             here, opener = scope.frame, scope.opener
         else:  # forward_features and the like, called past model(images): the grid is that of the method that runs
