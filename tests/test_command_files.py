@@ -14,6 +14,7 @@ from lifeops import cli
 from lifeops.cli import rollout as rollout_cli
 from lifeops.cli.main import told_plainly
 from lifeops.files import distinct, make_folder, written
+from lifeops.integrations.convert import SYSTEMS
 from lifeops.models import dw_shortcut
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.swin import SwinTransformer
@@ -121,6 +122,18 @@ def test_a_full_disk(folder, capsys, monkeypatch):
     monkeypatch.setattr(rollout_cli, "draw", full)
     assert "No space left on device" in refused(capsys, "ok.png")
     assert [p.name for p in (folder / "out").iterdir()] == ["ok.npy"]
+
+
+def test_info_says_what_it_prints(capsys):
+    for args, code in ((["--help"], 0), (["nonsense"], 2)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["info", *args])
+        assert stop.value.code == code
+    text = " ".join(capsys.readouterr().out.split())
+    assert "usage: lifeops info" in text
+    assert "each backend's ops, or why it is missing; the environment variables" in text
+    assert cli.main(["info"]) == 0
+    assert "CPU instruction set" in capsys.readouterr().out
 
 
 def test_bugs_keep_their_traceback(folder, monkeypatch):
@@ -246,6 +259,11 @@ def test_a_timm_model_and_its_checkpoint(folder, capsys, monkeypatch):
     loaded = lifeops.convert(model, "life")
     torch.save(loaded.state_dict(), "life.pth")
     assert run("ok.png", model="vit_tiny_patch16_224", checkpoint="life.pth", options=["--convert", "life"]) == 0
+    line = refused(capsys, "ok.png", model="vit_tiny_patch16_224", checkpoint="life.pth")
+    assert line.endswith(
+        "life.pth: the checkpoint is of a model converted to 'life': lifeops.convert(model, 'life'), with the options that it had, before"
+        " loading it (lifeops rollout: --convert life)"
+    )
 
 
 def test_a_timm_model_of_another_size_and_other_classes(folder, capsys, monkeypatch):
@@ -271,6 +289,54 @@ def test_random_weights_are_told(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     assert run("ok.png", model="vit_tiny_patch16_224", checkpoint=None) == 0
     assert "lifeops rollout: warning: vit_tiny_patch16_224 has random weights" in capsys.readouterr().err
+
+
+def _saved(folder, system=None):
+    """A small ViT of transformers, converted and saved; the model."""
+    declare_torchvision_ops()
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 24, "image_size": 32}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, patch_size=8, num_labels=3)).eval()
+    if system is not None:
+        lifeops.convert(model, system)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_converted_transformers_model(system, folder, capsys, monkeypatch):
+    """From its own folder, or from the folder of the plain one and a checkpoint; never without --convert, nor with new layers unsaid."""
+    monkeypatch.chdir(folder)
+    plain, model = _saved("plain"), _saved("saved", system)
+    torch.save(model.state_dict(), "converted.pth")
+    torch.save(plain.state_dict(), "plain.pth")
+    x = rollout_cli.read_image(folder / "ok.png", rollout_cli.Loaded(model, (3, 32, 32), (0.5,) * 3, (0.5,) * 3))[0]
+    expected = lifeops.rollout(model, x, prefix="normalize").maps[0].numpy()
+    for name, checkpoint in (("saved", None), ("plain", "converted.pth")):
+        assert run("ok.png", model=f"transformers:{name}", checkpoint=checkpoint, out=name, options=["--convert", system]) == 0
+        assert "warning" not in capsys.readouterr().err
+        np.testing.assert_allclose(np.load(f"{name}/ok.npy"), expected, rtol=1e-5)
+    line = f"holds a model converted to '{system}': give --convert {system}"
+    assert line in refused(capsys, "ok.png", model="transformers:saved", checkpoint=None)
+    other = next(s for s in SYSTEMS if s != system)
+    assert line in refused(capsys, "ok.png", model="transformers:saved", checkpoint=None, options=["--convert", other])
+    line = refused(capsys, "ok.png", model="transformers:plain", checkpoint="converted.pth")
+    assert f"the checkpoint is of a model converted to '{system}': lifeops.convert(model, '{system}')" in line
+    line = refused(capsys, "ok.png", model="transformers:plain", checkpoint="plain.pth", options=["--convert", system])
+    assert f"the checkpoint is of a model that was not converted, this one is, to '{system}': load it first" in line
+    assert run("ok.png", model="transformers:plain", checkpoint=None, options=["--convert", system]) == 0
+    assert f"warning: transformers:plain has layers of '{system}' with random weights" in capsys.readouterr().err
+    assert "does not read --pretrained" in refused(capsys, "ok.png", model="transformers:plain", checkpoint=None, options=["--pretrained"])
+
+
+@pytest.mark.parametrize("model", ["lifeops", "official"])
+def test_our_models_are_told_what_they_are_by_their_checkpoints(model, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    line = refused(capsys, "ok.png", model=model, options=["--convert", "life", "--pretrained"])
+    assert f"--model {model} does not read --pretrained, --convert" in line
+    torch.save(lifeops.convert(VisionTransformer(**SIZES), "dw_shortcut").state_dict(), "converted.pth")
+    line = refused(capsys, "ok.png", model=model, checkpoint="converted.pth")
+    assert "converted.pth: the checkpoint is of a model converted to 'dw_shortcut': lifeops.convert(model, 'dw_shortcut')" in line
 
 
 @pytest.mark.parametrize("system", ["life", "impulse"])

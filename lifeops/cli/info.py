@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -110,6 +111,16 @@ def text() -> str:
     return "\n".join(lines + ([f"warning: {shadow}"] if shadow else []))
 
 
+def make_parser() -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog="lifeops info",
+        description="Versions of lifeops, Python, torch, Triton and NumPy, and the devices; what was built, from which sources, with which"
+        " compiler, and the CPU's instruction set; each backend's ops, or why it is missing; the environment variables that lifeops reads,"
+        " with their values.",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
+    make_parser().parse_args(argv)
     print(text())
     return 0

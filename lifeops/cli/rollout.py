@@ -6,37 +6,21 @@ import argparse
 import importlib.util
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lifeops.attention_maps.rollout import PREFIX, rollout
 from lifeops.cli.main import image_pair, told_plainly
+from lifeops.cli.models import Loaded, load
 from lifeops.files import distinct, make_folder, written
-from lifeops.integrations import convert, load_official
-from lifeops.integrations.checkpoint_states import load_into
 from lifeops.integrations.convert import SYSTEMS
-from lifeops.integrations.official import lifeops_deit
 from lifeops.ops.rollout_step import FUSIONS
 
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-_OWN, _FOLDER = ("lifeops", "official"), "transformers:"  # what --model says beside timm's names
 _NEEDS = {"matplotlib": "matplotlib", "PIL": "pillow"}
-
-
-class Loaded(NamedTuple):
-    """A model and what its images must be: (channels, height, width), mean and standard deviation per channel."""
-
-    model: nn.Module
-    size: tuple[int, int, int]
-    mean: Sequence[float]
-    std: Sequence[float]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,8 +35,9 @@ def make_parser() -> argparse.ArgumentParser:
                         " official (the authors' checkpoints); transformers:FOLDER")  # fmt: skip
     parser.add_argument("--checkpoint", type=Path, help="weights: .safetensors, or a torch file (read with weights_only=True)")
     parser.add_argument("--key", help="which of several state dicts in the checkpoint, such as model_ema (default: the model itself)")
-    parser.add_argument("--pretrained", action="store_true", help="timm's own weights (downloads them)")
-    parser.add_argument("--convert", choices=tuple(SYSTEMS), help="lifeops.convert a timm model before its checkpoint is loaded")
+    parser.add_argument("--pretrained", action="store_true", help="timm's own weights of a timm model (downloads them)")
+    told = "lifeops.convert a timm or transformers model before weights of one that was converted are loaded"
+    parser.add_argument("--convert", choices=tuple(SYSTEMS), help=told)
     parser.add_argument("--num-classes", type=int, help="of a timm model, where the checkpoint has other classes than its name's")
     untold = "of --model lifeops or official, where the checkpoint does not tell"
     parser.add_argument("--num-heads", type=int, help=untold)
@@ -72,81 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ------------------------------------------------------------------------------------------------ models and images
-
-
-def load(
-    name: str, checkpoint: Path | None, *, pretrained=False, system: str | None = None, key: str | None = None,
-    num_classes: int | None = None, **told,
-) -> Loaded:  # fmt: skip
-    """The model that ``name`` means, in eval mode; ``told``: what :func:`lifeops.load_official` is told of a checkpoint."""
-    _check_told(name, {"num_classes": num_classes, **told})
-    if name in _OWN:
-        if checkpoint is None:
-            raise ValueError(f"--model {name} reads its sizes from --checkpoint")
-        model = (lifeops_deit if name == "lifeops" else load_official)(checkpoint, key=key, **told)
-        return Loaded(model.float().eval(), _image_shape(model), *(_HALF if name == "lifeops" else _IMAGENET))
-    folder = name.startswith(_FOLDER)
-    sizes = {"num_classes": num_classes, "img_size": told.get("img_size")}
-    loaded = _transformers(name.removeprefix(_FOLDER)) if folder else _timm(name, pretrained, system, sizes)
-    if checkpoint is not None:
-        load_into(loaded.model, checkpoint, key, "load")
-    elif not (pretrained or folder):
-        warnings.warn(f"{name} has random weights, its maps mean nothing: give --pretrained or --checkpoint", stacklevel=2)
-    loaded.model.eval()
-    return loaded
-
-
-def _check_told(name: str, given: dict) -> None:
-    """Raise where an option is given that a model of this kind does not read."""
-    of_others = () if name.startswith(_FOLDER) else ("num_classes", "img_size")
-    read = ("num_heads", "aux_key", "act", "img_size") if name in _OWN else of_others
-    unread = [f"--{option.replace('_', '-')}" for option, value in given.items() if value is not None and option not in read]
-    if unread:
-        raise ValueError(f"--model {name} does not read {', '.join(unread)}")
-
-
-def _image_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images of a model of this library."""
-    if hasattr(model, "patch_embed"):
-        return (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    patches = model.to_patch_embedding[0]
-    return (patches.in_chans, *patches.img_size)
-
-
-def _transformers(folder: str) -> Loaded:
-    from transformers import AutoModelForImageClassification
-
-    try:
-        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # damaged files raise anything
-        raise ValueError(f"--model transformers:{folder} cannot be loaded ({type(error).__name__}: {error})") from error
-    side = getattr(model.config, "image_size", None)
-    if side is None:
-        raise ValueError(f"--model transformers:{folder} does not tell its image size")
-    size = (side, side) if isinstance(side, int) else tuple(side)
-    return Loaded(model, (model.config.num_channels, *size), *_HALF)
-
-
-def _timm(name: str, pretrained: bool, system: str | None, sizes: dict) -> Loaded:
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(f"--model must be lifeops, official, transformers:FOLDER or a timm model, got {name!r}")
-    sizes = {option: value for option, value in sizes.items() if value is not None}
-    try:
-        model = timm.create_model(name, pretrained=pretrained, **sizes)
-    except TypeError as error:
-        raise ValueError(f"--model {name} does not take {' and '.join(sizes)} ({error})") from error
-    except RuntimeError as error:  # timm has no weights of it
-        if not pretrained:
-            raise
-        raise ValueError(f"--pretrained: {error}") from error
-    config = timm.data.resolve_model_data_config(model)
-    if system is not None:
-        convert(model, system)
-    shape = config["input_size"]
-    return Loaded(model, (shape[0], *sizes.get("img_size", shape[1:])), config["mean"], config["std"])
+# ------------------------------------------------------------------------------------------------ images
 
 
 def read_image(path: Path, loaded: Loaded) -> tuple[Tensor, np.ndarray]:

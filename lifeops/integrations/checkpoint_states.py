@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lifeops.errors import CheckpointError
 from lifeops.integrations.checkpoint_files import Inert, read
+from lifeops.integrations.converted_states import converted_differently
 
 _WRAPPERS = "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"  # torch.compile, FSDP, activation checkpointing
 _FIRST = "", "model", "state_dict", "model_state_dict", "net", "network", "module"
@@ -82,6 +83,10 @@ def _among(found: dict, key: str | None) -> list[str]:
     return narrowed
 
 
+def _largest(content: Mapping) -> Mapping:
+    return max((mapping for _, mapping in _mappings(content)), key=len, default=content)
+
+
 def _contents(content) -> str:
     """What there is instead of a state dict that was looked for."""
     if not isinstance(content, Mapping):
@@ -89,27 +94,30 @@ def _contents(content) -> str:
             return f"a whole pickled {content.__name__} object; save its state_dict() instead"
         return f"a {type(content).__name__}, not a dict"
     objects = [f"{k!r} is a pickled {v.__name__} object" for k, v in content.items() if isinstance(v, Inert) and k in _FIRST]
-    largest = max((mapping for _, mapping in _mappings(content)), key=len, default=content)
+    largest = _largest(content)
     kinds = sorted({v.__name__ if isinstance(v, Inert) else type(v).__name__ for v in content.values()})
     values = "" if largest is not content or "Tensor" in kinds else f" with values of type {', '.join(kinds[:5])}"
     return "; ".join([f"keys such as {sorted(map(str, largest))[:5]}{values}", *objects])
 
 
-def choose(checkpoint, anchors: Sequence[str], looked_for: str, key: str | None = None) -> Chosen:
+def choose(checkpoint, anchors: Sequence[str], looked_for: str, key: str | None = None, names: Sequence[str] = ()) -> Chosen:
     """The state dict of a checkpoint (a path or what was loaded) that holds one of the names ``anchors``.
 
     It may lie under any name and any prefix (``module.``, ``model.``, ``_orig_mod.`` …). Of several the model itself is taken before
     averages of it, and a note says so; ``key`` names another one. Raises CheckpointError where there is none, naming what there is.
+    ``names``: of all that the model holds.
     """
     content = read(os.fsdecode(checkpoint)) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
     found = candidates(content, anchors) if isinstance(content, Mapping) else {}
     if not found:
-        raise CheckpointError(f"no known checkpoint; looked for {looked_for}, got {_contents(content)}")
-    names, notes = _among(found, key), []
-    if len(names) > 1:
-        others = ", ".join(f"key={name!r}" for name in names[1:])
-        notes.append(f"took the weights {f'under {names[0]!r}' if names[0] else 'outside of any key'}; for others pass {others}")
-    return Chosen(found[names[0]], notes)
+        given = [_clean(name) for name in _largest(content) if isinstance(name, str)] if isinstance(content, Mapping) else []
+        other = converted_differently(given, names)
+        raise CheckpointError(other or f"no known checkpoint; looked for {looked_for}, got {_contents(content)}")
+    keys, notes = _among(found, key), []
+    if len(keys) > 1:
+        others = ", ".join(f"key={name!r}" for name in keys[1:])
+        notes.append(f"took the weights {f'under {keys[0]!r}' if keys[0] else 'outside of any key'}; for others pass {others}")
+    return Chosen(found[keys[0]], notes)
 
 
 @contextlib.contextmanager
@@ -125,7 +133,10 @@ def errors_of(caller: str, checkpoint) -> Iterator[None]:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """load_state_dict, every name and shape as the model's. CheckpointError otherwise."""
+    """load_state_dict, every name and shape as the model's. CheckpointError otherwise; in few words where one of them is converted."""
+    other = converted_differently(state, model.state_dict())
+    if other is not None:
+        raise CheckpointError(other)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -135,8 +146,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_into(model: nn.Module, checkpoint, key: str | None, caller: str) -> None:
     """Load what a checkpoint (a path or what was loaded) holds for ``model``, strictly; says which of several state dicts it takes."""
     with errors_of(caller, checkpoint):
-        anchor = max(model.state_dict(), key=lambda name: (name.count("."), len(name)))  # no other module's name ends in it
-        chosen = choose(checkpoint, [anchor], f"{type(model).__name__} ({anchor!r})", key)
+        names = list(model.state_dict())
+        anchor = max(names, key=lambda name: (name.count("."), len(name)))  # no other module's name ends in it
+        chosen = choose(checkpoint, [anchor], f"{type(model).__name__} ({anchor!r})", key, names)
         load_strictly(model, chosen.state)
     for note in chosen.notes:
         warnings.warn(f"{caller}: {note}", stacklevel=2)
