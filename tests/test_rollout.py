@@ -74,12 +74,22 @@ def test_targets():
         return torch.nn.functional.one_hot(torch.tensor([[index]] * 2), P + 24).float()
 
     same(lifeops.rollout(model, x, 1), one(1))
+    last = lifeops.rollout(model, x, -1)
+    assert last.labels == (f"token {P + 23}",)
+    same(last, one(P + 23))
     found = lifeops.rollout(model, x, (1, 2))
     assert found.labels == ("patch (1, 2)",)
     same(found, one(P + 8))
     mean = torch.cat((torch.zeros(2, 1, P), torch.full((2, 1, 24), 1 / 24)), 2)
     same(lifeops.rollout(model, x, "mean"), mean)
-    same(lifeops.rollout(model, x, torch.ones(4, 6, dtype=torch.bool)), mean)
+    for value, dtype in ((1, torch.bool), (3, torch.uint8), (3e38, torch.float32), (1e308, torch.float64), (1e-45, torch.float32)):
+        same(lifeops.rollout(model, x, torch.full((4, 6), value, dtype=dtype)), mean)
+    for prefix in ("keep", "normalize"):
+        some = torch.stack((torch.zeros(4, 6), torch.ones(4, 6)))  # of zeros: nothing to follow, a map of zeros
+        nothing = lifeops.rollout(model, x, some, prefix=prefix)
+        assert not nothing.maps[:, 0].any()
+        assert not nothing.prefix[:, 0].any()
+        assert torch.equal(nothing.maps[:, 1], lifeops.rollout(model, x, "mean", prefix=prefix).maps[:, 0])
     mask = torch.rand(2, 3, 4, 6)
     same(lifeops.rollout(model, x, mask), torch.nn.functional.pad(mask.flatten(2) / mask.sum((2, 3))[..., None], (P, 0)))
     with torch.no_grad():
@@ -190,7 +200,9 @@ ERRORS = {
     "token": ({"targets": 27}, "the token must be one of 27, got 27"),
     "patch": ({"targets": (4, 0)}, "the patch must lie on the 4 x 6 grid, got (4, 0)"),
     "mask": ({"targets": torch.ones(3, 4)}, "targets must be (B, R, N) or (R, N) with N = 27, or (…, 4, 6), got (3, 4)"),
-    "negative": ({"targets": -torch.ones(4, 6)}, "targets must not be negative or NaN"),
+    "negative": ({"targets": -torch.ones(4, 6)}, "targets must be finite and not negative"),
+    "infinite": ({"targets": torch.full((4, 6), torch.inf)}, "targets must be finite and not negative"),
+    "not a number": ({"targets": torch.full((4, 6), torch.nan)}, "targets must be finite and not negative"),
     "logits": ({"targets": "hard", "token_logits": torch.ones(1, 5, 3, 3)}, "token_logits must be (B, K, 4, 6), (B, 24, K) or (B, 27, K)"),
     "tokens": ({"num_prefix_tokens": 2}, "2 prefix tokens and a 4 x 6 grid are 26 tokens, the layers have 27"),
 }

@@ -160,9 +160,10 @@ def rollout(
             "cls" (default if there is a cls token);
             "pool" (default without one, if the output depends on such a head): the tokens as the model's attention pooling weighs them
             (timm's global_pool="map", SigLIP, AIMv2), mean over its heads;
-            "mean" (default else): the mean of the patch tokens; an int (a token of the sequence); (row, column) (a patch);
+            "mean" (default else): the mean of the patch tokens; an int (a token of the sequence, -1 the last); (row, column) (a patch);
             "hard": for each class the patch tokens predicted as it, alike; "soft": every patch token by its probability of the class;
-            a tensor of weights (R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W): divided by their sums.
+            a tensor of weights (R, N), (B, R, N), or over the patches (H, W), (R, H, W), (B, R, H, W): divided by their sums; a row
+            of zeros has a map of zeros.
         classes: the classes of "hard" and "soft"; default: those that are predicted for at least one token of the batch. A class
             that no token is predicted as has a map of zeros.
         token_logits: the patch tokens' class scores for "hard" and "soft", (B, K, H, W), (B, H*W, K) or (B, N, K), or a function

@@ -41,12 +41,12 @@ class OutputTokens(NamedTuple):
         return self.prefix + self.grid[0] * self.grid[1]
 
 
-def _one(tokens: OutputTokens, index: int, label: str) -> tuple[Tensor, tuple[str, ...]]:
+def _one(tokens: OutputTokens, index: int, label: str | None = None) -> tuple[Tensor, tuple[str, ...]]:
     if not -tokens.count <= index < tokens.count:
         raise ValueError(f"rollout: the token must be one of {tokens.count}, got {index}")
     weights = torch.zeros(tokens.batch, 1, tokens.count, dtype=tokens.dtype, device=tokens.device)
     weights[:, :, index] = 1
-    return weights, (label,)
+    return weights, (label or f"token {index % tokens.count}",)
 
 
 def _mask(tokens: OutputTokens, mask: Tensor) -> tuple[Tensor, tuple[str, ...]]:
@@ -54,7 +54,7 @@ def _mask(tokens: OutputTokens, mask: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     check_tensor("rollout", "targets", mask)
     if mask.is_complex() or mask.is_quantized or mask.is_meta != (tokens.device.type == "meta"):
         raise TypeError(f"rollout: targets must be real weights with memory, got {mask.dtype} on {mask.device}")
-    given, mask = tuple(mask.shape), mask.to(tokens.device, tokens.dtype)
+    given, mask = tuple(mask.shape), mask.to(tokens.device, torch.float64 if mask.dtype == torch.float64 else tokens.dtype)
     if tuple(mask.shape[-2:]) == tokens.grid and mask.dim() in (2, 3, 4):
         mask = torch.nn.functional.pad(mask.reshape(*mask.shape[:-2], -1), (tokens.prefix, 0))
         mask = mask[None] if mask.dim() == 1 else mask
@@ -63,15 +63,16 @@ def _mask(tokens: OutputTokens, mask: Tensor) -> tuple[Tensor, tuple[str, ...]]:
     if mask.dim() != 3 or (mask.shape[0], mask.shape[2]) != (tokens.batch, tokens.count):
         grid = f"(…, {tokens.grid[0]}, {tokens.grid[1]})"
         raise ValueError(f"rollout: targets must be (B, R, N) or (R, N) with N = {tokens.count}, or {grid}, got {given}")
-    if not bool((mask >= 0).all()):
-        raise ValueError("rollout: targets must not be negative or NaN")
-    return _normalised(mask), tuple(f"target {i}" for i in range(mask.shape[1]))
+    if not bool(((mask >= 0) & mask.isfinite()).all()):
+        raise ValueError("rollout: targets must be finite and not negative")
+    return _normalised(mask).to(tokens.dtype), tuple(f"target {i}" for i in range(mask.shape[1]))
 
 
 def _normalised(weights: Tensor) -> Tensor:
-    """Rows divided by their sums; a row of zeros stays one."""
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total > 0, total, 1)
+    """Rows divided by their sums, which may be larger than their dtype holds; a row of zeros stays one."""
+    largest = weights.amax(-1, keepdim=True)
+    weights = weights / torch.where(largest > 0, largest, 1)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1)
 
 
 def is_int(value) -> bool:
@@ -161,7 +162,7 @@ def _begin(
         weights = over_tokens(pool.weights(verify), tokens.prefix, tokens.count - tokens.prefix, pool.path)
         return weights.to(tokens.dtype), ("attention pooling",)
     if is_int(targets):
-        return _one(tokens, int(targets), f"token {targets}")
+        return _one(tokens, int(targets))
     if isinstance(targets, tuple) and len(targets) == 2 and all(map(is_int, targets)):
         return _patch(tokens, *map(int, targets))
     raise ValueError(f"rollout: targets must be {known}, got {got(targets)}")
