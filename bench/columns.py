@@ -20,8 +20,6 @@ from bench.baselines import does_same_work
 from bench.case import Case, Inputs, Run, Variant, outputs, runner
 from lifeops.model_cost import saved_bytes
 
-BINDING = ("bytes", "flops", "issue")
-
 
 class Facts(NamedTuple):
     bytes: int
