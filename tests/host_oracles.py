@@ -181,7 +181,8 @@ def check_life(original, model, x, host) -> float:
     for (path, module, args, kwargs, out), bias in zip(calls, masks, strict=True):
         tokens = args[0] if args else kwargs["hidden_states"]
         old = original.get_submodule(path)
-        grid = grid_of(tokens.shape[1] - host.prefix, host)
+        window = getattr(original.get_submodule(path.rpartition(".")[0]), "window_size", None)
+        grid = (window, window) if window else grid_of(tokens.shape[1] - host.prefix, host)
         cos_sin = kwargs.get("position_embeddings")
         rope = kwargs.get("rope") if cos_sin is None else torch.cat((cos_sin[1], cos_sin[0]), -1)
         half = getattr(old, "rotate_half", False) or cos_sin is not None

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, unchanged, vit
+from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
 from torch import nn
 
 import lifeops
@@ -153,6 +153,30 @@ def test_a_stand_in_that_does_not_attend():
     for block in model.blocks:
         block.attn = StandIn()
     assert lifeops.convert(model, "life")(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_three_layers_in_windows(window):
+    """transformers' Swin: attention is called as before, copies look at the windows of their own block, gradients reach all weights."""
+    sizes = {"embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6), "image_size": 32, "patch_size": 4, "drop_path_rate": 0.0}
+    model = made(lambda: transformers.SwinModel(transformers.SwinConfig(window_size=window, **sizes)))
+    x = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        before = model(x).last_hidden_state
+        expected = lifeops.convert(model, "life")(x).last_hidden_state
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        block = twin.encoder.layers[1].blocks[1]
+        assert block.attention.block[0] is block
+        assert block.attention.window == (window, window)
+        with torch.no_grad():
+            assert torch.equal(twin(x).last_hidden_state, expected)
+    model.train()(x).last_hidden_state.sum().backward()
+    attention = model.encoder.layers[0].blocks[1].attention
+    assert all(p.grad is not None for p in attention.parameters())
+    q, k, v = attention.qkv_heads(torch.randn(4, window * window, 24))
+    assert q.shape == k.shape == v.shape == (4, 3, window * window, 8)
+    with torch.no_grad():
+        assert torch.equal(lifeops.revert(model).eval()(x).last_hidden_state, before)
 
 
 HOST_BLOCKS = lambda: timm.models.Beit(**BEIT, init_values=0.1), small_vit(block_fn=vit.ParallelThingsBlock), hf("ViT")

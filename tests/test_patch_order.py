@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hosts import SYSTEMS, hf, hooks_of, made, named, small_vit
+from hosts import HF, SYSTEMS, hf, hooks_of, made, named, small_vit, transformers
 
 import lifeops
 
@@ -157,3 +157,15 @@ def test_mask_tokens_keep_their_grid(name):
     expected, whole = original(x, bool_masked_pos=hidden).last_hidden_state, original(x).last_hidden_state
     torch.testing.assert_close(model(x, bool_masked_pos=hidden).last_hidden_state, expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(expected, whole, atol=1e-3)
+
+
+@torch.no_grad()
+def test_hidden_padding_keeps_its_grid():
+    """Images of several sizes in one batch: their padding is patches of the grid, which nothing attends to."""
+    original = made(lambda: transformers.Idefics3VisionTransformer(transformers.Idefics3VisionConfig(**HF)))
+    x, shown = torch.randn(2, 3, 32, 32), torch.ones(2, 4, 4, dtype=torch.bool)
+    shown[1, :, 3] = shown[1, 3] = False
+    model = lifeops.convert(copy.deepcopy(original), "dw_shortcut", start="identity")
+    expected = original(x, patch_attention_mask=shown).last_hidden_state
+    torch.testing.assert_close(model(x, patch_attention_mask=shown).last_hidden_state, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(original(x).last_hidden_state, expected, atol=1e-3)

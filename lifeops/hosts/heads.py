@@ -173,22 +173,25 @@ def _axes_bias(module: nn.Module, q: Tensor, grid: tuple[int, int]) -> Bias:
     return bias
 
 
-def sized_bias(module: nn.Module, given: dict, tokens: int) -> Tensor:
-    """Data2Vec of transformers: the layer's own relative positions for the image's ``resolution``, which comes with the call."""
+def module_bias(module: nn.Module, given: dict, tokens: int) -> Tensor | None:
+    """The layer's own relative positions, a module of transformers: Swin's, or Data2Vec's for the image's ``resolution``, which comes with
+    the call; None where it has no such.
+    """
+    own = getattr(module, "relative_position_bias", None)
+    if not isinstance(own, nn.Module) or "resolution" not in given:
+        return own() if isinstance(own, nn.Module) else None
     patch = module.config.patch_size
     size = tuple(n // patch for n in given["resolution"])
-    return module.relative_position_bias(size, given.get("interpolate_pos_encoding", False), dim_size=tokens)
+    return own(size, given.get("interpolate_pos_encoding", False), dim_size=tokens)
 
 
 def _own_bias(call: Call, q: Tensor) -> list[Bias]:
     module = call.module
-    own = getattr(module, "relative_position_bias", None)
     if getattr(module, "relative_position_bias_table", None) is not None:  # timm's BEiT
         return [table_bias(module.relative_position_bias_table, module.relative_position_index)]
-    if isinstance(own, nn.Module) and "resolution" not in call.given:  # transformers' Swin
-        return [given_bias(own())]
-    if isinstance(own, nn.Module):
-        return [given_bias(sized_bias(module, call.given, q.shape[2]))]
+    own = module_bias(module, call.given, q.shape[2])
+    if own is not None:
+        return [given_bias(own)]
     if getattr(module, "rel_pos_h", None) is not None:
         return [_axes_bias(module, q, call.grid)]
     return []

@@ -137,8 +137,9 @@ def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start
     weights, norms of q, k and the joined heads stay, and so do positions: q and k are rotated after LIFE, relative biases are added. q, k
     and v start from LIFE's own initialisation because its cascade cannot express a pretrained qkv projection. Attention that does more
     with q, k and v (talking heads, differential, gated, over channels, in windows, beside an MLP in one layer) stays what it is, and only
-    the layer that makes them is exchanged; in windows (Swin, SAM) LIFE convolves inside each, after any shift, as its authors do. CaiT's
-    and XCiT's class attention, where one token asks, stays.
+    the layer that makes them is exchanged; in windows (Swin, SAM) LIFE convolves inside each, after any shift, as its authors do.
+    transformers' Swin makes q, k and v by three layers: there the attention is replaced, and keeps its relative positions and the masks
+    of shifted windows. CaiT's and XCiT's class attention, where one token asks, stays.
 
     ``system="localvit"`` replaces each block by a :class:`lifeops.nn.LocalViTBlock`: the same ``norm1`` and ``attn``, and
     :class:`lifeops.nn.LocalityFeedForward` with new weights instead of ``norm2`` and ``mlp``. Blocks with another order of norms, scales

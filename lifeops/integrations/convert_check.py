@@ -51,8 +51,10 @@ def check_attention(path: str, attn: nn.Module, new: nn.Module, run: Callable[[]
     def forward(*args, **kwargs):
         _check_arguments(path, new, args, kwargs)
         x = args[0] if args else kwargs["hidden_states"]
-        if x.dim() != 3 or x.shape[:2] != given.x.shape[:2]:
-            raise ValueError(f"convert: {path} is handed {tuple(x.shape)}, looked for its block's tokens {tuple(given.x.shape)}")
+        window = getattr(new, "window", None)
+        if x.dim() != 3 or (x.shape[:2] != given.x.shape[:2] if window is None else x.shape[1] != math.prod(window)):
+            what = f"its block's tokens {tuple(given.x.shape)}" if window is None else f"windows of {window}"
+            raise ValueError(f"convert: {path} is handed {tuple(x.shape)}, looked for {what}")
         output = own(*args, **kwargs)
         runs.append(x)
         if _looks_around(own, args, kwargs):

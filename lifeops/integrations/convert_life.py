@@ -27,6 +27,9 @@ _LOOKED_FOR = (
 _KNOWN = ("qkv", *SEPARATE, *NAMED, *PROJ, *BIASES, *NORMS, *POSITIONS, "relative_position_bias_table")
 
 
+_WINDOWS = "windows or maps"
+
+
 class _Swap(NamedTuple):
     """``old``, at ``path`` in its block (in an attention until it is known where that is), and what takes its place.
 
@@ -55,7 +58,7 @@ def _odd(block: Block, attn: nn.Module) -> list[str]:
     odd = [name for name in ("gate", "proj_l") if getattr(attn, name, None) is not None]
     odd += [] if core(attn) is attn else beyond(attn, (INNER, OUTPUT))
     odd += beyond(core(attn), (*_KNOWN, *odd))
-    return [*odd, "windows or maps"] if hasattr(block.module, "window_size") else odd
+    return [*odd, _WINDOWS] if hasattr(block.module, "window_size") else odd
 
 
 def _check(path: str, attn: nn.Module | None) -> nn.Linear:
@@ -84,8 +87,11 @@ def _exchange(host: Host, block: Block, path: str, attn: nn.Module | None, prefi
     if attn is block.module:
         return _projection(attn, block.path, "in_proj", prefix, options)
     odd = _odd(block, attn) if attn is not None and projections(attn) else []
-    if not odd:
-        new = _replacement(attn, _check(path, attn), host.library, prefix, options)
+    windows = odd == [_WINDOWS] and host.library == "transformers" and len(projections(attn)) == 3  # Swin
+    if windows or not odd:
+        new = _replacement(attn, _check(path, attn), class_for(attn, host.library, windows), prefix, options)
+        if windows:
+            new.block = (block.module,)
         return _Swap("", attn, new, new)
     if isinstance(getattr(attn, "qkv", None), nn.Linear):
         return _projection(attn, path, "qkv", prefix, {"block": block.module, **options})
@@ -124,8 +130,8 @@ def _rate(attn: nn.Module, *names: str) -> float:
     return found if isinstance(found, float) else getattr(found, "p", 0.0)
 
 
-def _replacement(attn: nn.Module, proj: nn.Linear, library: str, prefix: int, options: dict) -> LifeAttention:
-    new = class_for(attn, library)(
+def _replacement(attn: nn.Module, proj: nn.Linear, cls: type[LifeAttention], prefix: int, options: dict) -> LifeAttention:
+    new = cls(
         proj.in_features, heads_of(attn), prefix, attn_drop=_rate(core(attn), "attn_drop", "attention_dropout", "dropout_prob", "dropout"),
         proj_drop=_rate(attn, "proj_drop", "projection_dropout", f"{OUTPUT}.dropout"), proj_bias=proj.bias is not None,
         device=proj.weight.device, dtype=proj.weight.dtype, **options,
@@ -203,7 +209,7 @@ def convert_life(model: nn.Module, *, num_prefix_tokens: int | None = None, **op
     asks = [swap.asks for swap in made.values() if getattr(swap.asks, "window", None) is None]
     if windows and asks:
         raise ValueError(f"convert: {type(host.trunk).__name__} has stages of blocks, and in some of them attention outside of windows")
-    if host.library != "transformers":
+    if host.library != "transformers" or not asks:
         return Plan(host, swaps, asks, list(paths(host).values()) if asks else [], prefix, bool(asks), check)
     if any(swap.layer is not None for swap in made.values()):
         return Plan(host, swaps, asks, [], prefix, bool(asks), check)

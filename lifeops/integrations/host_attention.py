@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lifeops.hosts.heads import additive, normed, sized_bias, table_bias
+from lifeops.hosts.heads import additive, module_bias, normed, table_bias
+from lifeops.hosts.host import pair
 from lifeops.hosts.projections import core, joined
 from lifeops.nn.life import LifeAttention
 
@@ -43,10 +44,10 @@ def _modules(attn: nn.Module) -> dict[str, nn.Module]:
 _TAKES = frozenset(inspect.signature(LifeAttention.forward).parameters)
 
 
-def class_for(attn: nn.Module, library: str) -> type[LifeAttention]:
+def class_for(attn: nn.Module, library: str, windows: bool) -> type[LifeAttention]:
     """The class that stands for ``attn``: LIFE's own where it is called with nothing else and holds nothing else."""
     if library == "transformers":
-        return ModelLifeAttention
+        return WindowLifeAttention if windows else ModelLifeAttention
     holds = _modules(attn) or getattr(attn, _TABLE, None) is not None
     takes = frozenset(inspect.signature(attn.forward).parameters)
     return LifeAttention if takes <= _TAKES and not holds else HostLifeAttention
@@ -106,6 +107,7 @@ class ModelLifeAttention(HostLifeAttention):
     """The same, called as the attention layers of transformers are: it gives (output, None) where they give two."""
 
     gives_tuple = True
+    window = None  # (h, w) of the windows whose tokens it is called with
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_embeddings=None, **kwargs):
         """hidden_states (B, P + H*W, C); ``position_embeddings``: (cos, sin) of the patches, H*W x d each, or of all tokens.
@@ -115,8 +117,26 @@ class ModelLifeAttention(HostLifeAttention):
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("LifeAttention: output_attentions is not known here: no attention matrix is made (see lifeops.rollout)")
         rope = None if position_embeddings is None else torch.cat(position_embeddings[::-1], -1)
-        shared, own = kwargs.get("relative_position_bias"), None
-        if hasattr(self, "relative_position_bias"):
-            own = sized_bias(self, kwargs, hidden_states.shape[1])
-        y = super().forward(hidden_states, None, _mask(attention_mask, own, shared), bool(kwargs.get("is_causal", False)), rope)
+        shared, own = kwargs.get("relative_position_bias"), module_bias(self, kwargs, hidden_states.shape[1])
+        mask, is_causal = _mask(attention_mask, own, shared), bool(kwargs.get("is_causal", False))
+        y = super().forward(hidden_states, self.window, mask, is_causal, rope)
         return (y, None) if self.gives_tuple else y
+
+
+class WindowLifeAttention(ModelLifeAttention):
+    """The same for tokens (B*W, h*w, C) of W windows (h, w) each, as ``block``, which calls it, cuts them."""
+
+    block = (None,)  # not a part: it holds this module
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        return pair(self.block[0].window_size)
+
+    def qkv_heads(self, x: Tensor, grid: tuple[int, int] | None = None):
+        return super().qkv_heads(x, self.window)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        """``attention_mask`` (W, h*w, h*w): of each window of an image; shifted windows have one."""
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat(hidden_states.shape[0] // attention_mask.shape[0], 1, 1)[:, None]
+        return super().forward(hidden_states, attention_mask, **kwargs)
