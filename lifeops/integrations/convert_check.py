@@ -179,18 +179,18 @@ def check_last_branch(path: str, block: Block, new: nn.Module, branch: nn.Module
 
 
 def check_wrapped(path: str, block: nn.Module, new: nn.Module, given: Call, grid: tuple[int, int]) -> None:
-    """``new`` is ``block`` and its shortcut, which takes the tokens; the block gives tokens."""
+    """``new`` is ``block`` and its shortcut, which takes the tokens; the block gives tokens, alone or first."""
     told = []
 
     def beside(x, y, grid):
         told.append((x, y))
         return y + 1
 
-    expected = call(path, block, given)
+    expected = tokens_of(call(path, block, given))
     if not isinstance(expected, Tensor):
         raise ValueError(f"convert: {path} is {type(block).__name__}, which gives {type(expected).__name__}, looked for tokens")
     with forward_of(new.shortcut, beside):
-        got = call(path, new, given)
+        got = tokens_of(call(path, new, given))
     if len(told) != 1 or told[0][0] is not given.x or off(got - 1, expected) > 1e-3 + _rounding(given.x, expected):
         raise ValueError(f"convert: {path} is {type(block).__name__}, which a shortcut cannot be put around")
     with new.shortcut.grid_holder.use(grid):
