@@ -36,11 +36,10 @@ def in_order(module: nn.Module, args: tuple, output):
     """A hook on one of :attr:`Host.picks`: what it gives, all patches in the order of the grid. ValueError where some are left out."""
     if hasattr(module, _MASKING):
         return _unshuffled(module, *output)
-    tokens = output[0] if isinstance(output, tuple) else output
-    if tokens is not args[0]:
+    if module.training and getattr(module, _DROPOUT) > 0:
         raise ValueError(
-            f"convert: {type(module).__name__} leaves out patches in training ({_DROPOUT}={getattr(module, _DROPOUT, None)}), and shuffles"
-            f" the others; a converted model needs them all on their grid: turn patch dropout off, model.patch_drop.{_DROPOUT} = 0"
+            f"convert: {type(module).__name__} leaves out patches in training ({_DROPOUT}={getattr(module, _DROPOUT)}); a converted model"
+            f" needs them all on their grid: turn patch dropout off, model.patch_drop.{_DROPOUT} = 0"
         )
     return output
 
