@@ -75,6 +75,19 @@ def test_batch_invariance(name, dtype):
         assert torch.equal(alone[0], together[b])
 
 
+@pytest.mark.parametrize("patches", [99, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "dim"), [("channel_act", 0), ("channel_act_pool", 0), ("channel_act_sums", 1), ("channel_act_grad", 0)])
+def test_batch_invariance_of_an_images_sums(name, dim, dtype, patches):
+    """One image, and the same among twenty: an image's sums were once cut by how many images there are."""
+    op = registry.ops[name]
+    sample = next(s for s in op.samples() if s.name == "plain")._replace(B=20, patches=patches, C=20)
+    args = testing.make(op, sample, dtype, backend="cpu")
+    alone = [a[:1] if isinstance(a, torch.Tensor) and a.dim() > 1 else a for a in args]
+    (together,), (one,) = (testing.tensors(torchlib.overload(op)(*given)) for given in (args, alone))
+    assert torch.equal(one, together.narrow(dim, 0, 1))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_shortcut_has_the_same_bits_at_any_thread_count(training, dtype, threads):
