@@ -12,7 +12,7 @@ from lifeops.demo.train import Run
 from longrun import page, training
 from longrun.training import ARMS, KERNELS, Cell
 
-FEW = dataclasses.replace(training.RECIPE, patch_size=2, steps=20)
+FEW = dataclasses.replace(training.RECIPE, steps=20)
 WINDOW = 5
 
 
