@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz sanitize hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz longrun sanitize hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -35,8 +35,13 @@ lint: $(VENV)/test.ready
 fuzz: $(VENV)/test.ready
 	$(BIN)/python tests/fuzz/run.py $(ARGS)
 
-# The compiled CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, every instruction set of this machine in turn:
-# `make sanitize ARGS="--isa avx2 --cases 100"` (docs/reliability.md). They are built apart, below build/.
+# A thousand steps of training, 100,000 calls, tensors past 2^31 elements: `make longrun ARGS="memory"`, `make longrun ARGS="--page"`
+# (docs/reliability.md). In short they are part of `make test`.
+longrun: $(VENV)/test.ready
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m longrun $(ARGS)
+
+# The compiled CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, or with --tsan under ThreadSanitizer, every instruction
+# set of this machine in turn: `make sanitize ARGS="--isa avx2 --cases 100"` (docs/reliability.md). They are built apart, below build/.
 sanitize: $(VENV)/test.ready
 	$(BIN)/python tests/sanitized.py $(ARGS)
 

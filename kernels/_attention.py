@@ -4,7 +4,7 @@ Scores are kept in units of log 2, so that a probability is one exp2. Rows past 
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -102,18 +102,18 @@ class Config:
 ONE_BLOCK = (16, 32, 64, 128, 208, 256)  # 208: 14x14 patches and up to 12 prefix tokens
 
 
-@cache
+@lru_cache(4096)
 def width(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-@cache
+@lru_cache(4096)
 def one_block(N: int) -> int:
     """The keys of a one-block kernel for N tokens, or 0."""
     return next((keys for keys in ONE_BLOCK if N <= keys), 0)
 
 
-@cache
+@lru_cache(4096)
 def forward_config(N: int, d: int, dtype: torch.dtype, extras: bool) -> Config:
     """``extras``: attn_mask or dropout, whose tiles take the registers that one block of more than 64 keys needs. float32 products
     keep their operands in registers: one block of up to 32 keys.
@@ -127,7 +127,7 @@ def forward_config(N: int, d: int, dtype: torch.dtype, extras: bool) -> Config:
     return Config(64, 32 if extras or wide > 64 else 64, wide, 0, warps, 2)
 
 
-@cache
+@lru_cache(4096)
 def backward_config(N: int, d: int, dtype: torch.dtype, extras: bool) -> Config:
     """A width that is no power of two needs masks of its own, which count as extras here."""
     wide, block = width(d), min(64, one_block(N) or 64)
@@ -137,7 +137,7 @@ def backward_config(N: int, d: int, dtype: torch.dtype, extras: bool) -> Config:
     return Config(narrow if extras and wide != 64 else block, narrow if extras or wide != d else block, wide, 0, 4 if wide <= 64 else 8, 2)
 
 
-@cache
+@lru_cache(4096)
 def mask_config(d: int, dtype: torch.dtype) -> Config:
     """For the gradient of the mask: a small tile and nothing prefetched, so that its sum stays in registers."""
     wide = width(d)

@@ -4,7 +4,7 @@ Names in the kernels say where a value lives: i_ program or tile index, o_ offse
 """
 
 import contextlib
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -100,7 +100,7 @@ def common_stride(stride_n: int, C: int) -> int:
     return stride_n if stride_n in (C, 2 * C, 3 * C) else 0
 
 
-@cache
+@lru_cache(4096)
 def alignment(*numbers: int) -> int:
     """The largest power of two up to 16 that divides every number: how far a row's vectors may be trusted."""
     align = 16
@@ -109,13 +109,13 @@ def alignment(*numbers: int) -> int:
     return align
 
 
-@cache
+@lru_cache(4096)
 def block_of_channels(C: int, widest: int) -> int:
     """Channels per program: the fewest padded channels, then the widest rows (128-byte rows cost 7 % of bandwidth)."""
     return min((widest, widest // 2, widest // 4), key=lambda block: (-(-C // block) * block, -block))
 
 
-@cache
+@lru_cache(4096)
 def channels_per_lane(K: int, dtype: torch.dtype) -> int:
     """What the K² values per channel leave room for in 128 registers; a double takes two."""
     channels = 4 if K <= 3 else 2 if K <= 7 else 1

@@ -204,14 +204,15 @@ def blocks_of(d: int, R: int, dtype: torch.dtype) -> dict:
     return {"D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": 1 if R == 1 else 16}
 
 
-def _contiguous_head(t: torch.Tensor) -> bool:
-    return t.stride(3) == 1 or t.shape[3] == 1
+def _read_in_place(t: torch.Tensor) -> bool:
+    """Whether ``head_rows`` can: channels side by side, and the tokens of a block within 32 bits."""
+    return (t.stride(3) == 1 or t.shape[3] == 1) and t.stride(2) * 64 + t.shape[3] < 2**31
 
 
 def launches(r, q, k, scale, head_fusion, residual, dropped, out):
     """(kernel, programs, arguments) of the passes, in order."""
     (B, h, N, d), R = q.shape, r.shape[1]
-    q, k = (t if _contiguous_head(t) else t.contiguous() for t in (q, k))
+    q, k = (t if _read_in_place(t) else t.contiguous() for t in (q, k))
     strides = {f"stride_{t}{n}": s for t, tensor in (("q", q), ("k", k)) for n, s in zip("bhn", tensor.stride())}
     blocks = blocks_of(d, R, q.dtype)
     maps = {"BLOCK_R": blocks.pop("BLOCK_R"), "maps": R, "out_ptr": out, "r_ptr": r, "stride_rb": r.stride(0), "stride_rr": r.stride(1)}

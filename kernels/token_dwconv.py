@@ -13,7 +13,7 @@ Compiled variants depend on C, K, dtypes and on how W is cut into segments, neve
 # ruff: noqa: RUF005  (Triton compiles no starred tuples)
 
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -355,7 +355,7 @@ class Config:
     BLOCK_C: int
 
 
-@cache
+@lru_cache(4096)
 def segments(H: int, W: int, K: int) -> tuple[int, bool]:
     """(SEGMENT, WHOLE). Four variants serve every grid: whole rows of 14 and 16 without column masks, else masked
     segments of 8 or 16, whichever loads fewer columns (8 for windows of 7 and 8).
@@ -365,7 +365,7 @@ def segments(H: int, W: int, K: int) -> tuple[int, bool]:
     return min((16, 8), key=lambda segment: -(-W // segment) * (segment + K - 1)), False
 
 
-@cache
+@lru_cache(4096)
 def forward_config(H: int, W: int, C: int, K: int, dtype: torch.dtype) -> Config:
     """K 3 reads 8 bytes of bfloat16 per lane (80 registers). K 5 and 7 hold too much for four channels per lane."""
     channels = _tile.channels_per_lane(K, dtype)

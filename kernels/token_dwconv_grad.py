@@ -10,7 +10,7 @@ For K >= 9 a program takes one row of taps, so that x and dy are read K times.
 # ruff: noqa: RUF005  (Triton compiles no starred tuples)
 
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -181,7 +181,7 @@ class Config:
     BLOCK_C: int
 
 
-@cache
+@lru_cache(4096)
 def grad_config(H: int, W: int, C: int, K: int, dtype: torch.dtype) -> Config:
     """Two channels per lane also at K 3: all loads of a job are issued first, and four took 243 registers instead of 128
     for 1 instruction per element less, in a kernel that has 27 to spend. At K 7 one row per job for the same reason.

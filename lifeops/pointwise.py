@@ -39,7 +39,7 @@ def _table() -> dict[tuple[str, str, str, str], str]:
     return {(r["vendor"], r["isa"], r["dtype"], r["shape"]): r["path"] for r in rows}
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def choose(dtype: torch.dtype, channels: int, setting: str) -> str:
     """ "linear" or "conv1x1" for products of this dtype and input width on this CPU; unknown machines take F.linear."""
     if setting != "auto":
@@ -82,7 +82,7 @@ def _convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return F.conv2d(_map(x, x.shape[0]), weight, bias)
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _images(tokens: int) -> int | None:
     """Into how many images of at least 8 tokens the weight gradient's sum is cut, so that oneDNN takes it on one thread too."""
     return next((n for n in range(16, min(128, tokens // 8) + 1) if tokens % n == 0), None)

@@ -62,7 +62,6 @@ class Impl:
     fn: Callable
     supports: Callable[[Any], list[str]]
     priority: int
-    deterministic: bool = True
     strided: bool = False  # reads any channel stride itself
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
@@ -82,12 +81,14 @@ ops: dict[str, Op] = {}
 _LOADERS = {"cpu": "lifeops.native", "cuda": "lifeops.native", "triton": "lifeops.kernels"}
 _tried: set[str] = set()
 _unavailable: dict[str, str] = {}
-_choice: dict[tuple, Impl] = {}
+_choice = _Plans()
+"""(op, request, problem, settings) to the implementation that runs it."""
 plans = _Plans()
 """What torchlib found out about calls it has seen; forgotten whenever an implementation is registered."""
 _not_built = _Plans()
 """(op, backend, problem) to why its kernel could not be built when it was first called for."""
-_warned: set[tuple] = set()
+_warned = _Plans()
+"""(op, why) of the fallbacks that were warned of."""
 
 
 def add(op: Op) -> Op:
@@ -100,7 +101,7 @@ def add(op: Op) -> Op:
 
 
 def register(
-    op: str, backend: str, fn: Callable, *, supports: Callable[[Any], list[str]], priority: int, deterministic: bool = True,
+    op: str, backend: str, fn: Callable, *, supports: Callable[[Any], list[str]], priority: int,
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:  # fmt: skip
     """Enter ``fn`` as ``backend``'s implementation of ``op``; ``supports(problem)`` returns every reason why not. ``dtypes`` are
@@ -109,7 +110,7 @@ def register(
     config.check_backend("register", backend)
     if op not in ops:
         raise ValueError(f"no op {op!r} to register a {backend!r} implementation for; known: {', '.join(ops)}")
-    ops[op].impls[backend] = Impl(op, backend, fn, supports, priority, deterministic, dtypes=dtypes)
+    ops[op].impls[backend] = Impl(op, backend, fn, supports, priority, dtypes=dtypes)
     forget_choices()
 
 
@@ -206,7 +207,7 @@ def _fall_back(op: Op, best: Impl, missed: dict[str, list[str]]) -> None:
     if config.settings.strict:
         raise NotSupported(op.name, "/".join(missed), [f"{why} (LIFEOPS_STRICT=1 forbids to fall back to {best.backend})"])
     if (op.name, why) not in _warned:
-        _warned.add((op.name, why))
+        _warned[op.name, why] = True
         warnings.warn(f"lifeops: {op.name} runs on the slower {best.backend!r} backend. {why}", FallbackWarning, stacklevel=3)
 
 

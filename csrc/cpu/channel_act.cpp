@@ -40,11 +40,12 @@ const void* values(const std::optional<Tensor>& t, const char* name, int64_t num
   return t->const_data_ptr();
 }
 
-// Few tasks when there are many images, but none of more than 1024 tokens, whose float sums would lose too much; the cut depends on the
-// problem only.
+// None of more than 1024 tokens, whose float sums would lose too much. An image's own sums are cut by its size alone, so that they are the
+// same in any batch; elsewhere there are few tasks when there are many images. The number of threads never matters.
 int64_t strips_of(const ChannelActParams& p) {
-  const int64_t wanted = std::max((16 + p.B - 1) / p.B, (p.n + 1023) / 1024), most = p.n / 16 > 0 ? p.n / 16 : 1;
-  return wanted < most ? wanted : most;
+  const bool of_images = p.pass == ChannelPass::pool || p.pass == ChannelPass::sums;
+  const int64_t most = std::max<int64_t>(1, p.n / (of_images ? 64 : 16)), tasks = of_images ? 16 : (16 + p.B - 1) / p.B;
+  return std::min(most, std::max(tasks, (p.n + 1023) / 1024));
 }
 
 // Strips of an image start at multiples of eight tokens, which are summed together.
@@ -54,12 +55,14 @@ int64_t start_of(const ChannelActParams& p, int64_t strip, int64_t strips) { ret
 template <class A> void merge_images(const ChannelActParams& p, const A* partial, int64_t strips, A* out) {
   const int64_t sums = channel_sums(p.pass);
   for (int64_t k = 0; k < sums; ++k)
-    for (int64_t b = 0; b < p.B; ++b)
-      for (int64_t c = 0; c < p.C; ++c) {
-        A total = 0;
-        for (int64_t s = 0; s < strips; ++s) total += partial[((b * strips + s) * sums + k) * p.C + c];
-        out[(k * p.B + b) * p.C + c] = total;
+    for (int64_t b = 0; b < p.B; ++b) {
+      A* const total = out + (k * p.B + b) * p.C;
+      for (int64_t c = 0; c < p.C; ++c) total[c] = 0;
+      for (int64_t s = 0; s < strips; ++s) {
+        const A* const strip = partial + ((b * strips + s) * sums + k) * p.C;
+        for (int64_t c = 0; c < p.C; ++c) total[c] += strip[c];
       }
+    }
 }
 
 // Rows of the residual in front of its patches.

@@ -85,7 +85,7 @@ class GridHolder(Copied):
     def __init__(self, grid: Grid | None = None):
         self.fixed = None if grid is None else tuple(grid)
         self._thread = _Thread()
-        self._seen: set[Grid] = set()
+        self._seen: set[Grid] = set()  # the first two: whether there was more than one
         self.handles: list = []  # of the patch embeddings that were hooked, the last one is the model's
         self.hook_id: int | None = None  # its number, which compilers can read
         self.embed_path = "patch_embed"  # inside the model
@@ -139,6 +139,10 @@ class GridHolder(Copied):
             )
         return grid
 
+    def _saw(self, grid: Grid) -> None:
+        if len(self._seen) < 2:
+            self._seen.add(grid)
+
     # -------------------------------------------------------------------------------------------- scopes
 
     def _scope(self) -> _Scope | None:
@@ -167,7 +171,7 @@ class GridHolder(Copied):
     def use(self, grid: Grid) -> Iterator[None]:
         """Bind ``grid`` in this thread, for blocks that are called on their own."""
         opener = object()
-        self._seen.add(grid)
+        self._saw(grid)
         self._open(opener, grid)
         try:
             yield
@@ -199,7 +203,7 @@ class GridHolder(Copied):
         if torch.compiler.is_compiling():
             thread.traced = grid
             return
-        self._seen.add(grid)
+        self._saw(grid)
         scope, frame = self._scope(), _caller(2, self.embed_method)
         if scope is not None and scope.waits and (scope.grid is None or self._thread.embedder is frame):
             here, opener = scope.frame, scope.opener

@@ -190,6 +190,8 @@ def life_qkv(
             each holding q|k|v of its scale: nothing is joined, and heads inside one scale read them as strided views.
         recompute: keep two sequences less for backward and run the depth-wise steps again there.
 
+    On CPU the last bits may depend on the number of threads: the three products are torch's.
+
     Raises:
         ValueError, TypeError: shapes, dtypes or the grid do not fit (the message says what was expected and got).
         lifeops.NotSupported: the requested backend cannot run this problem.

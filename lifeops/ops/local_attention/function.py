@@ -172,7 +172,8 @@ def local_attention(
     Returns:
         (B, N, C), contiguous, in q's dtype. A query all of whose keys are masked gets 0 from attention. What lies in tokens masked
         by ``key_mask`` (NaN, in the gradient of their output too) reaches nothing; what lies in keys that ``attn_mask`` hides from
-        every query reaches no attention. On CPU the last bits of gradients may depend on the number of threads (torch's own kernel).
+        every query reaches no attention. On CPU the last bits may depend on the number of threads, most often those
+        of gradients: the products are torch's own.
         Differentiable once; a second derivative raises RuntimeError.
 
     Raises:

@@ -59,7 +59,8 @@ def token_dwconv(
     Returns:
         y with x's dtype (under autocast: the autocast dtype, as conv2d), or with ``pool`` or ``stats`` the named tuple
         (y, pool, mean, m2). Weight and bias gradients have the parameters' dtype. Differentiable any number of times without
-        prologue and epilogue, once with them.
+        prologue and epilogue, once with them. The same bits every run and, on CPU, at any number of threads, gradients included;
+        y and the gradient of x have for an image alone the bits they have in its batch. Not so K > 15, which is torch's convolution.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or the grid do not fit (the message says what was expected and got).
