@@ -39,6 +39,21 @@ def test_strided_parameters(name, dtype):
                 torch.testing.assert_close(a, b, rtol=4 * testing.EPS[dtype], atol=4 * testing.EPS[dtype], msg=_names(op)[i])
 
 
+@pytest.mark.parametrize("prefix", ["zero", "drop", "keep"])
+@pytest.mark.parametrize("C", [16, 21])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_residual_is_the_input(dtype, C, prefix):
+    """The same tensor in both places, which the kernels read once, gives what a copy of it gives: its values and the input's."""
+    H, W, P, size = 4, 6, 0 if prefix == "drop" else 2, {"grid": (4, 6), "num_prefix_tokens": 0 if prefix == "drop" else 2, "prefix": prefix}
+    x, weight, bias = (torch.randint(-3, 4, s).to(dtype) for s in ((3, P + H * W, C), (C, 1, 5, 5), (C,)))
+    patches = x[:, P:].mT.unflatten(2, (H, W)).double()
+    y = torch.nn.functional.conv2d(patches, weight.double(), bias.double(), padding=2, groups=C).flatten(2).mT
+    expected = torch.cat((x[:, :P].double() * (2 if prefix == "keep" else 1), y + x[:, P:].double()), 1)
+    for residual in (x, x.clone()):
+        got = lifeops.token_dwconv(x, weight, bias, **size, residual=residual)
+        assert torch.equal(got, expected.to(dtype))
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_another_device(name):
     """Refused by name: a tensor on another device than the sequence."""
