@@ -44,19 +44,19 @@ torch.ops.lifeops.token_dwconv(x, weight, None, None, 3, 4, 0, "keep", "cpu")
 """
 
 
-def build(isa: str) -> Path:
-    """The folder of a package whose kernels for ``isa``, and the code around them, are instrumented."""
-    folder = ROOT / "build" / "sanitized" / isa
+def build(isa: str, kind: str = "sanitized", flags: str = FLAGS) -> Path:
+    """The folder of a package whose kernels for ``isa``, and the code around them, are compiled with ``flags``, below build/KIND."""
+    folder = ROOT / "build" / kind / isa
     folder.mkdir(parents=True, exist_ok=True)
     compiler = folder / "c++"
-    compiler.write_text(COMPILER.format(cxx=os.environ.get("CXX", "g++"), isa=isa, flags=FLAGS))
+    compiler.write_text(COMPILER.format(cxx=os.environ.get("CXX", "g++"), isa=isa, flags=flags))
     compiler.chmod(0o755)
     package, places = folder / "package", ("--build-base", folder, "--build-lib", folder / "package", "--build-temp", folder / "objects")
     command = [sys.executable, "setup.py", "-q", "build", *places]
     env = {**os.environ, "CXX": str(compiler), "LIFEOPS_BUILD": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"sanitize: the build failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        raise SystemExit(f"{kind}: the build failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return package
 
 
