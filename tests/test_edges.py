@@ -44,7 +44,8 @@ def test_strided_parameters(name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_residual_is_the_input(dtype, C, prefix):
     """The same tensor in both places, which the kernels read once, gives what a copy of it gives: its values and the input's."""
-    H, W, P, size = 4, 6, 0 if prefix == "drop" else 2, {"grid": (4, 6), "num_prefix_tokens": 0 if prefix == "drop" else 2, "prefix": prefix}
+    H, W, P = 4, 6, 0 if prefix == "drop" else 2
+    size = {"grid": (H, W), "num_prefix_tokens": P, "prefix": prefix}
     x, weight, bias = (torch.randint(-3, 4, s).to(dtype) for s in ((3, P + H * W, C), (C, 1, 5, 5), (C,)))
     patches = x[:, P:].mT.unflatten(2, (H, W)).double()
     y = torch.nn.functional.conv2d(patches, weight.double(), bias.double(), padding=2, groups=C).flatten(2).mT
