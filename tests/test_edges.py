@@ -67,6 +67,14 @@ def test_another_device(name):
                 op.check(*args[:i], t.to("meta"), *args[i + 1 :])
 
 
+@pytest.mark.parametrize("backend", ["reference", BACKEND])
+def test_no_channels(backend):
+    x, weight, bias = (torch.zeros(shape, requires_grad=True) for shape in ((2, 7, 0), (0, 1, 3, 3), (0,)))
+    y = lifeops.token_dwconv(x, weight, bias, grid=(2, 3), num_prefix_tokens=1, backend=backend)
+    assert y.shape == x.shape
+    assert [g.shape for g in torch.autograd.grad(y.sum(), [x, weight, bias])] == [x.shape, weight.shape, bias.shape]
+
+
 @pytest.mark.parametrize(("B", "grid", "P"), [(0, (2, 3), 1), (2, (0, 3), 2), (2, (3, 0), 0), (2, (0, 0), 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_nothing_there(dtype, B, grid, P):

@@ -14,7 +14,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = "lifeops/ops", "lifeops/hosts"
-INPUTS = "samples.py"  # what tests draw: another sample is no mistake
+INPUTS = "samples.py"  # what tests draw, as do the parts of other files that speak of samples: another sample is no mistake
 SAME = "Is_Eq", "Eq_Is", "IsNot_NotEq", "NotEq_IsNot"  # on None, classes and short strings they say the same
 
 
@@ -39,26 +39,46 @@ def files() -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in found if path.name != INPUTS)
 
 
-def _annotations(source: str) -> set[tuple[int, int]]:
-    """Where names and operators stand that are never run: annotations, which ``from __future__ import annotations`` keeps as text."""
-    tree, marks = ast.parse(source), set()
-    if not any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body):
-        return marks
+def _spans(source: str):
+    """What is never run, only asserted or only drawn by tests: annotations (``from __future__ import annotations`` keeps them as text),
+    zip's ``strict``, samples.
+    """
+    tree = ast.parse(source)
+    kept_as_text = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
     for node in ast.walk(tree):
-        for kind in ("annotation", "returns"):
-            if (hint := getattr(node, kind, None)) is not None:
-                lines = source.splitlines()
-                for line in range(hint.lineno, hint.end_lineno + 1):
-                    first = hint.col_offset if line == hint.lineno else 0
-                    last = hint.end_col_offset if line == hint.end_lineno else len(lines[line - 1])
-                    marks.update((line, column) for column in range(first, last))
+        if kept_as_text:
+            yield from (hint for hint in (getattr(node, "annotation", None), getattr(node, "returns", None)) if hint is not None)
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            yield node.value
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and (node.name.startswith(("Sample", "samples")) or _draws(node)):
+            yield node
+
+
+def _draws(node) -> bool:
+    """Whether a function makes the arguments of a sample."""
+    return isinstance(node, ast.FunctionDef) and any(getattr(a.annotation, "id", "") in ("Sample", "Maker") for a in node.args.args)
+
+
+def _left_out(source: str) -> set[tuple[int, int]]:
+    """The (line, column)s of those, and of the sections called samples."""
+    lines, marks, inside = source.splitlines(), set(), False
+    for span in _spans(source):
+        for line in range(span.lineno, span.end_lineno + 1):
+            first = span.col_offset if line == span.lineno else 0
+            last = span.end_col_offset if line == span.end_lineno else len(lines[line - 1])
+            marks.update((line, column) for column in range(first, last))
+    for number, line in enumerate(lines, 1):
+        if line.startswith("# ---"):
+            inside = line.endswith("- samples")
+        if inside:
+            marks.update((number, column) for column in range(len(line)))
     return marks
 
 
 def _places(path: str) -> dict[tuple, list[tuple[str, int]]]:
     """(line, column) of what can be exchanged -> what cosmic-ray puts there."""
     source = (ROOT / path).read_text()
-    nodes, unread, found = list(ast_nodes(get_ast(source))), _annotations(source), defaultdict(list)
+    nodes, unread, found = list(ast_nodes(get_ast(source))), _left_out(source), defaultdict(list)
     for name in operator_names():
         operator = get_operator(name)
         if operator.arguments() or name.endswith(SAME):
