@@ -44,6 +44,11 @@ class _Anything(nn.Module):
         return x
 
 
+class _Gathering(nn.Module):
+    def forward(self, x, **options):
+        return x
+
+
 @pytest.mark.parametrize("kind", attention.KINDS, ids=lambda kind: kind.name)
 def test_tensors_beside_the_tokens_are_known_or_refused(kind):
     module, x = _Anything(), torch.randn(1, N, C)
@@ -61,6 +66,8 @@ def test_calls_without_tokens_are_refused():
     for x, found in ((torch.randn(N, C), rf"\({N}, {C}\)"), ([1], "list")):
         with pytest.raises(ValueError, match=rf"^rollout: attn is given {found}, looked for tokens \(B, N, C\) or \(B, H, W, C\)"):
             attention.call_of("rollout", "attn", kind, _Anything(), (x,), {})
+    with pytest.raises(ValueError, match="attn was called with options beside the tokens"):
+        attention.call_of("rollout", "attn", kind, _Gathering(), (torch.randn(1, N, C),), {"bias": torch.ones(1)})
     with pytest.raises(ValueError, match="attn was called with is_causal beside the tokens"):
         attention.call_of("rollout", "attn", kind, _Anything(), (torch.randn(1, N, C),), {"is_causal": True})
 
