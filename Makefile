@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz longrun sanitize hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz longrun sanitize coverage mutants hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -44,6 +44,16 @@ longrun: $(VENV)/test.ready
 # set of this machine in turn: `make sanitize ARGS="--isa avx2 --cases 100"` (docs/reliability.md). They are built apart, below build/.
 sanitize: $(VENV)/test.ready
 	$(BIN)/python tests/sanitized.py $(ARGS)
+
+# Which lines of lifeops/, kernels/ (Triton's interpreter) and csrc/cpu the tests run, and whether each other one is explained:
+# `make coverage ARGS="-n 2 --page"` (docs/reliability.md).
+coverage: $(VENV)/coverage.ready
+	$(BIN)/python tests/covered.py $(ARGS)
+
+# Mistakes made in lifeops/ops and lifeops/hosts on purpose, one at a time in a copy of the tree, and which ones no test notices:
+# `make mutants ARGS="--count 300 --seed 1 --page"`. It picks tests by what `make coverage` recorded.
+mutants: $(VENV)/coverage.ready
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 # docs/hosts.md: what every host of tests/host_configs*.py answers, each answer compared with an oracle.
 hosts: $(VENV)/test.ready
@@ -90,6 +100,10 @@ $(VENV)/demo.ready: $(VENV)/built.ready
 
 $(VENV)/test.ready: $(VENV)/built.ready
 	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff $(TOOLS)
+	touch $@
+
+$(VENV)/coverage.ready: $(VENV)/test.ready
+	$(PIP) install -c $(VENV)/constraints.txt pytest-cov gcovr cosmic-ray
 	touch $@
 
 clean:

@@ -74,19 +74,19 @@ KINDS = {
 }  # fmt: skip
 
 
-def build(kind: str, isa: str) -> Path:
-    """The folder of a package whose kernels for ``isa``, and the code around them, are instrumented."""
-    folder = ROOT / "build" / "sanitized" / kind / isa
+def build(isa: str, kind: str, flags: str) -> Path:
+    """The folder of a package whose kernels for ``isa``, and the code around them, are compiled with ``flags``, below build/KIND."""
+    folder = ROOT / "build" / kind / isa
     folder.mkdir(parents=True, exist_ok=True)
     compiler = folder / "c++"
-    compiler.write_text(COMPILER.format(cxx=os.environ.get("CXX", "g++"), isa=isa, flags=FLAGS + KINDS[kind].sanitizers))
+    compiler.write_text(COMPILER.format(cxx=os.environ.get("CXX", "g++"), isa=isa, flags=flags))
     compiler.chmod(0o755)
     package, places = folder / "package", ("--build-base", folder, "--build-lib", folder / "package", "--build-temp", folder / "objects")
     command = [sys.executable, "setup.py", "-q", "build", *places]
     env = {**os.environ, "CXX": str(compiler), "LIFEOPS_BUILD": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"sanitize: the build failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        raise SystemExit(f"{kind}: the build failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return package
 
 
@@ -119,7 +119,7 @@ def widest() -> str:
 
 def leg(kind: str, isa: str, cases: int, seed: int) -> None:
     start = time.monotonic()
-    env = environment(kind, isa, build(kind, isa))
+    env = environment(kind, isa, build(isa, f"sanitized/{kind}", FLAGS + KINDS[kind].sanitizers))
     built = time.monotonic()
     check_canaries(kind, isa, env)
     ledger = ROOT / "build" / "sanitized" / kind / isa / "cases.json"

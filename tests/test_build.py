@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lifeops
 from lifeops import built, native, registry
@@ -134,6 +135,16 @@ def test_the_library_speaks_only_the_stable_abi():
     symbols = subprocess.run([nm, "-D", "--undefined-only", str(native._find())], capture_output=True, text=True, check=True).stdout
     unstable = [s for s in symbols.split() if "N2at" in s or "N3c10" in s or "N5torch" in s or s.startswith("Py")]
     assert not unstable
+
+
+def test_the_library_refuses_what_it_cannot_read():
+    """Called past Python's checks: memory is read only as the dtypes that it holds."""
+    if registry.unavailable("cpu"):
+        pytest.skip("needs the compiled kernels")
+    t = torch.ones(1, 2, 8, dtype=torch.int32)
+    arguments = {"x": t, "weight": torch.ones(8, 1, 3, 3), "bias": None, "residual": None, "y": t, "H": 1, "W": 2}
+    with pytest.raises(RuntimeError, match="lifeops_native: dtype must be float64, float32, float16 or bfloat16"):
+        torch.ops.lifeops_native.token_dwconv(**arguments, x_prefix=0, y_prefix=0, prefix_mode=0, flip=False, isa=0)
 
 
 def test_fork_after_use():

@@ -94,6 +94,44 @@ def test_stages():
     assert host.prefix == 0
 
 
+PRINTED = {
+    "vit": """VisionTransformer of timm
+  patches: patch_embed (PatchEmbed)
+  tokens before the patches: 5 (class token first)
+  2 blocks: blocks
+    2 x Block, norms before the branches; attention Attention (norm1=norm1, attn=attn, ls1=ls1, drop_path1=drop_path1, norm2=norm2, """
+    "mlp=mlp, ls2=ls2)",
+    "parallel": """VisionTransformer of timm
+  patches: patch_embed (PatchEmbed)
+  tokens before the patches: 1 (class token first)
+  2 blocks: blocks
+    2 x ParallelThingsBlock, branches side by side; attention ModuleList (attn=attns, mlp=ffns)""",
+    "cait": """Cait of timm
+  patches: patch_embed (PatchEmbed)
+  tokens before the patches: 0; 1 join in front of all behind the first blocks (class token)
+  2 blocks: blocks
+    2 x LayerScaleBlock, norms before the branches; attention TalkingHeadAttn (norm1=norm1, attn=attn, ls1=gamma_1, """
+    "drop_path1=drop_path, norm2=norm2, mlp=mlp, ls2=gamma_2)",
+    "pvt": """PyramidVisionTransformerV2 of timm
+  patches: patch_embed (OverlapPatchEmbed)
+  tokens before the patches: 0
+  grid: told in the call, or seen in maps
+  8 blocks in 4 stages: stages.0.blocks, stages.1.blocks, stages.2.blocks, stages.3.blocks
+    8 x Block, norms before the branches; attention Attention (norm1=norm1, attn=attn, drop_path1=drop_path1, norm2=norm2, mlp=mlp)""",
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_what_is_printed(name):
+    build = staged("pvt_v2_b0") if name == "pvt" else HOSTS[name][0]
+    assert str(lifeops.describe(build())) == PRINTED[name]
+
+
+def test_what_blocks_take_is_printed_where_it_is_not_tokens():
+    printed = str(lifeops.describe(named("tnt_s_patch16_224", embed_dim=96, inner_dim=24, num_heads_outer=4)()))
+    assert printed.count("; takes pixels inside the patches and tokens (B, P + H*W, C), both given back") == 1
+
+
 def test_converted():
     model = lifeops.convert(small_vit()(), "life")
     assert lifeops.describe(model).system == "life"

@@ -39,6 +39,22 @@ def test_strided_parameters(name, dtype):
                 torch.testing.assert_close(a, b, rtol=4 * testing.EPS[dtype], atol=4 * testing.EPS[dtype], msg=_names(op)[i])
 
 
+@pytest.mark.parametrize("prefix", ["zero", "drop", "keep"])
+@pytest.mark.parametrize("C", [16, 21])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_residual_is_the_input(dtype, C, prefix):
+    """The same tensor in both places, which the kernels read once, gives what a copy of it gives: its values and the input's."""
+    H, W, P = 4, 6, 0 if prefix == "drop" else 2
+    size = {"grid": (H, W), "num_prefix_tokens": P, "prefix": prefix}
+    x, weight, bias = (torch.randint(-3, 4, s).to(dtype) for s in ((3, P + H * W, C), (C, 1, 5, 5), (C,)))
+    patches = x[:, P:].mT.unflatten(2, (H, W)).double()
+    y = torch.nn.functional.conv2d(patches, weight.double(), bias.double(), padding=2, groups=C).flatten(2).mT
+    expected = torch.cat((x[:, :P].double() * (2 if prefix == "keep" else 1), y + x[:, P:].double()), 1)
+    for residual in (x, x.clone()):
+        got = lifeops.token_dwconv(x, weight, bias, **size, residual=residual)
+        assert torch.equal(got, expected.to(dtype))
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_another_device(name):
     """Refused by name: a tensor on another device than the sequence."""
@@ -49,6 +65,14 @@ def test_another_device(name):
         if i and isinstance(t, torch.Tensor):
             with pytest.raises(ValueError, match=f"^{name}: "):
                 op.check(*args[:i], t.to("meta"), *args[i + 1 :])
+
+
+@pytest.mark.parametrize("backend", ["reference", BACKEND])
+def test_no_channels(backend):
+    x, weight, bias = (torch.zeros(shape, requires_grad=True) for shape in ((2, 7, 0), (0, 1, 3, 3), (0,)))
+    y = lifeops.token_dwconv(x, weight, bias, grid=(2, 3), num_prefix_tokens=1, backend=backend)
+    assert y.shape == x.shape
+    assert [g.shape for g in torch.autograd.grad(y.sum(), [x, weight, bias])] == [x.shape, weight.shape, bias.shape]
 
 
 @pytest.mark.parametrize(("B", "grid", "P"), [(0, (2, 3), 1), (2, (0, 3), 2), (2, (3, 0), 0), (2, (0, 0), 1)])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lifeops
+from lifeops import registry
 
 
 def _call(**changes):
@@ -79,6 +80,11 @@ def _life(C=12, **changes):
 LIFE = {
     "tokens": ({"x": torch.randn(2, 23, 12)}, ValueError, "life_qkv: x.shape[1] must be P + H*W = 2 + 4*5 = 22, got 23"),
     "rank": ({"x": torch.randn(22, 12)}, ValueError, "life_qkv: x must have shape (B, N, C), got (22, 12)"),
+    "channels": ({"C": 2, "x": torch.randn(2, 22, 2)}, ValueError, "life_qkv: three scales need at least 3 channels, got C = 2"),
+    "scale1": (
+        {"C": 16, "x": torch.randn(2, 22, 16), "aux_key": "scale1"}, ValueError,
+        "life_qkv: aux_key='scale1' needs a dim divisible by 3 (the authors' models), got 16",
+    ),
     "aux_key": ({"aux_key": "cls"}, ValueError, "aux_key must be 'multiscale' or 'scale1', got 'cls'"),
     "layout": ({"layout": "heads"}, ValueError, "layout must be 'qkv' or 'scales', got 'heads'"),
     "w1": ({"w1": torch.randn(11, 12)}, ValueError, "w1 must have shape (12, 12) for C = 12, got (11, 12)"),
@@ -144,6 +150,28 @@ def test_local_attention_gradient_checks_its_own_arguments():
         call(y, q, q, q, None, y, lse, *rest, True, "")
     with pytest.raises(ValueError, match="seed must be given exactly where dropout_p > 0"):
         torch.ops.lifeops.local_attention(q, q, q, None, None, None, None, None, 2, 2, 1, 1.0, 0.5, "")
+
+
+T = torch.zeros(1, 5, 4)  # a prefix token and a 2 x 2 grid
+V, W3 = torch.zeros(4), torch.zeros(4, 1, 3, 3)
+Q = torch.zeros(1, 2, 5, 2)
+OPERATORS = {  # what only a call of the operator itself can get wrong
+    "patches": ("channel_stats", (T, "none", 6, ""), "must have at least the 6 patch tokens, got 5"),
+    "statistics": ("dw_shortcut_eval", (T, T, W3, None, V, None, V, V, 1e-5, 2, 2, 1, ""), "mean and var must both be given or both be None"),
+    "kernel": ("token_dwconv_bwd_dw", (T, T, 4, 2, 2, 1, "keep", T.dtype, None, ""), "the kernel size must be odd, got K = 4"),
+    "dropout": ("local_attention", (Q, Q, Q, None, None, None, None, None, 2, 2, 1, 1.0, 1.0, ""), r"dropout_p must be in \[0, 1\), got 1\.0"),
+    "seed": (
+        "local_attention", (Q, Q, Q, None, None, None, None, torch.zeros((), dtype=torch.int64, device="meta"), 2, 2, 1, 1.0, 0.5, ""),
+        "seed must be on q's device cpu, got meta",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_message(name):
+    op, args, message = OPERATORS[name]
+    with pytest.raises(ValueError, match=f"^{op}: .*{message}"):
+        registry.ops[op].check(*args)
 
 
 def test_module_messages():

@@ -1,5 +1,6 @@
 """LIFE: the authors' numbers, every layout of heads and prefixes, double backward, saved bytes."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import lifeops
 from lifeops import model_cost
 from lifeops.nn import LifeAttention, LifeQKV
 from lifeops.nn.eager_life import EagerLifeAttention
+from lifeops.ops.life_qkv import spec
+from lifeops.ops.life_qkv.project_scales import project_scales
 from lifeops.ops.life_qkv.spec import scale_dims
 from lifeops.testing import Maker
 
@@ -115,6 +118,45 @@ def test_double_backward(name):
         return sum(t.sin().sum() for t in torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x, (2, 3))))
 
     assert torch.autograd.gradgradcheck(f, (x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("inputs", [*([i] for i in range(7)), range(7)], ids=str)
+@pytest.mark.parametrize("scale1", [False, True])
+def test_gradients_of_any_outputs(scale1, inputs):
+    """Of each subset of the operator's outputs (three scales and what their convolutions gave), for one input and for all."""
+    C, P, (H, W) = 9, 2, (2, 3)
+    make, c = Maker(5, torch.float64), 3 * 3
+    tensors = [make(2, P + H * W, C), make(c, C), make(c), make(c, 1, 3, 3), make(c, c), make(c, 1, 5, 5), make(c, c)]
+    wanted = [tensors[i].requires_grad_() for i in inputs]
+    args = (*tensors, H, W, P, scale1, True, "")
+    outs = [torch.ops.lifeops.life_qkv(*args), spec.reference(*args)]
+    upstream = [make(*t.shape) for t in outs[0]]
+    for asked in itertools.product((False, True), repeat=5):
+        added = sum(t.sum() for t in wanted)  # so that there always is a gradient
+        totals = [added + sum((t * g).sum() for t, g, a in zip(out, upstream, asked, strict=True) if a) for out in outs]
+        grads = [torch.autograd.grad(total, wanted, retain_graph=True) for total in totals]
+        for got, expected in zip(*grads, strict=True):
+            _close(got, expected)
+
+
+@pytest.mark.parametrize("wanted", [*itertools.product((False, True), repeat=3), None], ids=str)
+def test_output_projection(wanted):
+    """The projection scale by scale is that of the joined scales: values, gradients of any of (weight, bias, scales), a second derivative;
+    without a bias (None), too.
+    """
+    make = Maker(3, torch.float64)
+    weight, bias, parts = make(5, 9), None if wanted is None else make(5), [make(2, 7, width) for width in (2, 3, 4)]
+    need = [t for t, asked in ((weight, wanted is None or wanted[0]), (bias, wanted and wanted[1])) if asked]
+    need += parts if wanted is None or wanted[2] else parts[1:2]
+    for t in need:
+        t.requires_grad_()
+    outs = project_scales(parts, weight, bias), F.linear(torch.cat(parts, -1), weight, bias)
+    _close(*outs)
+    upstream = make(*outs[0].shape)
+    grads = [torch.autograd.grad(out, need, upstream, retain_graph=True) for out in outs]
+    for got, expected in zip(*grads, strict=True):
+        _close(got, expected)
+    assert torch.autograd.gradgradcheck(lambda *_: project_scales(parts, weight, bias), need, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", ["dist", "scale1"])

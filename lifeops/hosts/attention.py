@@ -176,7 +176,8 @@ def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict:
 
 
 def _tensors(value) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_tensors, value)))
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return isinstance(value, Tensor) or any(map(_tensors, held))
 
 
 def call_of(op: str, path: str, kind: Kind, module: nn.Module, args: tuple, kwargs: dict) -> Call:

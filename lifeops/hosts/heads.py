@@ -86,7 +86,7 @@ class Call(NamedTuple):
             raise ValueError(f"{op}: {path} attends to the padding of image {image}: no mask of its call hides tokens {count} to {N - 1}")
         for name, value in self.given.items():
             if name in masks:
-                kept = own(value)[..., : 1 if value.shape[-2] == 1 else count, :count]
+                kept = own(value)[..., :count, :count]
                 value = kept if additive(kept).any() else None
             elif name in ROTATIONS and value is not None:
                 value = own(value)[..., : count - N + value.shape[-2], :]
@@ -102,7 +102,7 @@ class Call(NamedTuple):
 def _hides(mask: Tensor, count: int) -> bool:
     """Whether the mask (…, n or 1, N) hides the keys from ``count`` on from every query before them."""
     mask = additive(mask)
-    return bool((mask[..., : 1 if mask.shape[-2] == 1 else count, count:] <= torch.finfo(mask.dtype).min / 2).all())
+    return bool((mask[..., :count, count:] <= torch.finfo(mask.dtype).min / 2).all())
 
 
 def normed(norm: nn.Module | None, t: Tensor) -> Tensor:

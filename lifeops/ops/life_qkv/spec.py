@@ -89,7 +89,7 @@ def _scales(x, w1, b1, dw2, pw2, dw3, pw3, scale1_key, keep, P, convolve, produc
     z3 = product(d3, pw3)
     if not keep:
         d3 = x.new_empty(0)
-    if scale1_key and P and torchlib.wants_grad((z1,)):
+    if scale1_key and P and torchlib.wants_grad((z3,)):  # whose gradient needs what is copied over
         z2, z3 = scale1_keys(z1, z2, z3, P)[1:]
     elif scale1_key and P:
         d = x.shape[2] // 3

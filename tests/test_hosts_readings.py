@@ -1,0 +1,164 @@
+"""What lifeops/hosts reads from a layer, a call or a model, piece by piece, where whole models seldom lead."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hosts import small_vit
+from torch import nn
+
+from lifeops.hosts import attention, heads, images, packed, positions
+from lifeops.hosts.pooling import POOLINGS
+
+N, C, H = 7, 24, 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pooling_head_by_a_probe(bias):
+    """The weights of torch's own MultiheadAttention, with biases and without."""
+    head = nn.Module()
+    head.probe, head.attention = nn.Parameter(torch.randn(1, 1, C)), nn.MultiheadAttention(C, H, bias=bias, batch_first=True)
+    if bias:
+        nn.init.normal_(head.attention.in_proj_bias)
+    x = torch.randn(2, N, C)
+    pooling = next(kind for kind in POOLINGS if kind.has[0] == "probe")
+    found = pooling.read(head, x, None)
+    _, expected = head.attention(head.probe.expand(2, -1, -1), x, x, average_attn_weights=False)
+    torch.testing.assert_close(found.weights(found.scores(slice(None))), expected)
+    values = (expected @ found.v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(pooling.projected(head, values), head.attention(head.probe.expand(2, -1, -1), x, x)[0])
+
+
+BESIDE = (
+    "attn_mask", "attention_mask", "shared_rel_pos_bias", "shared_rel_pos", "relative_position_bias", "rope", "position_embeddings",
+    "other",
+)  # fmt: skip
+GIVEN = {  # of these, what each kind of attention knows what to do with
+    "LIFE": (), "talking heads": (), "pooled": (), "fused": BESIDE[:7], "cosine": BESIDE[1:2], "separate": BESIDE[:7], "class": (),
+    "beside an MLP": BESIDE[:1],
+}  # fmt: skip
+
+
+class _Anything(nn.Module):
+    def forward(self, x, **kwargs):
+        return x
+
+
+class _Gathering(nn.Module):
+    def forward(self, x, **options):
+        return x
+
+
+@pytest.mark.parametrize("kind", attention.KINDS, ids=lambda kind: kind.name)
+def test_tensors_beside_the_tokens_are_known_or_refused(kind):
+    module, x = _Anything(), torch.randn(1, N, C)
+    for name in BESIDE:
+        if name in GIVEN[kind.name]:
+            assert attention.call_of("rollout", "blocks.0.attn", kind, module, (x,), {name: x[0]}).given[name] is not None
+        else:
+            with pytest.raises(ValueError, match=f"^rollout: blocks.0.attn was called with {name} beside the tokens, which is not known"):
+                attention.call_of("rollout", "blocks.0.attn", kind, module, (x,), {name: (None, x[0])})
+    assert set(GIVEN) == {kind.name for kind in attention.KINDS}
+
+
+def test_calls_without_tokens_are_refused():
+    kind = attention.KINDS[3]
+    for x, found in ((torch.randn(N, C), rf"\({N}, {C}\)"), ([1], "list")):
+        with pytest.raises(ValueError, match=rf"^rollout: attn is given {found}, looked for tokens \(B, N, C\) or \(B, H, W, C\)"):
+            attention.call_of("rollout", "attn", kind, _Anything(), (x,), {})
+    with pytest.raises(ValueError, match="attn was called with options beside the tokens"):
+        attention.call_of("rollout", "attn", kind, _Gathering(), (torch.randn(1, N, C),), {"bias": torch.ones(1)})
+    with pytest.raises(ValueError, match="attn was called with is_causal beside the tokens"):
+        attention.call_of("rollout", "attn", kind, _Anything(), (torch.randn(1, N, C),), {"is_causal": True})
+
+
+def test_arguments_by_name():
+    """Those of a call, the tokens left out; by their places where the signature does not fit or gathers them."""
+
+    class Layer(nn.Module):
+        def forward(self, x, mask=None, *args, scale=1, **kwargs):
+            return x
+
+    assert attention.arguments(Layer(), ("x", "m", "a", "b"), {"scale": 2, "more": 3}) == {
+        "mask": "m", "scale": 2, "argument 2": "a", "argument 3": "b", "more": 3,
+    }  # fmt: skip
+    assert attention.arguments(nn.Linear(2, 2), ("x", "m", "n"), {"k": 1}) == {"argument 2": "m", "argument 3": "n", "k": 1}
+
+
+def test_sizes_of_images():
+    """Patches and grids that are not square, in that order."""
+    table = nn.Module()
+    table.pos_embed_grid_size, table.patch_size = (3, 5), (4, 8)
+    assert images.image_sizes(table) == [(12, 40)]
+    table.pretrained_cfg = {"input_size": (3, 20, 30)}
+    table.img_size = 16
+    assert images.image_sizes(table) == [(16, 16), (12, 40), (20, 30)]
+    embed = SimpleNamespace(patch_size=(4, 8), grid_size=(3, 5))
+    assert images.image_size(SimpleNamespace(teller=embed, trunk=None, staged=False)) == (12, 40)
+
+
+def test_padded_images_say_which_patches_are_there():
+    patches, shapes = torch.randn(2, 6, C), torch.tensor([[2, 3], [1, 4]])
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    whole = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    assert packed.packed_of("rollout", whole).grids == ((2, 3), (1, 4))
+    for change, message in (
+        ({"pixel_attention_mask": mask[:, 1:]}, r"pixel_attention_mask must have shape \(B, N\) = \(2, 6\)"),
+        ({"pixel_attention_mask": mask.flip(1)}, r"of image 1 must be true of its first 1 x 4 = 4 patches"),
+        ({"spatial_shapes": shapes.flip(1) * 2}, "must be grids of at least one and at most 6 patches"),
+        ({"spatial_shapes": shapes * 1.0}, r"spatial_shapes must be ints of shape \(B, 2\) = \(2, 2\)"),
+        ({"pixel_values": patches[0]}, r"pixel_values must be packed patches \(B, N, …\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^rollout: .*{message}"):
+            packed.packed_of("rollout", {**whole, **change})
+    y, x = torch.meshgrid(torch.arange(2), torch.arange(3), indexing="ij")
+    coord = torch.stack((y, x), -1).flatten(0, 1).expand(2, -1, -1)
+    whole = {"patches": patches, "patch_coord": coord, "patch_valid": torch.ones(2, 6, dtype=torch.bool)}
+    assert packed.packed_of("rollout", whole).grids == ((2, 3), (2, 3))
+    for change, message in (
+        ({"patch_coord": coord[:, :5]}, r"patch_coord must have shape \(B, N, 2\) = \(2, 6, 2\)"),
+        ({"patch_coord": None}, "patch_coord must have shape"),
+        ({"patch_valid": None}, "the last patch_coord"),
+        ({"patch_coord": coord.flip(2)}, "patch_coord of image 0 must go row by row over its 3 x 2 grid"),
+    ):
+        with pytest.raises(ValueError, match=f"^rollout: .*{message}"):
+            packed.packed_of("rollout", {**whole, **change})
+    assert packed.packed_of("rollout", patches) is packed.packed_of("rollout", {"pixel_values": patches}) is None
+
+
+def test_no_model_and_no_host():
+    assert positions.host_or_none("structured_", "vit") is None
+    assert positions.host_or_none("structured_", nn.Linear(2, 2)) is None
+    assert positions.host_or_none("structured_", small_vit()()).prefix == 1
+
+
+def test_a_call_for_some_of_its_images():
+    """Masks that differ by image are picked with the tokens; what all images share, however many rows it has, is not."""
+    x, masks, shared, rope = torch.randn(3, N, C), torch.randn(3, 1, N, N), torch.randn(1, H, N, N), torch.randn(3, 8)
+    given = {"attn_mask": masks, "shared_rel_pos_bias": shared, "rope": rope, "position_embeddings": None}
+    picked = heads.Call(nn.Identity(), x, None, given).of([2, 0])
+    assert torch.equal(picked.x, x[[2, 0]])
+    assert torch.equal(picked.given["attn_mask"], masks[[2, 0]])
+    assert picked.given["shared_rel_pos_bias"] is shared
+    assert picked.given["rope"] is rope
+    assert picked.given["position_embeddings"] is None
+
+
+def test_a_call_for_one_padded_image():
+    """The tokens that are there, with what is said of them; a mask that hides nothing of these is none."""
+    x, mask, rope = torch.randn(2, N, C), torch.zeros(2, 1, 1, N), torch.randn(2, 1, N - 1, 8)  # angles of all but a prefix token
+    mask[1, ..., 5:] = torch.finfo(torch.float32).min
+    call = heads.Call(nn.Identity(), x, None, {"attn_mask": mask, "rope": rope, "is_causal": False})
+    alone = call.alone("rollout", "attn", 1, 5)
+    assert torch.equal(alone.x, x[1:, :5])
+    assert alone.given["attn_mask"] is None
+    assert torch.equal(alone.given["rope"], rope[1:, :, :4])
+    mask[1, ..., 2] = -3.0
+    assert torch.equal(call.alone("rollout", "attn", 1, 5).given["attn_mask"], mask[1:, :, :, :5])
+    with pytest.raises(ValueError, match=r"^rollout: attn attends to the padding of image 0: no mask of its call hides tokens 5 to 6"):
+        call.alone("rollout", "attn", 0, 5)
+    whole = mask.expand(2, 1, N, N).clone()
+    assert torch.equal(call._replace(given={"attn_mask": whole}).alone("rollout", "attn", 1, 5).given["attn_mask"], whole[1:, :, :5, :5])
+    whole[1, :, 3, 6] = 0  # one query attends to padding
+    with pytest.raises(ValueError, match="attends to the padding of image 1"):
+        call._replace(given={"attn_mask": whole}).alone("rollout", "attn", 1, 5)
