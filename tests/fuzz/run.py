@@ -11,11 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from page import put
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent.parent / "docs" / "reliability.md"
 KINDS = {  # of what is counted, by how its name begins or ends
     "special values": "operators: NaN and infinities", "same bits": "operators: the same bits, threads and runs",
     "an image alone": "operators: an image alone and in its batch", "lifeops.": "public functions with gradients",
@@ -49,9 +49,7 @@ def _write_page(rows, seed):
         kinds[kind] = before[0] + cases, before[1] + wrong
     kinds["all"] = tuple(map(sum, zip(*kinds.values(), strict=True)))
     lines = (f"| {kind} | {cases} | {wrong} |" for kind, (cases, wrong) in kinds.items())
-    text = "\n".join((f"| seed {seed} | cases | mismatches |", "|---|---:|---:|", *lines))
-    head, rest = PAGE.read_text().split("<!-- figures -->")
-    PAGE.write_text(f"{head}<!-- figures -->\n{text}\n<!-- /figures -->{rest.split('<!-- /figures -->')[1]}")
+    put("figures", (f"| seed {seed} | cases | mismatches |", "|---|---:|---:|", *lines))
 
 
 def main() -> int:
