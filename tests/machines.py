@@ -52,8 +52,10 @@ class Leg:
         self.machine, self.seed = machine, seed
         self.python = emulated.x86(machine.cpu) if machine.beyond else emulated.arm(machine.cpu, torch)
         self.folder, isa = self.python.parent.parent, machine.kernels.split()[0]
-        self.env = emulated.environment() | {"LIFEOPS_STRICT": "1", "OMP_NUM_THREADS": "2", "LIFEOPS_FUZZ_ISAS": isa}
-        self.env |= {"LIFEOPS_FUZZ_CASES": str(cases), "LIFEOPS_FUZZ_LEDGER": str(self.folder / "cases.json")}
+        self.env = emulated.environment() | {
+            "LIFEOPS_STRICT": "1", "LIFEOPS_FUZZ_ISAS": isa, "LIFEOPS_FUZZ_CASES": str(cases),
+            "LIFEOPS_FUZZ_LEDGER": str(self.folder / "cases.json"), "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
         if not machine.beyond:
             self.env["PYTHONPATH"] = str(emulated.build(self.python))
         self.tests = (["test_ops.py", "test_nan.py", "-k", isa], ["fuzz"])
