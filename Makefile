@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz longrun sanitize coverage mutants hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz longrun sanitize machines coverage mutants hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -54,6 +54,11 @@ coverage: $(VENV)/coverage.ready
 # `make mutants ARGS="--count 300 --seed 1 --page"`. It picks tests by what `make coverage` recorded.
 mutants: $(VENV)/coverage.ready
 	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+# On processors that this machine does not have (no AVX, no AVX-512, aarch64), emulated by qemu: `make machines ARGS="--machine haswell"`
+# (docs/reliability.md). It needs Debian's qemu-user and g++-aarch64-linux-gnu; what it downloads stays below build/machines.
+machines: $(VENV)/test.ready
+	$(BIN)/python tests/machines.py $(ARGS)
 
 # docs/hosts.md: what every host of tests/host_configs*.py answers, each answer compared with an oracle.
 hosts: $(VENV)/test.ready

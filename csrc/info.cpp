@@ -25,6 +25,7 @@ PYBIND11_MODULE(_info, m) {
     facts["cuda_archs"] = LIFEOPS_CUDA_ARCHS;
     facts["sources"] = LIFEOPS_SOURCES;
     facts["compiler"] = __VERSION__;
+    facts["baseline"] = lifeops::baseline_vectors();
     return facts;
-  }, "How the extension was built: backends, CUDA archs, digest of csrc, compiler.");
+  }, "How the extension was built: backends, CUDA archs, digest of csrc, compiler, vectors of the baseline kernels.");
 }

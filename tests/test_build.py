@@ -1,6 +1,7 @@
 """Installations in any state: import isolation, missing and stale libraries, the shadowing source folder, what info says."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import lifeops
-from lifeops import built, native, registry
+from lifeops import built, config, native, registry
 from lifeops.cli import info
 
 PACKAGE = Path(lifeops.__file__).parent
@@ -119,6 +120,20 @@ def test_info_names_versions_backends_and_switches():
         assert part in text
     out = subprocess.run([sys.executable, "-m", "lifeops", "info"], capture_output=True, text=True, check=True).stdout
     assert "backends" in out
+
+
+@pytest.mark.skipif(registry.unavailable("cpu") is not None, reason="no compiled CPU kernels")
+@pytest.mark.parametrize("limit", ["auto", "baseline", "avx2", "avx512"])
+def test_info_names_the_instruction_set_that_runs(limit, monkeypatch):
+    from lifeops import _info
+
+    monkeypatch.setattr(config, "settings", config.settings._replace(cpu_isa=limit))
+    has, order = _info.isa(), ["baseline", "avx2", "avx512"]
+    taken = min(order.index(has), order.index(limit) if limit != "auto" else 3)
+    said = info.build()["CPU instruction set"]
+    vectors = {"x86_64": "SSE2", "aarch64": "NEON"}.get(platform.machine())
+    assert said.split(",")[0] == (f"baseline ({vectors} vectors)" if taken == 0 and vectors else order[taken])
+    assert said.endswith(f", by LIFEOPS_CPU_ISA; this CPU has {has}") == (taken < order.index(has))
 
 
 def test_info_tells_a_stale_build(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import runpy
 import shutil
 import struct
@@ -55,7 +56,8 @@ def one_bit(content):
 
 
 def foreign(content):
-    content[18:20] = struct.pack("<H", 183)
+    number = next(number for number, name in built._MACHINES.items() if name == OTHER)
+    content[18:20] = struct.pack("<H", number)
 
 
 def renamed_symbol(content):
@@ -64,6 +66,7 @@ def renamed_symbol(content):
     return content.replace(b"torch_get_num_threads\0", b"torch_got_num_threads\0")
 
 
+OTHER = "x86_64" if platform.machine() == "aarch64" else "aarch64"
 CUT, CHECKSUM = "it is cut short, ", "its checksum is not the one noted when it was built"
 FAULTS = {  # what it is or has, what is done to the folder, what is said of it
     "missing": ("is missing", lambda f: library(f).unlink(), "this installation has no compiled kernels"),
@@ -75,7 +78,7 @@ FAULTS = {  # what it is or has, what is done to the folder, what is said of it
     "text": ("is another kind of file", lambda f: library(f).write_text("version"), "it does not start as a library does but with 76"),
     "zeros": ("ends in zeros, as after a power failure", lambda f: change(library(f), zeros), CHECKSUM),
     "one_bit": ("has one wrong bit", lambda f: change(library(f), one_bit), CHECKSUM),
-    "foreign": ("was built for aarch64", lambda f: change(library(f), foreign), "it was built for aarch64, this machine is "),
+    "foreign": ("was built for another processor", lambda f: change(library(f), foreign), f"it was built for {OTHER}, this machine is "),
     "symbol": (
         "was built for a torch that has a function which this one lacks",
         lambda f: (without_notes(f), change(library(f), renamed_symbol)), "undefined symbol: torch_got_num_threads",

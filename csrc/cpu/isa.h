@@ -26,4 +26,15 @@ inline const char* isa_name(Isa isa) {
   return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
 }
 
+// What `baseline` is here: the vectors that the compiler takes without being asked for more.
+inline const char* baseline_vectors() {
+#if defined(__SSE2__)
+  return "SSE2";
+#elif defined(__ARM_NEON)
+  return "NEON";
+#else
+  return "the compiler's own";
+#endif
+}
+
 }  // namespace lifeops

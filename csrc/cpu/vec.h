@@ -108,6 +108,9 @@ inline __attribute__((always_inline)) vec_t<float> load(const f16* p) {
 inline __attribute__((always_inline)) void store(f16* p, vec_t<float> v) {
   store_bits(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)  // one instruction for four values; what follows takes some twenty for each
+inline __attribute__((always_inline)) vec_t<float> load(const f16* p) { return (vec_t<float>)vcvt_f32_f16(load_bits<float16x4_t>(p)); }
+inline __attribute__((always_inline)) void store(f16* p, vec_t<float> v) { store_bits(p, vcvt_f16_f32((float32x4_t)v)); }
 #else
 inline vec_t<float> load(const f16* p) {
   vec_t<float> v;

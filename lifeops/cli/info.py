@@ -70,6 +70,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def _instruction_set(has: str, facts: dict) -> str:
+    """What the kernels take on a CPU that ``has`` this, and why it is less."""
+    order = next(s.values for s in config.SWITCHES if s.name == "LIFEOPS_CPU_ISA")[1:]
+    limit = config.settings.cpu_isa
+    taken = has if limit == "auto" else min(has, limit, key=order.index)
+    text = f"{taken} ({facts['baseline']} vectors)" if taken == order[0] and "baseline" in facts else taken
+    return text if taken == has else f"{text}, by LIFEOPS_CPU_ISA; this CPU has {has}"
+
+
 def build() -> dict[str, str]:
     module, why = _native()
     if module is None:
@@ -80,7 +89,7 @@ def build() -> dict[str, str]:
         "built backends": facts["backends"],
         "CUDA archs": facts["cuda_archs"] or "none",
         "compiler": facts["compiler"],
-        "CPU instruction set": module.isa(),
+        "CPU instruction set": _instruction_set(module.isa(), facts),
     }
 
 
