@@ -38,7 +38,8 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.dtype, int, float, bool, str, 
 _is_compiling, _functorch_active = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
 _dispatch_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
-_autocast_available = torch._C._is_autocast_available
+# Asked here: torch.compile of torch 2.10 does not trace the question
+_AUTOCAST_AVAILABLE = {kind: torch._C._is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "meta")}
 _NOTHING = contextlib.nullcontext()
 
 
@@ -59,13 +60,18 @@ def wants_grad(args) -> bool:
 def exporting() -> bool:
     """Whether torch.export or an ONNX exporter writes down a program."""
     if _is_compiling():
-        return torch.compiler.is_exporting()
+        return _torch_exports()
     return _tracing() is not None and torch.onnx.is_in_onnx_export()
+
+
+def _torch_exports() -> bool:
+    """torch.compiler.is_exporting(), which torch.compile of torch 2.10 takes for True: what that function returns."""
+    return torch.compiler._is_exporting_flag
 
 
 def captured() -> bool:
     """Whether a program is being written down, by an exporter or by torch.jit.trace, that Python's autograd Functions cannot be in."""
-    return torch.compiler.is_exporting() if _is_compiling() else _tracing() is not None
+    return _torch_exports() if _is_compiling() else _tracing() is not None
 
 
 def _seen_by_torch() -> bool:
@@ -221,7 +227,8 @@ def set_vmap(op: Op, rule) -> None:
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for ``device``; devices that have none, such as meta, raise in torch."""
     kind = device.type
-    return _autocast_available(kind) and torch.is_autocast_enabled(kind)
+    available = _AUTOCAST_AVAILABLE[kind] if kind in _AUTOCAST_AVAILABLE else torch._C._is_autocast_available(kind)
+    return available and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(x: torch.Tensor):

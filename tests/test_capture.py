@@ -289,7 +289,7 @@ def test_onnx_of_any_batch_and_image_size(system, tmp_path):
 
 
 AOT = """
-import sys, torch
+import sys, torch, torch._inductor.codecache
 assert "lifeops" not in sys.modules
 run = torch._inductor.aoti_load_package(sys.argv[1])
 x, y = torch.load(sys.argv[2])
