@@ -110,6 +110,14 @@ def _eomt(model, x, tokens):
     return _chained([*joined, *last])
 
 
+@torch.no_grad()
+def _mae(model, x, tokens):
+    """Patches that are not shuffled, as the model is told; a decoder's layers are not counted."""
+    with Attentions() as mode:
+        model(x, noise=torch.arange(tokens - 1.0).expand(len(x), -1))
+    return _chained(_square(mode.found, len(x), tokens)[: model.config.num_hidden_layers])
+
+
 # ------------------------------------------------------------------------------------------------ windows
 
 
@@ -228,5 +236,5 @@ def _mvit(model, x, tokens):
     return product
 
 
-CHAINS = {"plain": _plain, "parallel": _parallel, "cait": _cait, "eomt": _eomt, "swin": _swin, "sam": _sam, "mvit": _mvit}
+CHAINS = {"plain": _plain, "parallel": _parallel, "cait": _cait, "eomt": _eomt, "swin": _swin, "sam": _sam, "mvit": _mvit, "mae": _mae}
 """How the attention of a host's layers makes a roll-out: (model, x, number of tokens) -> (B, output tokens, input tokens)."""

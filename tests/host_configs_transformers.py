@@ -44,9 +44,9 @@ _hf("BEiT", "Beit", label="BeitModel, shared table", use_shared_relative_positio
 _hf("BEiT", "Beit", model="BeitForImageClassification", num_labels=3, use_relative_position_bias=True, **_BEIT)
 _hf("BEiT", "Data2VecVision", use_relative_position_bias=True, intermediate_size=192, **_BEIT)
 _hf("MAE", "ViTMAE", chain="none", **_BEIT)
-_hf("MAE", "ViTMAE", chain="none", label="ViTMAEModel, mask_ratio 0", mask_ratio=0.0, **_BEIT)
+_hf("MAE", "ViTMAE", chain="mae", label="ViTMAEModel, mask_ratio 0", mask_ratio=0.0, **_BEIT)
 _DECODER = {"decoder_hidden_size": 48, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 3, "decoder_intermediate_size": 48}
-_hf("MAE", "ViTMAE", chain="none", model="ViTMAEForPreTraining", mask_ratio=0.0, **_DECODER, **_BEIT)
+_hf("MAE", "ViTMAE", chain="mae", model="ViTMAEForPreTraining", mask_ratio=0.0, **_DECODER, **_BEIT)
 _hf("MSN", "ViTMSN")
 _hf("I-JEPA", "IJepa", 0)
 _hf("YOLOS", "Yolos", chain="suffix", num_detection_tokens=5)

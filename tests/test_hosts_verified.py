@@ -17,12 +17,12 @@ ROLLOUT_REFUSES = {
     "several embeddings": (staged("crossvit_tiny_240"), r"CrossVit has 2 patch embeddings"),
     "pooled on the way": (staged("pit_ti_224", img_size=64), r"blocks\.1\.attn has 50 tokens and .*blocks\.0\.attn 17: tokens are"),
     "hiera": (staged("hiera_tiny_224", img_size=64), r"gives \(2, 256, 96\), whose 256 tokens are no grid"),
-    "shuffled": (hf("ViTMAE", mask_ratio=0.0), r"does not read the 16 patches as tokens 1 to 16 in their order: .* shuffled"),
-    "dropped": (hf("ViTMAE", mask_ratio=0.75), r"the layers have 5: of 16 patches some are dropped"),
+    "shuffled": (lambda: _Shuffled(), r"does not read the 16 patches as tokens 1 to 16 in their order: .* shuffled"),
+    "masked": (hf("ViTMAE", mask_ratio=0.75), r"^rollout: ViTMAEEmbeddings gives 4 of 16 patches, .* model\.config\.mask_ratio = 0"),
     "decoder": (
         hf("ViTMAE", "ViTMAEForPreTraining", mask_ratio=0.0, decoder_hidden_size=24, decoder_num_attention_heads=3,
             decoder_num_hidden_layers=1, decoder_intermediate_size=24),
-        r"shuffled",
+        r"decoder moves tokens before decoder\.decoder_layers\.0\.attention: gather",
     ),
     "behind the patches": (hf("Yolos", image_size=(32, 32), num_detection_tokens=9), r"tokens 1 to 16 are the patches, and 9 come behind"),
     "no grid": (lambda: transformers.HieraModel(_hiera()), r"HieraPatchEmbeddings, the model's patch embedding, gives .* no grid"),
@@ -31,6 +31,15 @@ ROLLOUT_REFUSES = {
 
 def _hiera():
     return transformers.HieraConfig(image_size=(64, 64), embed_dim=24, num_heads=(1, 2, 4, 8), depths=(1, 1, 1, 1))
+
+
+class _Shuffled(timm.models.VisionTransformer):
+    """Patches in another order before the blocks."""
+
+    def __init__(self):
+        super().__init__(**{**SMALL, "img_size": 32})
+        self.norm_pre = torch.nn.Identity()
+        self.norm_pre.register_forward_hook(lambda m, args, x: torch.cat((x[:, :1], x[:, 1:].flip(1)), 1))
 
 
 class _Behind(timm.models.VisionTransformer):

@@ -53,6 +53,8 @@ def test_shuffled_patches_are_put_in_order(system):
         assert torch.equal(found.last_hidden_state, expected)
         assert torch.equal(found.ids_restore, torch.arange(24).expand(2, -1))
         assert not found.mask.any()
+    options = {"pixel_values": x, "interpolate_pos_encoding": True}
+    assert torch.equal(lifeops.rollout(model, options).maps, lifeops.rollout(model, options).maps)
     plain = original(x, interpolate_pos_encoding=True).last_hidden_state
     assert not torch.allclose(plain[:, :1], expected[:, :1], atol=1e-3)  # the blocks do something else now
 
@@ -79,7 +81,7 @@ def test_masked_patches_are_refused_at_each_pass(system, ratio, kept):
     message = rf"^convert: ViTMAEEmbeddings gives {kept} of 16 patches, .*: set model\.config\.mask_ratio = 0 \(it is {ratio}\)$"
     with pytest.raises(ValueError, match=message):
         model(x)
-    assert f"shuffles them and leaves out {ratio} of them (config.mask_ratio); converted models need all" in str(lifeops.describe(model))
+    assert f"shuffles them and leaves out {ratio} of them (config.mask_ratio); lifeops needs all" in str(lifeops.describe(model))
     model.config.mask_ratio = 0.0
     assert torch.equal(model(x).last_hidden_state, model(x).last_hidden_state)
     model.config.mask_ratio = ratio
@@ -124,7 +126,7 @@ def test_patch_dropout_is_refused_while_it_drops(name, system):
     size = (32, 48) if name in ("vit", "ordered") else (64, 64) if name != "eva" else (56, 56)
     x, kind = torch.randn(2, 3, *size), type(model.patch_drop).__name__
     lifeops.convert(model, system)
-    assert f"patch_drop ({kind}) leaves out 0.25 of them in training; converted models need all" in str(lifeops.describe(model))
+    assert f"patch_drop ({kind}) leaves out 0.25 of them in training; lifeops needs all" in str(lifeops.describe(model))
     with torch.no_grad():
         expected = model(x)
     with pytest.raises(ValueError, match=rf"^convert: {kind} leaves out patches in training \(prob=0\.25\).*model\.patch_drop\.prob = 0$"):

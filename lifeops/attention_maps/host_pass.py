@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -15,6 +16,7 @@ from lifeops.hosts.classifier import classifiers, final_norm, pooled_norm
 from lifeops.hosts.find import find_host
 from lifeops.hosts.host import Host
 from lifeops.hosts.packed import Packed, packed_of
+from lifeops.hosts.patch_order import in_order
 from lifeops.integrations.pass_watch import POOLED, Watch
 from lifeops.integrations.token_place import tokens_of
 from lifeops.nn.embedded_grid import embedded_grid
@@ -68,9 +70,10 @@ class HostPass:
 
     @contextlib.contextmanager
     def watched(self, features: bool) -> Iterator[None]:
-        """Notes the grid of the forward pass and, if asked for, the last tokens."""
+        """Notes the grid of the forward pass and, if asked for, the last tokens; patches that the model shuffles are put in order."""
         handles = [self.host.embed.register_forward_pre_hook(_check_embedded)]
         handles += [] if self.packed is not None else [self.host.teller.register_forward_hook(self._embedded)]
+        handles += [module.register_forward_hook(functools.partial(in_order, op="rollout")) for module in self.host.pickers]
         for pool in self.pools:
             handles += [*pool.hooks(), pool.module.register_forward_hook(self._pooled)]
         if features:

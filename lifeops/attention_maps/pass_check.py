@@ -22,7 +22,7 @@ class PassCheck:
         named = list(model.named_modules(remove_duplicate=False))
         known = {id(layer) for layer in layers}
         self.host_pass = host_pass
-        self.watch = Watch({id(m): path for path, m in reversed(named)}, known)
+        self.watch = Watch({id(m): path for path, m in reversed(named)}, known | set(map(id, host_pass.host.pickers)))
         self.places = Counter(id(m) for _, m in named if id(m) in known)  # how often the model holds each
         self.ran: Counter[int] = Counter()
         self.last: str | None = None  # the path of the layer that ran last

@@ -150,8 +150,9 @@ def rollout(
     Args:
         model: of timm a ViT, DeiT, DINOv2, DINOv3, EVA, BEiT, PE, rope, relative position or parallel ViT, CaiT, NaFlexViT, MViTv2,
             SAM, Swin (1 and 2); also after :func:`lifeops.convert`; a lifeops model; of transformers a ViT, DeiT, DINOv2, DINOv3, BEiT,
-            Data2Vec, SAM, Swin (1 and 2), EoMT, the vision model of CLIP, SigLIP (1 and 2), BLIP, AIMv2. Any other that attends in one of
-            these ways is taken if it passes ``verify``. Windows are put back on the grid; merged and pooled patches share alike.
+            Data2Vec, SAM, Swin (1 and 2), EoMT, MAE, the vision model of CLIP, SigLIP (1 and 2), BLIP, AIMv2. Any other that attends in
+            one of these ways is taken if it passes ``verify``. Windows are put back on the grid; merged and pooled patches share alike;
+            shuffled ones (MAE) are put in order, also in ``Rollout.output``.
         images: what the model takes, (B, channels, height, width), or a mapping of keyword arguments with "pixel_values"; or packed
             patches of several grids: NaFlexViT's {"patches", "patch_coord", "patch_valid"}, SigLIP 2's {"pixel_values",
             "pixel_attention_mask", "spatial_shapes"}. Patches must come row by row, padding behind them and hidden from them; each image's

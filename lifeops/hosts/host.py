@@ -105,6 +105,10 @@ class Host(NamedTuple):
         return self.trunk.get_submodule(self.embed_path)
 
     @property
+    def pickers(self) -> list[nn.Module]:
+        return [self.trunk.get_submodule(path) for path in self.picks]
+
+    @property
     def teller(self) -> nn.Module:
         return self.embed if self.teller_path is None else self.trunk.get_submodule(self.teller_path)
 

@@ -98,7 +98,7 @@ def _hook(model: nn.Module, record: Conversion, plan: Plan) -> None:
     handles += [stage.register_forward_pre_hook(holder.enter_stage) for stage in stages]
     for module in (*pools, plan.host.teller):
         holder.watch(module)
-    handles += [plan.host.trunk.get_submodule(path).register_forward_hook(in_order) for path in plan.host.picks]
+    handles += [module.register_forward_hook(in_order) for module in plan.host.pickers]
 
 
 def _try(plan: Plan) -> None:

@@ -87,7 +87,7 @@ def _exchange(host: Host, block: Block, path: str, attn: nn.Module | None, prefi
     if attn is block.module:
         return _projection(attn, block.path, "in_proj", prefix, options)
     odd = _odd(block, attn) if attn is not None and projections(attn) else []
-    windows = odd == [_WINDOWS] and host.library == "transformers" and len(projections(attn)) == 3  # Swin
+    windows = odd == [_WINDOWS] and host.library == "transformers" and host.grid_from == "call" and len(projections(attn)) == 3  # Swin
     if windows or not odd:
         new = _replacement(attn, _check(path, attn), class_for(attn, host.library, windows), prefix, options)
         if windows:

@@ -112,15 +112,16 @@ FLOWS = {"tokens": ShortcutBlocks, "pixels": PixelShortcutBlocks, "squares": Squ
 """By what the blocks take: see :data:`lifeops.hosts.host.FLOWS`."""
 
 
-_EPSILON = "eps", "variance_epsilon"  # what norms have, of whatever class
+def _of_tokens(m: nn.Module) -> bool:
+    """Whether ``m``, of whatever class, normalises each token by itself and scales it: it has an epsilon and no running statistics."""
+    return any(hasattr(m, name) for name in ("eps", "variance_epsilon")) and not hasattr(m, "running_mean")
 
 
 def _width(op: str, block: nn.Module) -> int:
-    """C of a block: of ``norm1``, or else of the first normalisation with a shape, or with an epsilon and weights."""
+    """C of a block: of ``norm1``, or else of the first normalisation with a shape, or with weights."""
     norms = [getattr(block, "norm1", None), *block.modules()]
     found = [m.normalized_shape for m in norms if hasattr(m, "normalized_shape")]
-    own = [m.weight.shape for m in norms if any(hasattr(m, name) for name in _EPSILON) and getattr(m, "weight", None) is not None]
-    found += [shape for shape in own if len(shape) == 1]
+    found += [m.weight.shape for m in norms if _of_tokens(m) and getattr(m, "weight", None) is not None]
     if not found:
         hint = "; pass dim=…" if op == "wrap" else ""
         raise ValueError(f"{op}: cannot tell the width of {type(block).__name__}, which has no norm with a shape or with weights{hint}")
