@@ -71,6 +71,8 @@ def test_the_source_runs_nothing_foreign():
             if name == "torch.load":
                 assert keywords(call)["weights_only"] == "True", (path, call.lineno)
                 seen.append(name)
+            if name.endswith(".from_config"):
+                assert keywords(call)["trust_remote_code"] == "False", (path, call.lineno)
             if name.endswith(".from_pretrained"):
                 assert keywords(call).items() >= {("trust_remote_code", "False"), ("local_files_only", "True")}, (path, call.lineno)
                 seen.append("from_pretrained")

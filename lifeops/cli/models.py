@@ -83,11 +83,12 @@ def _transformers(folder: str, system: str | None) -> Loaded:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # standard error has what is wrong, a line each
-    options, what = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}, f"--model {_FOLDER}{folder}"
+    what = f"--model {_FOLDER}{folder}"
     try:
         held = system_of(name for file in sorted(Path(folder).glob("*.safetensors")) for name in read(file))
         if held in (None, system):
-            model, info = (Auto if held is None else _converted(folder, held)).from_pretrained(folder, **options)
+            cls = Auto if held is None else _converted(folder, held)
+            model, info = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, output_loading_info=True)
     except Exception as error:  # damaged files raise anything
         raise ValueError(f"{what} cannot be loaded ({type(error).__name__}: {error})") from error
     if held not in (None, system):
@@ -107,7 +108,8 @@ def _converted(folder: str, system: str) -> type[nn.Module]:
     from transformers import AutoConfig, AutoModelForImageClassification
 
     with torch.device("meta"):
-        cls = type(AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(folder, local_files_only=True)))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        cls = type(AutoModelForImageClassification.from_config(config, trust_remote_code=False))
 
     def init(self, config):
         cls.__init__(self, config)
