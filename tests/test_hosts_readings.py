@@ -66,7 +66,7 @@ def test_calls_without_tokens_are_refused():
     for x, found in ((torch.randn(N, C), rf"\({N}, {C}\)"), ([1], "list")):
         with pytest.raises(ValueError, match=rf"^rollout: attn is given {found}, looked for tokens \(B, N, C\) or \(B, H, W, C\)"):
             attention.call_of("rollout", "attn", kind, _Anything(), (x,), {})
-    with pytest.raises(ValueError, match="attn was called with options beside the tokens"):
+    with pytest.raises(ValueError, match="attn was called with bias beside the tokens"):
         attention.call_of("rollout", "attn", kind, _Gathering(), (torch.randn(1, N, C),), {"bias": torch.ones(1)})
     with pytest.raises(ValueError, match="attn was called with is_causal beside the tokens"):
         attention.call_of("rollout", "attn", kind, _Anything(), (torch.randn(1, N, C),), {"is_causal": True})
@@ -82,6 +82,7 @@ def test_arguments_by_name():
     assert attention.arguments(Layer(), ("x", "m", "a", "b"), {"scale": 2, "more": 3}) == {
         "mask": "m", "scale": 2, "argument 2": "a", "argument 3": "b", "more": 3,
     }  # fmt: skip
+    assert attention.arguments(_Gathering(), ("x",), {"rope": 1}) == {"rope": 1}
     assert attention.arguments(nn.Linear(2, 2), ("x", "m", "n"), {"k": 1}) == {"argument 2": "m", "argument 3": "n", "k": 1}
 
 

@@ -165,11 +165,13 @@ def side_by_side(model: nn.Module) -> dict[nn.Module, nn.Module]:
 def arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict:
     """The arguments of a call by name, the first (the tokens) left out."""
     try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        signature = inspect.signature(module.forward)
+        bound = signature.bind(*args, **kwargs).arguments
+        gathered = [p.name for p in signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     except (TypeError, ValueError):  # the call itself will tell, or a forward without signature
-        bound = {f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs
+        bound, gathered = {f"argument {i + 1}": value for i, value in enumerate(args)} | kwargs, []
     named = dict(list(bound.items())[1:])
-    inner = [named.pop(name) for name in ("args", "kwargs") if name in named]
+    inner = [named.pop(name) for name in gathered if name in named]
     for more in inner:
         named |= more if isinstance(more, dict) else {f"argument {i + 2}": value for i, value in enumerate(more)}
     return named
