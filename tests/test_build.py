@@ -1,18 +1,22 @@
 """Installations in any state: import isolation, missing and stale libraries, the shadowing source folder, what info says."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lifeops
 from lifeops import built, native, registry
 from lifeops.cli import info
 
 PACKAGE = Path(lifeops.__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def run(code, *, cwd=None, **env):
@@ -134,6 +138,34 @@ def test_the_library_speaks_only_the_stable_abi():
     symbols = subprocess.run([nm, "-D", "--undefined-only", str(native._find())], capture_output=True, text=True, check=True).stdout
     unstable = [s for s in symbols.split() if "N2at" in s or "N3c10" in s or "N5torch" in s or s.startswith("Py")]
     assert not unstable
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="installed without sources beside it")
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ("Cuda compilation tools, release 12.4, V12.4.99", None),
+        ("Cuda compilation tools, release 13.0, V13.0.48", r"nvcc is of CUDA 13\.0, torch .* of CUDA 12\.8"),
+        ("nothing", "nvcc is of CUDA an unknown release"),
+    ],
+)
+def test_an_nvcc_that_does_not_fit_torch_costs_the_cuda_kernels_alone(says, reason, tmp_path, monkeypatch):
+    """torch's extension builder refuses another major release of CUDA, and the CPU kernels with it."""
+    setuptools, cpp_extension = pytest.importorskip("setuptools"), pytest.importorskip("torch.utils.cpp_extension")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setenv("LIFEOPS_BUILD", "none")
+    monkeypatch.chdir(ROOT)
+    plan = runpy.run_path(str(ROOT / "setup.py"))["plan"]
+    monkeypatch.setitem(plan.__globals__, "BUILD", "auto")
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '{says}'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    built, missing = plan()
+    assert built == ({"cpu"} if reason else {"cpu", "cuda"})
+    assert re.match(reason or "", missing.get("cuda", ""))
 
 
 def test_fork_after_use():
