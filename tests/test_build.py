@@ -51,6 +51,11 @@ def test_import_touches_neither_triton_nor_the_gpu():
     assert out.split() == ["False", "False"]
 
 
+def test_an_older_torch_is_refused():
+    code = "import torch; torch.__version__ = '2.9.1+cpu'\ntry: import lifeops\nexcept ImportError as error: print(error)"
+    assert run(code) == "lifeops needs torch 2.10 or newer, found torch 2.9.1+cpu\n"
+
+
 def test_import_is_quick():
     out = run("import torch, time; t = time.process_time(); import lifeops; print(time.process_time() - t)")
     torch_out = run("import time; t = time.process_time(); import torch; print(time.process_time() - t)")
