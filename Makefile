@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz longrun sanitize machines coverage mutants hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz longrun sanitize machines coverage mutants hosts bench budgets readme clean versions
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -59,6 +59,11 @@ mutants: $(VENV)/coverage.ready
 # (docs/reliability.md). It needs Debian's qemu-user and g++-aarch64-linux-gnu; what it downloads stays below build/machines.
 machines: $(VENV)/test.ready
 	$(BIN)/python tests/machines.py $(ARGS)
+
+# One compiled wheel on several releases of torch, builds from source on several Pythons, several releases of Triton:
+# `make versions ARGS="--torch 2.10.0 2.14.1 --python 3.10 3.13 --triton 3.6.0=2.3.5 3.9.0"` (docs/reliability.md). Nothing is set up before.
+versions:
+	$(PYTHON) tests/versions.py $(ARGS)
 
 # docs/hosts.md: what every host of tests/host_configs*.py answers, each answer compared with an oracle.
 hosts: $(VENV)/test.ready

@@ -8,7 +8,9 @@ import copy
 import hashlib
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 import zlib
@@ -47,6 +49,13 @@ def sources_digest():
     return digest.hexdigest()[:16]
 
 
+def nvcc_release(home):
+    """"13.0", as nvcc says it."""
+    said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release ([\d.]+)", said)
+    return found[1] if found else "an unknown release"
+
+
 def plan():
     """What to build, and why not the rest: ({"cpu", "cuda"}, {backend: reason})."""
     if BUILD not in ("auto", "none", "cpu", "cuda"):
@@ -69,6 +78,8 @@ def plan():
         missing["cuda"] = f"torch {torch.__version__} is a build without CUDA"
     elif cpp_extension.CUDA_HOME is None or not shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin"):
         missing["cuda"] = "nvcc was not found at build time (set CUDA_HOME)"
+    elif (found := nvcc_release(cpp_extension.CUDA_HOME)).split(".")[0] != torch.version.cuda.split(".")[0]:
+        missing["cuda"] = f"nvcc is of CUDA {found}, torch {torch.__version__} of CUDA {torch.version.cuda} (set CUDA_HOME)"
     return {"cpu", "cuda"} - missing.keys(), missing
 
 

@@ -17,6 +17,9 @@ from lifeops.after_import import after_import
 from lifeops.errors import KernelNotBuilt, NotSupported
 from lifeops.registry import Op
 
+if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10):  # pip says so, too, unless it is told --no-deps
+    raise ImportError(f"lifeops needs torch 2.10 or newer, found torch {torch.__version__}")
+
 _LIB = torch.library.Library("lifeops", "DEF")
 _functions: dict[str, Callable] = {}
 """Per op what ``torch.ops.lifeops.<op>`` is where a gradient is wanted; without one torch differentiates the reference."""

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from lifeops import built, config, native, registry
 from lifeops.cli import info
 
 PACKAGE = Path(lifeops.__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 def run(code, *, cwd=None, **env):
@@ -47,6 +50,11 @@ def test_import_touches_neither_triton_nor_the_gpu():
         " torch.cuda.is_initialized())"
     )
     assert out.split() == ["False", "False"]
+
+
+def test_an_older_torch_is_refused():
+    code = "import torch; torch.__version__ = '2.9.1+cpu'\ntry: import lifeops\nexcept ImportError as error: print(error)"
+    assert run(code) == "lifeops needs torch 2.10 or newer, found torch 2.9.1+cpu\n"
 
 
 def test_import_is_quick():
@@ -160,6 +168,34 @@ def test_the_library_refuses_what_it_cannot_read():
     arguments = {"x": t, "weight": torch.ones(8, 1, 3, 3), "bias": None, "residual": None, "y": t, "H": 1, "W": 2}
     with pytest.raises(RuntimeError, match="lifeops_native: dtype must be float64, float32, float16 or bfloat16"):
         torch.ops.lifeops_native.token_dwconv(**arguments, x_prefix=0, y_prefix=0, prefix_mode=0, flip=False, isa=0)
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="installed without sources beside it")
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        ("Cuda compilation tools, release 12.4, V12.4.99", None),
+        ("Cuda compilation tools, release 13.0, V13.0.48", r"nvcc is of CUDA 13\.0, torch .* of CUDA 12\.8"),
+        ("nothing", "nvcc is of CUDA an unknown release"),
+    ],
+)
+def test_an_nvcc_that_does_not_fit_torch_costs_the_cuda_kernels_alone(says, reason, tmp_path, monkeypatch):
+    """torch's extension builder refuses another major release of CUDA, and the CPU kernels with it."""
+    setuptools, cpp_extension = pytest.importorskip("setuptools"), pytest.importorskip("torch.utils.cpp_extension")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setenv("LIFEOPS_BUILD", "none")
+    monkeypatch.chdir(ROOT)
+    plan = runpy.run_path(str(ROOT / "setup.py"))["plan"]
+    monkeypatch.setitem(plan.__globals__, "BUILD", "auto")
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '{says}'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    built, missing = plan()
+    assert built == ({"cpu"} if reason else {"cpu", "cuda"})
+    assert re.match(reason or "", missing.get("cuda", ""))
 
 
 def test_fork_after_use():
