@@ -117,10 +117,16 @@ def versions() -> str:
     return "qemu " + re.search(r"\d[\d.]+", texts[0])[0] + ", aarch64-linux-gnu-g++ " + texts[1].split()[-1]
 
 
+def row_of(machine: Machine) -> Path:
+    return emulated.FOLDER / f"{machine.cpu}.row"
+
+
 def leg(machine: Machine, args) -> tuple[str, int]:
-    """A row of the table, and how many tests failed."""
+    """A row of the table, and how many tests failed. The row is kept: a leg takes long, and others are run apart from it."""
     start = time.monotonic()
     here = Leg(machine, args.torch, args.cases, args.seed)
+    kept = row_of(machine)
+    kept.unlink(missing_ok=True)
     here.check_processor()
     found = here.info()
     print(f"machines: {machine.cpu}: {machine.kernels}, torch {found['torch']}, {time.monotonic() - start:.0f} s so far", flush=True)
@@ -130,7 +136,9 @@ def leg(machine: Machine, args) -> tuple[str, int]:
     counts = f"{passed} tests passed, {failed} failed, {cases} fuzzed cases, the demo works"
     print(f"machines: {machine.cpu}: {counts}, {time.monotonic() - start:.0f} s", flush=True)
     python, torch = found["python"], found["torch"].split("+")[0].split()[0]
-    return f"| {machine.cpu} ({machine.what}) | {machine.kernels} | {python}, {torch} | {passed} | {cases} | runs | {failed} |", failed
+    row = f"| {machine.cpu} ({machine.what}) | {machine.kernels} | {python}, {torch} | {passed} | {cases} | runs | {failed} |"
+    kept.write_text(row)
+    return row, failed
 
 
 def main() -> int:
@@ -138,10 +146,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make machines", description=__doc__)
     parser.add_argument("--machine", choices=names, nargs="+", default=list(names), help="which; by default all")
     parser.add_argument("--torch", default=emulated.TORCH, help=f"what pip installs on aarch64 (default: {emulated.TORCH})")
-    parser.add_argument("--cases", type=int, default=10, help="fuzzed cases of every property")
+    parser.add_argument("--cases", type=int, default=2, help="fuzzed cases of every property")
     parser.add_argument("--seed", type=int, default=0, help="of the fuzzed cases")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="machines at a time, one core each (default: one per core)")
-    parser.add_argument("--page", action="store_true", help="write the table into docs/reliability.md")
+    parser.add_argument("--page", action="store_true", help="write the table, of these and of those run before, into docs/reliability.md")
     args = parser.parse_args()
     if platform.machine() != "x86_64":
         raise SystemExit(f"machines: they are emulated on x86-64, this is {platform.machine()}")
@@ -150,7 +158,7 @@ def main() -> int:
     head = f"| {versions()} | kernels | Python, torch | tests passed | fuzzed cases | demo | failures |", "|---|---|---|---:|---:|---|---:|"
     print(*head, *rows, sep="\n")
     if args.page:
-        put("machines", (*head, *rows))
+        put("machines", (*head, *(row_of(machine).read_text() for machine in MACHINES if row_of(machine).exists())))
     return bool(sum(failed))
 
 
