@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -54,7 +55,8 @@ class Leg:
         self.folder, isa = self.python.parent.parent, machine.kernels.split()[0]
         self.env = emulated.environment() | {
             "LIFEOPS_STRICT": "1", "LIFEOPS_FUZZ_ISAS": isa, "LIFEOPS_FUZZ_CASES": str(cases),
-            "LIFEOPS_FUZZ_LEDGER": str(self.folder / "cases.json"), "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1",
+            "LIFEOPS_FUZZ_LEDGER": str(self.folder / "cases.json"),
+            "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",  # threads that spin as they wait take most of an emulated one's time
         }  # fmt: skip
         if not machine.beyond:
             self.env["PYTHONPATH"] = str(emulated.build(self.python))
@@ -86,13 +88,15 @@ class Leg:
         return found
 
     def pytest(self, *args) -> tuple[int, int]:
-        """(passed, failed) of one run, whose output is shown."""
+        """(passed, failed) of one run, whose output is shown when it has ended: other machines' legs run beside this one."""
         report = self.folder / "tests.xml"
         report.unlink(missing_ok=True)
         options = "-q", "-p", "no:cacheprovider", f"--hypothesis-seed={self.seed}", f"--junitxml={report}"
-        subprocess.run([self.python, "-m", "pytest", *options, *args], cwd=HERE, env=self.env, check=False)
+        command = [self.python, "-m", "pytest", *options, *args]
+        done = subprocess.run(command, cwd=HERE, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        print(f"machines: {self.machine.cpu}: pytest {' '.join(args)}\n{done.stdout}", flush=True)
         if not report.exists():
-            raise SystemExit(f"machines: {self.machine.cpu}: pytest {' '.join(args)} ended without a result")
+            raise SystemExit(f"machines: {self.machine.cpu}: pytest ended without a result")
         counts = ElementTree.parse(report).getroot().find("testsuite").attrib
         failed = int(counts["failures"]) + int(counts["errors"])
         return int(counts["tests"]) - failed - int(counts["skipped"]), failed
@@ -113,10 +117,16 @@ def versions() -> str:
     return "qemu " + re.search(r"\d[\d.]+", texts[0])[0] + ", aarch64-linux-gnu-g++ " + texts[1].split()[-1]
 
 
+def row_of(machine: Machine) -> Path:
+    return emulated.FOLDER / f"{machine.cpu}.row"
+
+
 def leg(machine: Machine, args) -> tuple[str, int]:
-    """A row of the table, and how many tests failed."""
+    """A row of the table, and how many tests failed. The row is kept: a leg takes long, and others are run apart from it."""
     start = time.monotonic()
     here = Leg(machine, args.torch, args.cases, args.seed)
+    kept = row_of(machine)
+    kept.unlink(missing_ok=True)
     here.check_processor()
     found = here.info()
     print(f"machines: {machine.cpu}: {machine.kernels}, torch {found['torch']}, {time.monotonic() - start:.0f} s so far", flush=True)
@@ -126,7 +136,9 @@ def leg(machine: Machine, args) -> tuple[str, int]:
     counts = f"{passed} tests passed, {failed} failed, {cases} fuzzed cases, the demo works"
     print(f"machines: {machine.cpu}: {counts}, {time.monotonic() - start:.0f} s", flush=True)
     python, torch = found["python"], found["torch"].split("+")[0].split()[0]
-    return f"| {machine.cpu} ({machine.what}) | {machine.kernels} | {python}, {torch} | {passed} | {cases} | runs | {failed} |", failed
+    row = f"| {machine.cpu} ({machine.what}) | {machine.kernels} | {python}, {torch} | {passed} | {cases} | runs | {failed} |"
+    kept.write_text(row)
+    return row, failed
 
 
 def main() -> int:
@@ -136,15 +148,17 @@ def main() -> int:
     parser.add_argument("--torch", default=emulated.TORCH, help=f"what pip installs on aarch64 (default: {emulated.TORCH})")
     parser.add_argument("--cases", type=int, default=2, help="fuzzed cases of every property")
     parser.add_argument("--seed", type=int, default=0, help="of the fuzzed cases")
-    parser.add_argument("--page", action="store_true", help="write the table into docs/reliability.md")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="machines at a time, one core each (default: one per core)")
+    parser.add_argument("--page", action="store_true", help="write the table, of these and of those run before, into docs/reliability.md")
     args = parser.parse_args()
     if platform.machine() != "x86_64":
         raise SystemExit(f"machines: they are emulated on x86-64, this is {platform.machine()}")
-    rows, failed = zip(*(leg(names[name], args) for name in args.machine), strict=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows, failed = zip(*pool.map(lambda name: leg(names[name], args), args.machine), strict=True)
     head = f"| {versions()} | kernels | Python, torch | tests passed | fuzzed cases | demo | failures |", "|---|---|---|---:|---:|---|---:|"
     print(*head, *rows, sep="\n")
     if args.page:
-        put("machines", (*head, *rows))
+        put("machines", (*head, *(row_of(machine).read_text() for machine in MACHINES if row_of(machine).exists())))
     return bool(sum(failed))
 
 
