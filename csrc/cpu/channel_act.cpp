@@ -25,6 +25,7 @@ ChannelActKernel kernel_of(int64_t isa) {
 
 thread_local Scratch constants_scratch;
 thread_local Scratch partial_scratch;
+thread_local Scratch strip_scratch;  // of one image's strip
 
 // The last `patches` rows of a sequence.
 Rows patch_rows(const Tensor& t, const char* name, const ChannelActParams& p) {
@@ -40,29 +41,27 @@ const void* values(const std::optional<Tensor>& t, const char* name, int64_t num
   return t->const_data_ptr();
 }
 
+constexpr int64_t kTasks = 16;  // wanted, for many cores
+
+bool of_images(const ChannelActParams& p) { return p.pass == ChannelPass::pool || p.pass == ChannelPass::sums; }
+
 // None of more than 1024 tokens, whose float sums would lose too much. An image's own sums are cut by its size alone, so that they are the
 // same in any batch; elsewhere there are few tasks when there are many images. The number of threads never matters.
 int64_t strips_of(const ChannelActParams& p) {
-  const bool of_images = p.pass == ChannelPass::pool || p.pass == ChannelPass::sums;
-  const int64_t most = std::max<int64_t>(1, p.n / (of_images ? 64 : 16)), tasks = of_images ? 16 : (16 + p.B - 1) / p.B;
+  const int64_t most = std::max<int64_t>(1, p.n / (of_images(p) ? 128 : 16)), tasks = of_images(p) ? kTasks : (kTasks + p.B - 1) / p.B;
   return std::min(most, std::max(tasks, (p.n + 1023) / 1024));
 }
 
 // Strips of an image start at multiples of eight tokens, which are summed together.
 int64_t start_of(const ChannelActParams& p, int64_t strip, int64_t strips) { return strip < strips ? strip * p.n / strips / 8 * 8 : p.n; }
 
-// out[k][b][c] = sum over the strips of image b.
-template <class A> void merge_images(const ChannelActParams& p, const A* partial, int64_t strips, A* out) {
-  const int64_t sums = channel_sums(p.pass);
-  for (int64_t k = 0; k < sums; ++k)
-    for (int64_t b = 0; b < p.B; ++b) {
-      A* const total = out + (k * p.B + b) * p.C;
-      for (int64_t c = 0; c < p.C; ++c) total[c] = 0;
-      for (int64_t s = 0; s < strips; ++s) {
-        const A* const strip = partial + ((b * strips + s) * sums + k) * p.C;
-        for (int64_t c = 0; c < p.C; ++c) total[c] += strip[c];
-      }
-    }
+// Add one strip's sums (k, C) to those of image b: out[k][b][c]. The first strip's are added to zero.
+template <class A> void add_strip(const ChannelActParams& p, int64_t b, bool first, const A* strip, A* out) {
+  for (int64_t k = 0; k < channel_sums(p.pass); ++k, strip += p.C) {
+    A* const total = out + (k * p.B + b) * p.C;
+    if (first) std::fill(total, total + p.C, A(0));
+    for (int64_t c = 0; c < p.C; ++c) total[c] += strip[c];
+  }
 }
 
 // Rows of the residual in front of its patches.
@@ -76,14 +75,21 @@ void copy_lead(const ChannelActParams& p, const Tensor& residual, const Tensor& 
 
 template <class A> void run(const ChannelActParams& p, ChannelActKernel kernel, A* out) {
   const int64_t strips = strips_of(p), sums = channel_sums(p.pass) * p.C;
-  A* partial = static_cast<A*>(partial_scratch.get(p.B * strips * sums * int64_t(sizeof(A))));
-  const int64_t task_bytes = p.n * p.C * int64_t(sizeof(A)) / strips + 1, grain = kGrainBytes / task_bytes + 1;
-  for_each_task(p.B * strips, grain, [&](int64_t i) {
-    kernel(p, ChannelTask{i / strips, start_of(p, i % strips, strips), start_of(p, i % strips + 1, strips), partial + i * sums});
-  });
+  const auto task_of = [&](int64_t b, int64_t s, A* partial) { return ChannelTask{b, start_of(p, s, strips), start_of(p, s + 1, strips), partial}; };
+  const int64_t strip_bytes = p.n * p.C * int64_t(sizeof(A)) / strips + 1;
+  if (of_images(p) && p.B >= kTasks) {  // images are tasks enough: each adds up its own strips
+    for_each_task(p.B, kGrainBytes / (strip_bytes * strips) + 1, [&](int64_t b) {
+      A* const partial = static_cast<A*>(strip_scratch.get(sums * int64_t(sizeof(A))));
+      for (int64_t s = 0; s < strips; ++s) kernel(p, task_of(b, s, partial)), add_strip(p, b, s == 0, partial, out);
+    });
+    return;
+  }
+  A* const partial = static_cast<A*>(partial_scratch.get(p.B * strips * sums * int64_t(sizeof(A))));
+  for_each_task(p.B * strips, kGrainBytes / strip_bytes + 1, [&](int64_t i) { kernel(p, task_of(i / strips, i % strips, partial + i * sums)); });
   const auto count = [&](int64_t i) { return start_of(p, i % strips + 1, strips) - start_of(p, i % strips, strips); };
   if (p.pass == ChannelPass::stats) merge_stats(partial, p.B * strips, p.C, count, out);
-  else if (sums) merge_images(p, partial, strips, out);
+  else if (sums)
+    for (int64_t i = 0; i < p.B * strips; ++i) add_strip(p, i / strips, i % strips == 0, partial + i * sums, out);
 }
 
 // Per-channel ones, and zeros behind them.

@@ -124,14 +124,14 @@ def sizes() -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------ a process of its own
 
 # torch keeps up to 1024 of oneDNN's products and convolutions of other shapes in each of two caches, half a megabyte each in bfloat16
-SMALL_CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+TORCH_CACHES = "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
-def measure(count: int, seed: int = 0) -> list[Mark]:
-    """The marks of ``count`` calls in a process of its own, on one thread, with ``SMALL_CACHES`` of torch."""
+def measure(count: int, seed: int = 0, entries: int = 64) -> list[Mark]:
+    """The marks of ``count`` calls in a process of its own, on one thread, with so many ``entries`` in each of ``TORCH_CACHES``."""
     here = Path(__file__).resolve().parents[1]
     paths = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, **SMALL_CACHES, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    env = {**os.environ, **dict.fromkeys(TORCH_CACHES, str(entries)), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-m", "longrun.memory", str(count), str(seed)]
     done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
