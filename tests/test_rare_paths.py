@@ -1,0 +1,173 @@
+"""Paths of the library that few models take, each held against plain torch or against the usual path."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lifeops
+from lifeops import pointwise, registry
+from lifeops.integrations.attention_check import off
+from lifeops.integrations.convert_localvit import LocalityBranch
+from lifeops.integrations.life_projection import LifeInProjection, LifeProjection
+from lifeops.integrations.timm_indices import _taken
+from lifeops.models import VisionTransformer
+from lifeops.nn.dw_shortcut_fold import ChannelAffine
+from lifeops.nn.eager_life import EagerLifeQKV
+from lifeops.nn.shortcut_blocks import SquareShortcutBlocks
+from lifeops.ops.token_dwconv.samples import lay_out
+
+B, H, W, C = 2, 4, 6, 12
+
+
+@pytest.mark.parametrize(("P", "key"), [(0, "multiscale"), (2, "multiscale"), (2, "scale1")])
+def test_life_as_its_authors_wrote_it(P, key):
+    """The eager module and the fused one give the same queries, keys and values, without prefix tokens and with scale 1's keys."""
+    eager, fused = EagerLifeQKV(C, P, aux_key=key).double(), lifeops.nn.LifeQKV(C, 3, P, aux_key=key).double()
+    fused.load_state_dict(eager.state_dict())
+    x = torch.randn(B, P + H * W, C, dtype=torch.float64)
+    for got, expected in zip(fused(x, (H, W)), eager(x, (H, W)), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["projection", "projection beside an MLP", "locality"])
+def test_maps_in_place_of_tokens(kind):
+    """What stands in for a layer of a host takes (B, H, W, C) as it takes (B, H*W, C)."""
+    made = {
+        "projection": lambda: LifeProjection(C, 3, 0), "projection beside an MLP": lambda: LifeInProjection(C, 3, 0, 20, True),
+        "locality": lambda: LocalityBranch(C, 4, num_prefix_tokens=0),
+    }  # fmt: skip
+    module = made[kind]().eval()
+    x = torch.randn(B, H, W, C)
+    if kind == "projection beside an MLP":  # whose MLP's half reads the last dimension of either
+        torch.testing.assert_close(module.fc1(x).flatten(1, 2), module.fc1(x.flatten(1, 2)))
+    else:
+        torch.testing.assert_close(module(x).flatten(1, 2), module(x.flatten(1, 2), (H, W)))
+
+
+def test_what_a_folded_norm_leaves():
+    """scale * u + shift for every channel of maps, in their dtype."""
+    scale, shift, maps = torch.randn(C, dtype=torch.float64), torch.randn(C, dtype=torch.float64), torch.randn(B, C, H, W)
+    norm = nn.BatchNorm2d(C, eps=0).double().eval()
+    norm.weight.data, norm.bias.data = scale, shift
+    got = ChannelAffine(scale, shift)(maps)
+    assert got.dtype == maps.dtype
+    torch.testing.assert_close(got, norm(maps.double()).float())
+
+
+def test_explained_operators():
+    """Which operators a call leads to: of LIFE its filters' gradients, of an activation behind a convolution the one pass for all three."""
+    x = torch.randn(B, 1 + H * W, C)
+    weights = [torch.randn(s) for s in ((C, C), (C,), (C, 1, 3, 3), (C, C), (C, 1, 5, 5), (C, C))]
+    parts = lifeops.explain("life_qkv", x, *weights, grid=(H, W))
+    assert [part.op for part in parts] == ["life_qkv", "token_dwconv_bwd_dw", "token_dwconv_bwd_dw"]
+    for act in ("relu6", "gelu", "hardswish"):
+        parts = lifeops.explain("token_dwconv", x, weights[2], grid=(H, W), num_prefix_tokens=1, epilogue=lifeops.ChannelAct(act=act))
+        assert [part.op for part in parts] == ["token_dwconv_act", "token_dwconv_act_bwd"], act
+    parts = lifeops.explain("token_dwconv", x, weights[2], grid=(H, W), num_prefix_tokens=1, prologue=lifeops.ChannelAct(act="gelu"))
+    assert [part.op for part in parts] == ["token_dwconv_act", "token_dwconv_act_bwd_dx", "token_dwconv_act_bwd_dw"]
+
+
+def test_backends_say_what_they_cannot_take():
+    meta = torch.empty(B, H * W, C, device="meta")
+    text = str(lifeops.explain("token_dwconv", meta, torch.empty(C, 1, 17, 17, device="meta"), grid=(H, W)))
+    assert "tensors are on meta" in text
+    assert registry.unavailable("cpu") or "K = 17 is larger than 15" in text
+
+
+def test_gradients_of_single_images():
+    """vmap over grad for the weight with a bias and for the bias alone."""
+    x, weight, bias = torch.randn(3, H * W, C), torch.randn(C, 1, 3, 3), torch.randn(C)
+
+    def loss(weight, bias, x):
+        return lifeops.token_dwconv(x[None], weight, bias, grid=(H, W)).square().sum()
+
+    for argnums in ((0, 1), (1,)):
+        got = torch.func.vmap(torch.func.grad(loss, argnums), (None, None, 0))(weight, bias, x)
+        for i in range(3):
+            for g, e in zip(got, torch.func.grad(loss, argnums)(weight, bias, x[i]), strict=True):
+                torch.testing.assert_close(g[i], e)
+
+
+def test_squares_that_are_none():
+    """NesT's tokens: the shortcut is told when parts or patches are no square number."""
+    blocks = SquareShortcutBlocks([nn.Identity()], lifeops.nn.DWShortcut(C, 3, 0))
+    with pytest.raises(ValueError, match=r"x must be \(B, t \* t, n \* n, C\), got \(2, 4, 6, 12\)"):
+        blocks(torch.randn(B, 4, 6, C))
+
+
+def test_blocks_by_number():
+    assert _taken(None, 4) == [0, 1, 2, 3]
+    assert _taken(2, 4) == [2, 3]
+    assert _taken([-1, 0], 4) == [3, 0]
+    for wrong in (5, [4], [-5], []):
+        with pytest.raises(ValueError, match=r"^prune_intermediate_layers: indices must name some of the 4 blocks, got"):
+            _taken(wrong, 4)
+
+
+def test_rollout_of_a_model_that_does_not_run_its_patches():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3)
+
+        def forward(self, x):
+            return self.vit.blocks[0](torch.zeros(1, 17, 48), (4, 4))
+
+    with pytest.raises(ValueError, match="rollout: PatchEmbed, the patch embedding of VisionTransformer, has not run"):
+        lifeops.rollout(Idle().eval(), torch.zeros(1, 3, 32, 32))
+
+
+def test_how_far_off():
+    a = torch.tensor([1.0, -4.0, torch.inf])
+    assert off(a, a) == 0.0
+    assert off(a, torch.tensor([1.0, -3.0, 0.0])) == 0.25
+    assert off(a, a[:2]) == 1.0
+    assert off(torch.tensor([torch.nan]), torch.tensor([1.0])) == 0.0
+
+
+def test_the_vendor_of_an_unknown_machine(monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(path)
+
+    pointwise.vendor.cache_clear()
+    monkeypatch.setattr(pointwise.Path, "read_text", missing)
+    monkeypatch.setattr(pointwise.platform, "machine", lambda: "sparc")
+    assert pointwise.vendor() == "sparc"
+    monkeypatch.undo()
+    pointwise.vendor.cache_clear()
+
+
+def test_a_block_hands_its_grid_to_attention_that_asks():
+    """LocalViT's block around LIFE's attention: the grid of the call reaches both."""
+    block = lifeops.nn.LocalViTBlock(nn.LayerNorm(C), lifeops.nn.LifeAttention(C, 3, 1), lifeops.nn.LocalityFeedForward(C, 4)).eval()
+    x = torch.randn(B, 1 + H * W, C)
+    y = x + block.attn(block.norm1(x), grid=(H, W))
+    torch.testing.assert_close(block(x, (H, W)), block.conv(y, (H, W)))
+    assert not torch.allclose(block(x, (H, W)), block(x, (W, H)))
+
+
+def test_an_unknown_layout():
+    with pytest.raises(ValueError, match="unknown layout 'diagonal'"):
+        lay_out(torch.ones(1, 2, 3), "diagonal")
+
+
+def test_biases_in_front_of_norms():
+    """LocalViT's feed-forward whose convolutions have biases in front of their batch norms, and behind the last, folded and not."""
+    module = lifeops.nn.LocalityFeedForward(C, 2, num_prefix_tokens=1).double().eval()
+    plain = copy.deepcopy(module)
+    for i, layer in enumerate(plain.conv):
+        if isinstance(layer, nn.Conv2d):
+            new = nn.Conv2d(
+                layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding, groups=layer.groups, dtype=torch.float64,
+            )
+            new.weight.data.copy_(layer.weight)
+            plain.conv[i] = new
+    x = torch.randn(B, 1 + H * W, C, dtype=torch.float64)
+    maps = x[:, 1:].mT.unflatten(2, (H, W))
+    expected = torch.cat((x[:, :1], x[:, 1:] + plain.conv(maps).flatten(2).mT), 1)
+    torch.testing.assert_close(plain(x, (H, W)), expected)
+    torch.testing.assert_close(lifeops.fuse_(plain)(x, (H, W)), expected)
+    assert F.mse_loss(module(x, (H, W)), expected) > 0
