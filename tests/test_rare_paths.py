@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lifeops
-from lifeops import pointwise, registry
+from lifeops import pointwise, registry, testing
 from lifeops.integrations.attention_check import off
 from lifeops.integrations.convert_localvit import LocalityBranch
 from lifeops.integrations.life_projection import LifeInProjection, LifeProjection
@@ -171,3 +171,30 @@ def test_biases_in_front_of_norms():
     torch.testing.assert_close(plain(x, (H, W)), expected)
     torch.testing.assert_close(lifeops.fuse_(plain)(x, (H, W)), expected)
     assert F.mse_loss(module(x, (H, W)), expected) > 0
+
+
+@pytest.mark.parametrize("op", ["token_dwconv", "local_attention"])
+def test_kernels_name_dtypes_that_they_have_not(op):
+    """Asked past the operators' own checks."""
+    if registry.unavailable("cpu"):
+        pytest.skip("needs the compiled kernels")
+    op = registry.ops[op]
+    args = testing.make(op, next(s for s in op.samples() if s.tiny), torch.float32, backend="cpu")
+    problem = op.problem(*args)
+    supports = op.impls["cpu"].supports
+    assert not supports(problem)
+    assert any("torch.int32" in reason for reason in supports(problem._replace(dtype=torch.int32)))
+
+
+def test_scripting_is_refused():
+    with pytest.raises(RuntimeError, match=r"LifeAttention"):
+        torch.jit.script(lifeops.nn.LifeAttention(C, 3, 1))
+
+
+def test_batch_statistics_of_no_patches():
+    """Refused as torch's own batch norm does, where the layers are called one by one, too."""
+    module = lifeops.nn.LocalityFeedForward(C, 2, num_prefix_tokens=1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="expected more than 1 value per channel when training"):
+            module(torch.randn(B, 1, C), (0, 3))
+        module.conv[0].register_forward_hook(lambda *args: None)
