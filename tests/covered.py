@@ -20,9 +20,10 @@ from fuzz.page import put
 
 FOLDER = ROOT / "build" / "coverage"
 FLAGS = "-O1 -g1 -fno-tree-vectorize -fno-inline-functions --coverage"
-CPU_TESTS = (  # of the compiled kernels, one instruction set
+CPU_TESTS = (  # of the compiled kernels: one instruction set through everything, and what leads to the others
     ["test_ops.py", "test_nan.py", "-k", "{isa}"],
-    ["test_ops.py", "test_errors.py", "test_bad_arguments.py", "fuzz/test_operators.py", "-k", "float32 or errors or arguments or fuzz"],
+    ["test_ops.py", "test_edges.py", "test_errors.py", "test_build.py", "-k", "float32 or residual or refuses or message"],
+    ["fuzz/test_operators.py", "-k", "not (image or attention or life_qkv)"],
 )
 
 

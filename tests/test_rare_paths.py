@@ -1,10 +1,13 @@
 """Paths of the library that few models take, each held against plain torch or against the usual path."""
 
 import copy
+import importlib
+import inspect
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import small_vit
 from torch import nn
 
 import lifeops
@@ -20,6 +23,7 @@ from lifeops.nn.shortcut_blocks import SquareShortcutBlocks
 from lifeops.ops.token_dwconv.samples import lay_out
 
 B, H, W, C = 2, 4, 6, 12
+EXPLAINERS = importlib.import_module("lifeops.explain")._EXPLAINERS  # lifeops.explain is the function
 
 
 @pytest.mark.parametrize(("P", "key"), [(0, "multiscale"), (2, "multiscale"), (2, "scale1")])
@@ -198,3 +202,34 @@ def test_batch_statistics_of_no_patches():
         with pytest.raises(ValueError, match="expected more than 1 value per channel when training"):
             module(torch.randn(B, 1, C), (0, 3))
         module.conv[0].register_forward_hook(lambda *args: None)
+
+
+def test_attention_of_tokens_that_share_memory():
+    """Expanded and overlapping queries, keys and values give what copies of them give, gradients too."""
+    one, run = torch.randn(1, 1, 1, 4), torch.randn(4 * 8)
+    for q, k in ((one.expand(1, 2, 6, 4), run.as_strided((1, 2, 6, 4), (0, 8, 2, 1))), (run.as_strided((1, 2, 6, 4), (0, 0, 1, 1)),) * 2):
+        grads = []
+        for clone in (False, True):
+            leaves = [(t.contiguous() if clone else t).detach().requires_grad_() for t in (q, k, k)]
+            y = lifeops.local_attention(*leaves, torch.ones(8, 1, 3, 3), grid=(2, 3))
+            grads.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for got, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("op", EXPLAINERS)
+def test_explain_takes_what_the_function_takes(op):
+    """The same arguments in the same places and by the same names, but those that only add outputs."""
+    call, explained = (inspect.signature(f).parameters.values() for f in (getattr(lifeops, op), EXPLAINERS[op]))
+    names = {p.name for p in explained}
+    assert [(p.name, p.kind, p.default) for p in call if p.name in names] == [(p.name, p.kind, p.default) for p in explained]
+
+
+def test_a_model_that_does_not_say_how_many_tokens_come_first():
+    model = small_vit()()
+    del model.num_prefix_tokens
+    found = lifeops.describe(model)
+    assert found.host.prefix is None
+    assert "tokens before the patches: an unknown number of" in str(found)
+    with pytest.raises(ValueError, match="VisionTransformer does not say num_prefix_tokens, how many tokens"):
+        lifeops.convert(model, "life")

@@ -134,6 +134,9 @@ REASONS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     "another platform, or a file of one": {
+        "csrc/cpu/isa.h": (
+            'if (__builtin_cpu_supports("avx2")',
+        ),
         "lifeops/built.py": (
             'return f"it is cut short, {size} bytes"',
             "return None",
