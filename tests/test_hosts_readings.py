@@ -104,6 +104,7 @@ def test_padded_images_say_which_patches_are_there():
     assert packed.packed_of("rollout", whole).grids == ((2, 3), (1, 4))
     for change, message in (
         ({"pixel_attention_mask": mask[:, 1:]}, r"pixel_attention_mask must have shape \(B, N\) = \(2, 6\)"),
+        ({"pixel_attention_mask": torch.ones(2, 6)}, r"of image 1 must be true of its first 1 x 4 = 4 patches"),
         ({"pixel_attention_mask": mask.flip(1)}, r"of image 1 must be true of its first 1 x 4 = 4 patches"),
         ({"spatial_shapes": shapes.flip(1) * 2}, "must be grids of at least one and at most 6 patches"),
         ({"spatial_shapes": shapes * 1.0}, r"spatial_shapes must be ints of shape \(B, 2\) = \(2, 2\)"),
@@ -162,3 +163,30 @@ def test_a_call_for_one_padded_image():
     whole[1, :, 3, 6] = 0  # one query attends to padding
     with pytest.raises(ValueError, match="attends to the padding of image 1"):
         call._replace(given={"attn_mask": whole}).alone("rollout", "attn", 1, 5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_mixed_heads(bias):
+    """Talking heads: heads are mixed before and behind the softmax, with what is added to them."""
+    before, behind = nn.Linear(H, H, bias=bias), nn.Linear(H, H, bias=bias)
+    q, k = torch.randn(2, H, N, 4), torch.randn(2, H, N, 4)
+    found = heads.Heads(q, k, None, 0.5, mix=(before, behind))
+    scores = before((0.5 * q @ k.mT).movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(found.scores(slice(None)), scores)
+    torch.testing.assert_close(found.weights(scores), behind(scores.softmax(-1).movedim(1, -1)).movedim(-1, 1))
+    assert not found.plain
+    assert found._replace(mix=None).plain
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_queries_that_share_keys(groups):
+    """Grouped queries: each key and value serves as many heads as there are queries for it."""
+    layer = nn.Module()
+    layer.num_heads, layer.scale = 4, 0.3
+    layer.q_proj, layer.k_proj, layer.v_proj = (nn.Linear(C, width) for width in (C, C // groups, C // groups))
+    x = torch.randn(2, N, C)
+    kind = next(kind for kind in attention.KINDS if kind.name == "separate")
+    found = kind.read(heads.Call(layer, x, None, {}), True)
+    q, k, v = (p(x).unflatten(2, (-1, C // 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found.weights(found.scores(slice(None))) @ found.v, expected)

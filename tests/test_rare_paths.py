@@ -233,3 +233,13 @@ def test_a_model_that_does_not_say_how_many_tokens_come_first():
     assert "tokens before the patches: an unknown number of" in str(found)
     with pytest.raises(ValueError, match="VisionTransformer does not say num_prefix_tokens, how many tokens"):
         lifeops.convert(model, "life")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_roll_out_step_under_autocast(backend):
+    """Nothing is cast down: the bits of a step without autocast."""
+    r, q, k = torch.rand(1, 2, 20), torch.randn(1, 3, 20, 8), torch.randn(1, 3, 20, 8)
+    expected = lifeops.rollout_step(r, q, k, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lifeops.rollout_step(r, q, k, backend=backend), expected)
+    assert lifeops.rollout_step(r.to("meta"), q.to("meta"), k.to("meta"), backend="reference").shape == r.shape
