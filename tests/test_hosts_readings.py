@@ -9,6 +9,7 @@ from torch import nn
 
 from lifeops.hosts import attention, heads, images, packed, positions
 from lifeops.hosts.pooling import POOLINGS
+from lifeops.nn.rotary import rotate
 
 N, C, H = 7, 24, 3
 
@@ -190,3 +191,18 @@ def test_queries_that_share_keys(groups):
     q, k, v = (p(x).unflatten(2, (-1, C // 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     expected = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(found.weights(found.scores(slice(None))) @ found.v, expected)
+
+
+def test_angles_of_layers_that_do_not_say_which_pairs_they_turn():
+    """timm's: neighbouring channels; those that say rotate_half: channels half a head apart."""
+    q, k, rope = torch.randn(1, H, N, 8), torch.randn(1, H, N, 8), torch.randn(N - 1, 16)
+    plain, halves = nn.Identity(), nn.Identity()
+    halves.rotate_half = True
+    for module, half in ((plain, False), (halves, True)):
+        found = heads.rotated(heads.Call(module, q, None, {"rope": rope}), q, k)
+        assert torch.equal(found[0], rotate(q, rope, half))
+        assert torch.equal(found[1], rotate(k, rope, half))
+    cos, sin = torch.randn(N - 1, 8), torch.randn(N - 1, 8)
+    found = heads.rotated(heads.Call(plain, q, None, {"position_embeddings": (cos, sin)}), q, k)
+    assert torch.equal(found[0], rotate(q, torch.cat((sin, cos), -1), True))
+    assert heads.rotated(heads.Call(plain, q, None, {}), q, k) == (q, k)

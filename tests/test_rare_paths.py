@@ -20,6 +20,7 @@ from lifeops.models import VisionTransformer
 from lifeops.nn.dw_shortcut_fold import ChannelAffine
 from lifeops.nn.eager_life import EagerLifeQKV
 from lifeops.nn.shortcut_blocks import SquareShortcutBlocks
+from lifeops.ops.channel import gate as gates
 from lifeops.ops.token_dwconv.samples import lay_out
 
 B, H, W, C = 2, 4, 6, 12
@@ -243,3 +244,25 @@ def test_a_roll_out_step_under_autocast(backend):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(lifeops.rollout_step(r, q, k, backend=backend), expected)
     assert lifeops.rollout_step(r.to("meta"), q.to("meta"), k.to("meta"), backend="reference").shape == r.shape
+
+
+@pytest.mark.parametrize("kind", ["se", "eca", "ecah"])
+def test_gates_at_their_kinks(kind):
+    """Channel attention at, beside and between the hard sigmoid's ends and ReLU's zero: values and gradients of torch's own layers."""
+    m = torch.tensor([[-3.0, 3.0, -3.25, 3.25, 0.0, -1.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    width, hard = m.shape[1], F.hardsigmoid if kind != "eca" else torch.sigmoid
+    if kind == "se":
+        params = [torch.eye(width, dtype=m.dtype), torch.zeros(width, dtype=m.dtype)] * 2
+        params[3] = torch.linspace(-3, 3, width, dtype=m.dtype)
+    else:
+        params = [torch.tensor([[[0.0, 1.0, 0.0]]], dtype=m.dtype)]
+    params = [p.clone().requires_grad_() for p in params]
+    if kind == "se":
+        expected = hard(F.linear(F.relu(F.linear(m, *params[:2])), *params[2:]))
+    else:
+        expected = hard(F.conv1d(m[:, None], params[0], padding=1)[:, 0])
+    torch.testing.assert_close(gates.gate(kind, m, params), expected)
+    ds = torch.linspace(1, 2, width, dtype=m.dtype)[None]
+    dm, grads = gates.gate_backward(kind, ds, m.detach(), [p.detach() for p in params])
+    for got, e in zip((dm, *grads), torch.autograd.grad(expected, [m, *params], ds), strict=True):
+        torch.testing.assert_close(got, e)
