@@ -161,6 +161,11 @@ def test_a_call_for_one_padded_image():
         call.alone("rollout", "attn", 0, 5)
     whole = mask.expand(2, 1, N, N).clone()
     assert torch.equal(call._replace(given={"attn_mask": whole}).alone("rollout", "attn", 1, 5).given["attn_mask"], whole[1:, :, :5, :5])
+    shared = torch.zeros(1, 1, 1, N)  # one mask for both images, and angles that differ by nothing
+    shared[..., 5:], shared[..., 1] = -torch.inf, -2.0
+    given = call._replace(given={"attn_mask": shared, "rope": rope[0, 0]}).alone("rollout", "attn", 1, 5).given
+    assert torch.equal(given["attn_mask"], shared[..., :5])
+    assert torch.equal(given["rope"], rope[0, 0, :4])
     whole[1, :, 3, 6] = 0  # one query attends to padding
     with pytest.raises(ValueError, match="attends to the padding of image 1"):
         call._replace(given={"attn_mask": whole}).alone("rollout", "attn", 1, 5)

@@ -266,3 +266,14 @@ def test_gates_at_their_kinks(kind):
     dm, grads = gates.gate_backward(kind, ds, m.detach(), [p.detach() for p in params])
     for got, e in zip((dm, *grads), torch.autograd.grad(expected, [m, *params], ds), strict=True):
         torch.testing.assert_close(got, e)
+
+
+@pytest.mark.parametrize("size", [(1, 0, 5, 4), (1, 2, 5, 0), (2, 5, 4)])
+def test_a_roll_out_step_without_heads_or_width(size):
+    r = torch.rand(1, 1, 5)
+    with pytest.raises(ValueError, match=r"^rollout_step: q must"):
+        lifeops.rollout_step(r, torch.zeros(size), torch.zeros(size))
+    one = torch.randn(1, 1, 5, 1)  # one head of one channel is enough
+    weights = (one @ one.mT).softmax(-1)[0].double()
+    expected = 0.5 * r[0].double() + 0.5 * r[0].double() @ weights[0]
+    torch.testing.assert_close(lifeops.rollout_step(r, one, one)[0].double(), expected, rtol=1e-5, atol=1e-6)
