@@ -21,6 +21,7 @@ from lifeops.nn.dw_shortcut_fold import ChannelAffine
 from lifeops.nn.eager_life import EagerLifeQKV
 from lifeops.nn.shortcut_blocks import SquareShortcutBlocks
 from lifeops.ops.channel import gate as gates
+from lifeops.ops.local_attention import function as attention
 from lifeops.ops.token_dwconv.samples import lay_out
 
 B, H, W, C = 2, 4, 6, 12
@@ -277,3 +278,22 @@ def test_a_roll_out_step_without_heads_or_width(size):
     weights = (one @ one.mT).softmax(-1)[0].double()
     expected = 0.5 * r[0].double() + 0.5 * r[0].double() @ weights[0]
     torch.testing.assert_close(lifeops.rollout_step(r, one, one)[0].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("convolved", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32, torch.float64], ids=str)
+def test_attention_as_exported_programs_have_it(mask, padded, convolved):
+    """torch's own operators, whatever masks there are, give what the kernels give."""
+    q, k, v = (torch.randn(B, 3, 1 + H * W, 4) for _ in range(3))
+    weight, bias = (torch.randn(C, 1, 3, 3), torch.randn(C)) if convolved else (None, None)
+    attn_mask = None if mask is None else torch.randn(1, 3, 1 + H * W, 1 + H * W)
+    attn_mask = attn_mask > -1 if mask == torch.bool else attn_mask if mask is None else attn_mask.to(mask)
+    key_mask = torch.arange(1 + H * W) < torch.tensor([[20], [1 + H * W]]) if padded else None
+    args = attention._arguments(q, k, v, weight, bias, (H, W), 1, None, attn_mask, key_mask, 0.0, None, None)
+    expected = lifeops.local_attention(q, k, v, weight, bias, grid=(H, W), num_prefix_tokens=1, attn_mask=attn_mask, key_mask=key_mask)
+    if padded:  # as the caller does: nothing of padding is read, and 0 is put there
+        args = (*(attention._existing(t, key_mask) for t in args[:3]), *args[3:])
+    got = attention._exported(*args)
+    got = got.masked_fill(~key_mask[:, :, None], 0) if padded else got
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
