@@ -42,14 +42,14 @@ def files() -> list[str]:
 
 def _spans(source: str):
     """What is never run, only asserted or only drawn by tests: annotations (``from __future__ import annotations`` keeps them as text),
-    zip's ``strict``, samples.
+    zip's ``strict``, how far tests' tolerances go (``reduces``), samples.
     """
     tree = ast.parse(source)
     kept_as_text = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
     for node in ast.walk(tree):
         if kept_as_text:
             yield from (hint for hint in (getattr(node, "annotation", None), getattr(node, "returns", None)) if hint is not None)
-        if isinstance(node, ast.keyword) and node.arg == "strict":
+        if isinstance(node, ast.keyword) and node.arg in ("strict", "reduces"):
             yield node.value
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and (node.name.startswith(("Sample", "samples")) or _draws(node)):
             yield node
