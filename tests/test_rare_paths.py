@@ -20,6 +20,7 @@ from lifeops.models import VisionTransformer
 from lifeops.nn.dw_shortcut_fold import ChannelAffine
 from lifeops.nn.eager_life import EagerLifeQKV
 from lifeops.nn.shortcut_blocks import SquareShortcutBlocks
+from lifeops.ops.channel import batch_norm
 from lifeops.ops.channel import gate as gates
 from lifeops.ops.local_attention import function as attention
 from lifeops.ops.token_dwconv.samples import lay_out
@@ -269,7 +270,7 @@ def test_gates_at_their_kinks(kind):
         torch.testing.assert_close(got, e)
 
 
-@pytest.mark.parametrize("size", [(1, 0, 5, 4), (1, 2, 5, 0), (2, 5, 4)])
+@pytest.mark.parametrize("size", [(1, 0, 5, 4), (1, 2, 5, 0), (2, 5, 4), (1, 1, 2, 5, 4)])
 def test_a_roll_out_step_without_heads_or_width(size):
     r = torch.rand(1, 1, 5)
     with pytest.raises(ValueError, match=r"^rollout_step: q must"):
@@ -297,3 +298,16 @@ def test_attention_as_exported_programs_have_it(mask, padded, convolved):
     got = attention._exported(*args)
     got = got.masked_fill(~key_mask[:, :, None], 0) if padded else got
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_several_processes(monkeypatch):
+    """Mean, squares and counts of three processes with different numbers of tokens are those of all their tokens."""
+    parts = [torch.randn(n, C, dtype=torch.float64) * 2 + n for n in (3, 7, 1)]
+    own = [torch.cat((t.mean(0), (t - t.mean(0)).square().sum(0), t.new_tensor([len(t)]))) for t in parts]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda every, mine, group: [a.copy_(b) for a, b in zip(every, own, strict=True)])
+    mean, m2, n = batch_norm.merge(own[0][:C], own[0][C : 2 * C], 3, None)
+    whole = torch.cat(parts)
+    torch.testing.assert_close(mean, whole.mean(0))
+    torch.testing.assert_close(m2, (whole - whole.mean(0)).square().sum(0))
+    assert n == 11
