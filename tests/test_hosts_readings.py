@@ -211,3 +211,17 @@ def test_angles_of_layers_that_do_not_say_which_pairs_they_turn():
     found = heads.rotated(heads.Call(plain, q, None, {"position_embeddings": (cos, sin)}), q, k)
     assert torch.equal(found[0], rotate(q, torch.cat((sin, cos), -1), True))
     assert heads.rotated(heads.Call(plain, q, None, {}), q, k) == (q, k)
+
+
+def test_tables_of_positions():
+    """Of the width asked for: (1, N, C), (N, C) and, on a grid, (1, H, W, C); nothing else of that name."""
+    model = nn.Module()
+    for name, shape in (("pos_embed", (1, 4, 6, C)), ("part.pos_embed", (1, 24, C)), ("other.position_embeddings", (24, C))):
+        holder = model
+        for part in name.split(".")[:-1]:
+            holder.add_module(part, nn.Module())
+            holder = getattr(holder, part)
+        holder.register_parameter(name.rpartition(".")[2], nn.Parameter(torch.randn(shape)))
+    model.wrong, model.narrow = nn.Module(), nn.Module()
+    model.wrong.pos_embed, model.narrow.pos_embed = nn.Parameter(torch.randn(1, 1, 4, 6, C)), nn.Parameter(torch.randn(24, C - 1))
+    assert set(positions.tables(model, C)) == {"pos_embed", "part.pos_embed", "other.position_embeddings"}

@@ -11,7 +11,7 @@ from hosts import small_vit
 from torch import nn
 
 import lifeops
-from lifeops import pointwise, registry, testing
+from lifeops import pointwise, registry, testing, torchlib
 from lifeops.integrations.attention_check import off
 from lifeops.integrations.convert_localvit import LocalityBranch
 from lifeops.integrations.life_projection import LifeInProjection, LifeProjection
@@ -161,23 +161,28 @@ def test_an_unknown_layout():
         lay_out(torch.ones(1, 2, 3), "diagonal")
 
 
-def test_biases_in_front_of_norms():
-    """LocalViT's feed-forward whose convolutions have biases in front of their batch norms, and behind the last, folded and not."""
-    module = lifeops.nn.LocalityFeedForward(C, 2, num_prefix_tokens=1).double().eval()
-    plain = copy.deepcopy(module)
-    for i, layer in enumerate(plain.conv):
-        if isinstance(layer, nn.Conv2d):
-            new = nn.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding, groups=layer.groups, dtype=torch.float64,
-            )
-            new.weight.data.copy_(layer.weight)
-            plain.conv[i] = new
+@pytest.mark.parametrize("biased", [(0, 1, 2), (1,), (0, 2)], ids=str)
+def test_biases_in_front_of_norms(biased):
+    """LocalViT's feed-forward, some of whose convolutions have biases in front of their batch norms: a training step, its gradients, and
+    an evaluation, folded and not.
+    """
+    module = lifeops.nn.LocalityFeedForward(C, 2, num_prefix_tokens=1).double()
+    convs = [i for i, layer in enumerate(module.conv) if isinstance(layer, nn.Conv2d)]
+    for i in (convs[n] for n in biased):
+        old = module.conv[i]
+        shape = {"kernel_size": old.kernel_size, "padding": old.padding, "groups": old.groups, "dtype": torch.float64}
+        module.conv[i] = nn.Conv2d(old.in_channels, old.out_channels, **shape)
+    plain = copy.deepcopy(module.conv)
     x = torch.randn(B, 1 + H * W, C, dtype=torch.float64)
     maps = x[:, 1:].mT.unflatten(2, (H, W))
-    expected = torch.cat((x[:, :1], x[:, 1:] + plain.conv(maps).flatten(2).mT), 1)
-    torch.testing.assert_close(plain(x, (H, W)), expected)
-    torch.testing.assert_close(lifeops.fuse_(plain)(x, (H, W)), expected)
-    assert F.mse_loss(module(x, (H, W)), expected) > 0
+    for training in (True, False):
+        module.train(training), plain.train(training)
+        y, expected = module(x, (H, W)), torch.cat((x[:, :1], x[:, 1:] + plain(maps).flatten(2).mT), 1)
+        torch.testing.assert_close(y, expected)
+        grads = [torch.autograd.grad(t.square().sum(), [*layers.parameters()]) for t, layers in ((y, module.conv), (expected, plain))]
+        for got, e in zip(*grads, strict=True):
+            torch.testing.assert_close(got, e, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(lifeops.fuse_(module)(x, (H, W)), expected)
 
 
 @pytest.mark.parametrize("op", ["token_dwconv", "local_attention"])
@@ -311,3 +316,18 @@ def test_statistics_of_several_processes(monkeypatch):
     torch.testing.assert_close(mean, whole.mean(0))
     torch.testing.assert_close(m2, (whole - whole.mean(0)).square().sum(0))
     assert n == 11
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", registry.ops)
+def test_operators_under_autocast(name, backend):
+    """An operator has the dtypes of its arguments: autocast changes not a bit of what it gives."""
+    op = registry.ops[name]
+    if backend != "reference" and backend not in op.impls:
+        pytest.skip(f"no kernel of {name}")
+    args = testing.make(op, next(s for s in op.samples() if s.tiny), torch.float32, backend=backend)
+    expected = testing.tensors(torchlib.overload(op)(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = testing.tensors(torchlib.overload(op)(*args))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
