@@ -65,13 +65,14 @@ def _rows(mutants, results, seed) -> list[str]:
     for name, prefix in (*((folder, folder + "/") for folder in FOLDERS), ("all", "")):
         some = [mutant for mutant in mutants if mutant.path.startswith(prefix)]
         left, late = [m for m in alive if m in some], sum(results[m.key]["outcome"] == "too long" for m in some)
-        killed, equivalent = len(some) - len(left), sum(m.key in known.EQUIVALENT for m in left)
+        killed, equivalent = len(some) - len(left), sum(known.reason(m) is not None for m in left)
         out.append(f"| {name} | {len(some)} | {killed} ({killed / max(1, len(some)):.1%}) | {late} | {len(left)} | {equivalent} |")
     if alive:
         out += ["", "| survivor | why |", "|---|---|"]
     for mutant in alive:
         where, change = mutant.path.removeprefix("lifeops/"), f"`{mutant.before}` → `{mutant.after}`".replace("|", "\\|")
-        out.append(f"| {where}: {change} | {known.EQUIVALENT.get(mutant.key, results[mutant.key]['outcome'])} |")
+        why = known.reason(mutant) or results[mutant.key]["outcome"]
+        out.append(f"| {where}: {change} | {why} |")
     return out
 
 
