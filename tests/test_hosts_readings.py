@@ -225,3 +225,19 @@ def test_tables_of_positions():
     model.wrong, model.narrow = nn.Module(), nn.Module()
     model.wrong.pos_embed, model.narrow.pos_embed = nn.Parameter(torch.randn(1, 1, 4, 6, C)), nn.Parameter(torch.randn(24, C - 1))
     assert set(positions.tables(model, C)) == {"pos_embed", "part.pos_embed", "other.position_embeddings"}
+
+
+def test_relative_positions_are_asked_for_as_the_model_asks():
+    """transformers' Data2Vec: the grid of the image's resolution, whether the table is stretched to it, the number of tokens."""
+
+    class Table(nn.Module):
+        def forward(self, *args, **options):
+            return args, options
+
+    layer = nn.Module()
+    layer.relative_position_bias, layer.config = Table(), SimpleNamespace(patch_size=8)
+    assert heads.module_bias(layer, {"resolution": (16, 24)}, N) == (((2, 3), False), {"dim_size": N})
+    given = {"resolution": (16, 24), "interpolate_pos_encoding": True}
+    assert heads.module_bias(layer, given, N) == (((2, 3), True), {"dim_size": N})
+    assert heads.module_bias(layer, {}, N) == ((), {})
+    assert heads.module_bias(nn.Module(), given, N) is None
