@@ -46,9 +46,9 @@ sanitize: $(VENV)/test.ready
 	$(BIN)/python tests/sanitized.py $(ARGS)
 
 # Which lines of lifeops/, kernels/ (Triton's interpreter) and csrc/cpu the tests run, and whether each other one is explained:
-# `make coverage ARGS="-n 2 --page"` (docs/reliability.md).
+# `make coverage ARGS="--page"` (docs/reliability.md).
 coverage: $(VENV)/coverage.ready
-	$(BIN)/python tests/covered.py $(ARGS)
+	$(BIN)/python tests/covered.py $(PYTEST_ARGS) $(ARGS)
 
 # Mistakes made in lifeops/ops and lifeops/hosts on purpose, one at a time in a copy of the tree, and which ones no test notices:
 # `make mutants ARGS="--count 300 --seed 1 --page"`. It picks tests by what `make coverage` recorded.

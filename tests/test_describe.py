@@ -129,6 +129,7 @@ def test_what_is_printed(name):
 
 def test_what_blocks_take_is_printed_where_it_is_not_tokens():
     printed = str(lifeops.describe(named("tnt_s_patch16_224", embed_dim=96, inner_dim=24, num_heads_outer=4)()))
+    assert "\n  grid: the same for every image\n" in printed
     assert printed.count("; takes pixels inside the patches and tokens (B, P + H*W, C), both given back") == 1
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lifeops.hosts import attention, heads, images, packed, positions
 from lifeops.hosts.pooling import POOLINGS
+from lifeops.nn.rotary import rotate
 
 N, C, H = 7, 24, 3
 
@@ -105,6 +106,7 @@ def test_padded_images_say_which_patches_are_there():
     assert packed.packed_of("rollout", whole).grids == ((2, 3), (1, 4))
     for change, message in (
         ({"pixel_attention_mask": mask[:, 1:]}, r"pixel_attention_mask must have shape \(B, N\) = \(2, 6\)"),
+        ({"pixel_attention_mask": torch.ones(2, 6)}, r"of image 1 must be true of its first 1 x 4 = 4 patches"),
         ({"pixel_attention_mask": mask.flip(1)}, r"of image 1 must be true of its first 1 x 4 = 4 patches"),
         ({"spatial_shapes": shapes.flip(1) * 2}, "must be grids of at least one and at most 6 patches"),
         ({"spatial_shapes": shapes * 1.0}, r"spatial_shapes must be ints of shape \(B, 2\) = \(2, 2\)"),
@@ -160,6 +162,83 @@ def test_a_call_for_one_padded_image():
         call.alone("rollout", "attn", 0, 5)
     whole = mask.expand(2, 1, N, N).clone()
     assert torch.equal(call._replace(given={"attn_mask": whole}).alone("rollout", "attn", 1, 5).given["attn_mask"], whole[1:, :, :5, :5])
+    shared = torch.zeros(1, 1, 1, N)  # one mask for both images, and angles that differ by nothing
+    shared[..., 5:], shared[..., 1] = -torch.inf, -2.0
+    given = call._replace(given={"attn_mask": shared, "rope": rope[0, 0]}).alone("rollout", "attn", 1, 5).given
+    assert torch.equal(given["attn_mask"], shared[..., :5])
+    assert torch.equal(given["rope"], rope[0, 0, :4])
     whole[1, :, 3, 6] = 0  # one query attends to padding
     with pytest.raises(ValueError, match="attends to the padding of image 1"):
         call._replace(given={"attn_mask": whole}).alone("rollout", "attn", 1, 5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_mixed_heads(bias):
+    """Talking heads: heads are mixed before and behind the softmax, with what is added to them."""
+    before, behind = nn.Linear(H, H, bias=bias), nn.Linear(H, H, bias=bias)
+    q, k = torch.randn(2, H, N, 4), torch.randn(2, H, N, 4)
+    found = heads.Heads(q, k, None, 0.5, mix=(before, behind))
+    scores = before((0.5 * q @ k.mT).movedim(1, -1)).movedim(-1, 1)
+    torch.testing.assert_close(found.scores(slice(None)), scores)
+    torch.testing.assert_close(found.weights(scores), behind(scores.softmax(-1).movedim(1, -1)).movedim(-1, 1))
+    assert not found.plain
+    assert found._replace(mix=None).plain
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_queries_that_share_keys(groups):
+    """Grouped queries: each key and value serves as many heads as there are queries for it."""
+    layer = nn.Module()
+    layer.num_heads, layer.scale = 4, 0.3
+    layer.q_proj, layer.k_proj, layer.v_proj = (nn.Linear(C, width) for width in (C, C // groups, C // groups))
+    x = torch.randn(2, N, C)
+    kind = next(kind for kind in attention.KINDS if kind.name == "separate")
+    found = kind.read(heads.Call(layer, x, None, {}), True)
+    q, k, v = (p(x).unflatten(2, (-1, C // 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(found.weights(found.scores(slice(None))) @ found.v, expected)
+
+
+def test_angles_of_layers_that_do_not_say_which_pairs_they_turn():
+    """timm's: neighbouring channels; those that say rotate_half: channels half a head apart."""
+    q, k, rope = torch.randn(1, H, N, 8), torch.randn(1, H, N, 8), torch.randn(N - 1, 16)
+    plain, halves = nn.Identity(), nn.Identity()
+    halves.rotate_half = True
+    for module, half in ((plain, False), (halves, True)):
+        found = heads.rotated(heads.Call(module, q, None, {"rope": rope}), q, k)
+        assert torch.equal(found[0], rotate(q, rope, half))
+        assert torch.equal(found[1], rotate(k, rope, half))
+    cos, sin = torch.randn(N - 1, 8), torch.randn(N - 1, 8)
+    found = heads.rotated(heads.Call(plain, q, None, {"position_embeddings": (cos, sin)}), q, k)
+    assert torch.equal(found[0], rotate(q, torch.cat((sin, cos), -1), True))
+    assert heads.rotated(heads.Call(plain, q, None, {}), q, k) == (q, k)
+
+
+def test_tables_of_positions():
+    """Of the width asked for: (1, N, C), (N, C) and, on a grid, (1, H, W, C); nothing else of that name."""
+    model = nn.Module()
+    for name, shape in (("pos_embed", (1, 4, 6, C)), ("part.pos_embed", (1, 24, C)), ("other.position_embeddings", (24, C))):
+        holder = model
+        for part in name.split(".")[:-1]:
+            holder.add_module(part, nn.Module())
+            holder = getattr(holder, part)
+        holder.register_parameter(name.rpartition(".")[2], nn.Parameter(torch.randn(shape)))
+    model.wrong, model.narrow = nn.Module(), nn.Module()
+    model.wrong.pos_embed, model.narrow.pos_embed = nn.Parameter(torch.randn(1, 1, 4, 6, C)), nn.Parameter(torch.randn(24, C - 1))
+    assert set(positions.tables(model, C)) == {"pos_embed", "part.pos_embed", "other.position_embeddings"}
+
+
+def test_relative_positions_are_asked_for_as_the_model_asks():
+    """transformers' Data2Vec: the grid of the image's resolution, whether the table is stretched to it, the number of tokens."""
+
+    class Table(nn.Module):
+        def forward(self, *args, **options):
+            return args, options
+
+    layer = nn.Module()
+    layer.relative_position_bias, layer.config = Table(), SimpleNamespace(patch_size=8)
+    assert heads.module_bias(layer, {"resolution": (16, 24)}, N) == (((2, 3), False), {"dim_size": N})
+    given = {"resolution": (16, 24), "interpolate_pos_encoding": True}
+    assert heads.module_bias(layer, given, N) == (((2, 3), True), {"dim_size": N})
+    assert heads.module_bias(layer, {}, N) == ((), {})
+    assert heads.module_bias(nn.Module(), given, N) is None

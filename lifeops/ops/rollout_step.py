@@ -242,10 +242,8 @@ def rollout_step(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, disca
     args = _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (r, q, k)):
         raise RuntimeError(f"{NAME}: is not differentiable; call it under torch.no_grad() or on detached tensors")
-    if torchlib.autocast_enabled(q.device):  # else the reference's products would be cast down
-        with torch.autocast(q.device.type, enabled=False):
-            return _step(*args)
-    return _step(*args)
+    with torchlib.without_autocast(q):  # which would cast the reference's products down
+        return _step(*args)
 
 
 def explain(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, discard_ratio=0.0, backend=None):

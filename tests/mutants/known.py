@@ -1,3 +1,35 @@
-"""Mutants that no test can tell from the library, and why: by the key that places.Mutant has."""
+"""Mutants that no test can tell from the library, and why."""
 
-EQUIVALENT: dict[str, str] = {}
+from mutants.places import Mutant
+
+DWCONV, SHORTCUT, LIFE = "lifeops/ops/token_dwconv/", "lifeops/ops/dw_shortcut/", "lifeops/ops/life_qkv/"
+EQUIVALENT: dict[str, tuple[tuple[str, str, str], ...]] = {  # why: (file, how the line begins, what is there instead)
+    "filters are square: both sides are one number": (
+        (DWCONV + "act_bwd_spec.py", "dw, db = dwconv.fake_bwd_dw(", "weight.shape[ 3]"),
+        (DWCONV + "spec.py", "problem=lambda x, weight, *rest: Problem(", "weight.shape[ 3]"),
+        (DWCONV + "spec.py", "return torch.nn.functional.conv2d(map_, weight, bias, padding", "weight.shape[~1]"),
+        (SHORTCUT + "function.py", "return F.pad(weight,", "weight.shape[~1]"),
+        (SHORTCUT + "function.py", "g, one = (_centre(", "weight.shape[- 2]"),
+    ),
+    "sums that nobody takes: slower, the same result": (
+        (DWCONV + "act_function.py", "return _fwd(x, weight, bias, scale, shift, act,", "False, True, backend)[0]"),
+        (DWCONV + "act_function.py", "return _fwd(x, weight, bias, scale, shift, act,", "True, False, backend)[0]"),
+    ),
+    "called on the class alone, where a function is as good": (
+        (SHORTCUT + "function.py", "@staticmethod", ""), (LIFE + "function.py", "@staticmethod", ""),
+    ),
+    "the formula does not read P": ((DWCONV + "act_spec.py", "return dwconv.flops(x, weight, bias, residual, H, W, 0)", "W, 1)"),),
+    "computes again what is there already": ((LIFE + "function.py", "if scale1_key and P:  # z2's own prefix rows", "scale1_key or P"),),
+    "an int more, which has no gradient": ((LIFE + "function.py", "elif torchlib.builds_graph(*args[:7])", "args[: 8]"),),
+    "how many rows are held at a time: memory, not values": (
+        ("lifeops/ops/rollout_step.py", "for rows in blocks(N, B * heads * N)", "B ^ heads"),
+    ),
+    "the product of truth values is their and": (("lifeops/hosts/pooled.py", "inside = ((place >= first)", "(place >= first) * (place"),),
+}  # fmt: skip
+
+
+def reason(mutant: Mutant) -> str | None:
+    """Why ``mutant`` is the library in other words; None if it is not known to be."""
+    entries = ((why, entry) for why, some in EQUIVALENT.items() for entry in some)
+    fits = (why for why, (path, begins, has) in entries if path == mutant.path and mutant.before.startswith(begins) and has in mutant.after)
+    return next(fits, None)

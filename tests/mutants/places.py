@@ -27,11 +27,12 @@ class Mutant:
     before: str
     after: str
     source: str  # of the whole file, with the mistake
+    number: int  # among lines that read the same
 
     @property
     def key(self) -> str:
         """What stays as it is when other lines of the file change."""
-        return f"{self.path}: {self.before} -> {self.after}"
+        return f"{self.path}: {self.before} -> {self.after}" + (f" ({self.number})" if self.number > 1 else "")
 
 
 def files() -> list[str]:
@@ -41,14 +42,14 @@ def files() -> list[str]:
 
 def _spans(source: str):
     """What is never run, only asserted or only drawn by tests: annotations (``from __future__ import annotations`` keeps them as text),
-    zip's ``strict``, samples.
+    zip's ``strict``, how far tests' tolerances go (``reduces``), samples.
     """
     tree = ast.parse(source)
     kept_as_text = any(isinstance(node, ast.ImportFrom) and node.module == "__future__" for node in tree.body)
     for node in ast.walk(tree):
         if kept_as_text:
             yield from (hint for hint in (getattr(node, "annotation", None), getattr(node, "returns", None)) if hint is not None)
-        if isinstance(node, ast.keyword) and node.arg == "strict":
+        if isinstance(node, ast.keyword) and node.arg in ("strict", "reduces"):
             yield node.value
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and (node.name.startswith(("Sample", "samples")) or _draws(node)):
             yield node
@@ -94,7 +95,7 @@ def _rank(*what) -> bytes:
     return hashlib.sha256(repr(what).encode()).digest()
 
 
-def _mutant(path: str, line: int, operator: str, occurrence: int) -> Mutant | None:
+def _mutant(path: str, line: int, number: int, operator: str, occurrence: int) -> Mutant | None:
     """The mutant, or None where Python cannot read it or makes the same of it."""
     old = (ROOT / path).read_text()
     new = MutationVisitor.mutate_code(old, get_operator(operator)(), occurrence)
@@ -109,7 +110,7 @@ def _mutant(path: str, line: int, operator: str, occurrence: int) -> Mutant | No
     while before and after and before[-1] == after[-1]:
         del before[-1], after[-1]
     texts = (" ".join(map(str.strip, lines)) for lines in (before, after))
-    return Mutant(path, line, operator.removeprefix("core/"), occurrence, *texts, new)
+    return Mutant(path, line, operator.removeprefix("core/"), occurrence, *texts, new, number)
 
 
 def drawn(count: int, seed: int) -> list[Mutant]:
@@ -125,7 +126,7 @@ def drawn(count: int, seed: int) -> list[Mutant]:
             options[place] = sorted(what, key=lambda name, place=place: _rank(seed, place, name[0]))
     mutants = []
     for _, path, line, place in sorted(places):
-        made = (_mutant(path, line, *option) for option in options[place])
+        made = (_mutant(path, line, place[-1], *option) for option in options[place])
         if (mutant := next(filter(None, made), None)) is not None:
             mutants.append(mutant)
         if len(mutants) == count:

@@ -43,7 +43,8 @@ class Reach:
         self.data, self.seconds, self._files = CoverageData(str(data)), {}, {}
         self.data.read()
         for case in chain.from_iterable(ElementTree.parse(path).iter("testcase") for path in reports):
-            self.seconds[f"{case.get('file')}::{case.get('name')}"] = float(case.get("time"))
+            if not len(case):  # else it was skipped, or it failed
+                self.seconds[f"{case.get('file')}::{case.get('name')}"] = float(case.get("time"))
 
     def _by_line(self, path: str) -> dict[int, set[str]]:
         if path not in self._files:

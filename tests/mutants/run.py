@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,9 +23,10 @@ from mutants.places import FOLDERS, ROOT, Mutant, drawn  # noqa: E402
 from mutants.reach import Reach  # noqa: E402
 
 RECORD = ROOT / "build" / "coverage"
-RESULTS = ROOT / "build" / "mutants.json"
+RESULTS = ROOT / "build" / "mutants.jsonl"
 ROUNDS = (20, 3), (80, 16)  # so many tests in all, from so many files
 KILLED = "failed", "too long"
+Process = get_context("fork").Process  # which have imported torch already
 
 
 def _digest(text: str) -> str:
@@ -32,21 +34,14 @@ def _digest(text: str) -> str:
 
 
 def _limit(tests, seconds) -> float:
-    """Ten times what the tests took when they were recorded, and a minute and a half to import and collect."""
-    return 90 + 10 * sum(seconds[test] for test in tests)
-
-
-def _fail_as_it_is(copy: Path, tests: list[str], seconds) -> set[str]:
-    """Those of ``tests`` that do not pass in an unchanged copy."""
-    outcome, results = forked.run(copy, tests, _limit(tests, seconds), ("--maxfail=0",))
-    if outcome == "too long":
-        raise SystemExit(f"mutants: the {len(tests)} tests of the library as it is did not end")
-    return {test for test in tests if results.get(test) not in ("passed", "skipped")}
+    """Ten times what the tests took when they were recorded, and three minutes to import and collect."""
+    return 180 + 10 * sum(seconds[test] for test in tests)
 
 
 def _tried(copy: Path, mutant: Mutant, reach: Reach, tests: list[str]) -> dict:
     """What the tests say of it: {"outcome", "tests", "by"}."""
     done: list[str] = []
+    before = (copy / mutant.path).read_text()
     (copy / mutant.path).write_text(mutant.source)
     try:
         for count, files in ROUNDS:
@@ -59,7 +54,7 @@ def _tried(copy: Path, mutant: Mutant, reach: Reach, tests: list[str]) -> dict:
                 by = next((test for test, result in results.items() if result == "failed"), "")
                 return {"outcome": outcome, "tests": len(done), "by": by}
     finally:
-        (copy / mutant.path).write_text((ROOT / mutant.path).read_text())
+        (copy / mutant.path).write_text(before)
     return {"outcome": "survived" if done else "not reached", "tests": len(done), "by": ""}
 
 
@@ -70,43 +65,76 @@ def _rows(mutants, results, seed) -> list[str]:
     for name, prefix in (*((folder, folder + "/") for folder in FOLDERS), ("all", "")):
         some = [mutant for mutant in mutants if mutant.path.startswith(prefix)]
         left, late = [m for m in alive if m in some], sum(results[m.key]["outcome"] == "too long" for m in some)
-        killed, equivalent = len(some) - len(left), sum(m.key in known.EQUIVALENT for m in left)
+        killed, equivalent = len(some) - len(left), sum(known.reason(m) is not None for m in left)
         out.append(f"| {name} | {len(some)} | {killed} ({killed / max(1, len(some)):.1%}) | {late} | {len(left)} | {equivalent} |")
     if alive:
         out += ["", "| survivor | why |", "|---|---|"]
     for mutant in alive:
         where, change = mutant.path.removeprefix("lifeops/"), f"`{mutant.before}` → `{mutant.after}`".replace("|", "\\|")
-        out.append(f"| {where}: {change} | {known.EQUIVALENT.get(mutant.key, results[mutant.key]['outcome'])} |")
+        why = known.reason(mutant) or results[mutant.key]["outcome"]
+        out.append(f"| {where}: {change} | {why} |")
     return out
 
 
-def _run(mutants: list[Mutant], again: bool) -> dict[str, dict]:
+def _known() -> dict[str, dict]:
+    """What earlier runs found, by key."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else ()
+    return {key: found for key, found in map(json.loads, lines)}
+
+
+def _note(mutant: Mutant, found: dict) -> None:
+    with RESULTS.open("a") as file:
+        file.write(json.dumps((mutant.key, found | {"source": _digest(mutant.source)})) + "\n")
+
+
+def _worker(copy: Path, todo: list[tuple], reach: Reach) -> None:
+    """Tries each of ``todo`` in ``copy``."""
+    for mutant, tests in todo:
+        start, found = time.monotonic(), _tried(copy, mutant, reach, tests)
+        _note(mutant, found)
+        took, change = time.monotonic() - start, f"{mutant.path}:{mutant.line} {mutant.before} -> {mutant.after}"
+        print(f"{took:.0f} s {found['outcome']} ({found['tests']} tests) {change} {found['by']}", flush=True)
+
+
+def _run(mutants: list[Mutant], again: bool, jobs: int) -> dict[str, dict]:
     """How each ends, by its key. What an earlier run killed of the same file is known."""
-    before = json.loads(RESULTS.read_text()) if RESULTS.exists() and not again else {}
-    known_ends = {m.key: before[m.key] for m in mutants if m.key in before and before[m.key]["outcome"] in KILLED}
-    results = {m.key: known_ends[m.key] for m in mutants if known_ends.get(m.key, {}).get("source") == _digest(m.source)}
+    before = {} if again else _known()
+    sure = {key for key, found in before.items() if found["outcome"] in KILLED}
+    todo = [m for m in mutants if m.key not in sure or before[m.key]["source"] != _digest(m.source)]
     forked.warm_up()
+    RESULTS.parent.mkdir(exist_ok=True)
     reach = Reach(RECORD / "data", sorted(RECORD.glob("tests*.xml")))
-    todo = [(m, reach.tests(m.path, (ROOT / m.path).read_text(), m.line)) for m in mutants if m.key not in results]
+    work = [(m, reach.tests(m.path, (ROOT / m.path).read_text(), m.line)) for m in todo]
+    print(f"{len(todo)} of {len(mutants)} to try", flush=True)
     with tempfile.TemporaryDirectory(prefix="lifeops-mutants-") as folder:
-        copy = forked.copied(Path(folder))
-        used = sorted({test for _, tests in todo for size in ROUNDS for test in reach.chosen(tests, *size)})
-        wrong = _fail_as_it_is(copy, used, reach.seconds)
-        print(f"{len(results)} known from before; {len(used)} tests are used, {len(wrong)} more do not pass in a copy as it is", flush=True)
-        for number, (mutant, tests) in enumerate(todo, 1):
-            start = time.monotonic()
-            found = _tried(copy, mutant, reach, [test for test in tests if test not in wrong])
-            results[mutant.key] = found | {"source": _digest(mutant.source)}
-            RESULTS.write_text(json.dumps(before | results, indent=0))
-            took, change = time.monotonic() - start, f"{mutant.path}:{mutant.line} {mutant.before} -> {mutant.after}"
-            print(f"{number}/{len(todo)} {took:.0f} s {found['outcome']} ({found['tests']} tests) {change} {found['by']}", flush=True)
-    return results
+        copies = [forked.copied(Path(folder) / str(job)) for job in range(jobs)]
+        workers = [Process(target=_worker, args=(copy, work[job::jobs], reach)) for job, copy in enumerate(copies)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        _check_killers(copies[0], todo, reach)
+    return _known()
+
+
+def _check_killers(copy: Path, mutants: list[Mutant], reach: Reach) -> None:
+    """A test that fails without the mistake, too, has not found it."""
+    results = _known()
+    killers = sorted({results[m.key]["by"] for m in mutants} - {""})
+    outcome, ends = forked.run(copy, killers, _limit(killers, reach.seconds), ("--maxfail=0",)) if killers else ("passed", {})
+    if outcome == "too long":
+        raise SystemExit(f"mutants: {len(killers)} tests of the library as it is did not end")
+    wrong = {test for test in killers if ends.get(test) != "passed"}
+    for mutant in mutants:
+        if results[mutant.key]["by"] in wrong:
+            _note(mutant, results[mutant.key] | {"outcome": "its test fails without it, too"})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
     parser.add_argument("--count", type=int, default=300, help="mistakes")
     parser.add_argument("--seed", type=int, default=1, help="of the draw")
+    parser.add_argument("--jobs", type=int, default=2, help="at a time")
     parser.add_argument("--again", action="store_true", help="also those that an earlier run has killed")
     parser.add_argument("--list", action="store_true", help="only say what is drawn")
     parser.add_argument("--page", action="store_true", help="write the tables into docs/reliability.md")
@@ -117,7 +145,7 @@ def main() -> int:
         return 0
     if not (RECORD / "data").exists():
         raise SystemExit("mutants: no record of which tests reach what: run `make coverage` first")
-    table = _rows(mutants, _run(mutants, args.again), args.seed)
+    table = _rows(mutants, _run(mutants, args.again, args.jobs), args.seed)
     print(*table, sep="\n")
     if args.page:
         put("mutants", table)
