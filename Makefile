@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz longrun sanitize machines coverage mutants hosts bench budgets readme clean versions
+.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
