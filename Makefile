@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants reliability hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -64,6 +64,13 @@ machines: $(VENV)/test.ready
 # `make versions ARGS="--torch 2.10.0 2.14.1 --python 3.10 3.13 --triton 3.6.0=2.3.5 3.9.0"` (docs/reliability.md). Nothing is set up before.
 versions:
 	$(PYTHON) tests/versions.py $(ARGS)
+
+# All figures of docs/reliability.md, and the table at its top. It takes hours, 14 GB of memory, and what `machines` and `versions` need.
+reliability: $(VENV)/coverage.ready
+	$(MAKE) fuzz longrun machines coverage mutants ARGS="--page"
+	$(MAKE) sanitize ARGS="--page" && $(MAKE) sanitize ARGS="--page --tsan --isa widest"
+	$(MAKE) versions ARGS="--torch 2.10.0 2.11.0 2.12.0 2.13.0 2.14.1 --python 3.10 3.12 3.13 --triton 3.6.0=2.3.5 3.7.0 3.9.0 --page"
+	$(BIN)/python tests/reliability.py
 
 # docs/hosts.md: what every host of tests/host_configs*.py answers, each answer compared with an oracle.
 hosts: $(VENV)/test.ready

@@ -17,6 +17,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from junit import counts
+
+from fuzz.page import put
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 ISAS = "baseline", "avx2", "avx512"
@@ -50,6 +54,7 @@ torch.ops.lifeops_native.token_dwconv(x, weight, None, None, y, 32, 32, 0, 0, 0,
 class Kind(NamedTuple):
     """Sanitizers that go together. ``canaries``: a mistake, what the report then says, and of which function."""
 
+    what: str
     sanitizers: str
     runtime: str
     options: dict[str, str]
@@ -58,7 +63,7 @@ class Kind(NamedTuple):
 
 KINDS = {
     "memory": Kind(
-        "address,undefined -fno-sanitize-recover=all", "libasan.so",
+        "AddressSanitizer, UndefinedBehaviorSanitizer", "address,undefined -fno-sanitize-recover=all", "libasan.so",
         {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:malloc_context_size=8:quarantine_size_mb=64",
          "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1"},
         # a tensor whose memory ends too early, one that begins between two floats
@@ -66,7 +71,7 @@ KINDS = {
          (f"{SHIFTED}\n{CALL}", "load of misaligned address", "pack_block")),
     ),
     "threads": Kind(
-        "thread", "libtsan.so",
+        "ThreadSanitizer", "thread", "libtsan.so",
         # Python and torch are not instrumented: what their threads do is not looked at
         {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:abort_on_error=1:history_size=4"},
         ((TWICE, "WARNING: ThreadSanitizer: data race", "lifeops::{isa}::"),),  # eight images that are written to one place
@@ -131,11 +136,26 @@ def leg(kind: str, isa: str, cases: int, seed: int) -> None:
         tests.insert(0, ["test_ops.py", "test_nan.py", "-k", isa])
     else:  # larger than what is fuzzed: every operator in several tasks, at 1 to 4 threads
         tests.insert(0, ["test_determinism.py", "-k", "any_thread_count and not attention"])
+    report, passed = ledger.with_name("tests.xml"), []
     for files in tests:
-        if subprocess.run([*pytest, *files], cwd=HERE, env=env, check=False).returncode:
+        if subprocess.run([*pytest, f"--junitxml={report}", *files], cwd=HERE, env=env, check=False).returncode:
             raise SystemExit(f"sanitize: {kind}, {isa}: {' '.join(files)}: see above")
+        passed.append(counts(report).passed)
     fuzzed, seconds = sum(json.loads(ledger.read_text())["cases"].values()), time.monotonic() - built
     print(f"sanitize: {kind}, {isa}: clean, {fuzzed} fuzzed cases; {built - start:.0f} s to build, {seconds:.0f} s to run", flush=True)
+    row_of(kind, isa).write_text(f"| {isa}, {KINDS[kind].what} | {passed[0]} | {fuzzed} | 0 |")
+
+
+def row_of(kind: str, isa: str) -> Path:
+    """Where a leg that ended clean keeps its row of the table."""
+    return ROOT / "build" / "sanitized" / kind / isa / "row.md"
+
+
+def write_page() -> None:
+    """The table of docs/reliability.md, of all legs that were run here."""
+    kept = (row_of(kind, isa) for kind in KINDS for isa in ISAS)
+    rows = (row.read_text() for row in kept if row.exists())
+    put("sanitizers", ("| kernels | tests | fuzzed cases | findings |", "|---|---:|---:|---:|", *rows))
 
 
 def main() -> None:
@@ -144,10 +164,13 @@ def main() -> None:
     parser.add_argument("--tsan", action="store_true", help="ThreadSanitizer in the place of the other two")
     parser.add_argument("--cases", type=int, default=20, help="fuzzed cases of every property")
     parser.add_argument("--seed", type=int, default=0, help="of the fuzzed cases")
+    parser.add_argument("--page", action="store_true", help="write the table, also of legs that ran before, into docs/reliability.md")
     args = parser.parse_args()
     best = widest()
     for isa in args.isa or ISAS[: ISAS.index(best) + 1]:
         leg("threads" if args.tsan else "memory", best if isa == "widest" else isa, args.cases, args.seed)
+    if args.page:
+        write_page()
 
 
 if __name__ == "__main__":

@@ -31,7 +31,10 @@ def _bad_values():
                 yield pytest.param(name, parameter, what, value, id=f"{name}-{parameter}-{what}")
 
 
-@pytest.mark.parametrize(("name", "parameter", "what", "value"), _bad_values())
+BAD_VALUES = list(_bad_values())
+
+
+@pytest.mark.parametrize(("name", "parameter", "what", "value"), BAD_VALUES)
 def test_bad_argument(name, parameter, what, value):
     case = CASES[name]
     with pytest.raises((ValueError, TypeError)) as caught:
