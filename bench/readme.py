@@ -53,17 +53,12 @@ def environment_table() -> str:
 PARTS = {"ops": op_table, "environment": environment_table}
 
 
-def put(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` as its part ``name``."""
-    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"there is no <!-- {name} --> … <!-- /{name} --> part to write into")
-    return pattern.sub(lambda m: m[1] + content + "\n" + m[2], text)
-
-
 def generated(text: str) -> str:
     for name, make in PARTS.items():
-        text = put(text, name, make())
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no <!-- {name} --> … <!-- /{name} --> part")
+        text = pattern.sub(lambda m, make=make: m[1] + make() + "\n" + m[2], text)
     return text
 
 

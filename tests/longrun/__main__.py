@@ -11,6 +11,7 @@ import time
 import torch
 
 from bench.rows import machine
+from fuzz.page import put
 from lifeops.demo.unfinished import Unfinished
 from longrun import huge, memory, page, training
 
@@ -25,7 +26,7 @@ def _training(args) -> list[str]:
     if args.page:
         page.keep("training", page.training_rows(runs))
         page.draw(runs)
-        page.write("training", table)
+        put("training", table.splitlines())
     Unfinished(UNFINISHED, recipe).clear()
     return [f"{v.system}, {v.dtype}, {' and '.join(v.arms)}: further apart than two seeds" for v in page.verdicts(runs) if not v.kept]
 
@@ -36,7 +37,7 @@ def _memory(args) -> list[str]:
     print(table)
     if args.page:
         page.keep("memory", [m._asdict() for m in marks])
-        page.write("memory", table)
+        put("memory", table.splitlines())
     return memory.grown(marks)
 
 
@@ -51,7 +52,7 @@ def _huge(args) -> list[str]:
         print(*rows[-1].values(), flush=True)
     if args.page:
         page.keep("huge", rows)
-        page.write("huge", page.huge_table(rows))
+        put("huge", page.huge_table(rows).splitlines())
     return []
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.readme import put
 from lifeops.demo.train import Run
 from lifeops.files import written
 from longrun.memory import Mark, growth
@@ -21,7 +20,6 @@ from longrun.training import ARMS, DTYPES, KERNELS, Cell
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results" / "longrun.json"
 PICTURE = ROOT / "docs" / "longrun.png"
-PAGE = ROOT / "docs" / "reliability.md"
 WINDOW = 25  # steps whose mean loss is one point of a curve
 START = 10  # steps in which roundings have not grown yet
 LARGEST_RATIO = 1.5  # roundings that have grown to all that can be make it 1; of three seeds it is known to about a third
@@ -139,13 +137,6 @@ def huge_table(rows: list[dict]) -> str:
     lines = ["| computed | elements | seconds |", "|---|---:|---:|"]
     lines += [f"| {row['what']} | {row['elements']:,} | {row['seconds']} |" for row in rows]
     return "\n".join([*lines, f"| most memory | | {max(row['peak_gb'] for row in rows)} GB |"])
-
-
-def write(name: str, table: str) -> None:
-    """Make ``table`` the part ``name`` of docs/reliability.md."""
-    text = put(PAGE.read_text(), name, table)
-    with written(PAGE) as part:
-        part.write_text(text)
 
 
 def draw(runs: Mapping[Cell, Run], path: Path = PICTURE) -> None:

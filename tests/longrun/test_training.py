@@ -77,10 +77,6 @@ def test_results(tmp_path, monkeypatch):
     page.draw(runs, tmp_path / "longrun.png")
     assert (tmp_path / "longrun.png").stat().st_size > 10_000
     assert len(page.training_table(runs).splitlines()) == 2 + 3 * 2 * 3
-    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
-    page.PAGE.write_text("a\n<!-- training -->\nold\n<!-- /training -->\nb\n")
-    page.write("training", "new")
-    assert page.PAGE.read_text() == "a\n<!-- training -->\nnew\n<!-- /training -->\nb\n"
 
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch):
