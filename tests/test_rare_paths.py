@@ -77,6 +77,13 @@ def test_explained_operators():
     assert [part.op for part in parts] == ["token_dwconv_act", "token_dwconv_act_bwd_dx", "token_dwconv_act_bwd_dw"]
 
 
+def test_explained_options_are_given_by_name():
+    r, q = torch.zeros(1, 1, 5), torch.zeros(1, 2, 5, 4)
+    assert [part.op for part in lifeops.explain("rollout_step", r, q, q, head_fusion="max")] == ["rollout_step"]
+    with pytest.raises(TypeError, match="positional"):
+        lifeops.explain("rollout_step", r, q, q, 0.5)
+
+
 def test_backends_say_what_they_cannot_take():
     meta = torch.empty(B, H * W, C, device="meta")
     text = str(lifeops.explain("token_dwconv", meta, torch.empty(C, 1, 17, 17, device="meta"), grid=(H, W)))
@@ -212,17 +219,21 @@ def test_batch_statistics_of_no_patches():
         module.conv[0].register_forward_hook(lambda *args: None)
 
 
-def test_attention_of_tokens_that_share_memory():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("N", [2, 3, 6])
+def test_attention_of_tokens_that_share_memory(N, dtype):
     """Expanded and overlapping queries, keys and values give what copies of them give, gradients too."""
-    one, run = torch.randn(1, 1, 1, 4), torch.randn(4 * 8)
-    for q, k in ((one.expand(1, 2, 6, 4), run.as_strided((1, 2, 6, 4), (0, 8, 2, 1))), (run.as_strided((1, 2, 6, 4), (0, 0, 1, 1)),) * 2):
-        grads = []
-        for clone in (False, True):
-            leaves = [(t.contiguous() if clone else t).detach().requires_grad_() for t in (q, k, k)]
-            y = lifeops.local_attention(*leaves, torch.ones(8, 1, 3, 3), grid=(2, 3))
-            grads.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-        for got, expected in zip(*grads, strict=True):
-            torch.testing.assert_close(got, expected)
+    run, other = torch.randn(64, dtype=dtype), torch.randn(1, 2, N, 4, dtype=dtype)
+    for step in (0, 1, 3):
+        shared = run.as_strided((1, 2, N, 4), (0, 30, step, 1))
+        for tensors in ((shared, other, other), (other, shared, other), (other, other, shared)):
+            grads = []
+            for clone in (False, True):
+                leaves = [(t.contiguous() if clone else t).detach().requires_grad_() for t in tensors]
+                y = lifeops.local_attention(*leaves, torch.ones(8, 1, 3, 3, dtype=dtype), grid=(1, N))
+                grads.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+            for got, expected in zip(*grads, strict=True):
+                torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("op", EXPLAINERS)
