@@ -8,6 +8,7 @@ from hosts import small_vit
 from torch import nn
 
 from lifeops.hosts import attention, heads, images, packed, positions
+from lifeops.hosts.host import grid_size_of, pair
 from lifeops.hosts.pooling import POOLINGS
 from lifeops.nn.rotary import rotate
 
@@ -242,3 +243,14 @@ def test_relative_positions_are_asked_for_as_the_model_asks():
     assert heads.module_bias(layer, given, N) == (((2, 3), True), {"dim_size": N})
     assert heads.module_bias(layer, {}, N) == ((), {})
     assert heads.module_bias(nn.Module(), given, N) is None
+
+
+def test_grids_that_are_told():
+    """By a grid, or by the sizes of images and patches, each one number or two; not by anything else."""
+    for told, grid in (
+        ({"grid_size": (4, 6)}, (4, 6)), ({"image_size": (32, 48), "patch_size": 8}, (4, 6)),
+        ({"image_size": 32, "patch_size": (8, 4)}, (4, 8)), ({"grid_size": [2, 3], "image_size": 32, "patch_size": 8}, (2, 3)),
+        ({"image_size": 32}, None), ({"patch_size": 8}, None), ({"image_size": (1, 2, 3), "patch_size": 8}, None), ({"grid_size": 4}, None),
+    ):  # fmt: skip
+        assert grid_size_of(SimpleNamespace(**told)) == grid
+    assert (pair(3), pair([1, 2]), pair((1, 2, 3)), pair("ab")) == ((3, 3), (1, 2), None, None)
