@@ -24,7 +24,7 @@ from mutants.reach import Reach  # noqa: E402
 
 RECORD = ROOT / "build" / "coverage"
 RESULTS = ROOT / "build" / "mutants.jsonl"
-ROUNDS = (20, 3), (80, 16)  # so many tests in all, from so many files
+ROUNDS = (20, 3), (80, 16), (400, 40)  # so many tests in all, from so many files
 KILLED = "failed", "too long"
 Process = get_context("fork").Process  # which have imported torch already
 
