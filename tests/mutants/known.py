@@ -25,11 +25,14 @@ EQUIVALENT: dict[str, tuple[tuple[str, str, str], ...]] = {  # why: (file, how t
         ("lifeops/ops/rollout_step.py", "for rows in blocks(N, B * heads * N)", "B ^ heads"),
     ),
     "the product of truth values is their and": (("lifeops/hosts/pooled.py", "inside = ((place >= first)", "(place >= first) * (place"),),
+    "the other ways come before it in the alphabet": (
+        ("lifeops/hosts/describe.py", 'takes = "" if block.flow == "tokens"', '>= "tokens"'),
+    ),
 }  # fmt: skip
 
 
 def reason(mutant: Mutant) -> str | None:
     """Why ``mutant`` is the library in other words; None if it is not known to be."""
     entries = ((why, entry) for why, some in EQUIVALENT.items() for entry in some)
-    fits = (why for why, (path, begins, has) in entries if path == mutant.path and mutant.before.startswith(begins) and has in mutant.after)
-    return next(fits, None)
+    before, after = mutant.before.strip(), mutant.after
+    return next((why for why, (path, begins, has) in entries if path == mutant.path and before.startswith(begins) and has in after), None)

@@ -70,7 +70,8 @@ def _rows(mutants, results, seed) -> list[str]:
     if alive:
         out += ["", "| survivor | why |", "|---|---|"]
     for mutant in alive:
-        where, change = mutant.path.removeprefix("lifeops/"), f"`{mutant.before}` → `{mutant.after}`".replace("|", "\\|")
+        before, after = (text.strip() or "nothing" for text in (mutant.before, mutant.after))
+        where, change = mutant.path.removeprefix("lifeops/"), f"`{before}` → `{after}`".replace("|", "\\|")
         why = known.reason(mutant) or results[mutant.key]["outcome"]
         out.append(f"| {where}: {change} | {why} |")
     return out
