@@ -32,7 +32,8 @@ def _section(title: str, text: str) -> str:
 
 
 def _of_all(rows: list[list[str]], name: str) -> list[str]:
-    return next(row for row in rows if row[0] == name)
+    """The row of that name; cells without a figure where there is none."""
+    return next((row for row in rows if row[0] == name), ["?"] * 6)
 
 
 def rows(text: str) -> list[tuple[str, str, str]]:
