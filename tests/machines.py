@@ -115,7 +115,7 @@ def versions() -> str:
     """Of what emulates and what compiled, by their own words."""
     texts = [subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
              for program in ("qemu-aarch64", "aarch64-linux-gnu-g++")]  # fmt: skip
-    return "qemu " + re.search(r"\d[\d.]+", texts[0])[0] + ", aarch64-linux-gnu-g++ " + texts[1].split()[-1]
+    return "qemu " + re.search(r"version (\S+)", texts[0])[1] + ", aarch64-linux-gnu-g++ " + texts[1].split()[-1]
 
 
 def row_of(machine: Machine) -> Path:
