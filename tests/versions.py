@@ -22,7 +22,7 @@ ROOT = HERE.parent
 BUILD = ROOT / "build" / "versions"
 PAGE = ROOT / "docs" / "reliability.md"
 TORCH = "2.13.0"  # of the Makefile: what the wheel is built with, and what Pythons and Tritons run with
-TOOLS = "pytest", "hypothesis", "timm", "safetensors"
+TOOLS = "pytest", "pytest-xdist", "hypothesis", "timm", "safetensors"
 # Operators on every sample, dtype and instruction set; gradients; the bridge to torch; models; compiled and exported programs.
 SLICE = "test_ops.py", "test_autograd.py", "test_torchlib.py", "test_convert.py", "test_build.py", "test_capture.py", "fuzz"
 SELECTED = (  # of the last but one what takes seconds: the rest is torch's compilers' time, or says the same of any torch
@@ -81,13 +81,14 @@ class Environment:
     def __init__(self, name: str, python: str = sys.executable):
         self.folder = BUILD / name
         self.python = self.folder / "bin" / "python"
-        if not (self.kept and self.python.exists()):
+        if not (self.kept and (self.folder / "pyvenv.cfg").exists()):
             shutil.rmtree(self.folder, ignore_errors=True)
             must((python, "-m", "venv", self.folder))
             self.pip("-U", "pip")
 
     def pip(self, *what, verb: str = "install") -> None:
-        must((self.python, "-m", "pip", "--disable-pip-version-check", "-q", "--no-cache-dir", verb, *what), LIFEOPS_BUILD="cpu")
+        command = self.python, "-m", "pip", "--disable-pip-version-check", "-q", "--no-cache-dir", verb, *what
+        must(command, LIFEOPS_BUILD="cpu", PIP_REQUIRE_VIRTUALENV="1")
 
     def torch(self, version: str) -> tuple[str, ...]:
         """Install it; the options that keep it."""
@@ -114,7 +115,7 @@ class Environment:
         kinds = [{child.tag for child in case} for case in cases]
         failed, skipped = sum(bool(k & {"failure", "error"}) for k in kinds), sum("skipped" in k for k in kinds)
         if failed:
-            log = self.folder.with_suffix(".log")
+            log = BUILD / f"{self.folder.name}.log"
             log.write_text(done.stdout)
             lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
             print(*lines, f"all of it: {log}", sep="\n", flush=True)
