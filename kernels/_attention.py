@@ -51,17 +51,26 @@ def store_rows(p, b, o_n, N, stride_n, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def scores(b_left, b_right, o_i, o_j, N, scale, p_mask, stride_mi, stride_mj, p_key, PRECISION: tl.constexpr):
+def head_seed(seed_ptr, i_bh):
+    """The seed of one head's dropout; 0 without dropout."""
+    seed = 0
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr) + i_bh
+    return seed
+
+
+@triton.jit
+def scores(b_left, b_right, o_i, o_j, N, scale, mask_ptr, o_mask, stride_mi, stride_mj, key_ptr, o_key, PRECISION: tl.constexpr):
     """left rightᵀ * scale in units of log 2 with the masks applied; ``o_i`` (queries) and ``o_j`` (keys) broadcast against each
-    other, one as a column and one as a row.
+    other, one as a column and one as a row. ``o_mask``, ``o_key``: where the head's mask and the image's keys begin.
     """
     b_s = dot(b_left, tl.trans(b_right), None, PRECISION) * scale
     m = o_j < N
-    if p_key is not None:
-        m = m & (tl.load(p_key + o_j, mask=m, other=0) != 0)
-    if p_mask is not None:
+    if key_ptr is not None:
+        m = m & (tl.load(key_ptr + o_key + o_j, mask=m, other=0) != 0)
+    if mask_ptr is not None:
         m_inside = (o_i < N) & (o_j < N)
-        p_mask += o_i.to(tl.int64) * stride_mi + o_j.to(tl.int64) * stride_mj
+        p_mask = mask_ptr + o_mask + o_i.to(tl.int64) * stride_mi + o_j.to(tl.int64) * stride_mj
         if p_mask.dtype.element_ty == tl.uint8:
             m = m & (tl.load(p_mask, mask=m_inside, other=0) != 0)
         else:

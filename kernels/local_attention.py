@@ -19,6 +19,7 @@ from lifeops.kernels._attention import (
     drop,
     forward_config,
     head_base,
+    head_seed,
     read_keys,
     rows,
     scores,
@@ -101,14 +102,8 @@ def local_attention_fwd_kernel(
     b_q = rows(head_base(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN), o_i, N, stride_qn, D, BLOCK_D, ALIGN)
     k = (head_base(k_ptr, i_b, i_h, stride_kb, stride_kh, ALIGN), stride_kn)
     v = (head_base(v_ptr, i_b, i_h, stride_vb, stride_vh, ALIGN), stride_vn)
-    p_mask, p_key, seed = None, None, 0
-    if mask_ptr is not None:
-        p_mask = head_base(mask_ptr, i_b, i_h, stride_mb, stride_mh, 1)
-    if key_ptr is not None:
-        p_key = key_ptr + i_b.to(tl.int64) * N
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr) + i_bh
-    masks = (p_mask, stride_mi, stride_mj, p_key)
+    masks = (mask_ptr, head_base(0, i_b, i_h, stride_mb, stride_mh, 1), stride_mi, stride_mj, key_ptr, i_b.to(tl.int64) * N)
+    seed = head_seed(seed_ptr, i_bh)
     MASKED: tl.constexpr = mask_ptr is not None
     DROPOUT: tl.constexpr = seed_ptr is not None
     if KEYS > 0:

@@ -10,24 +10,23 @@ import torch
 import triton
 import triton.language as tl
 
-from lifeops.kernels._attention import LOG2E, backward_config, dot, drop, head_base, mask_config, read_keys, rows, scores, store_rows
+from lifeops.kernels._attention import (
+    LOG2E,
+    backward_config,
+    dot,
+    drop,
+    head_base,
+    head_seed,
+    mask_config,
+    read_keys,
+    rows,
+    scores,
+    store_rows,
+)
 from lifeops.kernels._tile import divide
 from lifeops.kernels.local_attention import DTYPES, attention, mask_arguments, precision, run, strides, supports
 from lifeops.ops.local_attention.formula import heads
 from lifeops.ops.local_attention.spec import register_attention
-
-
-@triton.jit
-def _masks(mask_ptr, key_ptr, seed_ptr, i_b, i_h, i_bh, N, stride_mb, stride_mh, stride_mi, stride_mj):
-    """((mask, its strides, keys), seed) of one head."""
-    p_mask, p_key, seed = None, None, 0
-    if mask_ptr is not None:
-        p_mask = head_base(mask_ptr, i_b, i_h, stride_mb, stride_mh, 1)
-    if key_ptr is not None:
-        p_key = key_ptr + i_b.to(tl.int64) * N
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr) + i_bh
-    return (p_mask, stride_mi, stride_mj, p_key), seed
 
 
 @triton.jit
@@ -68,7 +67,8 @@ def local_attention_bwd_dq_kernel(
     b_lse = tl.load(lse_ptr + o_row, mask=o_i < N, other=0.0) * LOG2E
     p_k = head_base(k_ptr, i_b, i_h, stride_kb, stride_kh, ALIGN)
     p_v = head_base(v_ptr, i_b, i_h, stride_vb, stride_vh, ALIGN)
-    masks, seed = _masks(mask_ptr, key_ptr, seed_ptr, i_b, i_h, i_bh, N, stride_mb, stride_mh, stride_mi, stride_mj)
+    masks = (mask_ptr, head_base(0, i_b, i_h, stride_mb, stride_mh, 1), stride_mi, stride_mj, key_ptr, i_b.to(tl.int64) * N)
+    seed = head_seed(seed_ptr, i_bh)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j in range(0, N, BLOCK_N):
         o_j = j + tl.arange(0, BLOCK_N)
@@ -98,7 +98,8 @@ def local_attention_bwd_dkv_kernel(
     b_v = rows(head_base(v_ptr, i_b, i_h, stride_vb, stride_vh, ALIGN), o_j, N, stride_vn, D, BLOCK_D, ALIGN)
     p_q = head_base(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN)
     p_dy = head_base(dy_ptr, i_b, i_h, stride_yb, stride_yh, ALIGN)
-    masks, seed = _masks(mask_ptr, key_ptr, seed_ptr, i_b, i_h, i_bh, N, stride_mb, stride_mh, stride_mi, stride_mj)
+    masks = (mask_ptr, head_base(0, i_b, i_h, stride_mb, stride_mh, 1), stride_mi, stride_mj, key_ptr, i_b.to(tl.int64) * N)
+    seed = head_seed(seed_ptr, i_bh)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for i in range(0, N, BLOCK_M):
@@ -137,7 +138,8 @@ def local_attention_bwd_mask_kernel(
         for o_h in range(shared_heads):
             i_b, i_h = i_first + o_b, i_head + o_h
             i_bh = i_b * h + i_h
-            masks, seed = _masks(mask_ptr, key_ptr, seed_ptr, i_b, i_h, i_bh, N, stride_mb, stride_mh, stride_mi, stride_mj)
+            masks = (mask_ptr, head_base(0, i_b, i_h, stride_mb, stride_mh, 1), stride_mi, stride_mj, key_ptr, i_b.to(tl.int64) * N)
+            seed = head_seed(seed_ptr, i_bh)
             b_q = rows(head_base(q_ptr, i_b, i_h, stride_qb, stride_qh, ALIGN), o_i, N, stride_qn, D, BLOCK_D, ALIGN)
             b_k = rows(head_base(k_ptr, i_b, i_h, stride_kb, stride_kh, ALIGN), o_j, N, stride_kn, D, BLOCK_D, ALIGN)
             b_s = scores(b_q, b_k, o_i[:, None], o_j[None, :], N, scale, *masks, PRECISION)

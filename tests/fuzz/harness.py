@@ -104,6 +104,9 @@ def _overflows(name, doubles, sizes, tokens):
         sizes, top = (doubles[0].square(), *sizes[2:]), 0.1 * torch.finfo(bounds.accumulate(tokens)).max / max(1, doubles[0].shape[1])
     elif name == "token_dwconv_act":  # its sums are of y as stored
         sizes = sizes[:1]
+    elif name == "token_dwconv_act_bwd":  # the pre-activation, computed again
+        _, x, weight, bias, _, H, W, *_ = doubles
+        sizes, top = (oracle.pre_activation(oracle.Magnitude, x, weight, bias, H, W),), torch.finfo(bounds.accumulate(tokens)).max
     else:
         return False
     return any(s.numel() and not s.max() < top for s in sizes)
