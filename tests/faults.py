@@ -1,6 +1,7 @@
 """Faults that tests inject, as rows of docs/reliability.md (written by tests/faults_table.py), and the processes they are injected into."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,10 @@ def each_fault(cases: dict[str, str], happens: str):
         return pytest.mark.parametrize("name", cases)(test)
 
     return listed
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; processes started here would ignore Ctrl-C, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def started(*command, cwd=None, env=None, **options) -> subprocess.Popen:
