@@ -94,7 +94,7 @@ def _attn_mask(s: Sample, draw: Maker):
         shape = {"float": (1, s.h), "batch": (s.B, s.h), "shared": (s.B, 1)}.get(s.mask)
         return None if shape is None else draw(*shape, N, N, dtype=torch.float64, scale=1).to(accumulate_dtype(draw.dtype))
     mask = draw(1, s.h, N, N, dtype=torch.float64, scale=1) > -0.5
-    if s.mask == "dead":
+    if s.mask == "dead" and N:
         mask[:, :, N // 2] = False
         mask[:, 0, :, N // 3] = False  # and a key that no query of a head sees
     return mask
