@@ -127,8 +127,8 @@ def check(case, args, judged=None):
         return
     attends, floor = "q" in names(registry.ops[case.op]), 0.0
     most = max([1.0, *(t.abs().max().item() for t in doubles if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel())])
-    if attends:  # exponentials below the normal numbers are zero
-        floor = torch.finfo(bounds.accumulate(tokens)).tiny * most**4
+    if attends:  # exponentials below the normal numbers are zero; stored as tokens are, they are off by half of the smallest number
+        floor = torch.finfo(bounds.accumulate(tokens)).tiny * most**4 + bounds.TINY[tokens] * terms * most
     elif case.op == "life_qkv" and tokens.itemsize == 2:  # and so are torch's products, and what is made of them
         floor = torch.finfo(tokens).tiny * terms * most**3
     products = 3 if attends else 1 if case.op.startswith("token_dwconv") and "_act" not in case.op else 2
