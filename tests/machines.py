@@ -18,9 +18,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import emulated
+from junit import counts
 
 from fuzz.page import put
 
@@ -98,9 +98,8 @@ class Leg:
         print(f"machines: {self.machine.cpu}: pytest {' '.join(args)}\n{done.stdout}", flush=True)
         if not report.exists():
             raise SystemExit(f"machines: {self.machine.cpu}: pytest ended without a result")
-        counts = ElementTree.parse(report).getroot().find("testsuite").attrib
-        failed = int(counts["failures"]) + int(counts["errors"])
-        return int(counts["tests"]) - failed - int(counts["skipped"]), failed
+        found = counts(report)
+        return found.passed, found.failed
 
     def demo(self) -> None:
         """Trains, measures and writes; the numbers of one epoch say nothing."""

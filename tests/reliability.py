@@ -6,16 +6,13 @@ import re
 
 import faults_table
 
-from fuzz.page import PAGE, put
+from fuzz.page import PAGE, between, put
 from test_bad_arguments import BAD_VALUES
 
 
-def table(name: str, text: str) -> list[list[str]]:
+def table(name: str) -> list[list[str]]:
     """The rows of what stands between the marks of that name, without its heading."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
-    if not found:
-        raise SystemExit(f"{PAGE.name}: no table {name!r}")
-    lines = [line for line in found[1].splitlines() if line.startswith("|")]
+    lines = [line for line in between(name).splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -38,13 +35,13 @@ def _of_all(rows: list[list[str]], name: str) -> list[str]:
 
 def rows(text: str) -> list[tuple[str, str, str]]:
     """(what, how much, what was wrong), from the page's own tables."""
-    fuzzed, legs, machines = _of_all(table("figures", text), "all"), table("sanitizers", text), table("machines", text)
-    torches, tritons = table("torch versions", text), table("triton versions", text)
+    fuzzed, legs, machines = _of_all(table("figures"), "all"), table("sanitizers"), table("machines")
+    torches, tritons = table("torch versions"), table("triton versions")
     pythons = {row[1].rpartition(".")[0] for row in torches}
     mended = [line for line in _section("Found and mended", text).splitlines() if line.startswith("|")][2:]
-    trainings, calls = len(table("training", text)), table("memory", text)[-2][0]
-    covered = _of_all(table("coverage", text), "all Python")
-    mutants = _of_all(table("mutants", text), "all")
+    trainings, calls = len(table("training")), table("memory")[-2][0]
+    covered = _of_all(table("coverage"), "all Python")
+    mutants = _of_all(table("mutants"), "all")
     return [
         ("cases fuzzed", fuzzed[1], f"{fuzzed[2]} mismatches"),
         ("faults injected", f"{len(faults_table.ROWS)} kinds", "each a test: one clear line, nothing lost"),
@@ -68,7 +65,7 @@ def rows(text: str) -> list[tuple[str, str, str]]:
         (
             "lines that tests run",
             f"{covered[2]} of {covered[1]} statements, {covered[4]} of {covered[3]} branches",
-            "each other one explained" if table("coverage", text) else "not measured as a whole yet",
+            "each other one explained" if table("coverage") else "not measured as a whole yet",
         ),
         ("mutants killed", f"{mutants[2]} of {mutants[1]}", f"{mutants[4]} survived, {mutants[5]} of them equivalent"),
         ("mismatches found and mended", f"{len(mended)}", re.search(r"^Open: (.*)\.$", text, re.MULTILINE)[1] + " open"),

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from xml.etree import ElementTree
+
+from junit import Counts, counts
+
+from fuzz.page import between, put
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BUILD = ROOT / "build" / "versions"
-PAGE = ROOT / "docs" / "reliability.md"
 TORCH = "2.13.0"  # of the Makefile: what the wheel is built with, and what Pythons and Tritons run with
 TOOLS = "pytest", "pytest-xdist", "hypothesis", "timm", "safetensors"
 # Operators on every sample, dtype and instruction set; gradients; the bridge to torch; models; compiled and exported programs.
@@ -104,22 +106,20 @@ class Environment:
             raise RuntimeError(f"lifeops came from {facts['file']}, its kernels: {facts['cpu']}")
         return facts
 
-    def pytest(self, *arguments, **env) -> tuple[int, int, int]:
+    def pytest(self, *arguments, **env) -> Counts:
         """(passed, skipped, failed), the names of what failed printed."""
         report = self.folder / "report.xml"
         command = self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--show-capture=no", f"--junitxml={report}"
         done = run((*command, *arguments), HERE, **env)
         if not report.exists():
             raise RuntimeError(f"pytest ended without a result: {(done.stderr or done.stdout)[-300:]}")
-        cases = ElementTree.parse(report).getroot().iter("testcase")
-        kinds = [{child.tag for child in case} for case in cases]
-        failed, skipped = sum(bool(k & {"failure", "error"}) for k in kinds), sum("skipped" in k for k in kinds)
-        if failed:
+        found = counts(report)
+        if found.failed:
             log = BUILD / f"{self.folder.name}.log"
             log.write_text(done.stdout)
             lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
             print(*lines, f"all of it: {log}", sep="\n", flush=True)
-        return len(kinds) - failed - skipped, skipped, failed
+        return found
 
     def slice(self, cases: int) -> tuple:
         """(passed, skipped, failed, fuzzed cases, mismatches)."""
@@ -228,9 +228,8 @@ def table(name: str, rows, before: str = "") -> str:
 
 
 def write_page(name: str, rows) -> None:
-    head, begin, rest = PAGE.read_text().partition(f"<!-- {name} versions -->\n")
-    before, end, tail = rest.partition(f"<!-- /{name} versions -->")
-    PAGE.write_text(f"{head}{begin}{table(name, rows, before)}\n{end}{tail}")
+    mark = f"{name} versions"
+    put(mark, table(name, rows, between(mark)).splitlines())
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ training sets of 50, 100, 300, 1000): plain 53.8, 70.8, 89.9, 94.9 and LIFE 66.0
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -185,8 +186,11 @@ def accuracy(model: VisionTransformer, images: Images) -> float:
     return (predicted == images.y).float().mean().item()
 
 
-def fit(model: VisionTransformer, images: Images, recipe: Recipe, seed: int, run: Run, test: Images | None = None) -> None:
-    """Train ``model`` on ``images``; losses and, if ``test`` is given, accuracies are appended to ``run``."""
+def fit(
+    model: VisionTransformer, images: Images, recipe: Recipe, seed: int, run: Run, test: Images | None = None,
+    loss_of: Callable[[VisionTransformer, Images], Tensor] = training_loss,
+) -> None:  # fmt: skip
+    """Train ``model`` on ``images``; losses and, if ``test`` is given, accuracies are appended to ``run``. ``loss_of`` a batch."""
     steps = recipe.num_steps(len(images))
     optimizer = make_optimizer(model, recipe)
     warmup = 0.1 if steps != 10 else 0.2  # a warm-up of one step, its first and last, is a division by zero in OneCycleLR
@@ -194,7 +198,7 @@ def fit(model: VisionTransformer, images: Images, recipe: Recipe, seed: int, run
     evaluate_at = {round(steps * (i + 1) / recipe.evaluations) for i in range(recipe.evaluations)} if test is not None else ()
     model.train()
     for step, batch in enumerate(batches(images, steps, recipe, seed), start=1):
-        loss = training_loss(model, batch)
+        loss = loss_of(model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -5,11 +5,22 @@ from pathlib import Path
 PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
 
 
-def put(name: str, lines) -> None:
-    """``lines`` in place of those between ``<!-- name -->`` and ``<!-- /name -->``."""
+def _parted(name: str) -> tuple[str, str, str]:
+    """The page before, between and behind the marks ``<!-- name -->`` and ``<!-- /name -->``, which stay with what is outside."""
     first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     head, found, rest = PAGE.read_text().partition(first)
-    _, closed, tail = rest.partition(last)
+    inside, closed, tail = rest.partition(last)
     if not (found and closed):
         raise SystemExit(f"{PAGE.name}: no {first.strip()} … {last}")
-    PAGE.write_text("".join((head, first, *(line + "\n" for line in lines), last, tail)))
+    return head + first, inside, last + tail
+
+
+def between(name: str) -> str:
+    """What stands between the two marks."""
+    return _parted(name)[1]
+
+
+def put(name: str, lines) -> None:
+    """``lines`` in place of those between the two marks."""
+    head, _, tail = _parted(name)
+    PAGE.write_text("".join((head, *(line + "\n" for line in lines), tail)))

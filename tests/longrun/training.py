@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import OneCycleLR
 
 from lifeops.config import use_backend
 from lifeops.demo import data
-from lifeops.demo.train import SYSTEMS, Recipe, Run, accuracy, batches, build, make_optimizer, training_loss
+from lifeops.demo.train import SYSTEMS, Recipe, Run, build, fit, training_loss
 from lifeops.demo.unfinished import Unfinished
 from lifeops.init.structured import structured_
 
-RECIPE = Recipe(patch_size=2, batch_size=16, num_heads=6, lr=2e-3, weight_decay=0.05, steps=1000)
+RECIPE = Recipe(patch_size=2, batch_size=16, num_heads=6, lr=2e-3, weight_decay=0.05, steps=1000, evaluations=1)
 IMAGES = 1000  # to train on, other ones for each seed
 STRUCTURED = "dw_shortcut, structured"  # the same, whose attention starts as shifts: in the short version
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of autocast; parameters are float32
@@ -60,21 +59,14 @@ def train(cell: Cell, recipe: Recipe = RECIPE) -> Run:
     pool, test = data.load()
     images, _ = data.draw(pool, IMAGES, cell.seed)
     model, run = model_of(cell, recipe), Run(key(cell), IMAGES, cell.seed)
-    optimizer = make_optimizer(model, recipe)
-    schedule = OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps, pct_start=0.1, cycle_momentum=False)
     dtype = DTYPES[cell.dtype]
-    model.train()
+
+    def loss_of(model, batch):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return training_loss(model, batch)
+
     with backend:
-        for batch in batches(images, recipe.steps, recipe, cell.seed):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = training_loss(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            run.losses.append(loss.item())
-        run.at.append(recipe.steps)
-        run.accuracies.append(accuracy(model, test))
+        fit(model, images, recipe, cell.seed, run, test, loss_of)
     return run
 
 
