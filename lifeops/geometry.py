@@ -63,6 +63,57 @@ def check_tokens(op: str, name: str, count, height, width, prefix, dim: int = 1)
         )
 
 
+def pair(op: str, name: str, value, least: int) -> tuple:
+    """``value`` as two ints of at least ``least``, of the rows and of the columns; an int stands for both."""
+    given = value
+    if type(value) is int:
+        value = (value, value)
+    if not isinstance(value, (tuple, list)):
+        value = (check_int(op, name, value, least),) * 2
+    if len(value) != 2:
+        raise ValueError(f"{op}: {name} must be an int or two, got {got(given)}")
+    return tuple(check_int(op, name, n, least) for n in value)
+
+
+def conv_size(size, kernel, stride, padding, ceil_mode: bool = False):
+    """Places of a filter along one axis: floor((size + 2 padding - kernel) / stride) + 1; with ``ceil_mode`` one more where some of its
+    window is left over, unless that window would begin behind the map and its leading padding.
+    """
+    room = size + 2 * padding - kernel
+    if not ceil_mode:
+        return room // stride + 1
+    count = -(-room // stride) + 1
+    return count - 1 if (count - 1) * stride >= size + padding else count
+
+
+def conv_grid(grid, kernel_size, stride=1, padding=None, ceil_mode: bool = False) -> tuple[int, int]:
+    """The grid that a convolution or a pooling makes of ``grid``: ``floor((H + 2 p - K) / s) + 1``, per axis.
+
+    Args:
+        grid: (H, W).
+        kernel_size, stride, padding: ints, or (rows, columns); padding None is ``K // 2``.
+        ceil_mode: of poolings: rounded up where a window would be left over, as torch.nn.MaxPool2d has it.
+
+    An empty grid stays empty, whatever the padding. Raises ValueError where the kernel does not fit.
+
+    >>> lifeops.conv_grid((14, 14), 3, stride=2)
+    (7, 7)
+    """
+    g, kernel, stride = to_grid("conv_grid", grid, 0), pair("conv_grid", "kernel_size", kernel_size, 1), pair("conv_grid", "stride", stride, 1)
+    padding = tuple(k // 2 for k in kernel) if padding is None else pair("conv_grid", "padding", padding, 0)
+    return filtered_grid("conv_grid", g.height, g.width, kernel, stride, padding, ceil_mode)
+
+
+def filtered_grid(op: str, height, width, kernel, stride, padding, ceil_mode: bool = False) -> tuple:
+    """:func:`conv_grid` of what is known to be ints, in the name of ``op``."""
+    if height * width == 0:
+        return 0, 0
+    out = tuple(conv_size(*axis, ceil_mode) for axis in zip((height, width), kernel, stride, padding, strict=True))
+    if out[0] < 1 or out[1] < 1:
+        raise ValueError(f"{op}: the kernel {tuple(kernel)} must fit the grid {(height, width)} padded by {tuple(padding)}")
+    return out
+
+
 def channels_first(embed: torch.nn.Module, output: torch.Tensor) -> bool:
     """Whether the maps of a patch embedding are (B, C, H, W): as it says, or as the width of its last convolution shows; else NHWC."""
     told = getattr(embed, "output_fmt", None)

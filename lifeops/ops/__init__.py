@@ -9,6 +9,7 @@ import lifeops.ops.life_qkv.spec
 import lifeops.ops.local_attention.cpu
 import lifeops.ops.local_attention.spec
 import lifeops.ops.rollout_step
+import lifeops.ops.token_conv.spec
 import lifeops.ops.token_dwconv.act_bwd_spec
 import lifeops.ops.token_dwconv.act_spec
 import lifeops.ops.token_dwconv.spec  # noqa: F401

@@ -1,0 +1,1 @@
+"""Pooling of the patch tokens of a sequence; prefix tokens bypass it."""
