@@ -10,8 +10,10 @@ from lifeops.ops.life_qkv.function import LifeQKV
 from lifeops.ops.life_qkv.project_scales import ProjectScales
 from lifeops.ops.local_attention.function import LocalAttention
 from lifeops.ops.locality_ffn import LocalityFFN
+from lifeops.ops.token_conv.function import TokenDWConvStrided, TokenDWConvStridedWeightGrad, TokenDWConvTranspose
 from lifeops.ops.token_dwconv.act_function import ChannelActivation, TokenDWConvAct
 from lifeops.ops.token_dwconv.function import TokenDWConv, TokenDWConvBiasGrad, TokenDWConvInputGrad, TokenDWConvWeightGrad
+from lifeops.ops.token_pool.function import TokenPool, TokenPoolGrad
 
 __all__ = [
     "ChannelActivation",
@@ -25,5 +27,10 @@ __all__ = [
     "TokenDWConvAct",
     "TokenDWConvBiasGrad",
     "TokenDWConvInputGrad",
+    "TokenDWConvStrided",
+    "TokenDWConvStridedWeightGrad",
+    "TokenDWConvTranspose",
     "TokenDWConvWeightGrad",
+    "TokenPool",
+    "TokenPoolGrad",
 ]

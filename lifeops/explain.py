@@ -12,10 +12,14 @@ from lifeops.nn.plain import LEFT, reasons
 from lifeops.ops import rollout_step
 from lifeops.ops.life_qkv import function as life_qkv
 from lifeops.ops.local_attention import function as local_attention
+from lifeops.ops.token_conv import public as token_conv
 from lifeops.ops.token_dwconv import public as token_dwconv
+from lifeops.ops.token_pool import function as token_pool
 
 _EXPLAINERS = {
     "token_dwconv": token_dwconv.explain,
+    "token_dwconv_transpose": token_conv.explain_transpose,
+    "token_pool": token_pool.explain,
     "life_qkv": life_qkv.explain,
     "local_attention": local_attention.explain,
     "rollout_step": rollout_step.explain,

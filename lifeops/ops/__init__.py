@@ -12,4 +12,5 @@ import lifeops.ops.rollout_step
 import lifeops.ops.token_conv.spec
 import lifeops.ops.token_dwconv.act_bwd_spec
 import lifeops.ops.token_dwconv.act_spec
-import lifeops.ops.token_dwconv.spec  # noqa: F401
+import lifeops.ops.token_dwconv.spec
+import lifeops.ops.token_pool.spec  # noqa: F401

@@ -3,9 +3,11 @@
 With strides (sh, sw), paddings (ph, pw), a kernel Kh x Kw and a channel multiplier m, from the fine grid H x W to the coarse one
 H' = floor((H + 2 ph - Kh) / sh) + 1, W' alike:
 
-    strided     y[b, P + r*W' + q, c*m + l] = bias[c*m + l] + sum_{i,j} weight[c*m + l, 0, i, j] * x[b, P + (r*sh + i - ph)*W + (q*sw + j - pw), c]
-    transpose   x[b, P + u*W + v, c] = bias[c] + sum_{l,i,j} weight[c*m + l, 0, i, j] * y[b, P + r*W' + q, c*m + l]   over r*sh + i - ph = u, q*sw + j - pw = v
-    bwd_dw      dw[c*m + l, 0, i, j] = sum_{b,r,q} dy[b, r, q, c*m + l] * x[b, r*sh + i - ph, q*sw + j - pw, c]
+    strided     y[b, P + r*W' + q, c*m + l] = bias[c*m + l] + sum_{i,j} weight[c*m + l, 0, i, j] * x[b, P + u*W + v, c]
+    transpose   x[b, P + u*W + v, c] = bias[c] + sum_{l,i,j} weight[c*m + l, 0, i, j] * y[b, P + r*W' + q, c*m + l]
+    bwd_dw      dw[c*m + l, 0, i, j] = sum_{b,r,q} dy[b, P + r*W' + q, c*m + l] * x[b, P + u*W + v, c]
+
+    where u = r*sh + i - ph and v = q*sw + j - pw
 
 with zeros outside the grids. H and W are the fine grid in all three. ``prefix`` is that of the strided map, and the transpose is its
 adjoint: "keep" copies the P rows both ways, "zero" writes zeros both ways, "drop" leaves them out of y and writes zeros into x.

@@ -163,6 +163,20 @@ def _summed(y, pool, stats):
     return wide.sum(1) if pool else None, *(channel_act.stats_of(wide) if stats else (None, None))
 
 
+def activated(x, steps: ChannelAct, P: int, backend: str):
+    """``steps`` on the patch rows behind P prefix rows, as operators of their own; differentiable once, under transforms any number."""
+    if steps.act == activations.GELU_FIRST:
+        return activated(activated(x, ChannelAct(act="gelu"), P, backend), steps._replace(act="none"), P, backend)
+    patches = x[:, P:]
+    if torch._C._are_functorch_transforms_active():
+        y = activations.prologue(patches, *steps).to(x.dtype)
+    elif torchlib.captured() or not torchlib.wants_grad((x, *steps[:2])):
+        y = torchlib.below_autograd(_act, patches, *steps[:2], None, None, steps.act, patches.shape[1], backend)
+    else:
+        y = ChannelActivation.apply(patches, *steps, backend)
+    return torch.cat((x[:, :P], y), 1) if P else y
+
+
 def _graph(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend):
     """The operator's outputs with gradients, None where a sum was not asked for."""
     after = ChannelAct(out_scale, out_shift, out_act)

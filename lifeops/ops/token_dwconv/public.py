@@ -6,6 +6,7 @@ import torch
 
 from lifeops import config, geometry, registry, torchlib
 from lifeops.arguments import check_flags, check_tensors, is_dense
+from lifeops.ops.token_conv import public as token_conv
 from lifeops.ops.token_dwconv import act_function, function, spec
 
 
@@ -30,23 +31,39 @@ def _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backe
     return x, weight, bias, residual, g.height, g.width, g.prefix, prefix, config.requested_backend(spec.NAME, backend)
 
 
+def _general(x, weight, stride, padding) -> bool:
+    """Whether this is more than one odd square filter for each channel at stride 1 around every token."""
+    if not (is_dense(x) and is_dense(weight)) or weight.dim() != 4 or x.dim() not in (3, 4) or weight.shape[1] != 1:
+        return False  # refused
+    channels, _, Kh, Kw = weight.shape
+    if x.dim() == 4 or channels != x.shape[2] or Kh != Kw or Kh % 2 == 0:
+        return True
+    if type(stride) is int and stride == 1 and padding is None:
+        return False
+    return token_conv.steps(spec.NAME, (Kh, Kw), stride, padding) != (1, 1, Kh // 2, Kw // 2)
+
+
 def token_dwconv(
     x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None, prologue=None, epilogue=None,
-    pool=False, stats=False,
+    pool=False, stats=False, stride=1, padding=None,
 ):  # fmt: skip
     """Depth-wise convolution over the patch tokens of ``x``; the prefix tokens bypass it.
 
     ``y[b, P + r*W + q, c] = bias[c] + sum_{i,j} weight[c, 0, i, j] * x[b, P + (r+i-K//2)*W + (q+j-K//2), c] (+ residual)``
-    with zero padding, as ``nn.Conv2d(C, C, K, padding=K//2, groups=C)`` on the (B, C, H, W) map of the patches.
+    with zero padding, as ``nn.Conv2d(C, C, K, padding=K//2, groups=C)`` on the (B, C, H, W) map of the patches. With strides and paddings
+    ``r*sh + i - ph`` and ``q*sw + j - pw`` stand in the place of ``r+i-K//2`` and ``q+j-K//2``, on the grid of :func:`lifeops.conv_grid`.
 
     Args:
         x: (B, P + H*W, C) tokens, prefix tokens first, patches row-major; float64, float32, float16 or bfloat16. Any (B, N)
-            strides are read in place; a channel stride other than 1 costs one copy.
-        weight: (C, 1, K, K), odd K, as in ``nn.Conv2d``; its dtype may differ from x's (sums are fp32, or fp64 for fp64).
-        bias: (C,) or None; added to patch rows only.
-        grid: (H, W). Never guessed from N.
+            strides are read in place; a channel stride other than 1 costs one copy. Or (B, h, N, d) heads, as a view of qkv.
+        weight: (C, 1, Kh, Kw) as in ``nn.Conv2d``, any kernel; its dtype may differ from x's (sums are fp32, or fp64 for fp64).
+            (m*C, 1, Kh, Kw): a channel multiplier, output channel c*m + j is filtered from input channel c. (d, 1, Kh, Kw), d a
+            divisor of C: channel c has filter c mod d, as heads that share their filters; d = 1 is one filter for all.
+        bias: a value for each filter, or None; added to patch rows only.
+        grid: (H, W) of x. Never guessed from N.
         num_prefix_tokens: P >= 0 (cls, dist, registers).
-        prefix: "keep" copies the prefix rows, "zero" sets them to zero, "drop" leaves them out: y is (B, H*W, C).
+        prefix: "keep" copies the prefix rows, "zero" sets them to zero, "drop" leaves them out: y is (B, H*W, C). With a channel
+            multiplier there are too few channels to copy: "zero" or "drop".
         residual: added to y, prefix rows included; y's shape and x's dtype. The very tensor x costs nothing on CPU: there the filter's
             centre is one larger, so that an infinite x times -1 < weight < 0 is infinite, not the NaN of a difference.
         backend: "reference", "cpu", "cuda", "triton", or None for the enclosing ``use_backend`` or the best one.
@@ -55,6 +72,8 @@ def token_dwconv(
         epilogue: :class:`lifeops.ChannelAct` on the patch rows after the bias, before the residual.
         pool, stats: also return sums of the patch rows (before the residual) over the patches, mean and sum of squared deviations
             over batch and patches, float32 (float64 for float64).
+        stride, padding: ints, or (rows, columns); padding None is K // 2. Beyond stride 1, padding K // 2, one odd square filter for
+            each channel, what surrounds the convolution (residual, prologue, epilogue, sums) are passes of their own.
 
     Returns:
         y with x's dtype (under autocast: the autocast dtype, as conv2d), or with ``pool`` or ``stats`` the named tuple
@@ -66,6 +85,10 @@ def token_dwconv(
         ValueError, TypeError: shapes, dtypes, devices or the grid do not fit (the message says what was expected and got).
         lifeops.NotSupported: the requested backend cannot run this problem.
     """
+    if _general(x, weight, stride, padding):
+        check_flags(spec.NAME, pool=pool, stats=stats)
+        options = num_prefix_tokens, prefix, residual, backend, prologue, epilogue, bool(pool), bool(stats), stride, padding
+        return token_conv.convolve(x, weight, bias, grid, *options)
     args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
     if torch._C._are_functorch_transforms_active():  # a vmap folds the tensors before the operator sees them
         spec.check(*args)
@@ -78,9 +101,12 @@ def token_dwconv(
 
 def explain(
     x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None, prologue=None, epilogue=None,
-    pool=False, stats=False,
+    pool=False, stats=False, stride=1, padding=None,
 ):  # fmt: skip
     """Which backend each op of this call takes, and why not the others."""
+    if _general(x, weight, stride, padding):
+        options = num_prefix_tokens, prefix, residual, backend, prologue, epilogue, pool, stats, stride, padding
+        return token_conv.explain(x, weight, bias, grid, *options)
     args = _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend)
     check_flags(spec.NAME, pool=pool, stats=stats)
     spec.check(*args)

@@ -1,0 +1,36 @@
+"""``lifeops.token_dwconv_multi``: several filters on one input."""
+
+from __future__ import annotations
+
+from lifeops.arguments import got, under
+from lifeops.ops.token_dwconv.public import token_dwconv
+
+
+def token_dwconv_multi(x, weights, biases=None, *, grid, num_prefix_tokens=0, prefix="keep", strides=1, paddings=None, backend=None):
+    """Several depth-wise convolutions of one input: CvT's q, k and v.
+
+    ``tuple(token_dwconv(x, w, b, stride=s, padding=p, …) for w, b, s, p in zip(weights, biases, strides, paddings))``
+
+    Args:
+        x, grid, num_prefix_tokens, prefix, backend: as of :func:`lifeops.token_dwconv`, the same for all.
+        weights: a sequence of filters, each as token_dwconv takes it; kernel sizes and multipliers may differ.
+        biases: a sequence of as many, (C,) or None each, or None.
+        strides, paddings: one for all (an int, or None: K // 2), or a sequence with an entry for each filter (an int, a pair or None).
+
+    Returns a tuple of as many results. Raises ValueError, TypeError: as token_dwconv.
+    """
+    op = "token_dwconv_multi"
+    if not isinstance(weights, (tuple, list)) or not weights:
+        raise TypeError(f"{op}: weights must be a sequence of tensors, got {got(weights)}")
+    many = len(weights)
+    options = {"biases": biases, "strides": strides, "paddings": paddings}
+    for name, value in options.items():
+        each = value if isinstance(value, (tuple, list)) else [value] * many
+        if len(each) != many:
+            raise ValueError(f"{op}: {name} must have an entry for each of the {many} filters, got {got(value)}")
+        options[name] = each
+    place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens, "prefix": prefix, "backend": backend}
+    with under(op):
+        return tuple(
+            token_dwconv(x, w, b, stride=s, padding=p, **place) for w, b, s, p in zip(weights, *options.values(), strict=True)
+        )
