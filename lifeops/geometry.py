@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from lifeops.arguments import LARGEST, check_int, got
+from lifeops.arguments import LARGEST, check_flags, check_int, got
 
 
 class Grid(NamedTuple):
@@ -66,8 +66,6 @@ def check_tokens(op: str, name: str, count, height, width, prefix, dim: int = 1)
 def pair(op: str, name: str, value, least: int) -> tuple:
     """``value`` as two ints of at least ``least``, of the rows and of the columns; an int stands for both."""
     given = value
-    if type(value) is int:
-        value = (value, value)
     if not isinstance(value, (tuple, list)):
         value = (check_int(op, name, value, least),) * 2
     if len(value) != 2:
@@ -99,9 +97,11 @@ def conv_grid(grid, kernel_size, stride=1, padding=None, ceil_mode: bool = False
     >>> lifeops.conv_grid((14, 14), 3, stride=2)
     (7, 7)
     """
-    g, kernel, stride = to_grid("conv_grid", grid, 0), pair("conv_grid", "kernel_size", kernel_size, 1), pair("conv_grid", "stride", stride, 1)
-    padding = tuple(k // 2 for k in kernel) if padding is None else pair("conv_grid", "padding", padding, 0)
-    return filtered_grid("conv_grid", g.height, g.width, kernel, stride, padding, ceil_mode)
+    op = "conv_grid"
+    g, kernel, stride = to_grid(op, grid, 0), pair(op, "kernel_size", kernel_size, 1), pair(op, "stride", stride, 1)
+    padding = tuple(k // 2 for k in kernel) if padding is None else pair(op, "padding", padding, 0)
+    check_flags(op, ceil_mode=ceil_mode)
+    return filtered_grid(op, g.height, g.width, kernel, stride, padding, ceil_mode)
 
 
 def filtered_grid(op: str, height, width, kernel, stride, padding, ceil_mode: bool = False) -> tuple:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -75,6 +76,20 @@ def _torch_exports() -> bool:
 def captured() -> bool:
     """Whether a program is being written down, by an exporter or by torch.jit.trace, that Python's autograd Functions cannot be in."""
     return _torch_exports() if _is_compiling() else _tracing() is not None
+
+
+def sizes_are_numbers(fn):
+    """Decorates what looks at sizes that torch.jit.trace has tensors for: a program belongs to its grid, torch need not warn of that."""
+
+    @functools.wraps(fn)
+    def run(*args, **kwargs):
+        if _is_compiling() or _tracing() is None:
+            return fn(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return fn(*args, **kwargs)
+
+    return run
 
 
 def _seen_by_torch() -> bool:

@@ -44,6 +44,7 @@ NAMES = {"None": None, "int": 3, "list": [], "dict": {}, "misspelt": "nope", "nu
 FLAGS = {"None": None, "str": "yes", "list": [], "int": 2, "tensor": torch.ones(2), "numpy": np.ones(2), "float": 0.5}
 OTHERS = {"int": 3, "str": "a", "list": [1], "dict": {}, "numpy": np.ones(2), "tensor": torch.ones(2)}
 SIZES = {"None": None, "float": 3.0, "str": "3", "dict": {}, "zero": 0, "even": 4, "negative": -3, "bool": True, "nan": math.nan}
+MARGINS = {"float": 3.0, "str": "3", "dict": {}, "negative": -1, "bool": True, "three": (2, 3, 1), "floats": (2.0, 3.0)}
 
 KINDS = {
     "grid": GRIDS, "count": COUNTS, "name": NAMES, "flag": FLAGS, "number": NUMBERS, "other": OTHERS,
@@ -57,7 +58,9 @@ KINDS = {
     "flag?": {k: v for k, v in FLAGS.items() if v is not None}, "kinds": {"int": 3, "misspelt": "nope", "ints": [3], "numpy": np.ones(2)},
     "key": {"int": 3, "list": [1], "dict": {}, "numpy": np.ones(2), "tensor": torch.ones(2), "bytes": b"a"},
     "file": {"None": None, "int": 3, "list": [1], "numpy": np.ones(2), "tensor": torch.ones(2)},
-    "area": {"float": 3.0, "str": "3", "dict": {}, "zero": 0, "negative": -1, "bool": True, "three": (2, 3, 1), "floats": (2.0, 3.0)},
+    "area": {"zero": 0, **MARGINS},
+    "step": {"None": None, "zero": 0, **MARGINS}, "margin": MARGINS,
+    "steps": {"str": "3", "floats": (1.0, 2.0), "three": (1, 2, 3), "negative": (-1, -1), "strings": ("a", "b")},
     "ints": {"int": 3, "str": "a", "None": None, "empty": (), "floats": (1.0, 2.0), "strings": ("a",), "negative": (-1, 2)},
 }  # fmt: skip
 
@@ -79,6 +82,7 @@ PLACE = {"grid": (2, 3), "num_prefix_tokens": 1}
 X, Q = draw(2, 7, 9), draw(2, 3, 7, 3)
 PLACED = {"grid": "grid", "num_prefix_tokens": "count", "backend": "backend"}
 DWCONV = {"x": X, "weight": draw(9, 1, 3, 3), "bias": draw(9), "residual": X, "prefix": "keep", "pool": False, "stats": False, **PLACE}
+TRANSPOSED = {"x": X, "weight": draw(9, 1, 3, 3), "bias": draw(9), "stride": 2, **PLACE}
 LIFE = {
     "x": X, "w1": draw(9, 9), "b1": draw(9), "dw2": draw(9, 1, 3, 3), "pw2": draw(9, 9), "dw3": draw(9, 1, 5, 5), "pw3": draw(9, 9),
     **PLACE,
@@ -126,8 +130,19 @@ ROPE = {**ATTENTION, "rope": draw(6, 6)}
 IMAGES = {"x": draw(2, 3, 8, 8)}
 CASES = {
     "token_dwconv": Case(lifeops.token_dwconv, DWCONV, dict.fromkeys(("x", "weight", "bias", "residual")) | PLACED
-                         | {"prefix": "name", "pool": "flag", "stats": "flag", "prologue": "other", "epilogue": "other"},
+                         | {"prefix": "name", "pool": "flag", "stats": "flag", "prologue": "other", "epilogue": "other", "stride": "step",
+                            "padding": "margin"},
                          ("bias", "residual")),
+    "token_dwconv_transpose": Case(lifeops.token_dwconv_transpose, TRANSPOSED, dict.fromkeys(("x", "weight", "bias")) | PLACED
+                                   | {"prefix": "name", "stride": "step", "padding": "margin", "output_padding": "margin",
+                                      "multiplier": "size"}, ("bias",)),
+    "token_dwconv_multi": Case(lifeops.token_dwconv_multi, {"x": X, "weights": [draw(9, 1, 3, 3)] * 2, **PLACE}, {"x": None} | PLACED
+                               | {"prefix": "name", "weights": "other", "biases": "steps", "strides": "steps", "paddings": "steps"}),
+    "token_pool": Case(lifeops.token_pool, {"x": X, "kernel_size": 2, **PLACE}, {"x": None} | PLACED | {
+        "prefix": "name", "kernel_size": "step", "mode": "name", "stride": "area", "padding": "margin", "ceil_mode": "flag",
+        "count_include_pad": "flag"}),
+    "conv_grid": Case(lifeops.conv_grid, {"grid": (2, 3), "kernel_size": 2}, {
+        "grid": "grid", "kernel_size": "step", "stride": "step", "padding": "margin", "ceil_mode": "flag"}),
     "life_qkv": Case(lifeops.life_qkv, LIFE, dict.fromkeys(("x", "w1", "b1", "dw2", "pw2", "dw3", "pw3")) | PLACED
                      | {"aux_key": "name", "layout": "name", "recompute": "flag"}, ("b1",)),
     "local_attention": Case(lifeops.local_attention, LOCAL, dict.fromkeys(("q", "k", "v", "weight", "bias", "attn_mask")) | PLACED

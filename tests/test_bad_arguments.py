@@ -12,6 +12,9 @@ from argument_catalogue import CASES, DWCONV, KINDS, LIFE, PLACE, Q, X, tensors
 import lifeops
 
 FINE = {
+    *((op, "x", "rank") for op in ("token_dwconv", "token_dwconv_transpose", "token_dwconv_multi", "token_pool")),  # heads
+    ("token_pool", "x", "meta"), ("token_dwconv_transpose", "weight", "sizes"),
+    *((op, "x", "sizes") for op in ("token_dwconv_transpose", "token_dwconv_multi", "token_pool")),  # shared filters
     ("attn_mask", "bool"), ("attn_mask", "rank"), ("rope", "rank"), ("rollout", "targets", "int"),  # a token
     ("position_embedding", "sizes"), *((op, "weight", "meta") for op in CASES if op.strip() in lifeops.init.__all__),  # as torch.nn.init
 }  # fmt: skip

@@ -82,7 +82,7 @@ def test_explain_lists_every_backend_and_copies():
     assert set(report[0].reasons) == set(config.BACKENDS)
     assert "not cuda: " in str(report)
     assert "copies x" in str(report)
-    with pytest.raises(ValueError, match="op must be one of 'token_dwconv', 'life_qkv', 'local_attention', 'rollout_step', got 'conv'"):
+    with pytest.raises(ValueError, match=r"op must be one of 'token_dwconv', .*'rollout_step', got 'conv'"):
         lifeops.explain("conv")
 
 

@@ -117,7 +117,7 @@ class TokenDWConvStridedWeightGrad(torch.autograd.Function):
         return gdy, gx, *[None] * 13
 
 
-# ------------------------------------------------------------------------------------------------ vmap: into the channels, see the plain ones
+# ------------------------------------------------------------------------------------------------ vmap, as of the plain ones
 
 
 def _vmap_strided(info, in_dims, x, weight, bias, *geo):

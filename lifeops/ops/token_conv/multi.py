@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lifeops.arguments import got, under
+from lifeops.arguments import check_tensor, got, under
+from lifeops.geometry import pair
 from lifeops.ops.token_dwconv.public import token_dwconv
 
 
@@ -22,15 +23,18 @@ def token_dwconv_multi(x, weights, biases=None, *, grid, num_prefix_tokens=0, pr
     op = "token_dwconv_multi"
     if not isinstance(weights, (tuple, list)) or not weights:
         raise TypeError(f"{op}: weights must be a sequence of tensors, got {got(weights)}")
-    many = len(weights)
     options = {"biases": biases, "strides": strides, "paddings": paddings}
     for name, value in options.items():
-        each = value if isinstance(value, (tuple, list)) else [value] * many
-        if len(each) != many:
-            raise ValueError(f"{op}: {name} must have an entry for each of the {many} filters, got {got(value)}")
-        options[name] = each
+        options[name] = value if isinstance(value, (tuple, list)) else [value] * len(weights)
+        if len(options[name]) != len(weights):
+            raise ValueError(f"{op}: {name} must have an entry for each of the {len(weights)} filters, got {got(value)}")
     place = {"grid": grid, "num_prefix_tokens": num_prefix_tokens, "prefix": prefix, "backend": backend}
-    with under(op):
-        return tuple(
-            token_dwconv(x, w, b, stride=s, padding=p, **place) for w, b, s, p in zip(weights, *options.values(), strict=True)
-        )
+    out = []
+    for i, (w, b, s, p) in enumerate(zip(weights, *options.values(), strict=True)):
+        check_tensor(op, f"weights[{i}]", w)
+        check_tensor(op, f"biases[{i}]", b, optional=True)
+        stride = pair(op, f"strides[{i}]", s, 1)
+        padding = None if p is None else pair(op, f"paddings[{i}]", p, 0)
+        with under(f"{op}: weights[{i}]"):
+            out.append(token_dwconv(x, w, b, stride=stride, padding=padding, **place))
+    return tuple(out)

@@ -34,7 +34,7 @@ def _kernel(op: str, weight):
 
 
 def shared_filters(op: str, weight, bias, rows, x):
-    """A filter, and a bias, for every channel of ``rows`` (B, N, C): of fewer, d, channel c has the one at c mod d. ``x`` as it was given."""
+    """A filter, and a bias, for every channel of ``rows``, which is how ``x`` is read: of fewer, d, channel c has that of c mod d."""
     check_tensors(op, ("bias",), weight=weight, bias=bias)
     _kernel(op, weight)
     few, C = weight.shape[0], rows.shape[2]
@@ -61,6 +61,7 @@ def cast(x):
     return x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
+@torchlib.sizes_are_numbers
 def _prepared(x, weight, bias, grid, num_prefix_tokens, prefix, backend, stride, padding):
     """The strided operator's arguments, checked."""
     op, rows = plain.NAME, cast(rows_of(plain.NAME, x))
@@ -158,6 +159,7 @@ def explain_transpose(
     return [registry.explain_op(op, args[-1], problem, copied) for op, copied in ops]
 
 
+@torchlib.sizes_are_numbers
 def _transposed(x, weight, bias, grid, num_prefix_tokens, prefix, stride, padding, output_padding, multiplier, backend):
     """The transposed operator's arguments, checked."""
     op = spec.TRANSPOSE
@@ -179,7 +181,7 @@ def _transposed(x, weight, bias, grid, num_prefix_tokens, prefix, stride, paddin
     P = g.prefix
     if prefix == "drop":
         rows, P, prefix = rows[:, P:], 0, "keep"
-    args = rows, weight, bias, multiplier, H, W, P, sh, sw, ph, pw, prefix, config.requested_backend(spec.STRIDED, backend)
+    args = rows, weight, bias, multiplier, H, W, P, sh, sw, ph, pw, prefix, config.requested_backend(op, backend)
     spec.check_transpose(*args)
     return args
 

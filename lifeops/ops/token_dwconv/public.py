@@ -31,6 +31,7 @@ def _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backe
     return x, weight, bias, residual, g.height, g.width, g.prefix, prefix, config.requested_backend(spec.NAME, backend)
 
 
+@torchlib.sizes_are_numbers
 def _general(x, weight, stride, padding) -> bool:
     """Whether this is more than one odd square filter for each channel at stride 1 around every token."""
     if not (is_dense(x) and is_dense(weight)) or weight.dim() != 4 or x.dim() not in (3, 4) or weight.shape[1] != 1:

@@ -80,6 +80,7 @@ torchlib.set_vmap(spec.fwd_op, _vmap_fwd)
 torchlib.set_vmap(spec.bwd_op, _vmap_bwd)
 
 
+@torchlib.sizes_are_numbers
 def _arguments(x, kernel_size, mode, grid, num_prefix_tokens, prefix, stride, padding, ceil_mode, count_include_pad, backend):
     """The schema's arguments, checked."""
     op = spec.NAME
