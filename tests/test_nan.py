@@ -89,7 +89,8 @@ def _planted(op, sample, dtype, value):
 
 def _judged(op):
     """Outputs whose padded taps do not matter: the weight gradient of an infinite dy is NaN there or 0."""
-    known = {"token_dwconv_bwd_dw": (1,), "token_dwconv_act_bwd_dw": (1,), "token_dwconv_act_bwd": (0, 2), "dw_shortcut_bwd": (0, 2)}
+    known = {"token_dwconv_bwd_dw": (1,), "token_dwconv_act_bwd_dw": (1,), "token_dwconv_act_bwd": (0, 2), "dw_shortcut_bwd": (0, 2),
+             "token_dwconv_strided_bwd_dw": (1,)}  # fmt: skip
     return known.get(op.name, range(9))
 
 

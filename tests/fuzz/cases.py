@@ -18,6 +18,7 @@ SIDES = st.one_of(st.integers(1, 7), st.integers(1, 20), st.just(1), st.sampled_
 SMALL = st.one_of(st.integers(1, 5), st.integers(0, 1))
 CHANNELS = st.one_of(st.integers(1, 48), st.integers(1, 16), st.integers(49, 160), st.just(0))
 KERNELS = st.sampled_from((1, 3, 3, 3, 5, 5, 7, 7, 9, 11, 13, 15, 17))
+SIDES_OF_KERNELS, STEPS = st.integers(1, 5) | st.sampled_from((7, 15, 16)), st.integers(1, 4) | st.just(8)
 
 FIELDS = {
     "B": SMALL, "H": SIDES, "W": SIDES, "P": st.integers(0, 5), "C": CHANNELS, "K": KERNELS, "lead": st.integers(0, 5),
@@ -25,6 +26,8 @@ FIELDS = {
     "R": st.integers(0, 9), "N": st.one_of(st.integers(1, 40), st.just(130)), "prefix": st.sampled_from(("keep", "zero", "drop")),
     "act": st.sampled_from(ACTS), "out_act": st.sampled_from(ACTS), "head_fusion": st.sampled_from(("mean", "max", "min")),
     "discard_ratio": st.sampled_from((0.0, 0.0, 0.1, 0.29, 0.5, 0.9)), "scale": st.sampled_from((1.0, 0.125, 8.0)),
+    "m": st.sampled_from((1, 1, 2, 3)), "Kh": SIDES_OF_KERNELS, "Kw": SIDES_OF_KERNELS, "sh": STEPS, "sw": STEPS,
+    "ph": st.integers(0, 3), "pw": st.integers(0, 3), "mode": st.sampled_from(("max", "avg")),
     "mask": st.sampled_from(("", "float", "bool", "batch", "shared", "dead")), "rows": st.sampled_from(("dense", "one", "uniform")),
 }  # fmt: skip
 
@@ -61,7 +64,8 @@ def _work(op, s):
         return s["B"] * s["h"] * s["N"] ** 2
     if op.startswith("channel"):
         return s["B"] * s["patches"] * s["C"]
-    return s["B"] * s["H"] * s["W"] * s["C"] * max(4, s["K"] ** 2 // 4)
+    taps = s["Kh"] * s["Kw"] * s.get("m", 1) if "Kh" in s else s["K"] ** 2
+    return s["B"] * s["H"] * s["W"] * s["C"] * max(4, taps // 4)
 
 
 def samples(op, most):
@@ -84,22 +88,43 @@ def _valid(name, s, most):
     if s.get("scale1_key"):
         s["C"] -= s["C"] % 3
     while _work(name, s) > most:
-        key = max(("B", "H", "W", "C", "N", "d", "K"), key=lambda n: s.get(n, 0))
+        key = max(("B", "H", "W", "C", "N", "d", "K", "Kh", "Kw"), key=lambda n: s.get(n, 0))
         s[key] = 3 if key == "K" else s[key] // 2
         if s.get("scale1_key") and key == "C":
             s["C"] -= s["C"] % 3
     if name == "life_qkv":
         s["C"] = max(3, s["C"])
+    if "sh" in s:
+        _fitting(s)
     if not s.get("B", 1):
         s.pop("key_mask", None)  # the samples hide a whole image
     return s
+
+
+def _fitting(s):
+    """Kernels that fit the padded grid, and prefix rows that can be kept."""
+    for kernel, side, pad in (("Kh", "H", "ph"), ("Kw", "W", "pw")):
+        if "mode" in s:  # torch's poolings take no more
+            s[pad] = min(s[pad], s[kernel] // 2)
+        if s["H"] * s["W"]:
+            s[kernel] = min(s[kernel], s[side] + 2 * s[pad])
+        if "mode" in s:
+            s[pad] = min(s[pad], s[kernel] // 2)
+            s[kernel] = min(s[kernel], max(1, s[side]))
+            s[pad] = min(s[pad], s[kernel] // 2)
+    if s.get("m", 1) > 1 and s["prefix"] == "keep":
+        s["prefix"] = "zero"
+
+
+def largest_kernel(case):
+    return max(case.sample.get(n, 0) for n in ("K", "Kh", "Kw"))
 
 
 def _runnable(case):
     """On the reference where there is no kernel for that size; without denormals where torch's convolution flushes them, and without
     scores past any exponential.
     """
-    if case.sample.get("K", 0) > 15:
+    if largest_kernel(case) > 15:
         case = case._replace(backend="reference")
     flushes = case.values == "tiny" and case.backend == "reference" and "float16" in case.dtype + case.other
     return case._replace(values="wide") if flushes or (case.values == "huge" and "d" in case.sample) else case

@@ -8,7 +8,7 @@ from collections import Counter
 import torch
 
 from conftest import poisoned
-from fuzz import bounds, oracle, oracle_attention
+from fuzz import bounds, oracle, oracle_attention, oracle_conv
 from fuzz.cases import arguments, names
 from lifeops import config, registry, testing, torchlib
 from lifeops.ops.channel.activations import EXACT
@@ -16,7 +16,7 @@ from lifeops.ops.channel.activations import EXACT
 BACKEND = os.environ.get("LIFEOPS_TEST_BACKEND", "cpu")  # triton: in a process of its own, with TRITON_INTERPRET=1
 INTERPRETED = BACKEND == "triton"
 UNTIL = float(os.environ.get("LIFEOPS_FUZZ_UNTIL", "inf"))  # time.time() after which cases are skipped
-ORACLES = {**oracle.ORACLES, **oracle_attention.ORACLES}
+ORACLES = {**oracle.ORACLES, **oracle_attention.ORACLES, **oracle_conv.ORACLES}
 counted, mismatches = Counter(), Counter()
 _called = [""]
 registry.load(BACKEND)
@@ -74,8 +74,11 @@ def _terms(name, args):
     """(numbers added up for one element at most, roundings to the tokens' dtype on the way)."""
     a = dict(zip(names(registry.ops[name]), args, strict=True))
     n = a["patches"] if name.startswith("channel") else a["H"] * a["W"] if "H" in a else 0
-    x = a["q"] if "q" in a else a.get("x", a.get("dy"))
+    x = next(a[n] for n in ("q", "x", "dy") if a.get(n) is not None)
     n *= x.shape[0]
+    if "sh" in a:
+        Kh, Kw = (a["Kh"], a["Kw"]) if "Kh" in a else a["weight"].shape[2:]
+        return x.shape[0] * (a["H"] + 2 * a["ph"]) * (a["W"] + 2 * a["pw"]) + Kh * Kw * a.get("m", 1) + 24, 0
     K = a["K"] if "K" in a else a["weight"].shape[-1] if a.get("weight") is not None else 0
     if name == "life_qkv":
         return 6 * x.shape[2] + a["dw2"].shape[-1] ** 2 + a["dw3"].shape[-1] ** 2, 5
@@ -88,7 +91,8 @@ def _terms(name, args):
 
 
 def _all_sums_exact(case, args, magnitudes):
-    if case.values != "lattice" or case.backend != "cpu" or case.op.startswith(("dw_sh", "local", "roll", "channel_stats", "life")):
+    rounded = "dw_sh", "local", "roll", "channel_stats", "life", "token_pool"
+    if case.values != "lattice" or case.backend != "cpu" or case.op.startswith(rounded):
         return False
     whole = {case.sample.get(n, "none") for n in ("act", "out_act") if n in names(registry.ops[case.op])} <= {*EXACT}
     return whole and not case.sample.get("stats") and all(not m.numel() or m.max() < 2**24 for m in magnitudes)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz import examples, harness
-from fuzz.cases import arguments, cases, names
+from fuzz.cases import arguments, cases, largest_kernel, names
 from lifeops import registry
 
 OPS = [name for name in registry.ops if harness.BACKEND in registry.ops[name].impls]
@@ -45,7 +45,7 @@ def test_what_was_found(case):
 
 UNJUDGED = {  # padded taps of an infinite or NaN gradient: 0 * inf or nothing, as convolutions differ
     "token_dwconv_bwd_dw": (0,), "token_dwconv_act_bwd_dw": (0,), "token_dwconv_act_bwd": (1,), "dw_shortcut_bwd": (1,),
-    "local_attention": (1, 2),
+    "local_attention": (1, 2), "token_dwconv_strided_bwd_dw": (0,),
 }  # fmt: skip
 NOT_PLANTED = {"weight", "dw2", "dw3", "attn", "lse", "attn_mask"}
 NAN_ALONE = "local_attention", "local_attention_bwd", "dw_shortcut_bwd", "rollout_step"  # 0 * inf or not: where does a product underflow
@@ -98,12 +98,13 @@ def test_what_was_found_of_special_values(plan):
 
 # ------------------------------------------------------------------------------------------------ the same bits
 
-SAME_BITS = [n for n in OPS if n.startswith(("token_dwconv", "channel", "dw_shortcut", "rollout"))]  # all but those with torch's products
+SAME_BITS = [n for n in OPS if n.startswith(("token_", "channel", "dw_shortcut", "rollout"))]  # all but those with torch's products
 BY_IMAGE = {  # the outputs that one image alone has, and the dimension of the images
     "token_dwconv": {0: 0}, "token_dwconv_bwd_dx": {0: 0}, "token_dwconv_act": {0: 0}, "token_dwconv_act_bwd_dx": {0: 0},
     "token_dwconv_act_bwd": {0: 0}, "channel_act": {0: 0}, "channel_act_pool": {0: 0}, "channel_act_sums": {0: 1},
     "channel_act_grad": {0: 0},
-    "dw_shortcut_eval": {0: 0}, "rollout_step": {0: 0},
+    "dw_shortcut_eval": {0: 0}, "rollout_step": {0: 0}, "token_dwconv_strided": {0: 0}, "token_dwconv_transpose": {0: 0},
+    "token_pool": {0: 0}, "token_pool_bwd": {0: 0},
 }  # fmt: skip
 IMAGES = {"x", "dy", "residual", "block_output", "gate", "pool_grad", "r", "q", "k"}
 
@@ -113,7 +114,7 @@ IMAGES = {"x", "dy", "residual", "block_output", "gate", "pool_grad", "r", "q", 
 def test_same_bits_at_any_number_of_threads_and_every_run(name):
     @given(cases(name), st.lists(st.integers(1, 4), min_size=2, max_size=3))
     def found(case, counts):
-        if case.sample.get("K", 0) > 15 or harness.out_of_time(f"{name}, same bits"):  # torch's convolution: not promised
+        if largest_kernel(case) > 15 or harness.out_of_time(f"{name}, same bits"):  # torch's convolution: not promised
             return
         case, args = case._replace(backend="cpu"), arguments(case)
         args = (*args[:-1], case.backend)
@@ -132,7 +133,7 @@ def test_an_image_alone_has_the_bits_it_has_in_its_batch(name):
         args = (*arguments(case)[:-1], "cpu")
         images = {n: a for n, a in zip(names(registry.ops[name]), args, strict=True) if n in IMAGES and isinstance(a, torch.Tensor)}
         count = len(next(iter(images.values())))
-        if not count or case.sample.get("K", 0) > 15 or harness.out_of_time(f"{name}, an image alone"):
+        if not count or largest_kernel(case) > 15 or harness.out_of_time(f"{name}, an image alone"):
             return
         b = which % count
         alone = [a[b : b + 1] if n in images else a for n, a in zip(names(registry.ops[name]), args, strict=True)]

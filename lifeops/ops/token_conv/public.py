@@ -10,6 +10,7 @@ from lifeops.ops.channel import act as channel_act
 from lifeops.ops.channel.activations import GELU_FIRST
 from lifeops.ops.token_conv import function, spec
 from lifeops.ops.token_dwconv import act_function
+from lifeops.ops.token_dwconv import function as plain_function
 from lifeops.ops.token_dwconv import spec as plain
 
 
@@ -80,7 +81,7 @@ def convolve(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend
     before, after = _surroundings(rows, weight, prologue, epilogue)
     if before != act_function.ChannelAct():
         rows = act_function.activated(rows, before, P, place[-1])
-    y = function.strided(rows, weight, bias, H, W, P, *place)
+    y = _filtered(rows, weight, bias, H, W, P, *place)
     kept = 0 if prefix == "drop" else P
     if after != act_function.ChannelAct():
         y = act_function.activated(y, after, kept, place[-1])
@@ -92,6 +93,19 @@ def convolve(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend
     return y if sums is None else act_function.Convolved(y, *sums)
 
 
+@torchlib.sizes_are_numbers
+def _is_plain(rows, weight, steps) -> bool:
+    """Whether a filter for every channel at stride 1 around every token is left, once heads are rows and filters are repeated."""
+    channels, _, Kh, Kw = weight.shape
+    return channels == rows.shape[2] and Kh == Kw and Kh % 2 == 1 and (*steps,) == (1, 1, Kh // 2, Kw // 2)
+
+
+def _filtered(rows, weight, bias, H, W, P, sh, sw, ph, pw, prefix, backend):
+    if _is_plain(rows, weight, (sh, sw, ph, pw)):
+        return plain_function.convolve(rows, weight, bias, None, H, W, P, prefix, backend)
+    return function.strided(rows, weight, bias, H, W, P, sh, sw, ph, pw, prefix, backend)
+
+
 def _surroundings(rows, weight, prologue, epilogue):
     result = rows.new_empty((rows.shape[0], 0, weight.shape[0]))  # the epilogue's values are checked beside it
     return act_function._values("prologue", rows, prologue), act_function._values("epilogue", result, epilogue)
@@ -101,9 +115,14 @@ def explain(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend,
     """Which backend each op of this call takes, and why not the others."""
     args = _prepared(x, weight, bias, grid, num_prefix_tokens, prefix, backend, stride, padding)
     before, after = _surroundings(*args[:2], prologue, epilogue)
-    problem, rows, request = spec.strided_op.problem(*args), args[0], args[-1]
+    rows, request = args[0], args[-1]
     copies = ("x",) if not torchlib.channels_contiguous(rows) else ()
-    ops = [(spec.strided_op, problem, copies), (spec.transpose_op, problem, ()), (spec.bwd_dw_op, problem, ())]
+    if _is_plain(rows, args[1], args[6:10]):
+        problem = plain.Problem(rows.device, rows.dtype, args[1].dtype, rows.shape[2], args[1].shape[2])
+        ops = [(plain.fwd_op, problem, copies), (plain.bwd_dx_op, problem, ()), (plain.bwd_dw_op, problem, ())]
+    else:
+        problem = spec.strided_op.problem(*args)
+        ops = [(spec.strided_op, problem, copies), (spec.transpose_op, problem, ()), (spec.bwd_dw_op, problem, ())]
     for values, channels in ((before, rows.shape[2]), (after, args[1].shape[0])):
         if values != act_function.ChannelAct():
             act = "gelu" if values.act == GELU_FIRST else values.act

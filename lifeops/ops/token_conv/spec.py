@@ -166,7 +166,8 @@ def reference_transpose(x, weight, bias, m, H, W, P, sh, sw, ph, pw, prefix, bac
 @full_precision
 def reference_bwd_dw(dy, x, Kh, Kw, H, W, P, sh, sw, ph, pw, prefix, weight_dtype, bias_dtype, backend):
     C, many, rows = x.shape[2], dy.shape[2], plain._rows(H, W, P, prefix)
-    dtype = torch.promote_types(x.dtype, weight_dtype)
+    # bfloat16's is not written where a tap sees padding alone: findings/bf16_depthwise_weight_gradient.sh
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight_dtype), torch.float32)
     h, w = geometry.filtered_grid(BWD_DW, H, W, (Kh, Kw), (sh, sw), (ph, pw))
     if x.shape[0] * H * W * C == 0:
         dw = x.new_zeros((many, 1, Kh, Kw), dtype=weight_dtype)
