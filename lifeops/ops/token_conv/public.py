@@ -97,7 +97,7 @@ def convolve(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend
 def _is_plain(rows, weight, steps) -> bool:
     """Whether a filter for every channel at stride 1 around every token is left, once heads are rows and filters are repeated."""
     channels, _, Kh, Kw = weight.shape
-    return channels == rows.shape[2] and Kh == Kw and Kh % 2 == 1 and (*steps,) == (1, 1, Kh // 2, Kw // 2)
+    return bool(channels == rows.shape[2] and Kh == Kw and Kh % 2 == 1) and (*steps,) == (1, 1, Kh // 2, Kw // 2)
 
 
 def _filtered(rows, weight, bias, H, W, P, sh, sw, ph, pw, prefix, backend):
