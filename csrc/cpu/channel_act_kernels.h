@@ -15,6 +15,7 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
   using V = vec_t<A>;
   static constexpr int L = Vec<A>::kLanes;
   static constexpr int64_t kTokens = pass == ChannelPass::stats ? 8 : 4, kAhead = 8;  // summed together; asked for ahead
+  static constexpr int64_t kSpan = 384;  // channels at a time: eight tokens, the eight that are asked for and the sums stay in L1
 
   static constexpr bool kReadsDy = pass == ChannelPass::sums || pass == ChannelPass::grad;
 
@@ -121,19 +122,24 @@ template <class T, ChannelPass pass, Act act> struct ChannelBody {
 
   static void run(const ChannelActParams& p, const ChannelTask& task) {
     const ChannelBody body(p, task);
+    const int64_t span = pass == ChannelPass::stats ? kSpan : body.C;
+    for (int64_t c0 = 0; c0 < body.C; c0 += span) body.channels(task, c0, body.C - c0 < span ? body.C : c0 + span);
+  }
+
+  inline __attribute__((always_inline)) void channels(const ChannelTask& task, int64_t c0, int64_t c1) const {
     for (int64_t token = task.n0, count; token < task.n1; token += count) {
-      const int64_t left = task.n1 - token, whole = left >= 4 ? body.C / L * L : 0;
+      const int64_t left = task.n1 - token, whole = left >= 4 ? c0 + (c1 - c0) / L * L : c0;
       count = left >= kTokens ? kTokens : left >= 4 ? 4 : left;
       const bool first = token == task.n0;
       const JoinBlock<A> join(pass == ChannelPass::stats ? token - task.n0 : 0, count);
       if (kTokens == 4 || count == kTokens)  // constants: no loop, no check
-        for (int64_t c = 0; c < whole; c += L) body.vector(token, kTokens, first, join, c, L);
+        for (int64_t c = c0; c < whole; c += L) vector(token, kTokens, first, join, c, L);
       else
-        for (int64_t c = 0; c < whole; c += L) body.vector(token, 4, first, join, c, L);
-      for (int64_t c = whole; c < body.C; c += L) body.vector(token, count, first, join, c, body.C - c);
+        for (int64_t c = c0; c < whole; c += L) vector(token, 4, first, join, c, L);
+      for (int64_t c = whole; c < c1; c += L) vector(token, count, first, join, c, c1 - c);
     }
     if constexpr (pass == ChannelPass::stats)
-      for (int64_t c = 0; c < body.C; c += L) body.sum_plainly(task, c, body.C - c);
+      for (int64_t c = c0; c < c1; c += L) sum_plainly(task, c, c1 - c);
   }
 };
 

@@ -11,20 +11,23 @@ namespace lifeops {
 // Golub, LeVeque 1983), so that neither a large mean nor the number of threads matters. An infinity makes the mean what a plain sum
 // would be, and m2 NaN.
 template <class A, class Count> void merge_stats(const A* partial, int64_t tasks, int64_t C, Count count, A* out) {
-  std::vector<double> merged(size_t(3 * C));
-  double *mean = merged.data(), *m2 = mean + C, *sum = m2 + C, seen = 0;
-  for (int64_t i = 0; i < tasks; ++i, partial += 3 * C) {
+  std::vector<double> merged(size_t(2 * C));
+  double *mean = merged.data(), *m2 = mean + C, seen = 0;
+  for (int64_t i = 0; i < tasks; ++i) {
+    const A *k = partial + 3 * C * i, *sum = k + C, *task_m2 = sum + C;
     const double n = double(count(i)), total = seen + n, share = n / total, between = seen * share, each = 1 / n;
     for (int64_t c = 0; c < C; ++c) {  // innermost, so that compilers vectorise it
-      const double k = double(partial[c]), s = double(partial[C + c]), delta = k + s * each - mean[c];
-      m2[c] += double(partial[2 * C + c]) + delta * delta * between;
-      mean[c] += delta * share, sum[c] += n * k + s;
+      const double delta = double(k[c]) + double(sum[c]) * each - mean[c];
+      m2[c] += double(task_m2[c]) + delta * delta * between;
+      mean[c] += delta * share;
     }
     seen = total;
   }
   for (int64_t c = 0; c < C; ++c) {
     const bool finite = mean[c] - mean[c] == 0;
-    out[c] = A(finite ? mean[c] : sum[c] / seen);
+    double plain = 0;
+    for (int64_t i = 0; !finite && i < tasks; ++i) plain += double(count(i)) * double(partial[3 * C * i + c]) + double(partial[3 * C * i + C + c]);
+    out[c] = A(finite ? mean[c] : plain / seen);
     out[C + c] = finite ? A(m2[c]) : std::numeric_limits<A>::quiet_NaN();
   }
 }
