@@ -3,12 +3,8 @@
 // gradients. What is summed together depends on the problem only, so results are the same at any thread count.
 #include "token_conv.h"
 
-#include <cstring>
-
-#include "../tensor_args.h"
-#include "isa.h"
-#include "threads.h"
 #include "token_dwconv_pack.h"
+#include "windows_launch.h"
 
 namespace lifeops {
 namespace {
@@ -16,29 +12,11 @@ namespace {
 thread_local Scratch row_scratch;     // one task's split rows
 thread_local Scratch shared_scratch;  // the calling thread's packed filters or partial sums, read by all
 
-const TokenConvKernels& conv_kernels(int64_t isa) {
 #if defined(__x86_64__)
-  const Isa chosen = choose_isa(int(isa));
-  if (chosen == Isa::avx512) return token_conv_avx512;
-  if (chosen == Isa::avx2) return token_conv_avx2;
+const TokenConvKernels& conv_kernels(int64_t isa) { return of_isa(isa, token_conv_baseline, token_conv_avx2, token_conv_avx512); }
+#else
+const TokenConvKernels& conv_kernels(int64_t) { return token_conv_baseline; }
 #endif
-  return token_conv_baseline;
-}
-
-// Channels in vectors, and those in tasks: as many as let `row_bytes` of each channel stay in the second-level cache.
-struct VectorPlan {
-  int64_t lanes, vectors, each, chunks;
-  VectorPlan(int64_t C, int64_t lanes, int64_t row_bytes) : lanes(lanes), vectors(ceil_div(C, lanes)) {
-    const int64_t fit = max64(1, kCacheBytes / max64(1, row_bytes * kBlock)) * kBlock / lanes;
-    each = ceil_div(vectors, ceil_div(vectors, fit)), chunks = ceil_div(vectors, each);
-  }
-};
-
-// Strips of rows: no more than the threads can use, since neighbours read rows twice.
-int64_t strips_for_threads(int64_t rows, int64_t tasks) {
-  const int64_t threads = int64_t(torch::stable::get_num_threads());
-  return threads > 1 ? max64(1, min64(ceil_div(2 * threads, tasks), rows / 4)) : 1;
-}
 
 // Filters as (vectors, m, taps, lanes).
 template <class A> void pack_vector(const TokenConvParams& p, int64_t L, int64_t v, A* out) {
@@ -78,22 +56,9 @@ template <class A> void run_conv(const TokenConvParams& p, const TokenConvKernel
   });
 }
 
-// The rows in front of the patches: copied, or zeros.
-void write_prefix(const Tensor& x, const Tensor& y, int64_t rows, Prefix prefix) {
-  const int64_t size = element_bytes(dtype_of(x)), channels = y.size(2);
-  for (int64_t b = 0; b < y.size(0); ++b)
-    for (int64_t t = 0; t < rows; ++t) {
-      char* to = static_cast<char*>(y.mutable_data_ptr()) + (b * y.stride(0) + t * y.stride(1)) * size;
-      if (prefix == Prefix::zero) std::memset(to, 0, size_t(channels * size));
-      else std::memcpy(to, static_cast<const char*>(x.const_data_ptr()) + (b * x.stride(0) + t * x.stride(1)) * size, size_t(channels * size));
-    }
-}
-
-void check_filter_side(int64_t K, const char* name) { STD_TORCH_CHECK(K >= 1 && K <= kMaxKernel, "lifeops_native: ", name, " must be 1 to 15, got ", K); }
-Axis checked_axis(int64_t size, int64_t out, int64_t K, int64_t s, int64_t p) {
-  check_filter_side(K, "the kernel's sides");
-  STD_TORCH_CHECK(size >= 0 && out >= 0 && s >= 1 && p >= 0, "lifeops_native: the grid must not be negative, nor the padding, and the stride at least 1");
-  return {size, out, K, s, p};
+Axis filter_axis(int64_t size, int64_t out, int64_t K, int64_t s, int64_t p) {
+  STD_TORCH_CHECK(K <= kMaxKernel, "lifeops_native: the kernel's sides must be at most 15, got ", K);
+  return checked_axis(size, out, K, s, p);
 }
 
 void token_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& y, int64_t H, int64_t W, int64_t out_h,
@@ -101,7 +66,7 @@ void token_conv(const Tensor& x, const Tensor& weight, const std::optional<Tenso
                 bool transpose, int64_t isa) {
   TokenConvParams p{};
   STD_TORCH_CHECK(weight.dim() == 4, "lifeops_native: weight must have four dimensions");
-  p.rows = checked_axis(H, out_h, weight.size(2), sh, ph), p.columns = checked_axis(W, out_w, weight.size(3), sw, pw);
+  p.rows = filter_axis(H, out_h, weight.size(2), sh, ph), p.columns = filter_axis(W, out_w, weight.size(3), sw, pw);
   const Tensor &fine = transpose ? y : x, &coarse = transpose ? x : y;
   p.dtype = dtype_of(x), p.B = x.size(0), p.C = fine.size(2), p.m = p.C ? coarse.size(2) / p.C : 0, p.transpose = transpose;
   check_sequence(fine, "the fine sequence", p.B, (transpose ? y_prefix : x_prefix) + H * W, p.C, p.dtype);
@@ -161,7 +126,7 @@ void token_conv_grad_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
                             int64_t isa) {
   TokenConvGradWeightParams p{};
   STD_TORCH_CHECK(dw.dim() == 4, "lifeops_native: dw must have four dimensions");
-  p.rows = checked_axis(H, out_h, dw.size(2), sh, ph), p.columns = checked_axis(W, out_w, dw.size(3), sw, pw);
+  p.rows = filter_axis(H, out_h, dw.size(2), sh, ph), p.columns = filter_axis(W, out_w, dw.size(3), sw, pw);
   p.dtype = dtype_of(dy), p.B = x.size(0), p.C = x.size(2), p.m = p.C ? dy.size(2) / p.C : 0;
   check_sequence(x, "x", p.B, x_prefix + H * W, p.C, p.dtype);
   check_sequence(dy, "dy", p.B, dy_prefix + out_h * out_w, p.C * p.m, p.dtype);

@@ -12,11 +12,11 @@ namespace LIFEOPS_ISA {
 
 // Outputs of a row whose taps are evenly spaced.
 struct Walk {
-  int64_t count, first, out_step, tap_step;  // outputs; input column of the first's first tap; columns from output to output, tap to tap
-  int64_t taps, tap0, tap_every;             // their filter columns
-  int64_t y0, y_every;                       // columns of y
+  int64_t count, first, out_step;  // outputs; input column of the first's first tap; columns from output to output
+  int64_t taps, tap0, tap_every;   // of neighbouring columns: their filter columns
+  int64_t y0, y_every;             // columns of y
 
-  int64_t column(int64_t u, int64_t k) const { return first + u * out_step + k * tap_step; }
+  int64_t column(int64_t u, int64_t k) const { return first + u * out_step + k; }
 };
 
 template <class T> struct TokenConv {
@@ -62,6 +62,12 @@ template <class T> struct TokenConv {
     return count;
   }
 
+  // The first row of x that row r + 1 of y is the first to see; null where it sees no more or the task ends.
+  const T* ahead_of(int64_t r) const {
+    const int64_t row = window_start(p.rows, r + 1) + max64(0, p.rows.K - p.rows.s);
+    return p.transpose || r + 1 == task.r1 || row + min64(p.rows.K, p.rows.s) > p.rows.size ? nullptr : x_row(row);
+  }
+
   // Where a row of sums comes from and goes to: tokens, whose last vector is not a slot of its own, or planes.
   template <class S, class O> struct Row {
     const RowTaps<S>* under;
@@ -72,12 +78,13 @@ template <class T> struct TokenConv {
     O* y;
     int64_t y_column;
     bool y_planes;
+    const S* ahead;  // the first row that the next row of y is the first to see, or null
   };
 
   void plainly() const {
     RowTaps<T> under[kMaxKernel];
     for (int64_t r = task.r0; r < task.r1; ++r)
-      output_row<T, T>({under, rows_under(r, under), p.x_stride_n, false, bias, y_row(r), p.y_stride_n, false});
+      output_row<T, T>({under, rows_under(r, under), p.x_stride_n, false, bias, y_row(r), p.y_stride_n, false, ahead_of(r)});
   }
 
   void to_planes() const {
@@ -87,7 +94,8 @@ template <class T> struct TokenConv {
     for (int64_t r = task.r0; r < task.r1; ++r) {
       const int count = rows_under(r, under);
       for (int64_t j = 0; j < p.m; ++j) {
-        output_row<T, A>({under, count, p.x_stride_n, false, bias ? bias + j * L : nullptr, planes + j * W * vectors * L, vectors * L, true});
+        output_row<T, A>({under, count, p.x_stride_n, false, bias ? bias + j * L : nullptr, planes + j * W * vectors * L, vectors * L, true,
+                          j == 0 ? ahead_of(r) : nullptr});
         for (int k = 0; k < count; ++k) under[k].w += taps * L;
       }
       join_row(planes, W, p.C, p.m, task.v0, task.v1, scratch_, y_row(r), p.y_stride_n);
@@ -106,16 +114,16 @@ template <class T> struct TokenConv {
         for (; split <= o; ++split) split_row(x_row(split), p.x_stride_n, W, p.C, p.m, task.v0, task.v1, scratch_, planes + split % ring * size);
         for (int64_t j = 0; j < p.m; ++j) under[count++] = {row + j * W * vectors * L, filter(j, r - window_start(p.rows, o))};
       }
-      output_row<A, T>({under, count, vectors * L, true, bias, y_row(r), p.y_stride_n, false});
+      output_row<A, T>({under, count, vectors * L, true, bias, y_row(r), p.y_stride_n, false, nullptr});
     }
   }
 
   template <class S, class O> void output_row(const Row<S, O>& row) const {
     const Axis& a = p.columns;
-    if (!p.transpose) return walk<S, O>(row, {a.out, -a.p, a.s, 1, a.K, 0, 1, 0, 1});
+    if (!p.transpose) return walk<S, O>(row, {a.out, -a.p, a.s, a.K, 0, 1, 0, 1});
     for (int64_t phase = 0; phase < min64(a.s, a.size); ++phase) {
       const int64_t tap0 = (phase + a.p) % a.s, taps = tap0 < a.K ? ceil_div(a.K - tap0, a.s) : 0;
-      walk<S, O>(row, {ceil_div(a.size - phase, a.s), (phase + a.p) / a.s, 1, -1, taps, tap0, a.s, phase, a.s});
+      walk<S, O>(row, {ceil_div(a.size - phase, a.s), (phase + a.p) / a.s - taps + 1, 1, taps, tap0 + (taps - 1) * a.s, -a.s, phase, a.s});
     }
   }
 
@@ -140,16 +148,25 @@ template <class T> struct TokenConv {
     for (; u < w.count; ++u) edge(u);
   }
 
+  template <class S, class O> static SumTile<S, O> whole_vectors(int width, int64_t taps, int64_t out_step) {
+    if (taps == 3 && out_step == 2) return window<S, O, 3, 2>(width);
+    if (taps == 3 && out_step == 1) return window<S, O, 3, 1>(width);
+    if (taps == 2 && out_step == 1) return window<S, O, 2, 1>(width);
+    return any_taps<S, O, Vectors::whole>(width);
+  }
+
   // Outputs [u, u + width) from their taps [k0, k1).
   template <class S, class O> void tile(const Row<S, O>& row, const Walk& w, int64_t u, int width, int64_t k0, int64_t k1) const {
-    const bool three = k1 - k0 == 3 && w.tap_step == 1;
-    const SumTile<S, O> whole = three && w.out_step == 2   ? window<S, O, 3, 2>(width)
-                                : three && w.out_step == 1 ? window<S, O, 3, 1>(width)
-                                                           : any_taps<S, O, Vectors::whole>(width);
-    const int64_t taps = p.rows.K * p.columns.K, from = w.column(u, k0) * row.x_column, tap = (w.tap0 + k0 * w.tap_every) * L;
+    const int64_t taps = p.rows.K * p.columns.K, seen = k1 - k0, from = w.column(u, k0) * row.x_column, tap = (w.tap0 + k0 * w.tap_every) * L;
     const int64_t n = min64(p.C, L);
-    Tile<S, O> tile{row.under, row.count, int(k1 - k0), 0, 0, w.out_step * row.x_column, w.tap_step * row.x_column, w.tap_every * L, 0, L,
-                    p.m * taps * L, (p.transpose ? 1 : p.m) * L, nullptr, nullptr, w.y_every * row.y_column, {}, n};
+    Tile<S, O> tile{row.under, row.count, int(seen), 0, 0, w.out_step * row.x_column, row.x_column, w.tap_every * L, 0, L, p.m * taps * L,
+                    (p.transpose ? 1 : p.m) * L, nullptr, nullptr, w.y_every * row.y_column, {}, n, nullptr, 0, 0, 0, 0, 0};
+    if (p.transpose) {
+      tile.y_row = p.columns.size * row.y_column;
+    } else if (row.ahead) {
+      tile.ahead = row.ahead + from, tile.ahead_rows = min64(p.rows.K, p.rows.s), tile.ahead_row = p.columns.size * row.x_column;
+      tile.ahead_columns = min64(p.columns.K, p.columns.s), tile.ahead_column = row.x_column;
+    }
     const auto sum = [&](SumTile<S, O> sum, int64_t v, int64_t vectors) {
       const int64_t start = vector_start(p.C, L, v), slot = (v - task.v0) * L;
       tile.x_from = from + (row.x_planes ? slot : start), tile.w_from = v * tile.w_vector + tap, tile.vectors = vectors;
@@ -158,7 +175,7 @@ template <class T> struct TokenConv {
       sum(tile);
     };
     const bool last = task.v1 * L > p.C;  // is not whole
-    if (task.v1 - last > task.v0) sum(whole, task.v0, task.v1 - last - task.v0);
+    if (task.v1 - last > task.v0) sum(whole_vectors<S, O>(width, seen, w.out_step), task.v0, task.v1 - last - task.v0);
     if (!last) return;
     tile.lanes = row.y_planes ? Lanes{0, 0, L} : Lanes::of<A>(p.C, task.v1 - 1);
     sum(any_taps<S, O, Vectors::last>(width), task.v1 - 1, 1);

@@ -28,8 +28,20 @@ template <class S, class O> struct Tile {
   int64_t y_output;                  // vectors lie side by side
   Lanes lanes;                       // of the only vector, where it is not whole
   int64_t n;                         // its channels in x
+  // Asked for ahead, since the tokens under a tile are runs that no hardware foresees: the rows of x that the next row of outputs is the
+  // first to see, and what it writes. Rows or a step of 0 ask for nothing.
+  const S* ahead;
+  int64_t ahead_rows, ahead_row, ahead_columns, ahead_column, y_row;
 };
 template <class S, class O> using SumTile = void (*)(const Tile<S, O>&);
+
+template <class S, class O, int kWidth> inline __attribute__((always_inline)) void ask_ahead(const Tile<S, O>& tile, int64_t channel) {
+  const S* row = tile.ahead + channel;
+  for (int64_t r = 0; r < tile.ahead_rows; ++r, row += tile.ahead_row)
+    for (int64_t k = 0; k < tile.ahead_columns; ++k)
+#pragma GCC unroll 8
+      for (int t = 0; t < kWidth; ++t) __builtin_prefetch(row + k * tile.ahead_column + t * tile.x_output, 0, 2);
+}
 
 enum class Vectors { whole, last };
 
@@ -37,10 +49,11 @@ template <class S, class O, int kWidth, Vectors kVectors, class Add> inline __at
   using A = typename AccOf<S>::type;
   constexpr int L = Vec<A>::kLanes;
   O* y = tile.y;
-  const int64_t y_output = tile.y_output;
+  const int64_t y_output = tile.y_output, y_row = tile.y_row;
   const RowTaps<S>* end = tile.rows + tile.count;
   int64_t x_from = tile.x_from, w_from = tile.w_from;
   for (int64_t v = 0; v < tile.vectors; ++v, y += L, x_from += tile.x_vector, w_from += tile.w_vector) {
+    if (v * L * int64_t(sizeof(S)) % 64 == 0) ask_ahead<S, O, kWidth>(tile, v * L);
     const vec_t<A> start = tile.bias ? load(tile.bias + v * tile.bias_vector) : vec_t<A>{};
     vec_t<A> acc[kWidth];
 #pragma GCC unroll 8
@@ -48,6 +61,7 @@ template <class S, class O, int kWidth, Vectors kVectors, class Add> inline __at
     for (const RowTaps<S>* row = tile.rows; row != end; ++row) add(row->x + x_from, row->w + w_from, acc);
 #pragma GCC unroll 8
     for (int t = 0; t < kWidth; ++t) {
+      if (y_row) __builtin_prefetch(y + t * y_output + y_row, 1, 2);
       if constexpr (kVectors == Vectors::whole) store(y + t * y_output, acc[t]);
       else store_lanes(y + t * y_output, acc[t], tile.lanes);
     }
