@@ -148,7 +148,7 @@ template <class T> struct TokenConv {
     for (; u < w.count; ++u) edge(u);
   }
 
-  template <class S, class O> static SumTile<S, O> whole_vectors(int width, int64_t taps, int64_t out_step) {
+  template <class S, class O> static SumOutputs<S, O> whole_vectors(int width, int64_t taps, int64_t out_step) {
     if (taps == 3 && out_step == 2) return window<S, O, 3, 2>(width);
     if (taps == 3 && out_step == 1) return window<S, O, 3, 1>(width);
     if (taps == 2 && out_step == 1) return window<S, O, 2, 1>(width);
@@ -167,7 +167,7 @@ template <class T> struct TokenConv {
       tile.ahead = row.ahead + from, tile.ahead_rows = min64(p.rows.K, p.rows.s), tile.ahead_row = p.columns.size * row.x_column;
       tile.ahead_columns = min64(p.columns.K, p.columns.s), tile.ahead_column = row.x_column;
     }
-    const auto sum = [&](SumTile<S, O> sum, int64_t v, int64_t vectors) {
+    const auto sum = [&](SumOutputs<S, O> sum, int64_t v, int64_t vectors) {
       const int64_t start = vector_start(p.C, L, v), slot = (v - task.v0) * L;
       tile.x_from = from + (row.x_planes ? slot : start), tile.w_from = v * tile.w_vector + tap, tile.vectors = vectors;
       tile.bias = row.bias ? row.bias + v * tile.bias_vector : nullptr;

@@ -33,7 +33,7 @@ template <class S, class O> struct Tile {
   const S* ahead;
   int64_t ahead_rows, ahead_row, ahead_columns, ahead_column, y_row;
 };
-template <class S, class O> using SumTile = void (*)(const Tile<S, O>&);
+template <class S, class O> using SumOutputs = void (*)(const Tile<S, O>&);
 
 template <class S, class O, int kWidth> inline __attribute__((always_inline)) void ask_ahead(const Tile<S, O>& tile, int64_t channel) {
   const S* row = tile.ahead + channel;
@@ -98,12 +98,12 @@ template <class S, class O, int kWidth, int kTaps, int kStep> void sum_window(co
   });
 }
 
-template <class S, class O, Vectors kVectors, int kWidth = kWidest> SumTile<S, O> any_taps(int width) {
+template <class S, class O, Vectors kVectors, int kWidth = kWidest> SumOutputs<S, O> any_taps(int width) {
   if constexpr (kWidth > 1)
     if (width < kWidth) return any_taps<S, O, kVectors, kWidth - 1>(width);
   return sum_any<S, O, kWidth, kVectors>;
 }
-template <class S, class O, int kTaps, int kStep, int kWidth = kWidest> SumTile<S, O> window(int width) {
+template <class S, class O, int kTaps, int kStep, int kWidth = kWidest> SumOutputs<S, O> window(int width) {
   if constexpr (kWidth > 1)
     if (width < kWidth) return window<S, O, kTaps, kStep, kWidth - 1>(width);
   return sum_window<S, O, kWidth, kTaps, kStep>;
