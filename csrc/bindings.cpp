@@ -36,4 +36,13 @@ STABLE_TORCH_LIBRARY(lifeops_native, m) {
       "Tensor? beta, float eps, Tensor(a!) y, int H, int W, int P, int isa) -> ()");
   m.def(
       "rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped, Tensor(a!) out, int isa) -> ()");
+  m.def(
+      "token_conv(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) y, int H, int W, int out_h, int out_w, int sh, int sw, int ph, int pw, "
+      "int x_prefix, int y_prefix, int prefix_mode, bool transpose, int isa) -> ()");
+  m.def(
+      "token_conv_grad_weight(Tensor dy, Tensor x, Tensor(a!) dw, Tensor(b!)? db, int H, int W, int out_h, int out_w, int sh, int sw, int ph, "
+      "int pw, int dy_prefix, int x_prefix, int isa) -> ()");
+  m.def(
+      "token_pool(Tensor x, Tensor? pooled, Tensor(a!) y, bool max, int Kh, int Kw, int H, int W, int out_h, int out_w, int sh, int sw, "
+      "int ph, int pw, int x_prefix, int y_prefix, int prefix_mode, bool count_include_pad, bool backward, int isa) -> ()");
 }

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import torch
 
-from lifeops import built, config, registry
+from lifeops import built, native_windows, registry
+from lifeops.native_args import contiguous as _contiguous
+from lifeops.native_args import isa as _isa
+from lifeops.native_args import mode as _mode
+from lifeops.native_args import rows as _rows
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.channel.activations import ACTS, PROLOGUES
 from lifeops.ops.rollout_step import FUSIONS, dropped_entries
@@ -42,8 +46,8 @@ SCHEMAS = {
     " Tensor? var, Tensor? gamma, Tensor? beta, float eps, Tensor(a!) y, int H, int W, int P, int isa) -> ()",
     "rollout_step": "lifeops_native::rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped,"
     " Tensor(a!) out, int isa) -> ()",
+    **native_windows.SCHEMAS,
 }
-_ISA = {"auto": 0, "baseline": 1, "avx2": 2, "avx512": 3}
 MAX_KERNEL = 15
 
 
@@ -96,24 +100,16 @@ def _load() -> str | None:
 _fwd = _grad_weight = _channel = None
 
 
-def _isa() -> int:
-    return _ISA[config.settings.cpu_isa]
-
-
-def _rows(P, prefix):
-    return 0 if prefix == "drop" else P
-
-
 def _token_dwconv(x, weight, bias, residual, H, W, P, prefix, backend):
     rows = _rows(P, prefix)
     y = x.new_empty((x.shape[0], rows + H * W, x.shape[2]))
-    _fwd(x, weight.contiguous(), _contiguous(bias), residual, y, H, W, P, rows, int(prefix != "keep"), False, _isa())
+    _fwd(x, weight.contiguous(), _contiguous(bias), residual, y, H, W, P, rows, _mode(prefix), False, _isa())
     return y
 
 
 def _token_dwconv_bwd_dx(dy, weight, H, W, P, prefix, backend):
     dx = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2]))
-    _fwd(dy, weight.contiguous(), None, None, dx, H, W, _rows(P, prefix), P, int(prefix != "keep"), True, _isa())
+    _fwd(dy, weight.contiguous(), None, None, dx, H, W, _rows(P, prefix), P, _mode(prefix), True, _isa())
     return dx
 
 
@@ -137,7 +133,7 @@ def _token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, 
     prologue = _contiguous(scale), _contiguous(shift), PROLOGUES.index(act)
     epilogue = _contiguous(out_scale), _contiguous(out_shift), ACTS.index(out_act)
     inputs = x, weight.contiguous(), _contiguous(bias), *prologue, *epilogue, residual
-    torch.ops.lifeops_native.token_dwconv_act(*inputs, y, sums, found, H, W, P, rows, int(prefix != "keep"), _isa())
+    torch.ops.lifeops_native.token_dwconv_act(*inputs, y, sums, found, H, W, P, rows, _mode(prefix), _isa())
     empty = [x.new_empty((0,), dtype=accumulate_dtype(x.dtype)) for _ in range(3)]
     return y, sums if pool else empty[0], *((found[0], found[1].clone()) if stats else empty[1:])
 
@@ -145,7 +141,7 @@ def _token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, 
 def _token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
     dx, sums = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2])), _sums(x, 2)
     prologue = _contiguous(scale), _contiguous(shift), PROLOGUES.index(act), _contiguous(a), _contiguous(b)
-    place = H, W, _rows(P, prefix), P, int(prefix != "keep"), _isa()
+    place = H, W, _rows(P, prefix), P, _mode(prefix), _isa()
     torch.ops.lifeops_native.token_dwconv_act_grad_input(dy, x, weight.contiguous(), *prologue, dx, sums, *place)
     return dx, sums[0], sums[1].clone()
 
@@ -161,14 +157,10 @@ def _token_dwconv_act_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weigh
 def _token_dwconv_act_bwd(dy, x, weight, bias, act, H, W, P, prefix, backend):
     dx, dw = dy.new_empty((dy.shape[0], P + H * W, dy.shape[2])), torch.empty_like(weight, memory_format=torch.contiguous_format)
     db = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
-    place = H, W, _rows(P, prefix), P, int(prefix != "keep"), _isa()
+    place = H, W, _rows(P, prefix), P, _mode(prefix), _isa()
     parameters = weight.contiguous(), _contiguous(bias), ACTS.index(act)
     torch.ops.lifeops_native.token_dwconv_act_backward(dy, x, *parameters, dx, dw, db, *place)
     return dx, dw, x.new_empty((0,)) if db is None else db
-
-
-def _contiguous(t):
-    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def _channel_pass(number, x, patches, *, dy=None, scale=None, shift=None, gate=None, pool_grad=None, a=None, b=None, residual=None,
@@ -253,13 +245,14 @@ _IMPLEMENTATIONS = {  # op: (native operator, function)
     "dw_shortcut_bwd": ("dw_shortcut_bwd", _dw_shortcut_bwd),
     "dw_shortcut_eval": ("dw_shortcut_eval", _dw_shortcut_eval),
     "rollout_step": ("rollout_step", _rollout_step),
+    **native_windows.IMPLEMENTATIONS,
 }
 
 
 def _supports(device: str):
     def reasons(problem) -> list[str]:
-        found, K = [], getattr(problem, "K", 0)
-        dtypes = problem.dtype, getattr(problem, "weight_dtype", None)
+        found, dtypes = [], (problem.dtype, getattr(problem, "weight_dtype", None))
+        K = 0 if dtypes[1] is None else max(getattr(problem, side, 0) for side in ("K", "Kh", "Kw"))  # poolings may be of any size
         if problem.device.type != device:
             found.append(f"tensors are on {problem.device.type}")
         if dtypes[0] not in DTYPES or dtypes[1] not in (None, *DTYPES):

@@ -1,16 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX2 with FMA and F16C.
 #if defined(__x86_64__)
-#include <cstdint>
-#include <immintrin.h>
+#include "target_avx2.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define LIFEOPS_ISA avx2
-#define LIFEOPS_VEC_BYTES 32
 #include "channel_act_kernels.h"
 #include "rollout_step_kernels.h"
 #include "token_dwconv_kernels.h"

@@ -1,16 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX-512 F, BW, VL, DQ.
 #if defined(__x86_64__)
-#include <cstdint>
-#include <immintrin.h>
+#include "target_avx512.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
-#endif
-#define LIFEOPS_ISA avx512
-#define LIFEOPS_VEC_BYTES 64
 #include "channel_act_kernels.h"
 #include "rollout_step_kernels.h"
 #include "token_dwconv_kernels.h"

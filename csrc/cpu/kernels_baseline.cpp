@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The compiler's default instruction set (SSE2 or NEON).
-#include <cstdint>
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-#define LIFEOPS_ISA baseline
-#define LIFEOPS_VEC_BYTES 16
+#include "target_baseline.h"
+
 #include "channel_act_kernels.h"
 #include "rollout_step_kernels.h"
 #include "token_dwconv_kernels.h"
