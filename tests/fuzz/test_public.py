@@ -119,6 +119,130 @@ def test_token_dwconv(plan):
     convolution(plan)
 
 
+# ------------------------------------------------------------------------------------------------ strides, shared filters, pooling
+
+STEPS = {
+    "Kh": st.integers(1, 5), "Kw": st.integers(1, 5), "sh": st.integers(1, 4), "sw": st.integers(1, 4), "ph": st.integers(0, 2),
+    "pw": st.integers(0, 2), "prefix": st.sampled_from(("keep", "zero", "drop")), "bias": st.booleans(), "h": st.integers(1, 3),
+    "twice": st.booleans(), "backend": BACKENDS,
+}  # fmt: skip
+FILTERED = {
+    **STEPS, "m": st.sampled_from((1, 1, 2)), "shared": st.sampled_from(("", "", "head", "one")),
+    "after": st.sampled_from((None, "gelu")),
+}  # fmt: skip
+
+
+def _steps(plan, pooled=False):
+    """Kernel, stride and padding that fit the grid, as torch takes them."""
+    H, W, o = plan.H, plan.W, plan.options
+    padding = [min(p, k // 2) if pooled else p for p, k in ((o["ph"], o["Kh"]), (o["pw"], o["Kw"]))]
+    room = [n + p * (1 if pooled else 2) for n, p in zip((H, W), padding, strict=True)]
+    kernel = [min(k, n) for k, n in zip((o["Kh"], o["Kw"]), room, strict=True)]
+    if pooled:
+        padding = [min(p, k // 2) for p, k in zip(padding, kernel, strict=True)]
+    return kernel, [o["sh"], o["sw"]], padding
+
+
+def _heads(plan):
+    """(B, N, C) as heads where there are several: views of one tensor."""
+    return (lambda t: t.unflatten(2, (plan.options["h"], -1)).transpose(1, 2)) if plan.options["h"] > 1 else lambda t: t
+
+
+def strided(plan):
+    o, B, H, W, P, C = plan.options, plan.B, plan.H, plan.W, plan.P, plan.C * plan.options["h"]
+    if not B * H * W:
+        return
+    kernel, stride, padding = _steps(plan)
+    m = 1 if o["shared"] or o["h"] > 1 else o["m"]
+    prefix = "zero" if m > 1 and o["prefix"] == "keep" else o["prefix"]
+    filters = {"": m * C, "head": plan.C, "one": 1}[o["shared"]]
+    values = {"x": plan.draw(B, P + H * W, C), "weight": plan.draw(filters, 1, *kernel, other=True)}
+    if o["bias"]:
+        values["bias"] = plan.draw(filters, other=True)
+    heads, epilogue = _heads(plan), lifeops.ChannelAct(act=o["after"]) if o["after"] else None
+
+    def library(x, weight, bias=None):
+        place = {"grid": (H, W), "num_prefix_tokens": P, "prefix": prefix, "backend": o["backend"]}
+        y = lifeops.token_dwconv(heads(x), weight, bias, stride=stride, padding=padding, epilogue=epilogue, **place)
+        return (y if y.dim() == 3 else y.transpose(1, 2).flatten(2),)
+
+    def formula(x, weight, bias=None):
+        times = m * C // filters
+        weight, bias = weight.repeat(times, 1, 1, 1), None if bias is None else bias.repeat(times)
+        y = torch.nn.functional.conv2d(x[:, P:].transpose(1, 2).unflatten(2, (H, W)), weight, bias, stride, padding, groups=C)
+        y = (torch.nn.functional.gelu(y) if o["after"] else y).flatten(2).transpose(1, 2)
+        return (y if prefix == "drop" else torch.cat((x[:, :P] if prefix == "keep" else x.new_zeros(B, P, m * C), y), 1),)
+
+    compare("lifeops.token_dwconv, strided", plan, library, formula, values, twice=o["twice"] and not o["after"])
+
+
+@given(plans(FILTERED))
+def test_strided_token_dwconv(plan):
+    strided(plan)
+
+
+def transposed(plan):
+    o, B, H, W, P, C = plan.options, plan.B, plan.H, plan.W, plan.P, plan.C
+    if not B * H * W or H * W > 200:
+        return
+    kernel, stride = [o["Kh"], o["Kw"]], [o["sh"], o["sw"]]
+    padding = [min(p, (k - 1) // 2) for p, k in zip((o["ph"], o["pw"]), kernel, strict=True)]
+    spare = [s - 1 for s in stride]
+    values = {"x": plan.draw(B, P + H * W, C), "weight": plan.draw(C, 1, *kernel, other=True)}
+    if o["bias"]:
+        values["bias"] = plan.draw(C, other=True)
+
+    def library(x, weight, bias=None):
+        place = {"grid": (H, W), "num_prefix_tokens": P, "prefix": o["prefix"], "backend": o["backend"]}
+        return (lifeops.token_dwconv_transpose(x, weight, bias, stride=stride, padding=padding, output_padding=spare, **place),)
+
+    def formula(x, weight, bias=None):
+        map_ = x[:, P:].transpose(1, 2).unflatten(2, (H, W))
+        y = torch.nn.functional.conv_transpose2d(map_, weight, bias, stride, padding, spare, groups=C).flatten(2).transpose(1, 2)
+        rows = {"keep": x[:, :P], "zero": 0 * x[:, :P].detach(), "drop": x[:, :0]}[o["prefix"]]
+        return (torch.cat((rows, y), 1),)
+
+    compare("lifeops.token_dwconv_transpose", plan, library, formula, values, twice=o["twice"])
+
+
+@given(plans(STEPS))
+def test_token_dwconv_transpose(plan):
+    transposed(plan)
+
+
+POOLED = {**STEPS, "mode": st.sampled_from(("max", "avg", "subsample")), "ceil_mode": st.booleans(), "include": st.booleans()}
+
+
+def pooled(plan):
+    o, B, H, W, P, C = plan.options, plan.B, plan.H, plan.W, plan.P, plan.C * plan.options["h"]
+    if not B * H * W:
+        return
+    kernel, stride, padding = ([1, 1], [o["sh"], o["sw"]], [0, 0]) if o["mode"] == "subsample" else _steps(plan, pooled=True)
+    heads = _heads(plan)
+
+    def library(x):
+        place = {"grid": (H, W), "num_prefix_tokens": P, "prefix": o["prefix"], "backend": o["backend"]}
+        window = {"stride": stride, "padding": padding, "ceil_mode": o["ceil_mode"], "count_include_pad": o["include"]}
+        y = lifeops.token_pool(heads(x), kernel, mode=o["mode"], **window, **place)
+        return (y if y.dim() == 3 else y.transpose(1, 2).flatten(2),)
+
+    def formula(x):
+        map_ = x[:, P:].transpose(1, 2).unflatten(2, (H, W))
+        if o["mode"] == "max":
+            y = torch.nn.functional.max_pool2d(map_, kernel, stride, padding, ceil_mode=o["ceil_mode"])
+        else:
+            y = torch.nn.functional.avg_pool2d(map_, kernel, stride, padding, o["ceil_mode"], o["include"])
+        rows = {"keep": x[:, :P], "zero": x.new_zeros(B, P, C), "drop": x[:, :0]}[o["prefix"]]
+        return (torch.cat((rows, y.flatten(2).transpose(1, 2)), 1),)
+
+    compare("lifeops.token_pool", plan, library, formula, {"x": plan.draw(B, P + H * W, C)}, twice=o["twice"])
+
+
+@given(plans(POOLED))
+def test_token_pool(plan):
+    pooled(plan)
+
+
 # ------------------------------------------------------------------------------------------------ local_attention
 
 ATTEND = {
