@@ -78,12 +78,17 @@ def captured() -> bool:
     return _torch_exports() if _is_compiling() else _tracing() is not None
 
 
+def tracing() -> bool:
+    """Whether torch.jit.trace writes down a program: sizes are tensors then."""
+    return not _is_compiling() and _tracing() is not None
+
+
 def sizes_are_numbers(fn):
     """Decorates what looks at sizes that torch.jit.trace has tensors for: a program belongs to its grid, torch need not warn of that."""
 
     @functools.wraps(fn)
     def run(*args, **kwargs):
-        if _is_compiling() or _tracing() is None:
+        if not tracing():
             return fn(*args, **kwargs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)

@@ -31,16 +31,25 @@ def _arguments(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backe
     return x, weight, bias, residual, g.height, g.width, g.prefix, prefix, config.requested_backend(spec.NAME, backend)
 
 
+def _is_square_and_odd(x, weight, stride, padding) -> bool:
+    """Most calls: one odd square filter for each channel at stride 1 around every token. Asked at every call, of whatever it was given."""
+    try:
+        (_, _, C), (channels, one, Kh, Kw) = x.shape, weight.shape
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    return type(stride) is int and stride == 1 and padding is None and channels == C and one == 1 and Kh == Kw and Kh % 2 == 1
+
+
 @torchlib.sizes_are_numbers
 def _general(x, weight, stride, padding) -> bool:
-    """Whether this is more than one odd square filter for each channel at stride 1 around every token."""
-    if not (is_dense(x) and is_dense(weight)) or weight.dim() != 4 or x.dim() not in (3, 4) or weight.shape[1] != 1:
+    """Whether this is more than that."""
+    if _is_square_and_odd(x, weight, stride, padding) or not (is_dense(x) and is_dense(weight)):
+        return False
+    if weight.dim() != 4 or x.dim() not in (3, 4) or weight.shape[1] != 1:
         return False  # refused
     channels, _, Kh, Kw = weight.shape
     if x.dim() == 4 or channels != x.shape[2] or Kh != Kw or Kh % 2 == 0:
         return True
-    if type(stride) is int and stride == 1 and padding is None:
-        return False
     return token_conv.steps(spec.NAME, (Kh, Kw), stride, padding) != (1, 1, Kh // 2, Kw // 2)
 
 
@@ -86,7 +95,7 @@ def token_dwconv(
         ValueError, TypeError: shapes, dtypes, devices or the grid do not fit (the message says what was expected and got).
         lifeops.NotSupported: the requested backend cannot run this problem.
     """
-    if _general(x, weight, stride, padding):
+    if (torchlib.tracing() or not _is_square_and_odd(x, weight, stride, padding)) and _general(x, weight, stride, padding):
         check_flags(spec.NAME, pool=pool, stats=stats)
         options = num_prefix_tokens, prefix, residual, backend, prologue, epilogue, bool(pool), bool(stats), stride, padding
         return token_conv.convolve(x, weight, bias, grid, *options)
