@@ -1,5 +1,6 @@
 """Hosts: small, readable models whose state dicts are timm's or the authors'."""
 
+from lifeops.models.cvt import cvt
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import dw_shortcut
 from lifeops.models.localvit import localvit
@@ -7,4 +8,4 @@ from lifeops.models.named import named
 from lifeops.models.swin import SwinTransformer
 from lifeops.models.vit_cait import CaiT, ViT
 
-__all__ = ["CaiT", "SwinTransformer", "ViT", "VisionTransformer", "dw_shortcut", "localvit", "named"]
+__all__ = ["CaiT", "SwinTransformer", "ViT", "VisionTransformer", "cvt", "dw_shortcut", "localvit", "named"]

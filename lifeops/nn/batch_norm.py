@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
 from lifeops.arguments import check_module
 from lifeops.nn.plain import Rule, why_not
+from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.channel.batch_norm import affine_of
+from lifeops.ops.channel.norm_function import Config, TokenBatchNorm
+from lifeops.ops.token_dwconv.act_function import ChannelAct, activated
 
 _FOLD = "fold_batch_norms_"
 
@@ -61,6 +66,34 @@ def update_running(norm: nn.Module, mean: torch.Tensor, unbiased_var: torch.Tens
 def constants(norm: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, shift) of a norm with running statistics, computed in ``dtype``: scale * x + shift."""
     return affine_of(norm.running_mean.to(dtype), norm.running_var.to(dtype), norm.weight, norm.bias, norm.eps)[:2]
+
+
+def normalise(op: str, norm: nn.Module, x: torch.Tensor, patches: int, backend: str) -> torch.Tensor:
+    """A plain ``norm``, or the ``nn.Identity`` that is left of one, on the last ``patches`` rows of x (B, P + patches, C).
+
+    Running statistics follow as nn.BatchNorm2d's would. Raises ValueError for a training batch of one value per channel.
+    """
+    if isinstance(norm, nn.Identity):
+        return x
+    if not on_batch(norm):
+        scale, shift = constants(norm, accumulate_dtype(x.dtype))
+        return activated(x, ChannelAct(scale, shift), x.shape[1] - patches, backend)
+    group = sync_group(norm)
+    if x.shape[0] * patches < 2 and group is None:
+        raise ValueError(f"{op}: expected more than 1 value per channel when training, got {x.shape[0]} x {patches} patches")
+    y, mean, unbiased_var = TokenBatchNorm.apply(Config(patches, norm.eps, group, backend), x, norm.weight, norm.bias)
+    update_running(norm, mean, unbiased_var)
+    return y
+
+
+@torch.no_grad()
+def folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """``conv`` with the constant ``norm`` behind it folded in; computed in float64."""
+    scale, shift = constants(norm, torch.float64)
+    new = copy.deepcopy(conv)
+    new.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    new.bias = nn.Parameter((shift if conv.bias is None else shift + conv.bias.double() * scale).to(conv.weight.dtype))
+    return new
 
 
 def check_constant(name: str, norm: nn.Module) -> None:

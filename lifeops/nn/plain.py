@@ -55,7 +55,7 @@ def exactly(*types: type) -> Rule:
 _METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "forward", "_conv_forward")
 _LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.Hardswish,
-    nn.Hardsigmoid, nn.Sequential,
+    nn.Hardsigmoid, nn.Sequential, nn.AvgPool2d,
 )  # fmt: skip
 _ORIGINAL = {cls: [getattr(cls, name, None) for name in _METHODS] for cls in _LAYERS}
 
@@ -127,6 +127,21 @@ def depthwise(layer) -> dict:
         "kernel_size": ((K, K),) if K % 2 else ("an odd size",), "stride": ((1, 1),), "padding": ((K // 2, K // 2), "same"),
         "dilation": ((1, 1),), "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",),
     }  # fmt: skip
+
+
+@_computed(nn.Conv2d)
+def strided_depthwise(layer) -> dict:
+    """A depth-wise convolution of any kernel, stride and zero padding that is told in numbers."""
+    return {
+        "padding": (layer.padding if isinstance(layer.padding, tuple) else "numbers",), "dilation": ((1, 1),),
+        "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",),
+    }  # fmt: skip
+
+
+@_computed(nn.AvgPool2d)
+def average_pool(layer) -> dict:
+    """An average over windows, of whose size the divisor is."""
+    return {"divisor_override": (None,)}
 
 
 @_computed(nn.Conv1d)
