@@ -16,6 +16,7 @@ from lifeops.arguments import check_choice, under
 from lifeops.models.deit import Block, DropPath, _init_linear
 from lifeops.models.inputs import check_images, check_rates, check_sizes, check_stages, to_pair
 from lifeops.nn.conv_projection import ConvProjectionAttention
+from lifeops.nn.embedded_grid import plain
 from lifeops.nn.maps import to_maps, to_tokens
 from lifeops.nn.quick_gelu import QuickMlp
 
@@ -47,7 +48,7 @@ class ConvEmbed(nn.Module):
     def forward(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The tokens and their grid."""
         maps = self.proj(maps)
-        return self.norm(to_tokens(maps)), tuple(maps.shape[2:])
+        return self.norm(to_tokens(maps)), plain(maps.shape[2:])
 
 
 class Stage(nn.Module):
@@ -120,15 +121,14 @@ class CvT(nn.Module):
     def grid_sizes(self, img_size: tuple[int, int]) -> list[tuple[int, int]]:
         """(H, W) of every stage for images of a size. Raises ValueError where that leaves a stage no map."""
         grids = [img_size]
-        for size, stride, padding in self.windows:
-            with under(NAME):
-                grids.append(geometry.conv_grid(grids[-1], size, stride, padding))
+        for window in self.windows:
+            grids.append(geometry.filtered_grid(NAME, *grids[-1], *((n, n) for n in window)))
         return grids[1:]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the last stage's tokens (B, P + H'*W', C), before ``norm``."""
         check_images(NAME, x, self.in_chans, None, self.stage0.patch_embed.proj)
-        self.grid_sizes(tuple(x.shape[2:]))
+        self.grid_sizes(plain(x.shape[2:]))
         for stage in self.stages:
             tokens, grid = stage(x)
             x = to_maps(tokens, grid) if stage.cls_token is None else None

@@ -7,4 +7,13 @@ from lifeops.nn.local_attention import LocalAttention
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 from lifeops.nn.shortcut_blocks import wrap
 
-__all__ = ["ConvProjectionAttention", "DWShortcut", "LifeAttention", "LifeQKV", "LocalAttention", "LocalViTBlock", "LocalityFeedForward", "wrap"]
+__all__ = [
+    "ConvProjectionAttention",
+    "DWShortcut",
+    "LifeAttention",
+    "LifeQKV",
+    "LocalAttention",
+    "LocalViTBlock",
+    "LocalityFeedForward",
+    "wrap",
+]

@@ -1,4 +1,4 @@
-"""CvT's attention (arXiv 2103.15808), whose queries, keys and values are convolutions of the patch map; state-dict keys are the authors'."""
+"""CvT's attention (arXiv 2103.15808): queries, keys and values from convolutions of the patch map; state-dict keys are the authors'."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lifeops.nn.plain import average_pool, batch_norm, exactly, is_fused, stride
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.local_attention.formula import heads
-from lifeops.ops.token_conv.public import token_dwconv_multi
-from lifeops.ops.token_pool.public import token_pool
+from lifeops.ops.token_conv.multi import token_dwconv_multi
+from lifeops.ops.token_pool.function import token_pool
 from lifeops.pointwise import product
 from lifeops.told import ToldInMetadata
 
@@ -145,9 +145,8 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
         """One pooling for all layers that are alike."""
         found = {}
         for name, layer in self._projections().items():
-            pool = layer.avg
-            options = {"stride": pool.stride, "padding": pool.padding, "ceil_mode": pool.ceil_mode, "count_include_pad": pool.count_include_pad}
-            found[name] = pool.kernel_size, options
+            options = {option: getattr(layer.avg, option) for option in ("stride", "padding", "ceil_mode", "count_include_pad")}
+            found[name] = layer.avg.kernel_size, options
         first, *others = found.values()
         place = {"mode": "avg", "grid": grid, "num_prefix_tokens": self.num_prefix_tokens}
         if all(other == first for other in others):

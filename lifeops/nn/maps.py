@@ -50,7 +50,7 @@ def apply(name: str, layer: Callable, maps: torch.Tensor) -> torch.Tensor:
 
 
 def call(name: str, layer: Callable, maps: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """:func:`apply`. Raises ValueError unless a map of the same height and width comes out; ``rule`` is what the layer was expected to be."""
+    """:func:`apply`. Raises ValueError unless a map of the same height and width comes out; ``rule`` is what the layer was to be."""
     out = apply(name, layer, maps)
     if out.shape[2:] != maps.shape[2:]:
         why = "; ".join(rule(layer)) or "a layer inside it"
