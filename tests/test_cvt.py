@@ -11,6 +11,7 @@ from lifeops.models import cvt
 from lifeops.nn import ConvProjectionAttention
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
 from lifeops.nn.quick_gelu import QuickMlp
+from test_checkpoints import quiet
 from test_localvit import _close, _randomised, _state, golden_with_act
 
 NAMES = [f"cvt_attn_{m}" for m in ("dwbn_cls_train", "dwbn_cls_eval", "dwbn_nocls_train", "dwbn_nocls_eval", "avg_cls", "avg_nocls")]
@@ -294,10 +295,10 @@ def test_any_image_size(size, class_token):
 def test_model_errors():
     for options, message in (
         ({"img_size": 2}, r"CvT: the kernel \(7, 7\) must fit the grid \(2, 2\)"),
-        ({"depths": (1,)}, "embed_dims and depths and num_heads and patch_size and patch_stride must have one number per stage"),
+        ({"depths": (1,)}, r"depths must be one int for each of the 2 stages, got \(1,\)"),
         ({"num_heads": (2, 5)}, "ConvProjectionAttention: dim must be a multiple of num_heads"),
         ({"method": "no"}, "method must be one of"),
-        ({"patch_padding": (2, -1)}, r"patch_padding\[1\] must not be negative, got -1"),
+        ({"patch_padding": (2, -1)}, r"patch_padding must be one int for each of the 2 stages, got \(2, -1\)"),
     ):
         with pytest.raises(ValueError, match=f"cvt: .*{message}"):
             cvt("13", **{**TINY, **options})
@@ -352,3 +353,69 @@ def test_exported():
     assert not [n for n in program.graph.nodes if "lifeops" in str(n.target)]
     torch.testing.assert_close(program.module()(x), model(x))
     torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def same(loaded, model, size=32):
+    x = torch.randn(2, 3, size, size)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"class_token": False, "kernel_size": 5}, {"stride_kv": 1, "qkv_bias": False, "mlp_ratio": 2}], ids=str
+)
+def test_official(options):
+    """All sizes from the tensors and the metadata, or the heads from the caller; running statistics and all."""
+    model = tiny(**options)
+    state = model.state_dict()
+    same(quiet(lifeops.load_official, {"model": state}), model)
+    if options.get("stride_kv", 2) == 2:  # which nothing tells here
+        plain = {f"module.{name}": t for name, t in state.items() if not name.endswith("num_batches_tracked")}
+        same(quiet(lifeops.load_official, plain, num_heads=2), model)
+        with pytest.raises(ValueError, match=r"cannot tell the heads of a model of width 12; pass num_heads=…"):
+            lifeops.load_official(plain)
+    with pytest.raises(ValueError, match="num_heads must be the model's own, 2 by the checkpoint's metadata, got 4"):
+        lifeops.load_official(state, num_heads=4)
+    loaded = lifeops.load_official(state, num_classes=3, img_size=64)
+    assert (loaded.head.out_features, loaded.img_size) == (3, (64, 64))
+
+
+def test_official_strides():
+    """An embedding's stride is that of its metadata or, of the authors' kernels, known: nothing is guessed."""
+    model = tiny(patch_size=(5, 3), patch_stride=(3, 1))
+    same(quiet(lifeops.load_official, model.state_dict()), model)
+    with pytest.raises(ValueError, match=r"cannot tell the stride of stage0.patch_embed: .* 7 x 7 and 3 x 3, it is known, got \(5, 5\)"):
+        lifeops.load_official(dict(model.state_dict()), num_heads=2)
+    with pytest.raises(RuntimeError, match=r"ConvEmbed stage0.patch_embed: .* saved with stride=3, this module has stride=4"):
+        tiny().load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize(("variant", "heads"), [("13", 1), ("w24", 3)])
+def test_official_files_of_published_sizes(variant, heads):
+    """A bare state dict, as the authors': heads by the width, and said."""
+    model = cvt(variant, depths=(1, 1, 1)).eval()
+    with pytest.warns(UserWarning, match=f"does not tell, so assumed num_heads={heads}; pass num_heads=… to say otherwise"):
+        loaded = lifeops.load_official(dict(model.state_dict()))
+    assert [s.blocks[0].attn.num_heads for s in loaded.stages] == [s.blocks[0].attn.num_heads for s in model.stages]
+    assert loaded.img_size == model.img_size
+    same(loaded, model, 64)
+
+
+def test_norms_are_counted():
+    """Batch norms that are not called count as those that are."""
+    from lifeops.cost.model_cost import _evaluated
+
+    model = tiny().requires_grad_(False)
+    x = torch.randn(2, 3, 45, 30)
+    fused, plain = _evaluated(model, x), _evaluated(layer_by_layer(model), x)
+    assert fused == plain
+
+
+def test_flops_command(capsys):
+    pytest.importorskip("rich")
+    assert lifeops.cli.main(["flops", "cvt_13"]) == 0
+    out = capsys.readouterr().out
+    assert "│ cvt" in out
+    assert all(number in out for number in ("19.997", "4.5661", "20 / 4.5", "arXiv 2103.15808"))

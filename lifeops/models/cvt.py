@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lifeops import geometry
-from lifeops.arguments import check_choice, under
+from lifeops.arguments import check_choice, got, under
 from lifeops.models.deit import Block, DropPath, _init_linear
 from lifeops.models.inputs import check_images, check_rates, check_sizes, check_stages, to_pair
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.embedded_grid import plain
 from lifeops.nn.maps import to_maps, to_tokens
 from lifeops.nn.quick_gelu import QuickMlp
+from lifeops.told import ToldInMetadata
 
 NAME = "CvT"
 
@@ -37,11 +38,14 @@ VARIANTS = {
 }
 
 
-class ConvEmbed(nn.Module):
+class ConvEmbed(ToldInMetadata):
     """Maps (B, C_in, H, W) to normalised tokens (B, H'*W', C) of an overlapping convolution."""
+
+    told = "stride", "padding"
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int, stride: int, padding: int):
         super().__init__()
+        self.stride, self.padding = stride, padding
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, padding)
         self.norm = nn.LayerNorm(embed_dim)
 
@@ -70,6 +74,14 @@ class Stage(nn.Module):
         return x, grid
 
 
+def _check_counts(stages: dict) -> None:
+    """As many numbers under each name."""
+    count = len(stages["embed_dims"]) if isinstance(stages["embed_dims"], (tuple, list)) else 1
+    for name, values in stages.items():
+        if not isinstance(values, (tuple, list)) or len(values) != count or not all(isinstance(n, int) and n >= 0 for n in values):
+            raise ValueError(f"{NAME}: {name} must be one int for each of the {count} stages, got {got(values)}")
+
+
 class CvT(nn.Module):
     """Images (B, in_chans, H, W) to logits (B, num_classes).
 
@@ -92,8 +104,10 @@ class CvT(nn.Module):
         super().__init__()
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes)
         check_rates(NAME, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), class_token=class_token)
-        check_stages(NAME, embed_dims=embed_dims, depths=depths, num_heads=num_heads, patch_size=patch_size, patch_stride=patch_stride)
-        check_stages(NAME, 0, embed_dims=embed_dims, patch_padding=patch_padding)
+        stages = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads}
+        stages |= {"patch_size": patch_size, "patch_stride": patch_stride, "patch_padding": patch_padding}
+        _check_counts(stages)
+        check_stages(NAME, **{name: values for name, values in stages.items() if name != "patch_padding"})
         self.in_chans, self.num_classes, self.num_stages = in_chans, num_classes, len(embed_dims)
         self.windows = tuple(zip(patch_size, patch_stride, patch_padding, strict=True))
         self.img_size = to_pair(NAME, "img_size", img_size)
@@ -113,6 +127,11 @@ class CvT(nn.Module):
         self.apply(_init_linear)
         if class_token:
             nn.init.trunc_normal_(self.stages[-1].cls_token, std=0.02)
+
+    @property
+    def patch_embed(self) -> ConvEmbed:
+        """What reads the images."""
+        return self.stage0.patch_embed
 
     @property
     def stages(self) -> list[Stage]:

@@ -45,16 +45,12 @@ def check_sizes(model: str, optional: tuple[str, ...] = (), **sizes) -> None:
         check_int(model, name, value, _LEAST.get(name, 1), name in optional)
 
 
-def check_stages(model: str, least: int = 1, **numbers) -> None:
-    """An int for each stage, by name; as many for each name."""
+def check_stages(name: str, **numbers) -> None:
+    """A positive int for each stage, by name."""
     for what, values in numbers.items():
         if not isinstance(values, (tuple, list)) or not values:
-            raise TypeError(f"{model}: {what} must be one int per stage, got {got(values)}")
-        for s, n in enumerate(values):
-            check_int(model, f"{what}[{s}]", n, least)
-    if len({len(values) for values in numbers.values()}) > 1:
-        given = " and ".join(got(values) for values in numbers.values())
-        raise ValueError(f"{model}: {' and '.join(numbers)} must have one number per stage, got {given}")
+            raise TypeError(f"{name}: {what} must be one int per stage, got {got(values)}")
+        check_sizes(name, **{f"{what}[{i}]": n for i, n in enumerate(values)})
 
 
 def check_rates(model: str, *, mlp_ratio, drop=(), eps=None, **flags) -> None:

@@ -166,6 +166,8 @@ class SwinTransformer(nn.Module):
         flags = {"qkv_bias": qkv_bias, "grad_checkpointing": grad_checkpointing}
         check_rates(name, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), **flags)
         check_kernel_sizes(name, "kernel_sizes", kernel_sizes)
+        if len(depths) != len(num_heads):
+            raise ValueError(f"{name}: depths and num_heads must have one number per stage, got {depths} and {num_heads}")
         sizes = to_pair(name, "img_size", img_size), to_pair(name, "patch_size", patch_size)
         self.patch_embed = SwinPatchEmbed(*sizes, in_chans, embed_dim)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())

@@ -12,7 +12,7 @@ from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, const
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_heads, check_input, check_kernel_size, check_like
 from lifeops.nn.maps import apply, to_maps, to_tokens
-from lifeops.nn.plain import average_pool, batch_norm, exactly, is_fused, strided_depthwise
+from lifeops.nn.plain import avg_pool, batch_norm, exactly, is_fused, strided_depthwise
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.local_attention.formula import heads
@@ -111,7 +111,7 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
     def fused_layers(self):
         kinds = {
             "dw_bn": [("", exactly(ConvBatchNorm)), (".conv", strided_depthwise), (".bn", batch_norm)],
-            "avg": [("", exactly(AveragePool)), (".avg", average_pool)],
+            "avg": [("", exactly(AveragePool)), (".avg", avg_pool)],
         }
         layers = [(f"{name}{path}", rule) for name in self._projections() for path, rule in kinds.get(self.method, [])]
         return [*layers, *((f"proj_{part}", exactly(nn.Linear)) for part in "qkv"), ("attn_drop", DROPOUT), ("proj", exactly(nn.Linear))]
@@ -174,6 +174,12 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
             raise ValueError(f"{NAME}: conv_proj_k and conv_proj_v must make equally many tokens, got {k.shape[2]} and {v.shape[2]}")
         y = attend_keys(self, q, k, v, scale=self.scale, fused=fused)
         return self.proj_drop(multiply(y, self.proj))
+
+    def norm_elements(self, grid: tuple[int, int]) -> int:
+        """How many numbers of an image go through the batch norms."""
+        found = [p.conv for p in self._projections().values() if isinstance(getattr(p, "bn", None), nn.modules.batchnorm._BatchNorm)]
+        grids = [geometry.conv_grid(grid, conv.kernel_size, conv.stride, conv.padding) for conv in found]
+        return sum(self.dim * H * W for H, W in grids)
 
     def fold_batch_norms_(self, check: bool) -> None:
         """Put folded convolutions and ``nn.Identity`` in place of convolutions and norms, or only ``check`` that it can be done."""

@@ -26,6 +26,7 @@ _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, type(None))
 _TRACED = "torch._subclasses"  # fake and functional tensors stand for plain ones
 _geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _values, _bounds = dict.values, itemgetter("min_val", "max_val")
+_POOLS = {nn.MaxPool2d: itemgetter("dilation", "return_indices"), nn.AvgPool2d: itemgetter("divisor_override")}
 _children, _forward_hooks = itemgetter("_modules"), itemgetter("_forward_hooks")  # the dicts themselves may be exchanged, too
 _WATCH = "_lifeops_watch"
 LEFT = "_lifeops_left"
@@ -55,7 +56,7 @@ def exactly(*types: type) -> Rule:
 _METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "forward", "_conv_forward")
 _LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.Hardswish,
-    nn.Hardsigmoid, nn.Sequential, nn.AvgPool2d,
+    nn.Hardsigmoid, nn.Sequential, nn.MaxPool2d, nn.AvgPool2d,
 )  # fmt: skip
 _ORIGINAL = {cls: [getattr(cls, name, None) for name in _METHODS] for cls in _LAYERS}
 
@@ -131,17 +132,28 @@ def depthwise(layer) -> dict:
 
 @_computed(nn.Conv2d)
 def strided_depthwise(layer) -> dict:
-    """A depth-wise convolution of any kernel, stride and zero padding that is told in numbers."""
+    """A depth-wise convolution of any kernel size, stride and zero padding."""
     return {
-        "padding": (layer.padding if isinstance(layer.padding, tuple) else "numbers",), "dilation": ((1, 1),),
+        "padding": (layer.padding,) if isinstance(layer.padding, tuple) else ("two numbers",), "dilation": ((1, 1),),
         "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",),
     }  # fmt: skip
 
 
+@_computed(nn.MaxPool2d)
+def max_pool(layer) -> dict:
+    """The maximum over a window."""
+    return {"dilation": (1, (1, 1)), "return_indices": (False,)}
+
+
 @_computed(nn.AvgPool2d)
-def average_pool(layer) -> dict:
-    """An average over windows, of whose size the divisor is."""
+def avg_pool(layer) -> dict:
+    """The mean over a window."""
     return {"divisor_override": (None,)}
+
+
+def pool(layer) -> list[str]:
+    """What pools each channel on its own: by a filter, a maximum or a mean."""
+    return {nn.MaxPool2d: max_pool, nn.AvgPool2d: avg_pool}.get(type(layer), strided_depthwise)(layer)
 
 
 @_computed(nn.Conv1d)
@@ -238,6 +250,7 @@ class _Watch:
         self.parameters = [m._parameters for m in layers if m._parameters]
         self.convs = [m.__dict__ for m in layers if isinstance(m, _CONVS)]
         self.bounds = [m.__dict__ for m in layers if type(m) is nn.ReLU6]
+        self.pools = [(_POOLS[type(m)], m.__dict__) for m in layers if type(m) in _POOLS]
         self.nodes = nodes
         self.state = self._look()
 
@@ -249,6 +262,8 @@ class _Watch:
         found += map(_geometry, self.convs)
         if self.bounds:
             found += map(_bounds, self.bounds)
+        if self.pools:
+            found += [settings(m) for settings, m in self.pools]
         return found
 
     def holds(self) -> bool:
