@@ -419,3 +419,8 @@ def test_flops_command(capsys):
     out = capsys.readouterr().out
     assert "│ cvt" in out
     assert all(number in out for number in ("19.997", "4.5661", "20 / 4.5", "arXiv 2103.15808"))
+
+
+def test_rollout_is_refused():
+    with pytest.raises(ValueError, match=r"rollout: stage0.blocks.0.attn is ConvProjectionAttention, whose keys and values are conv.* own"):
+        lifeops.rollout(tiny(), torch.randn(1, 3, 32, 32))

@@ -116,6 +116,7 @@ def fuse_(module: nn.Module) -> nn.Module:
 
     * :class:`lifeops.nn.LocalityFeedForward`: W' = W * gamma / sqrt(var + eps) per output channel, bias
       beta - mean * gamma / sqrt(var + eps). Batch norms become ``nn.Identity``.
+    * :class:`lifeops.nn.ConvProjectionAttention`: the same of q, k and v.
     * :class:`lifeops.nn.DWShortcut` and the models of :func:`lifeops.models.dw_shortcut`: one convolution per shortcut, of the
       largest kernel size. Its batch norm comes before the zero padding, so that no constant bias can stand for it: it becomes
       a ``ChannelAffine`` (one kernel) or a ``BorderBias`` (several) of ``lifeops.nn.dw_shortcut_fold``.
@@ -125,7 +126,7 @@ def fuse_(module: nn.Module) -> nn.Module:
     check_module("fuse_", "module", module)
     found = [m for m in module.modules() if hasattr(m, _FOLD)]
     if not found:
-        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward or DWShortcut")
+        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward, DWShortcut or ConvProjectionAttention")
     for check in (True, False):  # nothing is changed unless everything can be
         for m in found:
             getattr(m, _FOLD)(check)

@@ -76,6 +76,7 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
     """
 
     needs_grid = True
+    no_rollout = "whose keys and values are convolutions of the tokens on a grid of their own: what a token draws on is not its attention"
     told = "num_heads", "method", "stride_q", "stride_kv"
 
     def __init__(
