@@ -298,7 +298,7 @@ def test_model_errors():
         ({"depths": (1,)}, r"depths must be one int for each of the 2 stages, got \(1,\)"),
         ({"num_heads": (2, 5)}, "ConvProjectionAttention: dim must be a multiple of num_heads"),
         ({"method": "no"}, "method must be one of"),
-        ({"patch_padding": (2, -1)}, r"patch_padding must be one int for each of the 2 stages, got \(2, -1\)"),
+        ({"patch_padding": (2, -1)}, r"patch_padding\[1\] must not be negative, got -1"),
     ):
         with pytest.raises(ValueError, match=f"cvt: .*{message}"):
             cvt("13", **{**TINY, **options})

@@ -57,7 +57,7 @@ def test_every_system_is_tried():
     assert set(SYSTEMS) == {"life", *OTHERS}
 
 
-OTHERS = {"localvit": "LocalViT", "dw_shortcut": "DW shortcut", "cvt": "CvT"}
+OTHERS = {"localvit": "LocalViT", "dw_shortcut": "DW shortcut", "cvt": "CvT", "edgevit": "EdgeViT"}
 
 
 @pytest.mark.parametrize("system", OTHERS)
@@ -113,7 +113,10 @@ def test_command_line_errors(capsys, monkeypatch):
     assert "pip install lifeops[demo]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("eager", "system"), [("eager", "life"), ("eager_dw_shortcut", "dw_shortcut"), ("eager_cvt", "cvt")])
+@pytest.mark.parametrize(
+    ("eager", "system"),
+    [("eager", "life"), ("eager_dw_shortcut", "dw_shortcut"), ("eager_cvt", "cvt"), ("eager_edgevit", "edgevit")],
+)
 def test_eager_and_lifeops_train_alike(eager, system):
     pytest.importorskip("sklearn")
     images, _ = data.draw(data.load()[0], 50, seed=0)
@@ -140,7 +143,7 @@ def test_same_images_in_the_same_order():
     assert first.y.bincount().min() >= 9
 
 
-@pytest.mark.parametrize(("name", "side"), [("plain", 4), ("eager", 4), ("life", 4), ("dw_shortcut", 4), ("cvt", 2)])
+@pytest.mark.parametrize(("name", "side"), [("plain", 4), ("eager", 4), ("life", 4), ("dw_shortcut", 4), ("cvt", 2), ("edgevit", 2)])
 def test_attention_of_the_class_token(name, side):
     model = build(name, Recipe())
     x = torch.randn(2, 1, 8, 8)

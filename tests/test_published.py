@@ -15,7 +15,7 @@ from lifeops.nn import wrap
 ROWS = [(row, model) for row in published.rows() for model in row.models if model in NAMES]
 IDS = [f"{model}-{row.system}-{row.num_classes}" for row, model in ROWS]
 FIRST = {row: model for row, model in reversed(ROWS) if row.gmacs or row.counted_gmacs}  # not its other names
-OFTEN = "cait_xxs24", "cvt_21", "cvt_w24"  # the same blocks more often, or wider: counted where the models are tested
+OFTEN = "cait_xxs24", "cvt_21", "cvt_w24", "edgevit_s"  # the same blocks more often, or wider: counted where the models are tested
 MACS = [(row, model) for row, model in FIRST.items() if model not in OFTEN]
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 7, "depth": 2}
 

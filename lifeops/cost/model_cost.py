@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.dw_shortcut import ShortcutModule
+from lifeops.nn.local_agg import LocalAgg
 from lifeops.nn.localvit import LocalityFeedForward
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_TELLS_ELEMENTS = (ConvProjectionAttention,)  # modules that know how much goes through the batch norms inside
+_TELLS_ELEMENTS = (ConvProjectionAttention, LocalAgg)  # modules that know how much goes through the batch norms inside
 
 
 class ModelCost(NamedTuple):

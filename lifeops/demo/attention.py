@@ -7,14 +7,16 @@ from torch import Tensor
 
 from lifeops.geometry import conv_grid
 from lifeops.models.deit import Attention, VisionTransformer
-from lifeops.nn import ConvProjectionAttention
+from lifeops.nn import ConvProjectionAttention, GlobalSparseAttention
+from lifeops.ops.token_pool.function import token_pool
 
 
 @torch.no_grad()
 def cls_attention(model: VisionTransformer, x: Tensor) -> Tensor:
     """Images (B, 1, H, W) to the class token's attention over the patches (B, H/p, W/p), mean over heads; of coarser keys (B, H', W')."""
     block, seen = model.blocks[-1], []
-    attn = getattr(block, "blocks", [block])[-1].attn  # a shortcut's block lies inside
+    block = getattr(block, "blocks", [block])[-1]  # a shortcut's lies inside
+    attn = getattr(block, "SelfAttn", block).attn
     handle = attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         model.eval()(x)
@@ -32,5 +34,9 @@ def _queries_keys(attn, tokens: Tensor, grid: tuple[int, int]):
     if isinstance(attn, ConvProjectionAttention):
         q, k, _ = attn.projected(tokens, grid)
         return attn.proj_q(q), attn.proj_k(k), conv_grid(grid, attn.conv_proj_k.conv.kernel_size, attn.stride_kv), attn.scale
+    if isinstance(attn, GlobalSparseAttention):
+        r, P = attn.sr_ratio, attn.num_prefix_tokens
+        tokens = token_pool(tokens, 1, mode="subsample", stride=r, grid=grid, num_prefix_tokens=P)
+        return *attn.qkv(tokens).chunk(3, dim=-1)[:2], (grid[0] // r, grid[1] // r), None
     q, k = attn.qkv(tokens).chunk(3, dim=-1)[:2] if isinstance(attn, Attention) else attn.qkv(tokens, grid)[:2]
     return q, k, grid, None

@@ -30,9 +30,11 @@ from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.init import structured_
 from lifeops.models.deit import Attention, Block, VisionTransformer
+from lifeops.models.edgevit import LGLBlock
 from lifeops.nn import ConvProjectionAttention, DWShortcut, LifeAttention, LocalityFeedForward, LocalViTBlock
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
+from lifeops.nn.eager_edgevit import EagerLGLBlock
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
 from lifeops.nn.shortcut_blocks import ShortcutBlocks
@@ -56,6 +58,11 @@ def _shortcut_block(shortcut):
         return ShortcutBlocks([plain], shortcut(dim, num_prefix_tokens=num_prefix_tokens))
 
     return block
+
+
+def _sparse_block(block):
+    """A block factory for the host: EdgeViT's, which attends from every second token of a row and of a column."""
+    return lambda dim, num_heads, num_prefix_tokens, drop_path: block(dim, num_heads, 2, num_prefix_tokens)
 
 
 class System(NamedTuple):
@@ -82,6 +89,7 @@ SYSTEMS = {
         System("localvit", "LocalViT", "eager_localvit"),
         System("dw_shortcut", "DW shortcut", "eager_dw_shortcut"),
         System("cvt", "CvT", "eager_cvt"),
+        System("edgevit", "EdgeViT", "eager_edgevit"),
     )
 }
 
@@ -103,6 +111,8 @@ MODELS = {
     "dw_shortcut": {"block": _shortcut_block(DWShortcut)},
     "eager_cvt": {"attn": EagerConvProjectionAttention},
     "cvt": {"attn": ConvProjectionAttention},
+    "eager_edgevit": {"block": _sparse_block(EagerLGLBlock)},
+    "edgevit": {"block": _sparse_block(LGLBlock)},
     **{name: {} for name in INITIALISATIONS},
 }
 """What makes each model, as options of the host."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lifeops import geometry
-from lifeops.arguments import check_choice, got, under
+from lifeops.arguments import check_choice, under
 from lifeops.models.deit import Block, DropPath, _init_linear
-from lifeops.models.inputs import check_images, check_rates, check_sizes, check_stages, to_pair
+from lifeops.models.inputs import check_counts, check_images, check_rates, check_sizes, to_pair
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.embedded_grid import plain
 from lifeops.nn.maps import to_maps, to_tokens
@@ -74,14 +74,6 @@ class Stage(nn.Module):
         return x, grid
 
 
-def _check_counts(stages: dict) -> None:
-    """As many numbers under each name."""
-    count = len(stages["embed_dims"]) if isinstance(stages["embed_dims"], (tuple, list)) else 1
-    for name, values in stages.items():
-        if not isinstance(values, (tuple, list)) or len(values) != count or not all(isinstance(n, int) and n >= 0 for n in values):
-            raise ValueError(f"{NAME}: {name} must be one int for each of the {count} stages, got {got(values)}")
-
-
 class CvT(nn.Module):
     """Images (B, in_chans, H, W) to logits (B, num_classes).
 
@@ -105,9 +97,8 @@ class CvT(nn.Module):
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes)
         check_rates(NAME, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), class_token=class_token)
         stages = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads}
-        stages |= {"patch_size": patch_size, "patch_stride": patch_stride, "patch_padding": patch_padding}
-        _check_counts(stages)
-        check_stages(NAME, **{name: values for name, values in stages.items() if name != "patch_padding"})
+        check_counts(NAME, **stages, patch_size=patch_size, patch_stride=patch_stride)
+        check_counts(NAME, 0, embed_dims=embed_dims, patch_padding=patch_padding)
         self.in_chans, self.num_classes, self.num_stages = in_chans, num_classes, len(embed_dims)
         self.windows = tuple(zip(patch_size, patch_stride, patch_padding, strict=True))
         self.img_size = to_pair(NAME, "img_size", img_size)
@@ -118,7 +109,7 @@ class CvT(nn.Module):
             attn = ConvProjectionAttention(dim, heads, prefix, **attention)
             return Block(dim, attn, mlp_ratio, 1e-5, DropPath(next(rates)), QuickMlp)
 
-        for s, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+        for s, (dim, depth, heads) in enumerate(zip(*stages.values(), strict=True)):
             embed = ConvEmbed(embed_dims[s - 1] if s else in_chans, dim, *self.windows[s])
             prefix = int(class_token and s + 1 == self.num_stages)
             self.add_module(f"stage{s}", Stage(embed, [block(dim, heads, prefix) for _ in range(depth)], bool(prefix)))

@@ -53,6 +53,16 @@ def check_stages(name: str, **numbers) -> None:
         check_sizes(name, **{f"{what}[{i}]": n for i, n in enumerate(values)})
 
 
+def check_counts(name: str, least: int = 1, **numbers) -> None:
+    """As many ints for each name as for the first, one per stage."""
+    count = next((len(values) for values in numbers.values() if isinstance(values, (tuple, list))), 1)
+    for what, values in numbers.items():
+        if not isinstance(values, (tuple, list)) or not values or len(values) != count:
+            raise ValueError(f"{name}: {what} must be one int for each of the {count} stages, got {got(values)}")
+        for s, n in enumerate(values):
+            check_int(name, f"{what}[{s}]", n, least)
+
+
 def check_rates(model: str, *, mlp_ratio, drop=(), eps=None, **flags) -> None:
     """The width of the MLP, a rate of dropout as (name, value), an epsilon, and flags by name."""
     check_positive(model, "mlp_ratio", mlp_ratio)

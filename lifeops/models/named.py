@@ -11,10 +11,13 @@ from lifeops.models.cvt import cvt
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import VARIANTS as SHORTCUT_VARIANTS
 from lifeops.models.dw_shortcut import dw_shortcut
+from lifeops.models.edgevit import VARIANTS as EDGEVIT_VARIANTS
+from lifeops.models.edgevit import edgevit
 from lifeops.models.localvit import VARIANTS as LOCALVIT_VARIANTS
 from lifeops.models.localvit import localvit
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.dw_shortcut import ShortcutModule
+from lifeops.nn.global_sparse import GlobalSparseAttention
 from lifeops.nn.life import LifeAttention, LifeQKV
 from lifeops.nn.localvit import LocalityFeedForward
 from lifeops.nn.shortcut_blocks import wrap
@@ -23,6 +26,7 @@ HOST_SYSTEMS = ("plain", "life", "localvit", "dw_shortcut")
 """What is built into a host, as far as the host takes it."""
 WHOLE = {  # models that are a system of their own: the system, what builds it, which variant
     **{f"cvt_{variant}": ("cvt", cvt, variant) for variant in CVT_VARIANTS},
+    **{f"edgevit_{variant}": ("edgevit", edgevit, variant) for variant in EDGEVIT_VARIANTS},
 }
 SYSTEMS = (*HOST_SYSTEMS, *dict.fromkeys(system for system, *_ in WHOLE.values()))
 DEIT = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}
@@ -52,6 +56,7 @@ def system_in(model: nn.Module) -> str:
         "localvit": lambda m: isinstance(m, LocalityFeedForward),
         "dw_shortcut": lambda m: isinstance(m, ShortcutModule) and len(m.convs) > 0,
         "cvt": lambda m: isinstance(m, ConvProjectionAttention),
+        "edgevit": lambda m: isinstance(m, GlobalSparseAttention),
     }
     return " + ".join(name for name, has in built.items() if any(has(m) for m in model.modules())) or "plain"
 
@@ -124,10 +129,10 @@ def named(name: str, system: str | None = None, **host) -> nn.Module:
 
     Args:
         name: "deit_tiny", "deit_small", "deit_base"; "localvit_" and a variant of :func:`lifeops.models.localvit`; a variant of
-            :func:`lifeops.models.dw_shortcut`; "cvt_" and one of :func:`lifeops.models.cvt`; or a timm name, whose model
+            :func:`lifeops.models.dw_shortcut`; "cvt_", "edgevit_" and one of theirs; or a timm name, whose model
             :func:`lifeops.convert` then changes.
         system: "plain", "life", "localvit" (h-swish, squeeze and excitation to one channel, as the authors' tiny and small), "dw_shortcut";
-            of a model that is a system of its own ("cvt"), or of a timm model that comes with one, that. None: a model's own, else "plain".
+            of a model that is a system of its own ("cvt", …), or of a timm model that comes with one, that. None: its own, else "plain".
         host: img_size, patch_size, num_classes, ….
 
     Raises ValueError for an unknown name or system, and where the model cannot have the system.

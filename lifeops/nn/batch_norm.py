@@ -96,6 +96,17 @@ def folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
     return new
 
 
+@torch.no_grad()
+def folded_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
+    """``layer``, dense or a 1x1 convolution, with the constant ``norm`` in front of it folded in; computed in float64."""
+    scale, shift = constants(norm, torch.float64)
+    new, weight = copy.deepcopy(layer), layer.weight.double().flatten(1)
+    new.weight.copy_((weight * scale).view_as(layer.weight))
+    bias = weight @ shift
+    new.bias = nn.Parameter((bias if layer.bias is None else bias + layer.bias.double()).to(layer.weight.dtype))
+    return new
+
+
 def check_constant(name: str, norm: nn.Module) -> None:
     """Raise unless the batch norm ``name`` can be folded."""
     if on_batch(norm):
@@ -117,6 +128,8 @@ def fuse_(module: nn.Module) -> nn.Module:
     * :class:`lifeops.nn.LocalityFeedForward`: W' = W * gamma / sqrt(var + eps) per output channel, bias
       beta - mean * gamma / sqrt(var + eps). Batch norms become ``nn.Identity``.
     * :class:`lifeops.nn.ConvProjectionAttention`: the same of q, k and v.
+    * :class:`lifeops.nn.LocalAgg` and the last norm of :func:`lifeops.models.edgevit`: into the dense layer behind, W' = W * gamma /
+      sqrt(var + eps) per input channel.
     * :class:`lifeops.nn.DWShortcut` and the models of :func:`lifeops.models.dw_shortcut`: one convolution per shortcut, of the
       largest kernel size. Its batch norm comes before the zero padding, so that no constant bias can stand for it: it becomes
       a ``ChannelAffine`` (one kernel) or a ``BorderBias`` (several) of ``lifeops.nn.dw_shortcut_fold``.
@@ -126,7 +139,7 @@ def fuse_(module: nn.Module) -> nn.Module:
     check_module("fuse_", "module", module)
     found = [m for m in module.modules() if hasattr(m, _FOLD)]
     if not found:
-        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward, DWShortcut or ConvProjectionAttention")
+        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward, DWShortcut, ConvProjectionAttention or LocalAgg")
     for check in (True, False):  # nothing is changed unless everything can be
         for m in found:
             getattr(m, _FOLD)(check)

@@ -23,12 +23,12 @@ ACTS = {"relu6": ("relu6", "")} | {"hs" + f"+{kind}" * bool(kind): ("hardswish",
 """The authors' names: activation and channel attention."""
 
 
-def hidden_width(op: str, dim, expand_ratio) -> tuple[int, int]:
+def hidden_width(op: str, dim, expand_ratio, name: str = "expand_ratio") -> tuple[int, int]:
     """(C, H_), checked."""
-    dim, ratio = check_int(op, "dim", dim, 1), check_number(op, "expand_ratio", expand_ratio)
+    dim, ratio = check_int(op, "dim", dim, 1), check_number(op, name, expand_ratio)
     hidden = dim * ratio
     if not 1 <= hidden < LARGEST:
-        raise ValueError(f"{op}: dim * expand_ratio must be at least 1, got {dim} * {expand_ratio}")
+        raise ValueError(f"{op}: dim * {name} must be at least 1, got {dim} * {expand_ratio}")
     return dim, int(hidden)
 
 

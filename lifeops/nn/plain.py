@@ -21,7 +21,7 @@ from torch import nn
 Rule = Callable[[nn.Module], list[str]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
-_CONVS = (nn.Conv1d, nn.Conv2d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, type(None))
 _TRACED = "torch._subclasses"  # fake and functional tensors stand for plain ones
 _geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
@@ -56,7 +56,7 @@ def exactly(*types: type) -> Rule:
 _METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "forward", "_conv_forward")
 _LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.Hardswish,
-    nn.Hardsigmoid, nn.Sequential, nn.MaxPool2d, nn.AvgPool2d,
+    nn.Hardsigmoid, nn.Sequential, nn.MaxPool2d, nn.AvgPool2d, nn.ConvTranspose2d,
 )  # fmt: skip
 _ORIGINAL = {cls: [getattr(cls, name, None) for name in _METHODS] for cls in _LAYERS}
 
@@ -154,6 +154,20 @@ def avg_pool(layer) -> dict:
 def pool(layer) -> list[str]:
     """What pools each channel on its own: by a filter, a maximum or a mean."""
     return {nn.MaxPool2d: max_pool, nn.AvgPool2d: avg_pool}.get(type(layer), strided_depthwise)(layer)
+
+
+@_computed(nn.AvgPool2d)
+def subsample(layer) -> dict:
+    """A mean over windows of one: every stride-th value."""
+    return {
+        "kernel_size": (1, (1, 1)), "padding": (0, (0, 0)), "ceil_mode": (False,), "divisor_override": (None,),
+    }  # fmt: skip
+
+
+@_computed(nn.ConvTranspose2d)
+def transposed_depthwise(layer) -> dict:
+    """A transposed depth-wise convolution of any kernel, stride and padding."""
+    return {"dilation": ((1, 1),), "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",)}
 
 
 @_computed(nn.Conv1d)
