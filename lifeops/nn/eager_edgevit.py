@@ -7,10 +7,10 @@ be any number and the grid any rectangle of multiples of r.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
-
-from lifeops.models.deit import Mlp
 
 
 def _maps(t: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -95,7 +95,8 @@ class EagerSelfAttn(nn.Module):
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = EagerSparseAttention(dim, num_heads, sr_ratio, num_prefix_tokens)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         P = self.num_prefix_tokens
