@@ -68,7 +68,10 @@ def test_every_parameter_has_a_case():
     assert len(given) > 200
 
 
-@pytest.mark.parametrize("name", ["LifeQKV ", "LifeAttention ", "LocalAttention ", "LocalityFeedForward ", "LocalAgg ", "CvT ", "VisionTransformer ", "ViT "])
+CHECKED = "LifeQKV ", "LifeAttention ", "LocalAttention ", "LocalityFeedForward ", "LocalAgg ", "CvT ", "VisionTransformer ", "ViT "
+
+
+@pytest.mark.parametrize("name", CHECKED)
 def test_tokens_of_another_dtype_than_the_weights(name):
     case = CASES[name]
     good = {**case.good, "x": case.good["x"].double()}

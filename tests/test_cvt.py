@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lifeops
+from lifeops import cli
 from lifeops.models import cvt
 from lifeops.nn import ConvProjectionAttention
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
@@ -415,7 +416,7 @@ def test_norms_are_counted():
 
 def test_flops_command(capsys):
     pytest.importorskip("rich")
-    assert lifeops.cli.main(["flops", "cvt_13"]) == 0
+    assert cli.main(["flops", "cvt_13"]) == 0
     out = capsys.readouterr().out
     assert "│ cvt" in out
     assert all(number in out for number in ("19.997", "4.5661", "20 / 4.5", "arXiv 2103.15808"))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lifeops
+from lifeops import cli
 from lifeops.models import edgevit
 from lifeops.models.edgevit import LGLBlock
 from lifeops.nn import GlobalSparseAttention, LocalAgg
@@ -346,7 +347,7 @@ def test_official_files_of_published_sizes(variant, heads):
 
 def test_flops_command(capsys):
     pytest.importorskip("rich")
-    assert lifeops.cli.main(["flops", "edgevit_xxs"]) == 0
+    assert cli.main(["flops", "edgevit_xxs"]) == 0
     out = capsys.readouterr().out
     assert "│ edgevit" in out
     assert all(number in out for number in ("4.068", "0.5513", "(4.0677 / 0.5513)", "arXiv 2205.03436"))
