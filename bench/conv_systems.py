@@ -119,8 +119,14 @@ def model(p: Problem, compile: bool) -> Case:
     full = build(variant, num_classes=CLASSES) if not p.K else None
     ours = full or build(variant, num_classes=CLASSES, depths=(p.K,) * (3 if p.system == "cvt_13" else 4))
     last = len(ours.stage2.blocks) - 1 if p.system == "cvt_13" else len(ours.blocks4) - 1
-    # what a softmax, the head and a batch norm do not see
-    dead = "proj_k.bias", "proj_k.bn.bias", f"stage2.blocks.{last}.attn.conv_proj_q.", f"blocks4.{last}.SelfAttn.mlp.fc2.bias"
+    # what softmax, the head and batch norm do not see, or no more than their eps lets them
+    dead = (
+        "proj_k.bias",
+        "proj_k.bn.bias",
+        "norm1.weight",
+        f"stage2.blocks.{last}.attn.conv_proj_q.",
+        f"blocks4.{last}.SelfAttn.mlp.fc2.bias",
+    )
     ours = ours.to(dtype).train(p.mode != "fwd")
     ours, eager = (_without(m, *dead) for m in (ours, as_authors(ours)))
     if not ours.training:
