@@ -14,7 +14,7 @@ from torch import nn
 
 
 def _maps(t: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, H*W, C) to (B, C, H, W), a copy."""
+    """(B, H*W, C) to (B, C, H, W)."""
     return t.transpose(1, 2).reshape(t.shape[0], t.shape[2], *grid)
 
 
@@ -87,22 +87,20 @@ class EagerSparseAttention(nn.Module):
 
 
 class EagerSelfAttn(nn.Module):
-    """Position, attention and feed-forward; tokens and grid to tokens."""
+    """Position, attention and feed-forward: prefix tokens (B, P, C) and maps (B, C, H, W) to tokens."""
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, num_prefix_tokens: int = 0, mlp_ratio: float = 4.0):
         super().__init__()
-        self.num_prefix_tokens = num_prefix_tokens
         self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = EagerSparseAttention(dim, num_heads, sr_ratio, num_prefix_tokens)
         hidden = int(dim * mlp_ratio)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, dim)))
 
-    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        P = self.num_prefix_tokens
-        maps = _maps(x[:, P:], grid)
-        t = (maps + self.pos_embed(maps)).flatten(2).transpose(1, 2)
-        x = torch.cat((x[:, :P], t), 1) if P else t
+    def forward(self, prefix: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        grid, maps = tuple(maps.shape[2:]), maps + self.pos_embed(maps)
+        x = maps.flatten(2).transpose(1, 2)
+        x = torch.cat((prefix, x), 1) if prefix.shape[1] else x
         x = x + self.attn(self.norm1(x), grid)
         return x + self.mlp(self.norm2(x))
 
@@ -112,8 +110,11 @@ class EagerLGLBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, num_prefix_tokens: int = 0, mlp_ratio: float = 4.0):
         super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
         self.LocalAgg = EagerLocalAgg(dim, mlp_ratio, num_prefix_tokens) if sr_ratio > 1 else None
         self.SelfAttn = EagerSelfAttn(dim, num_heads, sr_ratio, num_prefix_tokens, mlp_ratio)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        return self.SelfAttn(x if self.LocalAgg is None else self.LocalAgg(x, grid), grid)
+        P = self.num_prefix_tokens
+        maps = _maps(x[:, P:], grid)
+        return self.SelfAttn(x[:, :P], maps if self.LocalAgg is None else self.LocalAgg.on_maps(maps))
