@@ -7,6 +7,7 @@ import copy
 import torch
 
 import lifeops
+from bench import baselines
 from bench.block_systems import _on_grid, _xs
 from bench.case import Case, of_module
 from bench.op_systems import _view, _wide
@@ -16,7 +17,7 @@ from lifeops.models.edgevit import LGLBlock
 from lifeops.nn import ConvProjectionAttention, LocalAgg
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
 from lifeops.nn.eager_edgevit import EagerLGLBlock, EagerLocalAgg
-from lifeops.nn.quick_gelu import QuickMlp
+from lifeops.nn.feed_forward import FeedForward
 
 CLASSES = 1000
 RELEASED = {"cvt_13": (cvt, "13"), "edgevit_xs": (edgevit, "xs")}
@@ -30,9 +31,7 @@ def _pair(p: Problem, eager: torch.nn.Module, ours: torch.nn.Module) -> tuple[to
     return eager, ours if training else lifeops.fuse_(ours)
 
 
-def _modules(p: Problem) -> tuple[torch.nn.Module, torch.nn.Module]:
-    if p.system == "edgevit_local_agg":
-        return _pair(p, EagerLocalAgg(p.C, num_prefix_tokens=p.P), LocalAgg(p.C, num_prefix_tokens=p.P))
+def _attentions(p: Problem) -> tuple[torch.nn.Module, torch.nn.Module]:
     heads = max(1, p.C // 64)
     return _pair(p, EagerConvProjectionAttention(p.C, heads, p.P), ConvProjectionAttention(p.C, heads, p.P))
 
@@ -44,8 +43,8 @@ def _without(module: torch.nn.Module, *parts: str) -> torch.nn.Module:
     return module
 
 
-def block(p: Problem, compile: bool) -> Case:
-    eager, ours = (_without(m, "proj_k.bias", "proj_k.bn.bias") for m in _modules(p))
+def attention(p: Problem, compile: bool) -> Case:
+    eager, ours = (_without(m, "proj_k.bias", "proj_k.bn.bias") for m in _attentions(p))
     call = _on_grid(p)
     oracle = _wide(eager, call)
     return Case(p, _xs(p), {"lifeops": of_module(ours, call, truth=oracle), "eager": of_module(eager, call, truth=oracle)})
@@ -53,7 +52,7 @@ def block(p: Problem, compile: bool) -> Case:
 
 def projections(p: Problem, compile: bool) -> Case:
     """q, k and v before their Linears: three convolutions and batch norms of one sequence."""
-    eager, ours = (_without(m, "proj_q.", "proj_k.", "proj_v.", "proj.") for m in _modules(p))
+    eager, ours = (_without(m, "proj_q.", "proj_k.", "proj_v.", "proj.") for m in _attentions(p))
     coarse = lifeops.conv_grid((p.H, p.W), 3, 2)
 
     def call(m, i):
@@ -71,13 +70,33 @@ def projections(p: Problem, compile: bool) -> Case:
     return Case(p, draw, {name: of_module(m, call, truth=oracle, dy=gradients) for name, m in (("lifeops", ours), ("eager", eager))})
 
 
+def local_agg(p: Problem, compile: bool) -> Case:
+    """The authors' module runs on contiguous maps, as their patch embedding leaves them."""
+    eager, ours = _pair(p, EagerLocalAgg(p.C), LocalAgg(p.C))
+
+    def draw():
+        x, dy = (torch.randn(p.B, p.H * p.W, p.C).to(getattr(torch, p.dtype)) for _ in range(2))
+        return {"x": x, "dy": dy, **{name: baselines.to_map(t, p._replace(P=0)).contiguous() for name, t in (("map", x), ("d_map", dy))}}
+
+    def on_maps(m, i):
+        return m.on_maps(i["map"])
+
+    oracle = _wide(eager, _on_grid(p))
+    maps = _wide(eager, on_maps, ("map",), dy=lambda i: i["d_map"])
+    variants = {
+        "lifeops": of_module(ours, _on_grid(p), truth=oracle),
+        "eager": of_module(eager, on_maps, ("map",), truth=maps, dy=lambda i: i["d_map"]),
+    }
+    return Case(p, draw, variants)
+
+
 # ------------------------------------------------------------------------------------------------ models
 
 
 class _EagerMlp(torch.nn.Module):
-    """CvT's, with its QuickGELU of three operators."""
+    """With its layers called, and a QuickGELU of three operators."""
 
-    def __init__(self, mlp: QuickMlp):
+    def __init__(self, mlp: FeedForward):
         super().__init__()
         self.fc1, self.act, self.fc2 = mlp.fc1, mlp.act, mlp.fc2
 
@@ -88,7 +107,7 @@ class _EagerMlp(torch.nn.Module):
 def _authors(module: torch.nn.Module) -> torch.nn.Module | None:
     """The authors' counterpart of one of ours, with its weights; None for any other module."""
     P = getattr(module, "num_prefix_tokens", 0)
-    if isinstance(module, QuickMlp):
+    if isinstance(module, FeedForward):
         return _EagerMlp(module)
     if isinstance(module, ConvProjectionAttention):
         eager = EagerConvProjectionAttention(module.dim, module.num_heads, P)
@@ -109,6 +128,8 @@ def as_authors(model: torch.nn.Module) -> torch.nn.Module:
             eager = _authors(child)
             if eager is not None:
                 setattr(parent, name, eager)
+            if isinstance(eager, EagerLGLBlock):
+                eager.contiguous = name == "0"  # as a patch embedding leaves the maps
     return model
 
 
@@ -142,4 +163,4 @@ def model(p: Problem, compile: bool) -> Case:
     return Case(p, draw, {name: of_module(m, call, (), truth=oracle) for name, m in (("lifeops", ours), ("eager", eager))})
 
 
-BUILDERS = {"cvt_projections": projections, "cvt_attention": block, "edgevit_local_agg": block} | dict.fromkeys(RELEASED, model)
+BUILDERS = {"cvt_projections": projections, "cvt_attention": attention, "edgevit_local_agg": local_agg} | dict.fromkeys(RELEASED, model)

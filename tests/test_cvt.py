@@ -11,7 +11,7 @@ from lifeops import cli
 from lifeops.models import cvt
 from lifeops.nn import ConvProjectionAttention
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
-from lifeops.nn.quick_gelu import QuickMlp
+from lifeops.nn.feed_forward import FeedForward
 from test_checkpoints import quiet
 from test_localvit import _close, _randomised, _state, golden_with_act
 
@@ -223,16 +223,16 @@ def test_bad_input():
 
 @pytest.mark.parametrize("tokens", [(2, 30), (1, 5)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_quick_mlp(tokens, bias):
+def test_quick_gelu(tokens, bias):
     """Both forms of QuickGELU are one function, gradients included."""
     torch.manual_seed(0)
-    mlp = QuickMlp(6, 10).double()
+    mlp = FeedForward(6, 10, quick=True).double()
     if not bias:
         mlp.fc1.bias = mlp.fc2.bias = None
     x = torch.randn(*tokens, 6, dtype=torch.float64, requires_grad=True)
     h = mlp.fc1(x)
     expected = mlp.fc2(h * torch.sigmoid(1.702 * h))
-    assert mlp._pays(x) == (tokens == (2, 30))
+    assert lifeops.explain(mlp)[0].fused
     got = mlp(x)
     _close(got, expected, 1e-12)
     leaves = (x, *mlp.parameters())
@@ -272,7 +272,7 @@ def layer_by_layer(model):
     """A copy that calls its layers."""
     model = copy.deepcopy(model)
     for m in model.modules():
-        if isinstance(m, (ConvProjectionAttention, QuickMlp)):
+        if isinstance(m, (ConvProjectionAttention, FeedForward)):
             (m.proj if hasattr(m, "proj") else m.fc2).register_forward_hook(lambda *_: None)
     return model
 

@@ -17,8 +17,8 @@ from lifeops.models.deit import Block, DropPath, _init_linear
 from lifeops.models.inputs import check_counts, check_images, check_rates, check_sizes, to_pair
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.embedded_grid import plain
+from lifeops.nn.feed_forward import quick_feed_forward
 from lifeops.nn.maps import to_maps, to_tokens
-from lifeops.nn.quick_gelu import QuickMlp
 from lifeops.told import ToldInMetadata
 
 NAME = "CvT"
@@ -107,7 +107,7 @@ class CvT(nn.Module):
 
         def block(dim, heads, prefix):
             attn = ConvProjectionAttention(dim, heads, prefix, **attention)
-            return Block(dim, attn, mlp_ratio, 1e-5, DropPath(next(rates)), QuickMlp)
+            return Block(dim, attn, mlp_ratio, 1e-5, DropPath(next(rates)), quick_feed_forward)
 
         for s, (dim, depth, heads) in enumerate(zip(*stages.values(), strict=True)):
             embed = ConvEmbed(embed_dims[s - 1] if s else in_chans, dim, *self.windows[s])

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lifeops import torchlib
 from lifeops.arguments import check_choice, under
 from lifeops.config import requested_backend
-from lifeops.models.deit import DropPath, Mlp, _init_linear
+from lifeops.models.deit import DropPath, _init_linear
 from lifeops.models.inputs import check_counts, check_images, check_rates, check_sizes, to_pair
 from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, folded_into, normalise
 from lifeops.nn.embedded_grid import plain
+from lifeops.nn.feed_forward import FeedForward
 from lifeops.nn.global_sparse import GlobalSparseAttention
 from lifeops.nn.local_agg import LocalAgg
 from lifeops.nn.maps import call, to_maps, to_tokens
@@ -52,7 +53,7 @@ class SelfAttn(NotScripted, nn.Module):
         self.attn = GlobalSparseAttention(dim, num_heads, sr_ratio, num_prefix_tokens, qkv_bias=qkv_bias)
         self.drop_path = drop_path
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = FeedForward(dim, int(dim * mlp_ratio))
 
     def fused_layers(self):
         return [("pos_embed", depthwise)]

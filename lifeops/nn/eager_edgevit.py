@@ -106,7 +106,9 @@ class EagerSelfAttn(nn.Module):
 
 
 class EagerLGLBlock(nn.Module):
-    """Both; tokens (B, P + H*W, C) and grid to tokens."""
+    """Both; tokens (B, P + H*W, C) and grid to tokens. ``contiguous``: the maps are made so first, as the authors' patch embedding does."""
+
+    contiguous = False
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, num_prefix_tokens: int = 0, mlp_ratio: float = 4.0):
         super().__init__()
@@ -117,4 +119,5 @@ class EagerLGLBlock(nn.Module):
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         P = self.num_prefix_tokens
         maps = _maps(x[:, P:], grid)
+        maps = maps.contiguous() if self.contiguous else maps
         return self.SelfAttn(x[:, :P], maps if self.LocalAgg is None else self.LocalAgg.on_maps(maps))

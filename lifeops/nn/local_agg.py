@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lifeops import config, geometry, torchlib
 from lifeops.arguments import check_factory, check_int, check_module
 from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, folded_into, normalise, on_batch
+from lifeops.nn.feed_forward import exact_gelu
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_kernel_size, check_like
 from lifeops.nn.localvit import hidden_width
@@ -107,7 +107,7 @@ class LocalAgg(Fusible, NotScripted, nn.Module):
         t = dense(normalise(NAME, self.norm1, x, x.shape[1], backend), self.conv1)
         x = x + self.drop_path(dense(depth_wise(t, self.attn), self.conv2))
         t = dense(normalise(NAME, self.norm2, x, x.shape[1], backend), self.mlp.fc1)
-        return x + self.drop_path(dense(F.gelu(t), self.mlp.fc2))
+        return x + self.drop_path(dense(exact_gelu(t), self.mlp.fc2))
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
