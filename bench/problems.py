@@ -39,11 +39,16 @@ class Target(NamedTuple):
     at_least: float
 
 
+STAGED = {  # systems on the maps of several stages: (side, channels, prefix tokens)
+    "cvt_projections": ((56, 64, 0), (28, 192, 0), (14, 384, 1)),
+    "cvt_attention": ((28, 192, 0), (14, 384, 1)),
+    "edgevit_local_agg": ((56, 48, 0), (28, 96, 0), (14, 240, 0)),
+}
 TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
 LEVELS = {
     "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout"),
-    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", *TIMM),
-    "model": ("vit_life", "vit_localvit", "vit_dw_shortcut"),
+    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", *TIMM, *STAGED),
+    "model": ("vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs"),
 }
 SYSTEMS = tuple(system for systems in LEVELS.values() for system in systems)
 NO_PREFIX = ("pvt_mlp", "twins_pos_conv")
@@ -90,7 +95,17 @@ def _attention(system: str, modes, quick: bool):
         yield Problem(system, mode, B, size, size, C, 3 if system == "local_attention" else 0, dtype)
 
 
+def _staged(system: str, modes, quick: bool):
+    sizes = STAGED[system][-1:] if quick else STAGED[system]
+    for mode, dtype, (side, C, P) in product(modes, ("float32",) if quick else DTYPES, sizes):
+        if dtype == "float32" or mode == "fwd":  # bfloat16's gradients are emulated on most CPUs
+            yield Problem(system, mode, 16, side, side, C, 0, dtype, P)
+
+
 def _model(system: str, modes, quick: bool):
+    if not system.startswith("vit_"):
+        yield from (Problem(system, mode, 2 if quick else 8, 14, 14, 384, 0, "float32") for mode in modes)
+        return
     for mode in modes:
         yield Problem(system, mode, 2 if quick else 8, 14, 14, 192, 2 if quick else 12, "float32")  # K: the depth
 
@@ -119,6 +134,8 @@ def problems(system: str, modes: list[str] | None = None, *, quick: bool = False
         found = _dwconv_quick(modes) if quick else _dwconv(modes)
     elif level_of(system) == "model":
         found = _model(system, modes, quick)
+    elif system in STAGED:
+        found = _staged(system, modes, quick)
     elif system in ("local_attention", "rollout"):
         found = _attention(system, modes, quick)
     else:

@@ -96,6 +96,11 @@ VIT_KINDS = {
     "num_heads": "size", "mlp_ratio": "positive",
 }  # fmt: skip
 SWIN = {"img_size": 8, "patch_size": 2, "embed_dim": 6, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2}
+CVT = {"img_size": 16, "embed_dims": (6, 6), "depths": (1, 1), "num_heads": (1, 2), "patch_size": (3, 3), "patch_stride": (2, 2)}
+CVT |= {"patch_padding": (1, 1)}
+EDGEVIT = {"img_size": 16, "embed_dims": (6, 6), "depths": (1, 1), "num_heads": (1, 2), "patch_size": (2, 2), "sr_ratios": (2, 1)}
+STAGES = {"img_size": "size", "in_chans": "size", "num_classes": "count", "mlp_ratio": "positive", "drop_path_rate": "rate"}
+STAGES |= dict.fromkeys(("embed_dims", "depths", "num_heads", "patch_size"), "ints")
 SHORTCUTS = {"every": "size?", "kernel_sizes": "odds"}
 E = draw(12, 16)
 QK = {"position_embedding": E, "grid": (3, 4), "num_heads": 2, "head_dim": 4}
@@ -200,6 +205,18 @@ CASES = {
         "dim_out": "size?", "qkv_bias": "flag", "qk_norm": "flag", "scale_norm": "flag", "proj_bias": "flag", "gated": "flag",
         "attn_drop": "rate", "proj_drop": "rate", "norm_layer": "other", "local_bias": "flag", **DD}),
     "LocalAttention ": Case(_forward(lambda: lifeops.nn.LocalAttention(9, 3)), ATTENTION, ATTENDS, ("attn_mask",)),
+    "ConvProjectionAttention": Case(lifeops.nn.ConvProjectionAttention, {"dim": 9, "num_heads": 3}, {
+        "dim": "size", "num_heads": "size", "num_prefix_tokens": "count", "grid": "grid", "method": "name", "kernel_size": "odd",
+        "stride_q": "size?", "stride_kv": "size?", "qkv_bias": "flag", "attn_drop": "rate", "proj_drop": "rate", **DD}),
+    "ConvProjectionAttention ": Case(_forward(lambda: lifeops.nn.ConvProjectionAttention(9, 3)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "LocalAgg": Case(lifeops.nn.LocalAgg, {"dim": 9}, {
+        "dim": "size", "mlp_ratio": "positive", "num_prefix_tokens": "count", "grid": "grid", "kernel_size": "odd", "drop_path": "other",
+        **DD}),
+    "LocalAgg ": Case(_forward(lambda: lifeops.nn.LocalAgg(9, num_prefix_tokens=1)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "GlobalSparseAttention": Case(lifeops.nn.GlobalSparseAttention, {"dim": 9, "num_heads": 3}, {
+        "dim": "size", "num_heads": "size", "sr_ratio": "size", "num_prefix_tokens": "count", "grid": "grid", "qkv_bias": "flag",
+        "attn_drop": "rate", "proj_drop": "rate", **DD}),
+    "GlobalSparseAttention ": Case(_forward(lambda: lifeops.nn.GlobalSparseAttention(9, 3, 1, 1)), {"x": X, "grid": (2, 3)}, TOKENS),
     "wrap": Case(lifeops.nn.wrap, {"blocks": [nn.LayerNorm(9)]}, {
         "blocks": "module", "every": "size", "kernel_size": "odds", "num_prefix_tokens": "count", "dim": "size?", "grid": "grid"}),
     "VisionTransformer": Case(lifeops.models.VisionTransformer, VIT, {
@@ -215,11 +232,17 @@ CASES = {
         "window_size": "size", "qkv_bias": "flag", "drop_path_rate": "rate", **SHORTCUTS, "grad_checkpointing": "flag"}),
     "SwinTransformer ": Case(_forward(lambda: lifeops.models.SwinTransformer(**{**SWIN, "depths": (1,), "num_heads": (1,)})), IMAGES,
                              {"x": None}),
+    "CvT": Case(lifeops.models.CvT, CVT, {**STAGES, "patch_stride": "ints", "patch_padding": "ints", "class_token": "flag"}),
+    "CvT ": Case(_forward(lambda: lifeops.models.CvT(**CVT)), {"x": draw(2, 3, 16, 16)}, {"x": None}),
+    "cvt": Case(lifeops.models.cvt, {}, {"variant": "name"}),
+    "EdgeViT": Case(lifeops.models.EdgeViT, EDGEVIT, {**STAGES, "sr_ratios": "ints", "qkv_bias": "flag"}),
+    "EdgeViT ": Case(_forward(lambda: lifeops.models.EdgeViT(**EDGEVIT)), {"x": draw(2, 3, 16, 16)}, {"x": None}),
+    "edgevit": Case(lifeops.models.edgevit, {}, {"variant": "name"}),
     "localvit": Case(lifeops.models.localvit, {}, {
         "variant": "name", "embed_dim": "size?", "num_heads": "size?", "mlp_ratio": "number?", "act": "backend", "reduction": "size?",
         "qkv_bias": "flag", "norm_eps": "number?"}),
     "dw_shortcut": Case(lifeops.models.dw_shortcut, {}, {"variant": "name", **SHORTCUTS}),
-    "named": Case(lifeops.models.named, {"name": "deit_tiny"}, {"name": "module", "system": "name"}),
+    "named": Case(lifeops.models.named, {"name": "deit_tiny"}, {"name": "module", "system": "backend"}),
     "head_offsets": Case(lifeops.init.head_offsets, {"num_heads": 3}, {"num_heads": "count", "kernel_size": "odd"}),
     "impulse_qk": Case(lifeops.init.impulse_qk, {**QK, "noise": draw(2, 12, 12)}, {
         "position_embedding": None, "grid": "grid", "num_heads": "size", "head_dim": "size", "noise": None, "generator": "other",

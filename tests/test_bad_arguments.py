@@ -16,6 +16,7 @@ FINE = {
     ("token_pool", "x", "meta"), ("token_dwconv_transpose", "weight", "sizes"),
     *((op, "x", "sizes") for op in ("token_dwconv_transpose", "token_dwconv_multi", "token_pool")),  # shared filters
     ("attn_mask", "bool"), ("attn_mask", "rank"), ("rope", "rank"), ("rollout", "targets", "int"),  # a token
+    ("CvT ", "x", "sizes"), ("EdgeViT ", "x", "sizes"),  # images of any size
     ("position_embedding", "sizes"), *((op, "weight", "meta") for op in CASES if op.strip() in lifeops.init.__all__),  # as torch.nn.init
 }  # fmt: skip
 
@@ -67,7 +68,10 @@ def test_every_parameter_has_a_case():
     assert len(given) > 200
 
 
-@pytest.mark.parametrize("name", ["LifeQKV ", "LifeAttention ", "LocalAttention ", "LocalityFeedForward ", "VisionTransformer ", "ViT "])
+CHECKED = "LifeQKV ", "LifeAttention ", "LocalAttention ", "LocalityFeedForward ", "LocalAgg ", "CvT ", "VisionTransformer ", "ViT "
+
+
+@pytest.mark.parametrize("name", CHECKED)
 def test_tokens_of_another_dtype_than_the_weights(name):
     case = CASES[name]
     good = {**case.good, "x": case.good["x"].double()}

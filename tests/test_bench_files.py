@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import cli, columns, compare, measure, page, rows, scaling, tables  # noqa: E402
-from bench.problems import DTYPES, SYSTEMS, Problem, modes_of, named, problems  # noqa: E402
+from bench.problems import DTYPES, SYSTEMS, Problem, level_of, modes_of, named, problems  # noqa: E402
 
 PROBLEM = Problem("token_dwconv", "fwd", 8, 14, 14, 192, 3, "float32")
 BLANK = dict.fromkeys(rows.FIELDS) | {"note": ""}
@@ -33,7 +33,7 @@ def test_options_choose_problems(monkeypatch):
     monkeypatch.setattr(cli.optional, "installed", lambda name: True)
     todo, o = _options("block", "--quick", "--mode", "train", "--dtype", "float32", "--threads", "1,2", "--allocator", "both")
     assert {p.mode for p in todo} == {"fwdbwd"}
-    assert {p.system for p in todo} == {"life_attention", "localvit_ffn", "dw_shortcut_block", "coat_pos_enc", "pvt_mlp", "twins_pos_conv"}
+    assert {p.system for p in todo} == {s for s in SYSTEMS if level_of(s) == "block"} > {"coat_pos_enc", "pvt_mlp", "twins_pos_conv"}
     assert (o.threads, o.allocators) == ((1, 2), ("warm", "default"))
     (p,), _ = _options("op", "--system", "token_dwconv", "--mode", "infer", "--dtype", "float16", "--problem", "b2_5x7_c24_k3")
     assert p == Problem("token_dwconv", "fwd", 2, 5, 7, 24, 3, "float16")
@@ -42,7 +42,7 @@ def test_options_choose_problems(monkeypatch):
 def test_without_timm_its_blocks_are_left_out(monkeypatch):
     monkeypatch.setattr(cli.optional, "installed", lambda name: False)
     todo, _ = _options("block", "--quick")
-    assert {p.system for p in todo} == {"life_attention", "localvit_ffn", "dw_shortcut_block"}
+    assert {p.system for p in todo} == {s for s in SYSTEMS if level_of(s) == "block"} - {"coat_pos_enc", "pvt_mlp", "twins_pos_conv"}
 
 
 @pytest.mark.parametrize(

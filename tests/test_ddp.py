@@ -59,7 +59,7 @@ def test_two_processes_end_with_equal_weights(image_folder, tmp_path):
 SYNC = """
 import copy, warnings, torch, torch.distributed as dist
 from torch import nn
-from lifeops.nn import DWShortcut, LocalityFeedForward
+from lifeops.nn import ConvProjectionAttention, DWShortcut, LocalAgg, LocalityFeedForward
 warnings.filterwarnings("error", message="Grad strides do not match")
 dist.init_process_group("gloo")
 rank = dist.get_rank()
@@ -72,6 +72,8 @@ def mean(t):
 modules = {
     LocalityFeedForward(8, 2.0, "hs+se", 4): lambda m, x: m(x, (3, 4)),
     DWShortcut(8, (3, 5)): lambda m, x: m(x, x.tanh(), (3, 4)),
+    ConvProjectionAttention(8, 2): lambda m, x: m(x, (3, 4)),
+    LocalAgg(8, num_prefix_tokens=1): lambda m, x: m(x, (3, 4)),
 }
 for module, run in modules.items():
     torch.manual_seed(0)

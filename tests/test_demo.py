@@ -57,7 +57,7 @@ def test_every_system_is_tried():
     assert set(SYSTEMS) == {"life", *OTHERS}
 
 
-OTHERS = {"localvit": "LocalViT", "dw_shortcut": "DW shortcut"}
+OTHERS = {"localvit": "LocalViT", "dw_shortcut": "DW shortcut", "cvt": "CvT", "edgevit": "EdgeViT"}
 
 
 @pytest.mark.parametrize("system", OTHERS)
@@ -113,7 +113,10 @@ def test_command_line_errors(capsys, monkeypatch):
     assert "pip install lifeops[demo]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("eager", "system"), [("eager", "life"), ("eager_dw_shortcut", "dw_shortcut")])
+@pytest.mark.parametrize(
+    ("eager", "system"),
+    [("eager", "life"), ("eager_dw_shortcut", "dw_shortcut"), ("eager_cvt", "cvt"), ("eager_edgevit", "edgevit")],
+)
 def test_eager_and_lifeops_train_alike(eager, system):
     pytest.importorskip("sklearn")
     images, _ = data.draw(data.load()[0], 50, seed=0)
@@ -140,12 +143,12 @@ def test_same_images_in_the_same_order():
     assert first.y.bincount().min() >= 9
 
 
-@pytest.mark.parametrize("name", ["plain", "eager", "life", "dw_shortcut"])
-def test_attention_of_the_class_token(name):
+@pytest.mark.parametrize(("name", "side"), [("plain", 4), ("eager", 4), ("life", 4), ("dw_shortcut", 4), ("cvt", 2), ("edgevit", 2)])
+def test_attention_of_the_class_token(name, side):
     model = build(name, Recipe())
     x = torch.randn(2, 1, 8, 8)
     maps = cls_attention(model, x)
-    assert maps.shape == (2, 4, 4)
+    assert maps.shape == (2, side, side)  # as many as there are keys
     assert (maps > 0).all()
     assert (maps.sum((1, 2)) < 1).all()  # the rest goes to the prefix tokens
     assert 0 <= accuracy(model, data.Images(x, torch.zeros(2, dtype=torch.int64))) <= 1

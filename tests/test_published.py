@@ -9,13 +9,14 @@ from lifeops import cli, use_backend
 from lifeops.cli import flops as flops_cli
 from lifeops.cost import model_cost, published
 from lifeops.models import named
-from lifeops.models.named import NAMES, SYSTEMS, system_in, systems_of
+from lifeops.models.named import HOST_SYSTEMS, NAMES, SYSTEMS, system_in, systems_of
 from lifeops.nn import wrap
 
 ROWS = [(row, model) for row in published.rows() for model in row.models if model in NAMES]
 IDS = [f"{model}-{row.system}-{row.num_classes}" for row, model in ROWS]
 FIRST = {row: model for row, model in reversed(ROWS) if row.gmacs or row.counted_gmacs}  # not its other names
-MACS = [(row, model) for row, model in FIRST.items() if model != "cait_xxs24"]  # the blocks of cait_xxs12 twice as often
+OFTEN = "cait_xxs24", "cvt_21", "cvt_w24", "edgevit_s"  # the same blocks more often, or wider: counted where the models are tested
+MACS = [(row, model) for row, model in FIRST.items() if model not in OFTEN]
 SMALL = {"img_size": 32, "patch_size": 8, "num_classes": 7, "depth": 2}
 
 
@@ -50,7 +51,7 @@ def test_macs(row, model):
     for found, counted in ((macs, row.counted_gmacs), (macs + norm_ops, row.counted_gmacs_with_norms)):
         if counted is not None:
             assert round(found / 1e9, 3 if model == "deit_base" else 4) == counted
-    if row.gmacs is not None:
+    if row.gmacs is not None and not row.note:
         assert round((macs + norm_ops) / 1e9, 4 if model == "vit_tiny" else 2) == row.gmacs
 
 
@@ -232,7 +233,7 @@ def test_flops_command_of_a_reverted_model(capsys, monkeypatch):
     _registered(monkeypatch, lambda n: lifeops.revert(BUILT["life"](n)))
     assert cli.main(["flops", "mine"]) == 0
     out = capsys.readouterr().out
-    assert [s for s in SYSTEMS if f"│ {s} " in out] == list(SYSTEMS)
+    assert [s for s in HOST_SYSTEMS if f"│ {s} " in out] == list(HOST_SYSTEMS)
     assert system_in(_vit(3)) == system_in(named("vit_tiny", depth=1)) == "plain"
     assert system_in(named("vit_tiny", "dw_shortcut", depth=1)) == "dw_shortcut"
 
@@ -253,6 +254,7 @@ def test_flops_command_lists_what_is_published(capsys):
         (["deit_tiny", "--batch", "0"], "--batch and --num-classes must be positive, got 0 and 1000"),
         (["deit_tiny", "--patch-size", "0"], "--patch-size must be positive, got 0"),
         (["deit_tiny", "--img-size", "30"], "img_size must be a multiple of patch_size"),
+        (["cvt_13", "--patch-size", "8"], "named: cvt: CvT: patch_size must be one int for each of the 3 stages, got 8"),
         (["vit_tiny", "--system", "localvit"], "named: the system of vit_tiny must be one of 'plain', 'dw_shortcut', got 'localvit'"),
     ],
 )

@@ -63,6 +63,8 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module, Windows | None, Kind
         if module in inside:
             continue
         windows = windows_of(module)
+        if why := getattr(module, "no_rollout", None):
+            raise ValueError(f"rollout: {path} is {type(module).__name__}, {why}")
         if windows is not None and windows.softmax is not None:
             inside.update(windows.attention.modules())
             found.append((path, module, windows, None))

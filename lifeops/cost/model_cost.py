@@ -13,10 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.dw_shortcut import ShortcutModule
+from lifeops.nn.local_agg import LocalAgg
 from lifeops.nn.localvit import LocalityFeedForward
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_TELLS_ELEMENTS = (ConvProjectionAttention, LocalAgg)  # modules that know how much goes through the batch norms inside
 
 
 class ModelCost(NamedTuple):
@@ -81,12 +84,14 @@ def count_params(model: nn.Module) -> int:
 
 def _own_norms(module: nn.Module) -> list[nn.Module]:
     """Batch norms that a fused module computes itself instead of calling them."""
-    if isinstance(module, LocalityFeedForward):
-        return [m for m in module.conv if isinstance(m, _BATCH_NORM)]
+    if isinstance(module, (LocalityFeedForward, *_TELLS_ELEMENTS)):
+        return [m for m in module.modules() if isinstance(m, _BATCH_NORM)]
     return list(module.batchnorms) if isinstance(module, ShortcutModule) else []
 
 
-def _norm_ops(module: nn.Module, x: Tensor) -> int:
+def _norm_ops(module: nn.Module, x: Tensor, grid: tuple[int, int] | None = None) -> int:
+    if isinstance(module, _TELLS_ELEMENTS):
+        return 2 * x.shape[0] * module.norm_elements(module.grid_holder.of(type(module).__name__, grid))
     if isinstance(module, nn.LayerNorm):
         return 5 * x.numel()
     if isinstance(module, _BATCH_NORM):
@@ -96,14 +101,20 @@ def _norm_ops(module: nn.Module, x: Tensor) -> int:
     return patches * (2 * sum(norm.num_features for norm in _own_norms(module)) + pooled)
 
 
+def _sizes(module: nn.Module, args: tuple) -> tuple:
+    """The tokens and, of modules that ask for it, the grid that was given with them."""
+    return args[:2] if isinstance(module, _TELLS_ELEMENTS) else args[:1]
+
+
 def count_norm_ops(model: nn.Module, fn: Callable[[], object]) -> int:
     """What fvcore, whose totals papers print, counts beside the products: 5 for an element of a layer norm, 2 of a batch norm in
     evaluation mode, 1 of the pool of LocalViT's channel attention.
     """
     fused = {id(norm) for m in model.modules() for norm in _own_norms(m)}
-    found = [m for m in model.modules() if isinstance(m, (nn.LayerNorm, _BATCH_NORM, LocalityFeedForward, ShortcutModule))]
+    kinds = nn.LayerNorm, _BATCH_NORM, LocalityFeedForward, ShortcutModule, *_TELLS_ELEMENTS
+    found = [m for m in model.modules() if isinstance(m, kinds)]
     ops: list[int] = []
-    hooks = [m.register_forward_hook(lambda m, args, y: ops.append(_norm_ops(m, args[0]))) for m in found if id(m) not in fused]
+    hooks = [m.register_forward_hook(lambda m, args, y: ops.append(_norm_ops(m, *_sizes(m, args)))) for m in found if id(m) not in fused]
     try:
         with torch.no_grad():
             fn()

@@ -5,26 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lifeops.geometry import conv_grid
 from lifeops.models.deit import Attention, VisionTransformer
+from lifeops.nn import ConvProjectionAttention, GlobalSparseAttention
+from lifeops.ops.token_pool.function import token_pool
 
 
 @torch.no_grad()
 def cls_attention(model: VisionTransformer, x: Tensor) -> Tensor:
-    """Images (B, 1, H, W) to the class token's attention over the patches (B, H/p, W/p), mean over heads."""
+    """Images (B, 1, H, W) to the class token's attention over the patches (B, H/p, W/p), mean over heads; of coarser keys (B, H', W')."""
     block, seen = model.blocks[-1], []
-    attn = getattr(block, "blocks", [block])[-1].attn  # a shortcut's block lies inside
+    block = getattr(block, "blocks", [block])[-1]  # a shortcut's lies inside
+    attn = getattr(block, "SelfAttn", block).attn
     handle = attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         model.eval()(x)
     finally:
         handle.remove()
     grid, prefix = model.patch_embed.grid_size, model.num_prefix_tokens
-    q, k = _queries_keys(attn, seen[0], grid)
-    weights = (q[:, :, :1] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)  # (B, h, 1, N): the class token's row
+    q, k, grid, scale = _queries_keys(attn, seen[0], grid)
+    q, k = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k))
+    weights = (q[:, :, :1] @ k.transpose(-2, -1) * (scale or q.shape[-1] ** -0.5)).softmax(dim=-1)  # (B, h, 1, N): the class token's row
     return weights[:, :, 0, prefix:].mean(dim=1).unflatten(1, grid)
 
 
-def _queries_keys(attn, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """q and k as (B, h, N, d), from plain or LIFE attention."""
+def _queries_keys(attn, tokens: Tensor, grid: tuple[int, int]):
+    """q and k (B, N, C), the grid of the keys, and the scale of their products if it is not that of the heads' width."""
+    if isinstance(attn, ConvProjectionAttention):
+        q, k, _ = attn.projected(tokens, grid)
+        return attn.proj_q(q), attn.proj_k(k), conv_grid(grid, attn.conv_proj_k.conv.kernel_size, attn.stride_kv), attn.scale
+    if isinstance(attn, GlobalSparseAttention):
+        r, P = attn.sr_ratio, attn.num_prefix_tokens
+        tokens = token_pool(tokens, 1, mode="subsample", stride=r, grid=grid, num_prefix_tokens=P)
+        return *attn.qkv(tokens).chunk(3, dim=-1)[:2], (grid[0] // r, grid[1] // r), None
     q, k = attn.qkv(tokens).chunk(3, dim=-1)[:2] if isinstance(attn, Attention) else attn.qkv(tokens, grid)[:2]
-    return tuple(t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k))
+    return q, k, grid, None

@@ -6,7 +6,7 @@ and weight decay were tuned for the *plain* model alone, on validation images (w
 training sets of 100 and 1000: rates 1 to 10e-3, decays 0.05 to 2, 500 and 800 steps; rate 6e-3 with decay 1 was best, or
 level with the best, for both lengths. The customary decay of 0.05 costs the plain model some 15 points at 100 images. Shifting
 images by a pixel at random never helped and cost the plain model points, so there is no augmentation. LIFE has the same
-settings; they are about as good for it as any that were tried. LocalViT and the DW shortcut have them too, untuned. There is
+settings; they are about as good for it as any that were tried. The other systems have them too, untuned. There is
 no teacher: both heads learn the labels.
 
 500 steps keep the demo near two minutes; part of what it shows is that LIFE learns faster. Accuracy after 800 steps (3 seeds,
@@ -30,8 +30,11 @@ from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.init import structured_
 from lifeops.models.deit import Attention, Block, VisionTransformer
-from lifeops.nn import DWShortcut, LifeAttention, LocalityFeedForward, LocalViTBlock
+from lifeops.models.edgevit import LGLBlock
+from lifeops.nn import ConvProjectionAttention, DWShortcut, LifeAttention, LocalityFeedForward, LocalViTBlock
+from lifeops.nn.eager_cvt import EagerConvProjectionAttention
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
+from lifeops.nn.eager_edgevit import EagerLGLBlock
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
 from lifeops.nn.shortcut_blocks import ShortcutBlocks
@@ -57,6 +60,11 @@ def _shortcut_block(shortcut):
     return block
 
 
+def _sparse_block(block):
+    """A block factory for the host: EdgeViT's, which attends from every second token of a row and of a column."""
+    return lambda dim, num_heads, num_prefix_tokens, drop_path: block(dim, num_heads, 2, num_prefix_tokens)
+
+
 class System(NamedTuple):
     """What the demo compares with the plain model: ``name``, and ``eager``, the same as its authors run it."""
 
@@ -80,6 +88,8 @@ SYSTEMS = {
         System("life", "LIFE", "eager"),
         System("localvit", "LocalViT", "eager_localvit"),
         System("dw_shortcut", "DW shortcut", "eager_dw_shortcut"),
+        System("cvt", "CvT", "eager_cvt"),
+        System("edgevit", "EdgeViT", "eager_edgevit"),
     )
 }
 
@@ -99,6 +109,10 @@ MODELS = {
     "localvit": {"block": _localvit_block(LocalityFeedForward)},
     "eager_dw_shortcut": {"block": _shortcut_block(EagerDWShortcut)},
     "dw_shortcut": {"block": _shortcut_block(DWShortcut)},
+    "eager_cvt": {"attn": EagerConvProjectionAttention},
+    "cvt": {"attn": ConvProjectionAttention},
+    "eager_edgevit": {"block": _sparse_block(EagerLGLBlock)},
+    "edgevit": {"block": _sparse_block(LGLBlock)},
     **{name: {} for name in INITIALISATIONS},
 }
 """What makes each model, as options of the host."""

@@ -10,7 +10,9 @@ from torch import nn
 
 from lifeops.arguments import check_int
 from lifeops.errors import CheckpointError
+from lifeops.integrations import official_cvt as cvt
 from lifeops.integrations import official_dw_shortcut as shortcut
+from lifeops.integrations import official_edgevit as edgevit
 from lifeops.integrations.checkpoint_states import choose, errors_of, load_strictly
 from lifeops.integrations.official_facts import Facts, Given
 from lifeops.integrations.official_fit import fit
@@ -56,6 +58,9 @@ def load_official(
     (``layers.0.convs.0.weight``). Buffers that can be computed (``attn_mask``, ``relative_position_index``,
     ``num_batches_tracked``) may be missing.
 
+    CvT (``stage0.blocks.0.attn.conv_proj_q.conv.weight``), with the authors' strides where metadata does not tell others, and EdgeViT
+    (``blocks1.0.SelfAttn.pos_embed.weight``); ``num_heads`` is the first stage's, those of the others are as wide.
+
     Warns (UserWarning) of every assumption: which of several state dicts, heads, ``aux_key``, activation, a new head.
 
     Raises:
@@ -68,6 +73,7 @@ def load_official(
         Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", published=True)),
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),
         Family("DW shortcut CaiT", shortcut.CAIT_KEY, 4, shortcut.cait), Family("DW shortcut Swin", shortcut.SWIN_KEY, 4, shortcut.swin),
+        Family("CvT", cvt.KEY, 4, cvt.cvt), Family("EdgeViT", edgevit.KEY, 4, edgevit.edgevit),
     )  # fmt: skip
     return _load("load_official", checkpoint, key, given, families)
 

@@ -74,7 +74,7 @@ class Facts:
 
     def tell(self, name: str, modules: Sequence[str], assumption=None):
         """What metadata of one of ``modules`` or the caller says of ``name``, else the noted assumption; None if there is none."""
-        metadata, given = getattr(self.state, "_metadata", {}), getattr(self.given, name)
+        metadata, given = getattr(self.state, "_metadata", {}), getattr(self.given, name, None)
         told = next((metadata[m][name] for m in modules if name in metadata.get(m, ())), None)
         if told is not None and given not in (None, told):
             raise CheckpointError(f"{name} must be the model's own, {told!r} by the checkpoint's metadata, got {given!r}")

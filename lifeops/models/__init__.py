@@ -1,10 +1,12 @@
 """Hosts: small, readable models whose state dicts are timm's or the authors'."""
 
+from lifeops.models.cvt import CvT, cvt
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import dw_shortcut
+from lifeops.models.edgevit import EdgeViT, edgevit
 from lifeops.models.localvit import localvit
 from lifeops.models.named import named
 from lifeops.models.swin import SwinTransformer
 from lifeops.models.vit_cait import CaiT, ViT
 
-__all__ = ["CaiT", "SwinTransformer", "ViT", "VisionTransformer", "dw_shortcut", "localvit", "named"]
+__all__ = ["CaiT", "CvT", "EdgeViT", "SwinTransformer", "ViT", "VisionTransformer", "cvt", "dw_shortcut", "edgevit", "localvit", "named"]

@@ -78,14 +78,14 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+    """Pre-norm block: x + attn(norm1(x)), then x + mlp(norm2(x)). ``mlp``: called as ``mlp(dim, hidden_dim)``."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, norm_eps: float, drop_path: nn.Module):
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, norm_eps: float, drop_path: nn.Module, mlp=Mlp):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -26,11 +26,11 @@ def grid_of(model: str, img_size: tuple[int, int], patch_size: tuple[int, int]) 
     return img_size[0] // patch_size[0], img_size[1] // patch_size[1]
 
 
-def check_images(model: str, x, in_chans: int, img_size: tuple[int, int], first: nn.Module | None = None) -> None:
-    """``first`` is the layer that reads them."""
+def check_images(model: str, x, in_chans: int, img_size: tuple[int, int] | None, first: nn.Module | None = None) -> None:
+    """``first`` is the layer that reads them. Without ``img_size`` they may be of any size."""
     check_tensor(model, "x", x)
-    expected = (in_chans, *img_size)
-    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+    expected = (in_chans, "H", "W") if img_size is None else (in_chans, *img_size)
+    if x.ndim != 4 or x.shape[1] != in_chans or (img_size is not None and tuple(x.shape[2:]) != tuple(img_size)):
         raise ValueError(f"{model}: x must be images (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
     check_floating(model, "x", x)
     check_like(model, "x", x, first)
@@ -43,6 +43,24 @@ def check_sizes(model: str, optional: tuple[str, ...] = (), **sizes) -> None:
     """Ints by name; those named in ``optional`` may be None."""
     for name, value in sizes.items():
         check_int(model, name, value, _LEAST.get(name, 1), name in optional)
+
+
+def check_stages(name: str, **numbers) -> None:
+    """A positive int for each stage, by name."""
+    for what, values in numbers.items():
+        if not isinstance(values, (tuple, list)) or not values:
+            raise TypeError(f"{name}: {what} must be one int per stage, got {got(values)}")
+        check_sizes(name, **{f"{what}[{i}]": n for i, n in enumerate(values)})
+
+
+def check_counts(name: str, least: int = 1, **numbers) -> None:
+    """As many ints for each name as for the first, one per stage."""
+    count = next((len(values) for values in numbers.values() if isinstance(values, (tuple, list))), 1)
+    for what, values in numbers.items():
+        if not isinstance(values, (tuple, list)) or not values or len(values) != count:
+            raise ValueError(f"{name}: {what} must be one int for each of the {count} stages, got {got(values)}")
+        for s, n in enumerate(values):
+            check_int(name, f"{what}[{s}]", n, least)
 
 
 def check_rates(model: str, *, mlp_ratio, drop=(), eps=None, **flags) -> None:

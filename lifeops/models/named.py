@@ -6,20 +6,32 @@ import torch
 from torch import nn
 
 from lifeops.arguments import check_choice, got, under
+from lifeops.models.cvt import VARIANTS as CVT_VARIANTS
+from lifeops.models.cvt import cvt
 from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import VARIANTS as SHORTCUT_VARIANTS
 from lifeops.models.dw_shortcut import dw_shortcut
+from lifeops.models.edgevit import VARIANTS as EDGEVIT_VARIANTS
+from lifeops.models.edgevit import edgevit
 from lifeops.models.localvit import VARIANTS as LOCALVIT_VARIANTS
 from lifeops.models.localvit import localvit
+from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.dw_shortcut import ShortcutModule
+from lifeops.nn.global_sparse import GlobalSparseAttention
 from lifeops.nn.life import LifeAttention, LifeQKV
 from lifeops.nn.localvit import LocalityFeedForward
 from lifeops.nn.shortcut_blocks import wrap
 
-SYSTEMS = ("plain", "life", "localvit", "dw_shortcut")
+HOST_SYSTEMS = ("plain", "life", "localvit", "dw_shortcut")
+"""What is built into a host, as far as the host takes it."""
+WHOLE = {  # models that are a system of their own: the system, what builds it, which variant
+    **{f"cvt_{variant}": ("cvt", cvt, variant) for variant in CVT_VARIANTS},
+    **{f"edgevit_{variant}": ("edgevit", edgevit, variant) for variant in EDGEVIT_VARIANTS},
+}
+SYSTEMS = (*HOST_SYSTEMS, *dict.fromkeys(system for system, *_ in WHOLE.values()))
 DEIT = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}
 LOCALVIT = {f"localvit_{variant}": variant for variant in LOCALVIT_VARIANTS}
-NAMES = (*DEIT, *LOCALVIT, *SHORTCUT_VARIANTS)
+NAMES = (*DEIT, *LOCALVIT, *SHORTCUT_VARIANTS, *WHOLE)
 
 
 def systems_of(name: str, **host) -> tuple[str, ...]:
@@ -28,11 +40,13 @@ def systems_of(name: str, **host) -> tuple[str, ...]:
         return "plain", "localvit"
     if name in SHORTCUT_VARIANTS:
         return "plain", "dw_shortcut"
+    if name in WHOLE:
+        return (WHOLE[name][0],)
     if name in DEIT:
-        return SYSTEMS
+        return HOST_SYSTEMS
     with torch.device("meta"):
         own = system_in(_timm_model(name, host))
-    return SYSTEMS if own == "plain" else (own,)
+    return HOST_SYSTEMS if own == "plain" else (own,)
 
 
 def system_in(model: nn.Module) -> str:
@@ -41,6 +55,8 @@ def system_in(model: nn.Module) -> str:
         "life": lambda m: isinstance(m, LifeQKV),
         "localvit": lambda m: isinstance(m, LocalityFeedForward),
         "dw_shortcut": lambda m: isinstance(m, ShortcutModule) and len(m.convs) > 0,
+        "cvt": lambda m: isinstance(m, ConvProjectionAttention),
+        "edgevit": lambda m: isinstance(m, GlobalSparseAttention),
     }
     return " + ".join(name for name, has in built.items() if any(has(m) for m in model.modules())) or "plain"
 
@@ -63,6 +79,16 @@ def _localvit(name: str, system: str, host: dict) -> nn.Module:
         return localvit(LOCALVIT[name], **host)
     v = LOCALVIT_VARIANTS[LOCALVIT[name]]
     return VisionTransformer(embed_dim=v.embed_dim, num_heads=v.num_heads, mlp_ratio=v.mlp_ratio, **host)
+
+
+def _whole(name: str, host: dict) -> nn.Module:
+    _, build, variant = WHOLE[name]
+    try:
+        return build(variant, **host)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ValueError(f"named: {name} does not take all of {', '.join(host)}: {error}") from error
 
 
 def _timm_model(name: str, host: dict) -> nn.Module:
@@ -93,23 +119,28 @@ def _own(name: str, system: str, host: dict) -> nn.Module:
         return _deit(name, system, host)
     if name in LOCALVIT:
         return _localvit(name, system, host)
+    if name in WHOLE:
+        return _whole(name, host)
     return dw_shortcut(name, every=None if system == "plain" else 1, **host)
 
 
-def named(name: str, system: str = "plain", **host) -> nn.Module:
+def named(name: str, system: str | None = None, **host) -> nn.Module:
     """The model ``name`` with ``system`` built in, on the current default device.
 
     Args:
         name: "deit_tiny", "deit_small", "deit_base"; "localvit_" and a variant of :func:`lifeops.models.localvit`; a variant of
-            :func:`lifeops.models.dw_shortcut`; or a timm name, whose model :func:`lifeops.convert` then changes.
+            :func:`lifeops.models.dw_shortcut`; "cvt_", "edgevit_" and one of theirs; or a timm name, whose model
+            :func:`lifeops.convert` then changes.
         system: "plain", "life", "localvit" (h-swish, squeeze and excitation to one channel, as the authors' tiny and small), "dw_shortcut";
-            of a timm model that comes with one, that.
+            of a model that is a system of its own ("cvt", …), or of a timm model that comes with one, that. None: its own, else "plain".
         host: img_size, patch_size, num_classes, ….
 
     Raises ValueError for an unknown name or system, and where the model cannot have the system.
     """
     if not isinstance(name, str):
         raise TypeError(f"named: name must be a str, got {got(name)}")
+    if system is None:
+        system = WHOLE[name][0] if name in WHOLE else "plain"
     if not isinstance(system, str) or set(system.split(" + ")) - set(SYSTEMS):
         check_choice("named", "system", system, SYSTEMS)
     if name in NAMES and system not in systems_of(name):
@@ -117,12 +148,19 @@ def named(name: str, system: str = "plain", **host) -> nn.Module:
     return _own(name, system, host) if name in NAMES else _timm(name, system, host)
 
 
+def _own_size(name: str) -> tuple[int, int]:
+    if name not in WHOLE:
+        return 224, 224
+    with torch.device("meta"):
+        return named(name).img_size
+
+
 def image_size(name: str, img_size: tuple[int, int] | None = None) -> tuple[int, int, int]:
     """(channels, height, width) of the images of the model ``name``."""
     if img_size is not None:
         return 3, *img_size
     if name in NAMES:
-        return 3, 224, 224
+        return 3, *_own_size(name)
     import timm
 
     with torch.device("meta"):

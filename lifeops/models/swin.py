@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lifeops.arguments import got
 from lifeops.models.deit import DropPath, Mlp, PatchEmbed
-from lifeops.models.inputs import check_rates, check_sizes, to_pair
+from lifeops.models.inputs import check_rates, check_sizes, check_stages, to_pair
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
 
@@ -136,14 +135,6 @@ class SwinStage(ShortcutModule):
         return x if self.downsample is None else self.downsample(x)
 
 
-def _check_stages(name: str, **numbers) -> None:
-    """A positive int for each stage, by name."""
-    for what, values in numbers.items():
-        if not isinstance(values, (tuple, list)) or not values:
-            raise TypeError(f"{name}: {what} must be one int per stage, got {got(values)}")
-        check_sizes(name, **{f"{what}[{i}]": n for i, n in enumerate(values)})
-
-
 class SwinPatchEmbed(PatchEmbed):
     def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int):
         super().__init__(img_size, patch_size, in_chans, embed_dim, "SwinTransformer")
@@ -171,7 +162,7 @@ class SwinTransformer(nn.Module):
         super().__init__()
         name = type(self).__name__
         check_sizes(name, in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim, window_size=window_size)
-        _check_stages(name, depths=depths, num_heads=num_heads)
+        check_stages(name, depths=depths, num_heads=num_heads)
         flags = {"qkv_bias": qkv_bias, "grad_checkpointing": grad_checkpointing}
         check_rates(name, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), **flags)
         check_kernel_sizes(name, "kernel_sizes", kernel_sizes)

@@ -1,9 +1,23 @@
 """Modules: thin, state-dict compatible with the official checkpoints."""
 
+from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.dw_shortcut import DWShortcut
+from lifeops.nn.global_sparse import GlobalSparseAttention
 from lifeops.nn.life import LifeAttention, LifeQKV
+from lifeops.nn.local_agg import LocalAgg
 from lifeops.nn.local_attention import LocalAttention
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 from lifeops.nn.shortcut_blocks import wrap
 
-__all__ = ["DWShortcut", "LifeAttention", "LifeQKV", "LocalAttention", "LocalViTBlock", "LocalityFeedForward", "wrap"]
+__all__ = [
+    "ConvProjectionAttention",
+    "DWShortcut",
+    "GlobalSparseAttention",
+    "LifeAttention",
+    "LifeQKV",
+    "LocalAgg",
+    "LocalAttention",
+    "LocalViTBlock",
+    "LocalityFeedForward",
+    "wrap",
+]

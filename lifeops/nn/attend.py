@@ -39,6 +39,15 @@ def attend(module, q, k, v, attn_mask, is_causal, local=None, *, grid, num_prefi
     return y + F.pad(term, (0, 0, num_prefix_tokens, 0))
 
 
+def attend_keys(module, q, k, v, *, scale, fused):
+    """softmax(scale q kᵀ) v with ``module.attn_drop``, (B, N, C), for q (B, h, N, d) and as many k and v (B, h, N', d) as there are."""
+    drop = module.attn_drop
+    if (drop.training and getattr(drop, "p", 0.0) >= 1) or (not fused and not is_plain(drop, DROPOUT)):
+        return sequence(_by_layer(drop, q, k, v, None, scale))
+    dropout_p = getattr(drop, "p", 0.0) if drop.training else 0.0
+    return sequence(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale))
+
+
 def _by_op(q, k, v, local, attn_mask, drop, grid, num_prefix_tokens):
     request = config.requested_backend("local_attention", None)
     if local is None and q.device.type != "cpu" and request in ("", "cuda"):
@@ -48,9 +57,9 @@ def _by_op(q, k, v, local, attn_mask, drop, grid, num_prefix_tokens):
     return local_attention(q, k, v, *parameters, attn_mask=attn_mask, dropout_p=drop, **place)
 
 
-def _by_layer(drop, q, k, v, attn_mask):
+def _by_layer(drop, q, k, v, attn_mask, scale=None):
     """With the probabilities (B, h, N, N) written out and ``drop`` called on them."""
-    s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
         s = s.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else s + attn_mask
         nothing = (s == -torch.inf).all(-1, keepdim=True)

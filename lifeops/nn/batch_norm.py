@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
 from lifeops.arguments import check_module
 from lifeops.nn.plain import Rule, why_not
+from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.channel.batch_norm import affine_of
+from lifeops.ops.channel.norm_function import Config, TokenBatchNorm
+from lifeops.ops.token_dwconv.act_function import ChannelAct, activated
 
 _FOLD = "fold_batch_norms_"
 
@@ -63,6 +68,45 @@ def constants(norm: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
     return affine_of(norm.running_mean.to(dtype), norm.running_var.to(dtype), norm.weight, norm.bias, norm.eps)[:2]
 
 
+def normalise(op: str, norm: nn.Module, x: torch.Tensor, patches: int, backend: str) -> torch.Tensor:
+    """A plain ``norm``, or the ``nn.Identity`` that is left of one, on the last ``patches`` rows of x (B, P + patches, C).
+
+    Running statistics follow as nn.BatchNorm2d's would. Raises ValueError for a training batch of one value per channel.
+    """
+    if isinstance(norm, nn.Identity):
+        return x
+    if not on_batch(norm):
+        scale, shift = constants(norm, accumulate_dtype(x.dtype))
+        return activated(x, ChannelAct(scale, shift), x.shape[1] - patches, backend)
+    group = sync_group(norm)
+    if x.shape[0] * patches < 2 and group is None:
+        raise ValueError(f"{op}: expected more than 1 value per channel when training, got {x.shape[0]} x {patches} patches")
+    y, mean, unbiased_var = TokenBatchNorm.apply(Config(patches, norm.eps, group, backend), x, norm.weight, norm.bias)
+    update_running(norm, mean, unbiased_var)
+    return y
+
+
+@torch.no_grad()
+def folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    """``conv`` with the constant ``norm`` behind it folded in; computed in float64."""
+    scale, shift = constants(norm, torch.float64)
+    new = copy.deepcopy(conv)
+    new.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    new.bias = nn.Parameter((shift if conv.bias is None else shift + conv.bias.double() * scale).to(conv.weight.dtype))
+    return new
+
+
+@torch.no_grad()
+def folded_into(norm: nn.Module, layer: nn.Module) -> nn.Module:
+    """``layer``, dense or a 1x1 convolution, with the constant ``norm`` in front of it folded in; computed in float64."""
+    scale, shift = constants(norm, torch.float64)
+    new, weight = copy.deepcopy(layer), layer.weight.double().flatten(1)
+    new.weight.copy_((weight * scale).view_as(layer.weight))
+    bias = weight @ shift
+    new.bias = nn.Parameter((bias if layer.bias is None else bias + layer.bias.double()).to(layer.weight.dtype))
+    return new
+
+
 def check_constant(name: str, norm: nn.Module) -> None:
     """Raise unless the batch norm ``name`` can be folded."""
     if on_batch(norm):
@@ -83,6 +127,9 @@ def fuse_(module: nn.Module) -> nn.Module:
 
     * :class:`lifeops.nn.LocalityFeedForward`: W' = W * gamma / sqrt(var + eps) per output channel, bias
       beta - mean * gamma / sqrt(var + eps). Batch norms become ``nn.Identity``.
+    * :class:`lifeops.nn.ConvProjectionAttention`: the same of q, k and v.
+    * :class:`lifeops.nn.LocalAgg` and the last norm of :func:`lifeops.models.edgevit`: into the dense layer behind, W' = W * gamma /
+      sqrt(var + eps) per input channel.
     * :class:`lifeops.nn.DWShortcut` and the models of :func:`lifeops.models.dw_shortcut`: one convolution per shortcut, of the
       largest kernel size. Its batch norm comes before the zero padding, so that no constant bias can stand for it: it becomes
       a ``ChannelAffine`` (one kernel) or a ``BorderBias`` (several) of ``lifeops.nn.dw_shortcut_fold``.
@@ -92,7 +139,7 @@ def fuse_(module: nn.Module) -> nn.Module:
     check_module("fuse_", "module", module)
     found = [m for m in module.modules() if hasattr(m, _FOLD)]
     if not found:
-        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward or DWShortcut")
+        raise ValueError(f"fuse_: {type(module).__name__} has no LocalityFeedForward, DWShortcut, ConvProjectionAttention or LocalAgg")
     for check in (True, False):  # nothing is changed unless everything can be
         for m in found:
             getattr(m, _FOLD)(check)

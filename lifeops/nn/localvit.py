@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
 from lifeops import config, geometry, torchlib
 from lifeops.arguments import LARGEST, check_choice, check_factory, check_flags, check_int, check_module, check_number
-from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, constants, on_batch, sync_group, total_count, update_running
+from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, folded, on_batch, sync_group, total_count, update_running
 from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_like, check_sequence
@@ -25,12 +23,12 @@ ACTS = {"relu6": ("relu6", "")} | {"hs" + f"+{kind}" * bool(kind): ("hardswish",
 """The authors' names: activation and channel attention."""
 
 
-def hidden_width(op: str, dim, expand_ratio) -> tuple[int, int]:
+def hidden_width(op: str, dim, expand_ratio, name: str = "expand_ratio") -> tuple[int, int]:
     """(C, H_), checked."""
-    dim, ratio = check_int(op, "dim", dim, 1), check_number(op, "expand_ratio", expand_ratio)
+    dim, ratio = check_int(op, "dim", dim, 1), check_number(op, name, expand_ratio)
     hidden = dim * ratio
     if not 1 <= hidden < LARGEST:
-        raise ValueError(f"{op}: dim * expand_ratio must be at least 1, got {dim} * {expand_ratio}")
+        raise ValueError(f"{op}: dim * {name} must be at least 1, got {dim} * {expand_ratio}")
     return dim, int(hidden)
 
 
@@ -176,7 +174,7 @@ class LocalityFeedForward(Fusible, NotScripted, ToldInMetadata):
                 check_readable(f"conv.{i - 1}", self.conv[i - 1], exactly(nn.Conv2d))
                 check_readable(f"conv.{i}", norm, batch_norm)
                 if not check:
-                    self.conv[i - 1], self.conv[i] = _folded(self.conv[i - 1], norm), nn.Identity()
+                    self.conv[i - 1], self.conv[i] = folded(self.conv[i - 1], norm), nn.Identity()
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, hidden_dim={self.hidden_dim}, num_prefix_tokens={self.num_prefix_tokens}"
@@ -232,12 +230,3 @@ def _check_batch(count, x, cfg):
     if count < 2 and all(group is None for group in cfg.groups):
         got = f"{tuple(x.shape)} with a {cfg.H}x{cfg.W} grid"
         raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {got}")
-
-
-@torch.no_grad()
-def _folded(conv, norm):
-    scale, shift = constants(norm, torch.float64)
-    new = copy.deepcopy(conv)
-    new.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-    new.bias = nn.Parameter((shift if conv.bias is None else shift + conv.bias.double() * scale).to(conv.weight.dtype))
-    return new

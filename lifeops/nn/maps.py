@@ -36,21 +36,29 @@ def orderly_gradient(maps: torch.Tensor) -> torch.Tensor:
     return maps.index_select(0, torch.zeros(1, dtype=torch.long, device=maps.device))
 
 
-def call(name: str, layer: Callable, maps: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """``layer(maps)``; maps without a pixel give themselves, and parameters zero gradients.
+def apply(name: str, layer: Callable, maps: torch.Tensor) -> torch.Tensor:
+    """``layer(maps)``, of any height and width; maps without a pixel give themselves, and parameters zero gradients.
 
-    Raises ValueError unless a map of the same height and width comes out; ``rule`` is what the layer was expected to be.
+    Raises ValueError unless maps (B, C, H, W) come out.
     """
     if 0 in maps.shape[2:]:
         return maps + sum(p.flatten()[:0].sum().to(maps.dtype) for p in layer.parameters())
     out = layer(orderly(maps))
-    if out.dim() != 4 or out.shape[2:] != maps.shape[2:]:
+    if out.dim() != 4:
+        raise ValueError(f"{name} must make maps (B, C, H, W) of {tuple(maps.shape)}, got {tuple(out.shape)}")
+    return orderly_gradient(out)
+
+
+def call(name: str, layer: Callable, maps: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """:func:`apply`. Raises ValueError unless a map of the same height and width comes out; ``rule`` is what the layer was to be."""
+    out = apply(name, layer, maps)
+    if out.shape[2:] != maps.shape[2:]:
         why = "; ".join(rule(layer)) or "a layer inside it"
         raise ValueError(
             f"{name} makes {tuple(out.shape)} of {tuple(maps.shape)}, and every patch token needs its value: use stride 1 and padding that"
             f" keeps the size ({why})"
         )
-    return orderly_gradient(out)
+    return out
 
 
 def on_patches(name: str, layer: Callable, t: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int, rule: Rule) -> torch.Tensor:

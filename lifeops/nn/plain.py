@@ -21,11 +21,12 @@ from torch import nn
 Rule = Callable[[nn.Module], list[str]]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = [getattr(torch_module, f"_global{name}") for name in _HOOKS]
-_CONVS = (nn.Conv1d, nn.Conv2d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, type(None))
 _TRACED = "torch._subclasses"  # fake and functional tensors stand for plain ones
 _geometry = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _values, _bounds = dict.values, itemgetter("min_val", "max_val")
+_POOLS = {nn.MaxPool2d: itemgetter("dilation", "return_indices"), nn.AvgPool2d: itemgetter("divisor_override")}
 _children, _forward_hooks = itemgetter("_modules"), itemgetter("_forward_hooks")  # the dicts themselves may be exchanged, too
 _WATCH = "_lifeops_watch"
 LEFT = "_lifeops_left"
@@ -55,7 +56,7 @@ def exactly(*types: type) -> Rule:
 _METHODS = ("__call__", "_call_impl", "_wrapped_call_impl", "forward", "_conv_forward")
 _LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.ReLU6, nn.Hardswish,
-    nn.Hardsigmoid, nn.Sequential,
+    nn.Hardsigmoid, nn.Sequential, nn.MaxPool2d, nn.AvgPool2d, nn.ConvTranspose2d,
 )  # fmt: skip
 _ORIGINAL = {cls: [getattr(cls, name, None) for name in _METHODS] for cls in _LAYERS}
 
@@ -127,6 +128,46 @@ def depthwise(layer) -> dict:
         "kernel_size": ((K, K),) if K % 2 else ("an odd size",), "stride": ((1, 1),), "padding": ((K // 2, K // 2), "same"),
         "dilation": ((1, 1),), "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",),
     }  # fmt: skip
+
+
+@_computed(nn.Conv2d)
+def strided_depthwise(layer) -> dict:
+    """A depth-wise convolution of any kernel size, stride and zero padding."""
+    return {
+        "padding": (layer.padding,) if isinstance(layer.padding, tuple) else ("two numbers",), "dilation": ((1, 1),),
+        "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",),
+    }  # fmt: skip
+
+
+@_computed(nn.MaxPool2d)
+def max_pool(layer) -> dict:
+    """The maximum over a window."""
+    return {"dilation": (1, (1, 1)), "return_indices": (False,)}
+
+
+@_computed(nn.AvgPool2d)
+def avg_pool(layer) -> dict:
+    """The mean over a window."""
+    return {"divisor_override": (None,)}
+
+
+def pool(layer) -> list[str]:
+    """What pools each channel on its own: by a filter, a maximum or a mean."""
+    return {nn.MaxPool2d: max_pool, nn.AvgPool2d: avg_pool}.get(type(layer), strided_depthwise)(layer)
+
+
+@_computed(nn.AvgPool2d)
+def subsample(layer) -> dict:
+    """A mean over windows of one: every stride-th value."""
+    return {
+        "kernel_size": (1, (1, 1)), "padding": (0, (0, 0)), "ceil_mode": (False,), "divisor_override": (None,),
+    }  # fmt: skip
+
+
+@_computed(nn.ConvTranspose2d)
+def transposed_depthwise(layer) -> dict:
+    """A transposed depth-wise convolution of any kernel, stride and padding."""
+    return {"dilation": ((1, 1),), "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",)}
 
 
 @_computed(nn.Conv1d)
@@ -223,6 +264,7 @@ class _Watch:
         self.parameters = [m._parameters for m in layers if m._parameters]
         self.convs = [m.__dict__ for m in layers if isinstance(m, _CONVS)]
         self.bounds = [m.__dict__ for m in layers if type(m) is nn.ReLU6]
+        self.pools = [(_POOLS[type(m)], m.__dict__) for m in layers if type(m) in _POOLS]
         self.nodes = nodes
         self.state = self._look()
 
@@ -234,6 +276,8 @@ class _Watch:
         found += map(_geometry, self.convs)
         if self.bounds:
             found += map(_bounds, self.bounds)
+        if self.pools:
+            found += [settings(m) for settings, m in self.pools]
         return found
 
     def holds(self) -> bool:
