@@ -88,13 +88,8 @@ def _images(tokens: int) -> int | None:
     return next((n for n in range(16, min(128, tokens // 8) + 1) if tokens % n == 0), None)
 
 
-def _gradients(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, of_x: bool) -> torch.Tensor | None:
-    """A gradient of the convolution by oneDNN, None where the other library is to compute it. Only sizes are read of what it is not of."""
-    if not _as_convolution(dy, weight) or not x.is_contiguous():
-        return None
-    count = _images(x.shape[0] * x.shape[1])
-    if count is None:
-        return None
+def _gradients(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, count: int, of_x: bool) -> torch.Tensor:
+    """A gradient of the convolution over ``count`` images by oneDNN. Only sizes are read of what it is not of."""
     sizes = [0], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [of_x, not of_x, False]
     dx, dw, _ = torch.ops.aten.convolution_backward(_map(dy, count), _map(x, count), weight[:, :, None, None], *sizes)
     return _tokens(dx, x) if of_x else dw[:, :, 0, 0]
@@ -109,14 +104,26 @@ def pointwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
 
 def pointwise_bwd_dx(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dy W: (B, N, C_out) -> (B, N, C_in)."""
-    dx = _gradients(dy, dy.new_empty((*dy.shape[:2], weight.shape[1])), weight, True)
-    return torch.matmul(dy, weight) if dx is None else dx
+    if not _as_convolution(dy, weight):
+        return torch.matmul(dy, weight)
+    count = _images(dy.shape[0] * dy.shape[1])
+    if count is None:  # forwards one image is enough
+        return _tokens(_convolved(dy, weight.t().contiguous()[:, :, None, None], None), dy)
+    return _gradients(dy, dy.new_empty((*dy.shape[:2], weight.shape[1])), weight, count, True)
 
 
 def pointwise_bwd_dw(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """dyᵀ x summed over (B, N): (C_out, C_in)."""
-    dw = _gradients(dy, x, x.new_empty((dy.shape[2], x.shape[2])), False)
-    return torch.mm(dy.flatten(0, 1).t(), x.flatten(0, 1)) if dw is None else dw
+    weight, rows = x.new_empty((dy.shape[2], x.shape[2])), dy.shape[0] * dy.shape[1]
+    if not _as_convolution(dy, weight) or not x.is_contiguous():
+        return torch.mm(dy.flatten(0, 1).t(), x.flatten(0, 1))
+    count = _images(rows)
+    if count is not None:
+        return _gradients(dy, x, weight, count, False)
+    dy, x, even = dy.flatten(0, 1), x.flatten(0, 1), rows - rows % 16
+    if dy.dtype != torch.float32 or _images(even) is None:  # what is left over would be rounded on its own
+        return torch.mm(dy.t(), x)
+    return _gradients(dy[None, :even], x[None, :even], weight, _images(even), False).addmm_(dy[even:].t(), x[even:])
 
 
 class _Product(torch.autograd.Function):

@@ -8,7 +8,7 @@ from lifeops import config, pointwise, registry, testing, torchlib
 
 @pytest.mark.parametrize("path", ["linear", "conv1x1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [5, 72], ids=["few", "enough"])  # for oneDNN's gradients
+@pytest.mark.parametrize("tokens", [5, 72, 67], ids=["few", "enough", "left_over"])  # for oneDNN's gradients
 def test_both_paths_and_their_gradients(path, dtype, tokens, monkeypatch):
     monkeypatch.setattr(config, "settings", config.settings._replace(cpu_gemm=path))
     x, w, b, dy = (torch.randint(-1, 2, s).to(dtype) for s in ((2, tokens, 12), (9, 12), (9,), (2, tokens, 9)))
