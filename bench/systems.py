@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from bench import block_systems, model_systems, op_systems, optional, timm_systems
+from bench import block_systems, model_systems, op_systems, optional, timm_systems, window_systems
 from bench.case import Case, Run, check, inputs_of, on_backend, runner
 from bench.problems import Problem
 from lifeops import registry
 
-BUILDERS = op_systems.BUILDERS | block_systems.BUILDERS | timm_systems.BUILDERS | model_systems.BUILDERS
+BUILDERS = op_systems.BUILDERS | block_systems.BUILDERS | timm_systems.BUILDERS | model_systems.BUILDERS | window_systems.BUILDERS
 
 
 def backends(device: str = "cpu") -> list[str]:
