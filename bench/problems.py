@@ -20,7 +20,7 @@ class Problem(NamedTuple):
     H: int
     W: int
     C: int
-    K: int  # kernel size; 0 where the system fixes it; a model's depth
+    K: int  # kernel size; 0 where the system fixes it; a model's depth; of pool_qkv the stride of k and v
     dtype: str
     P: int = 1
 
@@ -44,14 +44,15 @@ STAGED = {  # systems on the maps of several stages: (side, channels, prefix tok
     "cvt_attention": ((28, 192, 0), (14, 384, 1)),
     "edgevit_local_agg": ((56, 48, 0), (28, 96, 0), (14, 240, 0)),
 }
+WINDOWS = ("token_dwconv_strided", "token_dwconv_multiplied", "token_dwconv_transpose", "token_pool", "pool_qkv")
 TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
 LEVELS = {
-    "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout"),
+    "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout", *WINDOWS),
     "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", *TIMM, *STAGED),
     "model": ("vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs"),
 }
 SYSTEMS = tuple(system for systems in LEVELS.values() for system in systems)
-NO_PREFIX = ("pvt_mlp", "twins_pos_conv")
+NO_PREFIX = ("pvt_mlp", "twins_pos_conv", "token_dwconv_multiplied", "token_dwconv_transpose")
 MODES = {"fwd": "fwd", "infer": "fwd", "bwd": "bwd", "dw": "dw", "fwdbwd": "fwdbwd", "train": "fwdbwd"}
 SIZES = [(8, 14, 14), (32, 14, 14), (16, 16, 16), (8, 32, 32), (8, 37, 37)]
 FEW_SIZES = [(32, 14, 14), (8, 32, 32)]
@@ -110,6 +111,17 @@ def _model(system: str, modes, quick: bool):
         yield Problem(system, mode, 2 if quick else 8, 14, 14, 192, 2 if quick else 12, "float32")  # K: the depth
 
 
+def _windows(system: str, modes, quick: bool):
+    """The grids of a pyramid's first stages. K: 3, of transposes their stride too; of pool_qkv the stride of k and v."""
+    sizes, widths, P = ((28,), (192,), int(system not in NO_PREFIX)) if quick else ((28, 56), (64, 192, 384), int(system not in NO_PREFIX))
+    kernels = {"token_dwconv_transpose": (2, 4), "pool_qkv": (2, 4)}.get(system, (3,))
+    widths = {"pool_qkv": (96,), "token_dwconv_multiplied": (96, 192)}.get(system, widths)
+    for mode, dtype, size, C, K in product(modes, DTYPES, sizes, widths, kernels):
+        slow = dtype == "bfloat16" and mode != "fwd" and size == 56 and C > 64  # torch's gradients there
+        if not slow and not (quick and dtype == "bfloat16"):
+            yield Problem(system, mode, 16, size, size, C, K, dtype, P)
+
+
 def level_of(system: str) -> str:
     return next(level for level, systems in LEVELS.items() if system in systems)
 
@@ -121,6 +133,8 @@ def modes_of(system: str) -> tuple[str, ...]:
     if system == "rollout":
         return ("fwd",)
     if level_of(system) == "model":
+        return ("fwd", "fwdbwd")
+    if system in WINDOWS:
         return ("fwd", "fwdbwd")
     return ("fwd", "dw", "bwd", "fwdbwd") if system == "token_dwconv" else ("fwd", "bwd", "fwdbwd")
 
@@ -138,6 +152,8 @@ def problems(system: str, modes: list[str] | None = None, *, quick: bool = False
         found = _staged(system, modes, quick)
     elif system in ("local_attention", "rollout"):
         found = _attention(system, modes, quick)
+    elif system in WINDOWS:
+        found = _windows(system, modes, quick)
     else:
         found = _module(system, modes, quick)
     return [p for p in found if p.dtype in dtypes]
@@ -186,6 +202,9 @@ def targets(p: Problem, allocator: str) -> list[Target]:
             "bwd": [],
             "fwdbwd": [Target("eager", 3.0 if large else 1.5)],
         }[p.mode]
+    if p.system in WINDOWS:
+        most = {"token_dwconv_strided": (1.6, 2.0), "pool_qkv": (2.0, 1.8)}.get(p.system, (1.2, 1.5))
+        return [Target("eager", most[p.mode != "fwd"])] if allocator == "warm" else []
     if p.system == "life_qkv" and p.dtype == "float32":
         i = (192, 384, 768).index(p.C)
         if allocator == "default":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from bench import block_systems, conv_systems, model_systems, op_systems, optional, timm_systems
+from bench import block_systems, conv_systems, model_systems, op_systems, optional, timm_systems, window_systems
 from bench.case import Case, Run, check, inputs_of, on_backend, runner
 from bench.problems import Problem
 from lifeops import registry
 
-BUILDERS = op_systems.BUILDERS | block_systems.BUILDERS | timm_systems.BUILDERS | model_systems.BUILDERS | conv_systems.BUILDERS
+_PARTS = op_systems, block_systems, timm_systems, model_systems, conv_systems, window_systems
+BUILDERS = {name: build for part in _PARTS for name, build in part.BUILDERS.items()}
 
 
 def backends(device: str = "cpu") -> list[str]:

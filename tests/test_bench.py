@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import baselines, collect, columns, device, gpu, rows, systems, tables, worker  # noqa: E402
 from bench.case import check, inputs_of  # noqa: E402
-from bench.problems import LEVELS, SYSTEMS, Problem, modes_of  # noqa: E402
+from bench.problems import LEVELS, NO_PREFIX, SYSTEMS, WINDOWS, Problem, modes_of  # noqa: E402
 
 PROBLEM = Problem("token_dwconv", "fwd", 2, 4, 5, 24, 3, "float32")
 needs_cpu = pytest.mark.skipif(
@@ -213,8 +213,9 @@ def test_what_is_saved_is_the_input_and_not_the_weight():
 
 
 def _tiny(system: str, mode: str) -> Problem:
-    p = Problem(system, mode, 2, 4, 4, 192, 3 if system in ("token_dwconv", "local_attention") else 0, "float32")
-    return p._replace(P=0) if system in ("pvt_mlp", "twins_pos_conv") else p._replace(K=1) if system in LEVELS["model"] else p
+    K = 2 if system in ("token_dwconv_transpose", "pool_qkv") else 3 if system in ("token_dwconv", "local_attention", *WINDOWS) else 0
+    p = Problem(system, mode, 2, 4, 4, 192, K, "float32")
+    return p._replace(P=0) if system in NO_PREFIX else p._replace(K=1) if system in LEVELS["model"] else p
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
