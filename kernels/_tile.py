@@ -53,8 +53,8 @@ def store_block(p, b, m, MASKED: tl.constexpr):
 
 @triton.jit
 def inside(o, size):
-    """Whether row or column ``o`` of each job is on the grid, (BLOCK_R, 1)."""
-    return ((o >= 0) & (o < size))[:, None]
+    """Whether row or column ``o`` of each job is on the grid, (BLOCK_R, 1): one unsigned comparison."""
+    return (o.to(tl.uint32) < tl.cast(size, tl.uint32))[:, None]
 
 
 @triton.jit

@@ -18,8 +18,8 @@ import triton.language as tl
 from lifeops import registry
 from lifeops.geometry import filtered_grid
 from lifeops.kernels import _tile
-from lifeops.kernels._tile import divide, inside, load_block, row_offset, strides
-from lifeops.kernels.token_conv import MAX_KERNEL
+from lifeops.kernels._tile import divide, inside, load_block, row_mask, row_offset, strides
+from lifeops.kernels.token_conv import MAX_KERNEL, add_product, load_spread, spread
 from lifeops.kernels.token_dwconv_grad import finish, partial_sums, split
 
 SUMS = 25  # taps whose sums a program holds: with two channels per lane 50 registers
@@ -27,15 +27,14 @@ SUMS = 25  # taps whose sums a program holds: with two channels per lane 50 regi
 
 @triton.jit
 def _add_row(acc, dy, p_x, x_col, m_row, o_first, W, first: tl.constexpr, KW: tl.constexpr, SW: tl.constexpr, SEGMENT: tl.constexpr,
-             ACC: tl.constexpr):  # fmt: skip
+             SPREAD: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """acc[first + k] += sum_q dy[q] * x[q*SW + k]; ``o_first`` is the grid's column of x[0]."""
     for col in tl.static_range((SEGMENT - 1) * SW + KW):
         if col % SW < KW:
-            b_x = load_block(p_x + col * x_col, m_row & inside(o_first + col, W), True, ACC)
-            for q in tl.static_range(SEGMENT):
-                if col >= q * SW and col < q * SW + KW:
-                    k: tl.constexpr = first + col - q * SW
-                    acc = acc[:k] + (tl.fma(b_x, dy[q], acc[k]),) + acc[k + 1 :]
+            b_x = load_spread(p_x + col * x_col, m_row & inside(o_first + col, W), SPREAD, ACC)
+            for k in tl.static_range(KW):
+                if (col - k) % SW == 0 and col >= k and col - k < SEGMENT * SW:
+                    acc = add_product(acc, first + k, b_x, dy[(col - k) // SW])
     return acc
 
 
@@ -45,8 +44,8 @@ def token_dwconv_strided_bwd_dw_kernel(
     dy_ptr, x_ptr, partial_ptr,
     B, H, W, rows, columns, ph, pw, x_prefix, dy_prefix, iterations, stride_dyb, stride_dyn, stride_xb, stride_xn,
     C: tl.constexpr, M: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    TAP_ROWS: tl.constexpr, BIAS: tl.constexpr, SEGMENT: tl.constexpr, DY_STRIDE_N: tl.constexpr, X_STRIDE_N: tl.constexpr,
-    ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    TAP_ROWS: tl.constexpr, BIAS: tl.constexpr, SEGMENT: tl.constexpr, SPREAD: tl.constexpr, DY_STRIDE_N: tl.constexpr,
+    X_STRIDE_N: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Partial sums (parts, KH*KW + BIAS, C*M) over ``iterations`` tiles of BLOCK_R jobs each."""
     OUT: tl.constexpr = C * M
@@ -54,9 +53,9 @@ def token_dwconv_strided_bwd_dw_kernel(
     GROUPS: tl.constexpr = KH // TAP_ROWS
     TAPS: tl.constexpr = TAP_ROWS * KW
     o_c = ((tl.program_id(0) % BLOCKS_C) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    o_in = o_c
-    if M > 1:
-        o_in = o_c // M
+    o_in = ((tl.program_id(0) % BLOCKS_C) * (BLOCK_C >> SPREAD) + tl.arange(0, BLOCK_C >> SPREAD))[None, :]
+    m_in = o_in < OUT >> SPREAD
+    o_in = o_in // (M >> SPREAD)
     i_tap = (tl.program_id(0) // BLOCKS_C) % GROUPS * TAP_ROWS
     i_part = tl.program_id(0) // (BLOCKS_C * GROUPS)
     stride_dyb, dy_col = strides(stride_dyb, stride_dyn, DY_STRIDE_N, ALIGN)
@@ -67,9 +66,8 @@ def token_dwconv_strided_bwd_dw_kernel(
         i_tile, i_cut = divide(i_part * iterations + i, (columns + SEGMENT - 1) // SEGMENT)
         o_q = tl.zeros([BLOCK_R], dtype=tl.int32) + i_cut * SEGMENT
         o_job = i_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        m_job = inside(o_job, B * rows)
-        if OUT % BLOCK_C != 0:
-            m_job = m_job & (o_c < OUT)
+        m_dy = row_mask(o_job, B * rows, o_c < OUT, OUT % BLOCK_C != 0)
+        m_x = row_mask(o_job, B * rows, m_in, OUT % BLOCK_C != 0)
         o_b, o_r = divide(tl.minimum(o_job, B * rows - 1), rows)
         o_row = o_r * SH - ph + i_tap
         o_first = o_q * SW - pw
@@ -77,11 +75,12 @@ def token_dwconv_strided_bwd_dw_kernel(
         p_x = x_ptr + (row_offset(o_b, x_prefix + o_row * W + o_first, stride_xb, x_col)[:, None] + o_in)
         dy = ()
         for q in tl.static_range(SEGMENT):
-            dy = dy + (load_block(p_dy + q * dy_col, m_job & inside(o_q + q, columns), True, ACC),)
+            dy = dy + (load_block(p_dy + q * dy_col, m_dy & inside(o_q + q, columns), True, ACC),)
             if BIAS:
                 acc = acc[:TAPS] + (acc[TAPS] + dy[q],)
         for r in tl.static_range(TAP_ROWS):
-            acc = _add_row(acc, dy, p_x + r * x_row, x_col, inside(o_row + r, H) & m_job, o_first, W, r * KW, KW, SW, SEGMENT, ACC)
+            acc = _add_row(acc, dy, p_x + r * x_row, x_col, inside(o_row + r, H) & m_x, o_first, W, r * KW, KW, SW, SEGMENT,
+                           SPREAD, ACC)  # fmt: skip
     o_c = tl.reshape(o_c, [BLOCK_C])
     p_sum = partial_ptr + (i_part * (KH * KW + BIAS) + i_tap * KW) * OUT + o_c
     for t in tl.static_range(TAPS):
@@ -121,7 +120,7 @@ def grad_launch(dy, x, KH, KW, H, W, rows, columns, dy_prefix, x_prefix, stride,
         dy_ptr=dy, x_ptr=x, partial_ptr=partial_sums(parts, KH * KW + with_bias, dy), B=B, H=H, W=W, rows=rows, columns=columns,
         ph=padding[0], pw=padding[1], x_prefix=x_prefix, dy_prefix=dy_prefix, iterations=iterations,
         stride_dyb=dy.stride(0) // align, stride_dyn=dy.stride(1) // align, stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
-        C=C, M=OUT // C, KH=KH, KW=KW, SH=stride[0], SW=stride[1], BIAS=int(with_bias),
+        C=C, M=OUT // C, SPREAD=spread(OUT // C), KH=KH, KW=KW, SH=stride[0], SW=stride[1], BIAS=int(with_bias),
         DY_STRIDE_N=_tile.common_stride(dy.stride(1), OUT), X_STRIDE_N=_tile.common_stride(x.stride(1), C),
         ALIGN=align, ACC=_tile.accumulator(x.dtype), **asdict(config),
     )  # fmt: skip
