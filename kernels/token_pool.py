@@ -1,4 +1,4 @@
-"""token_pool in Triton: maximum, mean or every stride-th token of each window, and its gradient as a gather.
+"""token_pool in Triton: the maximum or the mean of each window, and its gradient as a gather.
 
     y[r, q, c] = max or mean over i, k of x[r*SH + i - ph, q*SW + k - pw, c]        what lies outside the grid is left out
 
@@ -32,14 +32,18 @@ def _overlap(o_first, size, pad, K: tl.constexpr, COUNT_PAD: tl.constexpr):
 
 
 @triton.jit
-def _mean(b_sum, o_row, o_column, H, W, ph, pw, KH: tl.constexpr, KW: tl.constexpr, COUNT_PAD: tl.constexpr, ACC: tl.constexpr):
-    """The sum of every window over the number of its places."""
-    o_count = _overlap(o_row, H, ph, KH, COUNT_PAD) * _overlap(o_column, W, pw, KW, COUNT_PAD)
-    b_count = tl.broadcast_to(o_count.to(ACC)[:, None], b_sum.shape)
+def _places(o_row, o_column, H, W, ph, pw, KH: tl.constexpr, KW: tl.constexpr, COUNT_PAD: tl.constexpr):
+    """What the sum of each window is divided by, (BLOCK_R, 1)."""
+    return (_overlap(o_row, H, ph, KH, COUNT_PAD) * _overlap(o_column, W, pw, KW, COUNT_PAD))[:, None]
+
+
+@triton.jit
+def _divided(b_a, o_b, ACC: tl.constexpr):
+    """b_a / o_b, rounded as IEEE 754 has it."""
     if ACC == tl.float64:
-        return b_sum / b_count
+        return b_a / o_b.to(ACC)
     else:
-        return tl.div_rn(b_sum, b_count)
+        return tl.div_rn(b_a, tl.broadcast_to(o_b.to(ACC), b_a.shape))
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "rows", "columns", "ph", "pw", "x_prefix", "y_prefix", "copied", "tiles",
@@ -90,7 +94,7 @@ def token_pool_kernel(
                         b_tap = tl.where(m_new, i * KW + k, b_tap)
             p_x += x_row
         if MODE == "avg":
-            b_y = _mean(b_y, o_row, o_column, H, W, ph, pw, KH, KW, COUNT_PAD, ACC)
+            b_y = _divided(b_y, _places(o_row, o_column, H, W, ph, pw, KH, KW, COUNT_PAD), ACC)
         p_y = y_ptr + (row_offset(o_b, y_prefix + o_n, stride_yb, C)[:, None] + o_c)
         if MODE == "place":
             tl.store(p_y, b_tap.to(tl.uint8), mask=m_y)
@@ -131,15 +135,19 @@ def token_pool_bwd_kernel(
         m_dx = row_mask(o_b, B, m_c, TAIL)
         b_dx = tl.zeros([BLOCK_R, BLOCK_C], ACC)
         for t in tl.range((KH + SH - 1) // SH):
-            m_row = inside(o_u - t, rows) & inside(o_i + t * SH, KH) & m_dx
+            m_row = inside(o_u - t, rows) & inside(o_i + t * SH, KH) & inside(o_b, B)
             for s in tl.static_range((KW + SW - 1) // SW):
-                m = m_row & inside(o_v - s, columns) & inside(o_k + s * SW, KW)
+                m_window = m_row & inside(o_v - s, columns) & inside(o_k + s * SW, KW)
+                m = m_window
+                if TAIL:
+                    m = m & m_c
                 o_window = (o_u - t) * columns + o_v - s
                 p_dy = dy_ptr + (row_offset(o_b, dy_prefix + o_window, stride_dyb, dy_col)[:, None] + o_c)
                 b_dy = load_block(p_dy, m, True, ACC)
                 if place_ptr is None:
-                    b_share = _mean(b_dy, (o_u - t) * SH - ph, (o_v - s) * SW - pw, H, W, ph, pw, KH, KW, COUNT_PAD, ACC)
-                    b_dx += tl.where(m, b_share, 0.0)  # a window that is none counts nothing: 0 / 0
+                    o_places = _places((o_u - t) * SH - ph, (o_v - s) * SW - pw, H, W, ph, pw, KH, KW, COUNT_PAD)
+                    o_places = tl.where(m_window, o_places, 1)  # a window that is none may have no place
+                    b_dx = tl.fma(b_dy, tl.broadcast_to(_divided(tl.full(o_places.shape, 1.0, ACC), o_places, ACC), b_dx.shape), b_dx)
                 else:
                     p_place = place_ptr + (row_offset(o_b, o_window, (rows * columns).to(tl.int64) * C, C)[:, None] + o_c)
                     o_tap = (o_i + t * SH) * KW + o_k + s * SW
@@ -184,13 +192,8 @@ def bwd_launch(dy, place, dx, H, W, rows, columns, dy_prefix, dx_prefix, copy_pr
     )  # fmt: skip
 
 
-def _window(mode, kh, kw):
-    """Every stride-th token is the mean of one."""
-    return ("avg", (1, 1)) if mode == "subsample" else (mode, (kh, kw))
-
-
-def token_pool(x, mode, kh, kw, H, W, P, sh, sw, ph, pw, prefix, ceil_mode, count_include_pad, backend):
-    mode, kernel = _window(mode, kh, kw)
+def token_pool(x, mode, Kh, Kw, H, W, P, sh, sw, ph, pw, prefix, ceil_mode, count_include_pad, backend):
+    kernel = Kh, Kw
     rows, columns = filtered_grid("token_pool", H, W, kernel, (sh, sw), (ph, pw), ceil_mode)
     y_prefix = 0 if prefix == "drop" else P
     y = torch.empty((x.shape[0], y_prefix + rows * columns, x.shape[2]), dtype=x.dtype, device=x.device)
@@ -200,8 +203,8 @@ def token_pool(x, mode, kh, kw, H, W, P, sh, sw, ph, pw, prefix, ceil_mode, coun
     return y
 
 
-def token_pool_bwd(dy, x, mode, kh, kw, H, W, P, sh, sw, ph, pw, prefix, ceil_mode, count_include_pad, backend):
-    mode, kernel = _window(mode, kh, kw)
+def token_pool_bwd(dy, x, mode, Kh, Kw, H, W, P, sh, sw, ph, pw, prefix, ceil_mode, count_include_pad, backend):
+    kernel = Kh, Kw
     rows, columns = filtered_grid("token_pool_bwd", H, W, kernel, (sh, sw), (ph, pw), ceil_mode)
     around = kernel, (sh, sw), (ph, pw), count_include_pad
     won = None
@@ -214,3 +217,11 @@ def token_pool_bwd(dy, x, mode, kh, kw, H, W, P, sh, sw, ph, pw, prefix, ceil_mo
     programs, arguments = bwd_launch(dy, won, dx, *place, *around)
     _tile.launch(token_pool_bwd_kernel, programs, dx, arguments)
     return dx
+
+
+def supports(problem) -> list[str]:
+    return _tile.unsupported(problem, token_pool_kernel) + _tile.too_large((problem.Kh, problem.Kw), MAX_KERNEL)
+
+
+registry.register("token_pool", "triton", token_pool, supports=supports, priority=10)
+registry.register("token_pool_bwd", "triton", token_pool_bwd, supports=supports, priority=10)
