@@ -25,9 +25,9 @@ from lifeops.kernels import _tile
 from lifeops.kernels._tile import divide, inside, load_block, prefix_rows, row_mask, row_offset, store_block, strides
 
 MAX_KERNEL = 15
-ROWS = 2  # of outputs, per job, where all taps are held
+LOADS = 180  # of x in a job of the forward pass: the time to compile grows with their square
 HELD = tl.constexpr(25)  # taps that a program keeps in registers
-UNROLLED = tl.constexpr(3)  # rows of taps: a loop over more of them keeps code and registers as small as with one
+UNROLLED = tl.constexpr(3)  # rows of taps of a phase: a loop over more of them keeps code and registers as small as with one
 
 
 @triton.jit
@@ -221,7 +221,7 @@ def token_dwconv_transpose_kernel(
             b_bias += load_block(bias_ptr + o_c, m_c, TAIL, ACC)
         acc = (b_bias,) * (SEGMENT * SW)
         p_w = weight_ptr + o_c * (M * KH * KW)
-        if STEPS <= UNROLLED:
+        if STEPS * M <= UNROLLED:
             for t in tl.static_range(STEPS):
                 m_tap = inside(o_phase + t * SH, KH)
                 for j in tl.static_range(M):
@@ -253,13 +253,27 @@ class Config:
     BLOCK_C: int
 
 
+@dataclass(frozen=True)
+class StridedConfig(Config):
+    ROWS: int  # of outputs in a job
+
+
 @lru_cache(4096)
-def strided_config(columns: int, channels: int, KH: int, KW: int, SW: int, dtype: torch.dtype) -> Config:
-    """``channels`` of the result, ``columns`` of its grid. Segments of 8 or 16 outputs, whichever load fewer columns."""
-    segment = min((16, 8), key=lambda n: -(-columns // n) * ((n - 1) * SW + KW))
+def strided_config(columns: int, channels: int, KH: int, KW: int, SH: int, SW: int, dtype: torch.dtype) -> StridedConfig:
+    """``channels`` of the result, ``columns`` of its grid. Two rows of outputs where they share rows of x and all taps are held;
+    of the segments whose code is not too long, the one that loads the fewest columns.
+    """
+    rows = 2 if KH * KW <= HELD.value and KH > SH else 1
+    high = rows * min(KH, SH) + max(KH - SH, 0) if KH * KW <= HELD.value else 1
+
+    def loads(segment):
+        return segment * min(KW, SW) + max(KW - SW, 0)
+
+    fitting = [n for n in (16, 8) if high * loads(n) <= LOADS] or [4]
+    segment = min(fitting, key=lambda n: -(-columns // n) * loads(n))
     each = _tile.channels_per_lane(max(KH, KW), dtype)
     block_c = _tile.block_of_channels(channels, 32 * each)
-    return Config(segment, _tile.WARPS * 32 * each // block_c, block_c)
+    return StridedConfig(segment, _tile.WARPS * 32 * each // block_c, block_c, rows)
 
 
 @lru_cache(4096)
@@ -286,13 +300,12 @@ def _tensors(x, weight, bias, y, align):
 def strided_launch(x, weight, bias, y, H, W, rows, columns, x_prefix, y_prefix, copy_prefix, stride, padding):
     """(number of programs, arguments) of ``token_dwconv_strided_kernel``."""
     (B, _, C), (KH, KW) = x.shape, weight.shape[-2:]
-    config = strided_config(columns, weight.shape[0], KH, KW, stride[1], x.dtype)
-    held = ROWS if KH * KW <= HELD.value else 1
-    conv_tiles = -(-B * -(-rows // held) // config.BLOCK_R) * -(-columns // config.SEGMENT)
+    config = strided_config(columns, weight.shape[0], KH, KW, *stride, x.dtype)
+    conv_tiles = -(-B * -(-rows // config.ROWS) // config.BLOCK_R) * -(-columns // config.SEGMENT)
     prefix_tiles = -(-B // config.BLOCK_R) if y_prefix else 0
     arguments = dict(
         H=H, W=W, rows=rows, columns=columns, ph=padding[0], pw=padding[1], x_prefix=x_prefix, y_prefix=y_prefix,
-        copied=B if copy_prefix else 0, conv_tiles=conv_tiles, ROWS=held, C=C, M=weight.shape[0] // C, SPREAD=spread(weight.shape[0] // C),
+        copied=B if copy_prefix else 0, conv_tiles=conv_tiles, C=C, M=weight.shape[0] // C, SPREAD=spread(weight.shape[0] // C),
         KH=KH, KW=KW, SH=stride[0], SW=stride[1],
         **_tensors(x, weight, bias, y, _tile.alignment(C, *x.stride()[:2])), **asdict(config),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from lifeops.kernels import _tile
 from lifeops.kernels._tile import divide, inside, load_block, prefix_rows, row_mask, row_offset, store_block, strides
 
 MAX_KERNEL = 15  # 225 taps: one fits a byte
-CHANNELS = 4  # per lane
+LANE_BYTES = 16  # what a lane loads of a token at once
 
 
 @triton.jit
@@ -32,18 +32,23 @@ def _overlap(o_first, size, pad, K: tl.constexpr, COUNT_PAD: tl.constexpr):
 
 
 @triton.jit
-def _places(o_row, o_column, H, W, ph, pw, KH: tl.constexpr, KW: tl.constexpr, COUNT_PAD: tl.constexpr):
-    """What the sum of each window is divided by, (BLOCK_R, 1)."""
-    return (_overlap(o_row, H, ph, KH, COUNT_PAD) * _overlap(o_column, W, pw, KW, COUNT_PAD))[:, None]
+def _share(o_row, o_column, m, H, W, ph, pw, KH: tl.constexpr, KW: tl.constexpr, COUNT_PAD: tl.constexpr, ACC: tl.constexpr):
+    """One over the number of places that each window counts, (BLOCK_R, 1); where ``m`` is false there is no window."""
+    o_places = _overlap(o_row, H, ph, KH, COUNT_PAD) * _overlap(o_column, W, pw, KW, COUNT_PAD)
+    o_places = tl.where(m, o_places[:, None], 1).to(ACC)
+    if ACC == tl.float64:
+        return 1.0 / o_places
+    else:
+        return tl.div_rn(tl.full(o_places.shape, 1.0, ACC), o_places)
 
 
 @triton.jit
-def _divided(b_a, o_b, ACC: tl.constexpr):
-    """b_a / o_b, rounded as IEEE 754 has it."""
-    if ACC == tl.float64:
-        return b_a / o_b.to(ACC)
-    else:
-        return tl.div_rn(b_a, tl.broadcast_to(o_b.to(ACC), b_a.shape))
+def _load_largest(p, m, ACC: tl.constexpr):
+    """A block in the accumulator's dtype, minus infinity where ``m`` is false."""
+    b = tl.load(p, mask=m, other=float("-inf"))
+    if b.dtype == tl.bfloat16 and ACC == tl.float32:
+        return (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return b.to(ACC)
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "rows", "columns", "ph", "pw", "x_prefix", "y_prefix", "copied", "tiles",
@@ -84,17 +89,19 @@ def token_pool_kernel(
             m_row = inside(o_row + i, H) & m_y
             for k in tl.static_range(KW):
                 m = m_row & inside(o_column + k, W)
-                b_x = load_block(p_x + k * x_col, m, True, ACC)
                 if MODE == "avg":
-                    b_y += b_x
+                    b_y += load_block(p_x + k * x_col, m, True, ACC)
                 else:
-                    m_new = ((b_x > b_y) | (b_x != b_x)) & m
-                    b_y = tl.where(m_new, b_x, b_y)
+                    b_x = _load_largest(p_x + k * x_col, m, ACC)
                     if MODE == "place":
+                        m_new = (b_x > b_y) | (b_x != b_x)
                         b_tap = tl.where(m_new, i * KW + k, b_tap)
+                        b_y = tl.where(m_new, b_x, b_y)
+                    else:
+                        b_y = tl.maximum(b_y, b_x, propagate_nan=tl.PropagateNan.ALL)
             p_x += x_row
         if MODE == "avg":
-            b_y = _divided(b_y, _places(o_row, o_column, H, W, ph, pw, KH, KW, COUNT_PAD), ACC)
+            b_y *= _share(o_row, o_column, inside(o_b, B), H, W, ph, pw, KH, KW, COUNT_PAD, ACC)
         p_y = y_ptr + (row_offset(o_b, y_prefix + o_n, stride_yb, C)[:, None] + o_c)
         if MODE == "place":
             tl.store(p_y, b_tap.to(tl.uint8), mask=m_y)
@@ -132,7 +139,11 @@ def token_pool_bwd_kernel(
         # the last window over each token, and the token's tap in it
         o_u, o_v = (o_r + ph) // SH, (o_q + pw) // SW
         o_i, o_k = o_r + ph - o_u * SH, o_q + pw - o_v * SW
-        m_dx = row_mask(o_b, B, m_c, TAIL)
+        p_dy = dy_ptr + (row_offset(o_b, dy_prefix + o_u * columns + o_v, stride_dyb, dy_col)[:, None] + o_c)
+        dy_row = columns.to(tl.int64) * dy_col
+        p_place = None
+        if place_ptr is not None:
+            p_place = place_ptr + (row_offset(o_b, o_u * columns + o_v, (rows * columns).to(tl.int64) * C, C)[:, None] + o_c)
         b_dx = tl.zeros([BLOCK_R, BLOCK_C], ACC)
         for t in tl.range((KH + SH - 1) // SH):
             m_row = inside(o_u - t, rows) & inside(o_i + t * SH, KH) & inside(o_b, B)
@@ -141,25 +152,21 @@ def token_pool_bwd_kernel(
                 m = m_window
                 if TAIL:
                     m = m & m_c
-                o_window = (o_u - t) * columns + o_v - s
-                p_dy = dy_ptr + (row_offset(o_b, dy_prefix + o_window, stride_dyb, dy_col)[:, None] + o_c)
-                b_dy = load_block(p_dy, m, True, ACC)
+                b_dy = load_block(p_dy - (t * dy_row + s * dy_col), m, True, ACC)
                 if place_ptr is None:
-                    o_places = _places((o_u - t) * SH - ph, (o_v - s) * SW - pw, H, W, ph, pw, KH, KW, COUNT_PAD)
-                    o_places = tl.where(m_window, o_places, 1)  # a window that is none may have no place
-                    b_dx = tl.fma(b_dy, tl.broadcast_to(_divided(tl.full(o_places.shape, 1.0, ACC), o_places, ACC), b_dx.shape), b_dx)
+                    b_share = _share((o_u - t) * SH - ph, (o_v - s) * SW - pw, m_window, H, W, ph, pw, KH, KW, COUNT_PAD, ACC)
+                    b_dx = tl.fma(b_dy, tl.broadcast_to(b_share, b_dx.shape), b_dx)
                 else:
-                    p_place = place_ptr + (row_offset(o_b, o_window, (rows * columns).to(tl.int64) * C, C)[:, None] + o_c)
-                    o_tap = (o_i + t * SH) * KW + o_k + s * SW
-                    b_dx += tl.where(tl.load(p_place, mask=m, other=255).to(tl.int32) == o_tap[:, None], b_dy, 0.0)
+                    b_place = tl.load(p_place - (t * columns + s).to(tl.int64) * C, mask=m, other=255).to(tl.int32)
+                    b_dx += tl.where(b_place == ((o_i + t * SH) * KW + o_k + s * SW)[:, None], b_dy, 0.0)
         p_dx = dx_ptr + (row_offset(o_b, dx_prefix + o_n, stride_dxb, C)[:, None] + o_c)
-        store_block(p_dx, b_dx, m_dx, True)
+        store_block(p_dx, b_dx, row_mask(o_b, B, m_c, TAIL), True)
 
 
 def _common(t, tokens, prefix, copy_prefix, kernel, stride, padding):
     """(number of programs, the arguments that both kernels name alike) of a pass over B * ``tokens`` of the result; t is what it reads."""
     B, _, C = t.shape
-    each = CHANNELS // 2 if t.dtype == torch.float64 else CHANNELS
+    each = LANE_BYTES // t.element_size()
     block_c = _tile.block_of_channels(C, 32 * each)
     block_r = _tile.WARPS * 32 * each // block_c
     tiles, prefix_tiles = -(-B * tokens // block_r), -(-B // block_r) if prefix else 0
