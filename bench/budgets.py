@@ -79,7 +79,7 @@ BUDGET = {
     "transpose-3-1": (23.0, 136),
     "transpose-3-2": (12.0, 128),
     "transpose-3-4": (8.0, 64),
-    "transpose-3-2-m2": (22.0, 144),
+    "transpose-3-2-m2": (27.0, 120),
     "transpose-2-2": (8.0, 64),
     "transpose-7-4": (18.0, 64),
     "dws-3-1": (30.0, 96),

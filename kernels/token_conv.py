@@ -27,7 +27,7 @@ from lifeops.kernels._tile import divide, inside, load_block, prefix_rows, row_m
 MAX_KERNEL = 15
 LOADS = 180  # of x in a job of the forward pass: the time to compile grows with their square
 HELD = tl.constexpr(25)  # taps that a program keeps in registers
-UNROLLED = tl.constexpr(3)  # rows of taps of a phase: a loop over more of them keeps code and registers as small as with one
+UNROLLED = tl.constexpr(4)  # rows of taps of a phase: a loop over more of them keeps code and registers as small as with one
 
 
 @triton.jit
@@ -277,9 +277,9 @@ def strided_config(columns: int, channels: int, KH: int, KW: int, SH: int, SW: i
 
 
 @lru_cache(4096)
-def transpose_config(channels: int, KH: int, KW: int, SW: int, dtype: torch.dtype) -> Config:
-    """Segments of about 16 outputs, whole cells."""
-    each = _tile.channels_per_lane(max(KH, KW), dtype)
+def transpose_config(channels: int, M: int, KH: int, KW: int, SW: int, dtype: torch.dtype) -> Config:
+    """Segments of about 16 outputs, whole cells. Channels of x that are M apart come one by one: with four per lane they spill."""
+    each = min(4 if M == 1 else 2, _tile.channels_per_lane(max(KH, KW), dtype))
     block_c = _tile.block_of_channels(channels, 32 * each)
     return Config(max(1, 16 // SW), _tile.WARPS * 32 * each // block_c, block_c)
 
@@ -315,7 +315,7 @@ def strided_launch(x, weight, bias, y, H, W, rows, columns, x_prefix, y_prefix, 
 def transpose_launch(x, weight, bias, y, H, W, rows, columns, x_prefix, y_prefix, copy_prefix, stride, padding):
     """(number of programs, arguments) of ``token_dwconv_transpose_kernel``."""
     B, C, (KH, KW), (SH, SW), (ph, pw) = x.shape[0], y.shape[2], weight.shape[-2:], stride, padding
-    config = transpose_config(C, KH, KW, SW, x.dtype)
+    config = transpose_config(C, x.shape[2] // C, KH, KW, SW, x.dtype)
     cells, across = (-(-(size + pad) // s) - pad // s for size, pad, s in ((H, ph, SH), (W, pw, SW)))
     cuts = -(-across // config.SEGMENT)
     conv_tiles = -(-B * cells // config.BLOCK_R) * SH * cuts
