@@ -105,15 +105,19 @@ __global__ void __launch_bounds__(kThreads)
   const T* x = static_cast<const T*>(a.x_patches) + (c_first + lane) / args.m;
   const int64_t first = static_cast<int64_t>(chunk) * a.tasks_per_chunk;
   const int64_t end = lane < channels ? min(first + a.tasks_per_chunk, p.B * s.rows) : 0;
+  // The columns of dy whose tap lies on the grid; db takes them all.
+  const int64_t before = s.pw - kw, reach = s.W + before;
+  const int64_t q_begin = is_bias || before <= 0 ? 0 : (before + s.sw - 1) / s.sw;
+  const int64_t q_end = is_bias ? s.columns : reach <= 0 ? 0 : min(s.columns, (reach + s.sw - 1) / s.sw);
   Acc sum[1][1] = {};
   for (int64_t coarse = first + warp; coarse < end; coarse += kWarps) {
     const int64_t b = coarse / s.rows, r = coarse - b * s.rows, row = r * s.sh + kh - s.ph;
     if (!is_bias && (row < 0 || row >= s.H)) continue;
-    for (int64_t q = 0; q < s.columns; ++q) {
-      const int64_t column = q * s.sw + kw - s.pw;
-      if (!is_bias && (column < 0 || column >= s.W)) continue;
-      const Acc grad = to_acc(dy[b * p.dy_stride_b + (r * s.columns + q) * p.dy_stride_n]);
-      sum[0][0] += is_bias ? grad : grad * to_acc(x[b * p.x_stride_b + (row * s.W + column) * p.x_stride_n]);
+    const T* dy_row = dy + b * p.dy_stride_b + r * s.columns * p.dy_stride_n;
+    const T* x_row = x + b * p.x_stride_b + (row * s.W - before) * p.x_stride_n;
+    for (int64_t q = q_begin; q < q_end; ++q) {
+      const Acc grad = to_acc(dy_row[q * p.dy_stride_n]);
+      sum[0][0] += is_bias ? grad : grad * to_acc(x_row[q * s.sw * p.x_stride_n]);
     }
   }
   reduce_warps<1, 1>(a, chunk, t, c_first, channels, sum, s_sums);
