@@ -29,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench import conv_arguments
 from lifeops.kernels import _tile, token_dwconv, token_dwconv_act, token_dwconv_grad
 
 # (instructions per element, registers) on every architecture, just above what is reached; the project's targets are 18,
@@ -68,13 +69,37 @@ BUDGET = {
     "dw-3-pro": (27.0, 136),
     "dw-5-pro": (50.0, 208),
     "dw-7-pro": (100.0, 240),
+    # the general convolution per output element: what it reads grows with the square of the stride, and a stride of 2 allows 67
+    "strided-3-1": (18.0, 112),
+    "strided-3-2": (23.0, 104),
+    "strided-3-4": (33.0, 80),
+    "strided-3-2-m2": (21.0, 104),
+    "strided-2-2": (18.0, 64),
+    "strided-7-4": (175.0, 176),
+    "transpose-3-1": (23.0, 136),
+    "transpose-3-2": (12.0, 128),
+    "transpose-3-4": (8.0, 64),
+    "transpose-3-2-m2": (27.0, 120),
+    "transpose-2-2": (8.0, 64),
+    "transpose-7-4": (18.0, 64),
+    "dws-3-1": (30.0, 96),
+    "dws-3-2": (37.0, 96),
+    "dws-3-4": (44.0, 112),
+    "dws-3-2-m2": (34.0, 96),
+    "dws-2-2": (26.0, 80),
+    "dws-7-4": (250.0, 96),
+    "pool-max-3-2": (58.0, 48),
+    "pool-avg-3-2": (72.0, 48),
+    "pool-place-3-2": (88.0, 64),
+    "poolbwd-max-3-2": (60.0, 48),
+    "poolbwd-avg-3-2": (66.0, 48),
 }
 ARCHS = (80, 90, 100)
 BATCH, GRID, CHANNELS = 256, 14, 384
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.M)
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _POINTER = {torch.float64: "*fp64", torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-            torch.int64: "*i64"}  # fmt: skip
+            torch.int64: "*i64", torch.uint8: "*u8"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,15 +184,15 @@ def executed(code: list[tuple[int, str, str]], trips: int) -> int:
     return len(code) + max(loops) * (trips - 1)
 
 
-def cost(name: str, arch: int, kernel, arguments: dict, trips: int, rows: int) -> Cost:
-    """Compile for ``arch`` and count; a program writes ``rows`` rows of SEGMENT columns per job in one of ``trips``."""
+def cost(name: str, arch: int, kernel, arguments: dict, trips: int, written: int) -> Cost:
+    """Compile for ``arch`` and count ``trips`` of the loop; a job writes ``written`` elements per channel."""
     start = time.perf_counter()
     options = dict(num_warps=_tile.WARPS, enable_fp_fusion=True)
     compiled = triton.compile(source(kernel, arguments), target=GPUTarget("cuda", arch, 32), options=options)
     seconds = time.perf_counter() - start
     code, (registers, stack, shared, local) = dump(compiled.asm["cubin"])
     count = executed(code, trips)
-    elements = arguments["BLOCK_R"] * rows * arguments["SEGMENT"] * arguments["BLOCK_C"]
+    elements = arguments["BLOCK_R"] * written * arguments["BLOCK_C"]
     return Cost(name, arch, count * _tile.WARPS * 32 / elements, len(code), registers, stack + local, shared, seconds)
 
 
@@ -205,14 +230,20 @@ def grad_arguments(K: int, H: int = GRID, W: int = GRID, B: int = BATCH, act: st
 
 def _forward(name: str, arch: int, K: int, W: int = GRID, steps: str = "") -> Cost:
     arguments = forward_arguments(K, W=W, steps=steps)
-    return cost(name, arch, token_dwconv.token_dwconv_fwd_kernel, arguments, K - 1 if K >= 7 else 1, token_dwconv.ROWS)
+    written = token_dwconv.ROWS * arguments["SEGMENT"]
+    return cost(name, arch, token_dwconv.token_dwconv_fwd_kernel, arguments, K - 1 if K >= 7 else 1, written)
 
 
 def _grad(name: str, arch: int, K: int, act: str = "") -> Cost:
     arguments = grad_arguments(K, act=act)
     trips = arguments["iterations"]
-    each = cost(name, arch, token_dwconv_grad.token_dwconv_bwd_dw_kernel, arguments, trips, arguments["ROWS"])
-    return Cost(**{**asdict(each), "per_element": each.per_element / trips})
+    written = arguments["ROWS"] * arguments["SEGMENT"] * trips
+    return cost(name, arch, token_dwconv_grad.token_dwconv_bwd_dw_kernel, arguments, trips, written)
+
+
+def _general(name: str, arch: int, launch, *variant) -> Cost:
+    kernel, arguments, written, trips = launch(*variant, CHANNELS, BATCH)
+    return cost(name, arch, kernel, arguments, trips, written)
 
 
 KERNELS = {
@@ -223,6 +254,7 @@ KERNELS = {
     **{f"forward-{K}-{steps}": (_forward, K, GRID, steps) for K in (3, 5, 7) for steps in ("gelu", "gelubwd")},
     **{f"dw-{K}-pro": (_grad, K, "hardswish") for K in (3, 5, 7)},
     **{f"dw-{K}-gelu": (_grad, K, "gelu") for K in (3, 5, 7)},
+    **{name: (_general, *launch) for name, launch in conv_arguments.LAUNCHES.items()},
 }
 
 

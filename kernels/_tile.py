@@ -53,8 +53,30 @@ def store_block(p, b, m, MASKED: tl.constexpr):
 
 @triton.jit
 def inside(o, size):
-    """Whether row or column ``o`` of each job is on the grid, (BLOCK_R, 1)."""
-    return ((o >= 0) & (o < size))[:, None]
+    """Whether row or column ``o`` of each job is on the grid, (BLOCK_R, 1): one unsigned comparison."""
+    return (o.to(tl.uint32) < tl.cast(size, tl.uint32))[:, None]
+
+
+@triton.jit
+def row_mask(o_r, H, m_c, TAIL: tl.constexpr):
+    """Whether each job's row exists, and its channels if the last block of channels is not full."""
+    m = inside(o_r, H)
+    if TAIL:
+        m = m & m_c
+    return m
+
+
+@triton.jit
+def prefix_rows(p_x, p_r, p_y, m_x, m_y, rows, x_col, r_col, y_col, ACC: tl.constexpr):
+    """Copy or clear the prefix rows of some images, and add the residual's."""
+    for _ in range(rows):
+        b_y = load_block(p_x, m_x, True, ACC)
+        p_x += x_col
+        if p_r is not None:
+            b_y += load_block(p_r, m_y, True, ACC)
+            p_r += r_col
+        store_block(p_y, b_y, m_y, True)
+        p_y += y_col
 
 
 @triton.jit
@@ -146,8 +168,8 @@ def on_device(on: torch.Tensor, kernel):
         raise KernelNotBuilt(f"Triton cannot build {kernel.fn.__name__} here: {registry.one_line(error)}") from error
 
 
-def unsupported(problem, kernel, max_kernel: int) -> list[str]:
-    """Every reason why Triton cannot run ``problem``."""
+def unsupported(problem, kernel, max_kernel: int = 0) -> list[str]:
+    """Every reason why Triton cannot run ``problem``; ``max_kernel`` is of the ops with one odd kernel size K."""
     reasons, device = [], problem.device
     if device.type != "cuda" and not (device.type == "cpu" and interpreted(kernel)):
         reasons.append(f"Triton needs a CUDA device (or TRITON_INTERPRET=1 set before it is imported), got {device.type}")
@@ -162,3 +184,8 @@ def unsupported(problem, kernel, max_kernel: int) -> list[str]:
         if major < 8:
             reasons.append(f"bfloat16 needs compute capability 8.0, got {major}.{minor}")
     return reasons
+
+
+def too_large(kernel: tuple[int, int], most: int) -> list[str]:
+    """Why a kernel of rows x columns is too large, if it is."""
+    return [f"kernels have at most {most} rows and columns, got {tuple(kernel)}"] if max(kernel) > most else []

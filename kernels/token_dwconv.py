@@ -22,7 +22,7 @@ import triton.language as tl
 from lifeops import registry
 from lifeops.kernels import _tile
 from lifeops.kernels._activations import activate, derivative, through
-from lifeops.kernels._tile import divide, inside, load_block, per_channel, row_offset, store_block, strides
+from lifeops.kernels._tile import divide, inside, load_block, per_channel, prefix_rows, row_mask, row_offset, store_block, strides
 
 MAX_KERNEL = 15
 ROWS = 2  # output rows per job: more would save loads, but 14 rows are seven pairs and not whole fours
@@ -38,15 +38,6 @@ def _load_taps(p_w, first, m_c, COUNT: tl.constexpr, K: tl.constexpr, FLIP: tl.c
         else:
             taps = taps + (load_block(p_w + (t + first), m_c, TAIL, ACC),)
     return taps
-
-
-@triton.jit
-def _row_mask(o_r, H, m_c, TAIL: tl.constexpr):
-    """Whether each job's row exists, and its channels if the last block of channels is not full."""
-    m = inside(o_r, H)
-    if TAIL:
-        m = m & m_c
-    return m
 
 
 @triton.jit
@@ -135,7 +126,7 @@ def _window(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K: tl.cons
     taps = _load_taps(p_w, 0, m_c, K * K, K, FLIP, TAIL, ACC)
     m_rows = ()
     for j in tl.static_range(K + ROWS - 1):
-        m_rows = m_rows + (_row_mask(o_r + (j - HP), H, m_c, TAIL),)
+        m_rows = m_rows + (row_mask(o_r + (j - HP), H, m_c, TAIL),)
     acc = (b_bias,) * (K * ROWS)
     sums = _no_sums(b_bias)
     for col in tl.static_range(-HP, SEGMENT + HP):
@@ -205,26 +196,26 @@ def _rolling(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K: tl.con
     """K >= 7. Input row j meets row j of the taps for the upper output row and row j - 1 for the lower one."""
     HP: tl.constexpr = K // 2
     taps = _load_taps(p_w, 0, m_c, K, K, FLIP, TAIL, ACC)
-    row = _load_row(x, _row_mask(o_r - HP, H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE)
+    row = _load_row(x, row_mask(o_r - HP, H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE)
     upper = _add_row((b_bias,) * SEGMENT, row, taps, K, SEGMENT, WHOLE)
     lower = (b_bias,) * SEGMENT
     p_x = x[0]
     for j in tl.range(1, K):
         p_x += x[1]
         row = _load_row(
-            (p_x, x[1], x[2]), _row_mask(o_r + (j - HP), H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE
+            (p_x, x[1], x[2]), row_mask(o_r + (j - HP), H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE
         )
         lower = _add_row(lower, row, taps, K, SEGMENT, WHOLE)
         taps = _load_taps(p_w, j * K, m_c, K, K, FLIP, TAIL, ACC)
         upper = _add_row(upper, row, taps, K, SEGMENT, WHOLE)
     p_x += x[1]
     row = _load_row(
-        (p_x, x[1], x[2]), _row_mask(o_r + (K - HP), H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE
+        (p_x, x[1], x[2]), row_mask(o_r + (K - HP), H, m_c, TAIL), around, o_q, W, b_bias, HP, SEGMENT, WHOLE, ACC, ACT, DERIVATIVE
     )
     acc = upper + _add_row(lower, row, taps, K, SEGMENT, WHOLE)
     sums = _no_sums(b_bias)
     for r in tl.static_range(ROWS):
-        m = _row_mask(o_r + r, H, m_c, TAIL)
+        m = row_mask(o_r + r, H, m_c, TAIL)
         for q in tl.static_range(SEGMENT):
             if WHOLE:
                 sums = _store_output(y, residual, around, sums, acc[r * SEGMENT + q], m, r, q, TAIL, ACC, ACT, OUT_ACT, DERIVATIVE, SUMS)
@@ -233,19 +224,6 @@ def _rolling(x, p_w, y, residual, around, b_bias, o_r, o_q, H, W, m_c, K: tl.con
                     y, residual, around, sums, acc[r * SEGMENT + q], m & inside(o_q + q, W), r, q, True, ACC, ACT, OUT_ACT, DERIVATIVE, SUMS
                 )
     return sums
-
-
-@triton.jit
-def _prefix_rows(p_x, p_r, p_y, m_x, m_y, rows, x_col, r_col, y_col, ACC: tl.constexpr):
-    """Copy or clear the prefix rows of some images, and add the residual's."""
-    for _ in range(rows):
-        b_y = load_block(p_x, m_x, True, ACC)
-        p_x += x_col
-        if p_r is not None:
-            b_y += load_block(p_r, m_y, True, ACC)
-            p_r += r_col
-        store_block(p_y, b_y, m_y, True)
-        p_y += y_col
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "x_prefix", "y_prefix", "copied", "pairs", "conv_tiles",
@@ -285,9 +263,9 @@ def token_dwconv_fwd_kernel(
         p_r = None
         if residual_ptr is not None:
             p_r = residual_ptr + ((o_b.to(tl.int64) * stride_rb)[:, None] + o_c)
-        m_x = _row_mask(o_b, copied, m_c, TAIL)
-        m_y = _row_mask(o_b, B, m_c, TAIL)
-        _prefix_rows(p_x, p_r, p_y, m_x, m_y, y_prefix, x_col, r_col, C, ACC)
+        m_x = row_mask(o_b, copied, m_c, TAIL)
+        m_y = row_mask(o_b, B, m_c, TAIL)
+        prefix_rows(p_x, p_r, p_y, m_x, m_y, y_prefix, x_col, r_col, C, ACC)
     else:
         o_q = tl.zeros([BLOCK_R], dtype=tl.int32)
         i_cut = 0

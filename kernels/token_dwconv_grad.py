@@ -205,7 +205,7 @@ def grad_launch(dy, x, K, H, W, dy_prefix, x_prefix, with_bias, scale=None, shif
     tiles = -(-B * -(-H // config.ROWS) // config.BLOCK_R) * -(-W // config.SEGMENT)
     programs_each = -(-C // config.BLOCK_C) * (K // config.TAP_ROWS)
     parts, iterations = split(tiles, programs_each)
-    partial = _partial_sums(parts, K * K + with_bias, x)
+    partial = partial_sums(parts, K * K + with_bias, x)
     align = _tile.alignment(C, *dy.stride()[:2], *x.stride()[:2])
     arguments = dict(
         dy_ptr=dy, x_ptr=x, scale_ptr=scale, shift_ptr=shift, partial_ptr=partial,
@@ -218,12 +218,12 @@ def grad_launch(dy, x, K, H, W, dy_prefix, x_prefix, with_bias, scale=None, shif
     return parts * programs_each, arguments
 
 
-def _partial_sums(parts: int, sums: int, like: torch.Tensor) -> torch.Tensor:
+def partial_sums(parts: int, sums: int, like: torch.Tensor) -> torch.Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return torch.empty((parts, sums, like.shape[2]), dtype=dtype, device=like.device)
 
 
-def _finish(partial, dw, db):
+def finish(partial, dw, db):
     """Second stage: dw and db (either may be None) from the partial sums."""
     parts, sums, C = partial.shape
     taps = sums - (db is not None)
@@ -239,7 +239,7 @@ def grad_weight(dy, x, K, H, W, P, prefix, weight_dtype, bias_dtype, *prologue):
     db = torch.empty((C,), dtype=bias_dtype, device=x.device) if with_bias else None
     programs, arguments = grad_launch(dy, x, K, H, W, 0 if prefix == "drop" else P, P, with_bias, *prologue)
     _tile.launch(token_dwconv_bwd_dw_kernel, programs, x, arguments)
-    _finish(arguments["partial_ptr"], dw, db)
+    finish(arguments["partial_ptr"], dw, db)
     return dw, x.new_empty((0,)) if db is None else db
 
 
@@ -253,7 +253,7 @@ def token_dwconv_bwd_db(dy, H, W, P, prefix, bias_dtype, backend):
     block_r = 4096 // block_c  # 32 values per thread: enough loads in flight for a plain sum
     blocks_c, tiles = -(-C // block_c), -(-B * H * W // block_r)
     parts, iterations = split(tiles, blocks_c)
-    partial = _partial_sums(parts, 1, dy)
+    partial = partial_sums(parts, 1, dy)
     align = _tile.alignment(C, *dy.stride()[:2])
     arguments = dict(
         dy_ptr=dy, partial_ptr=partial, B=B, patches=H * W, dy_prefix=0 if prefix == "drop" else P, iterations=iterations,
@@ -262,7 +262,7 @@ def token_dwconv_bwd_db(dy, H, W, P, prefix, bias_dtype, backend):
     )  # fmt: skip
     _tile.launch(token_dwconv_bwd_db_kernel, parts * blocks_c, dy, arguments)
     db = torch.empty((C,), dtype=bias_dtype, device=dy.device)
-    _finish(partial, None, db)
+    finish(partial, None, db)
     return db
 
 

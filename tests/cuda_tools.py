@@ -39,6 +39,40 @@ class GradWeightParams(ctypes.Structure):
     )
 
 
+class ConvShape(ctypes.Structure):
+    """TokenConvShape of csrc/cuda/token_conv_plan.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("H", "W", "rows", "columns")] + [
+        (name, ctypes.c_int32) for name in ("Kh", "Kw", "sh", "sw", "ph", "pw")
+    ]
+
+
+class ConvParams(ctypes.Structure):
+    """TokenConvParams of csrc/cuda/token_conv_plan.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")]
+        + [(name, ctypes.c_int64) for name in ("B", "C", "m")]
+        + [("shape", ConvShape)]
+        + [(f"{t}_stride_{d}", ctypes.c_int64) for t in "xy" for d in "bn"]
+        + [(name, ctypes.c_int32) for name in ("x_prefix", "y_prefix", "prefix")]
+        + [(name, ctypes.c_bool) for name in ("transpose", "flip")]
+        + [(name, ctypes.c_int32) for name in ("dtype", "weight_dtype", "bias_dtype")]
+    )
+
+
+class ConvGradWeightParams(ctypes.Structure):
+    """TokenConvGradWeightParams of csrc/cuda/token_conv_plan.h."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("dy", "x", "dw", "db")]
+        + [(name, ctypes.c_int64) for name in ("B", "C", "m")]
+        + [("shape", ConvShape)]
+        + [(f"{t}_stride_{d}", ctypes.c_int64) for t in ("x", "dy") for d in "bn"]
+        + [(name, ctypes.c_int32) for name in ("x_prefix", "dy_prefix", "dtype", "weight_dtype", "bias_dtype")]
+    )
+
+
 class AffineAct(ctypes.Structure):
     """AffineAct of csrc/cuda/activations.cuh; acts are numbered as Python lists them, gelu_first last."""
 

@@ -74,8 +74,8 @@ __device__ __forceinline__ void stage_filter_of(const W* filter, bool flip, int 
   }
 }
 
-template <int kTaps, int kPitch, typename Acc>
-__device__ __forceinline__ void stage_filter(const TokenDWConvParams& p, int c_first, int channels, Acc* s_filter) {
+template <int kTaps, int kPitch, typename Acc, typename Params>
+__device__ __forceinline__ void stage_filter(const Params& p, int c_first, int channels, Acc* s_filter) {
   const int64_t first = static_cast<int64_t>(c_first) * kTaps;
   auto stage = [&](auto* filter) {
     stage_filter_of<kTaps, kPitch>(filter + first, p.flip, channels * kTaps, s_filter);

@@ -128,7 +128,7 @@ inline bool all_small(const TokenDWConvParams& p) {
 
 // One wave of blocks that stay: a warp loads its filter once (2 to 7 instructions per element if it did one tile only)
 // and then walks over tasks_per_warp tiles. Results do not depend on it.
-inline LaunchShape one_wave(TokenDWConvFwdArgs& a, int multiprocessors, int blocks_per_sm) {
+template <typename Args> LaunchShape one_wave(Args& a, int multiprocessors, int blocks_per_sm) {
   const int64_t resident = static_cast<int64_t>(multiprocessors) * blocks_per_sm * kWarps;
   const int64_t slabs = a.tiling.slabs.divisor;
   a.tasks_per_warp = static_cast<int32_t>(std::max<int64_t>(1, ceil_div(slabs * a.tiling.tasks, resident)));
@@ -183,6 +183,15 @@ inline int64_t chunk_rows(TokenDWConvGradWeightArgs& a) {
   return slabs * a.taps * a.chunks;
 }
 
+// The tile kernels sum tiles; -> the launch.
+inline LaunchShape chunk_tiles(TokenDWConvGradWeightArgs& a) {
+  const int64_t work = a.tiling.tasks, slabs = a.tiling.slabs.divisor;
+  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(work, 4 * kWarps), 512 / slabs));
+  a.tasks_per_chunk = static_cast<int32_t>(ceil_div(work, chunks));
+  a.chunks = static_cast<int32_t>(ceil_div(work, a.tasks_per_chunk));
+  return {checked_blocks(slabs * a.chunks), kThreads};
+}
+
 // The partial sums are a function of the problem alone, never of the device: at most about 512 blocks, and at least
 // four tiles, or 64 rows, for each warp.
 inline Plan<TokenDWConvGradWeightArgs> plan_token_dwconv_grad_weight(const TokenDWConvGradWeightParams& p) {
@@ -194,11 +203,7 @@ inline Plan<TokenDWConvGradWeightArgs> plan_token_dwconv_grad_weight(const Token
     return plan;
   }
   a.tiling = make_tiling(p.B, p.H, p.W, p.C, plan.variant, kTileH);
-  const int64_t work = a.tiling.tasks, slabs = a.tiling.slabs.divisor;
-  const int64_t chunks = std::max<int64_t>(1, std::min(ceil_div(work, 4 * kWarps), 512 / slabs));
-  a.tasks_per_chunk = static_cast<int32_t>(ceil_div(work, chunks));
-  a.chunks = static_cast<int32_t>(ceil_div(work, a.tasks_per_chunk));
-  plan.shape = {checked_blocks(slabs * a.chunks), kThreads};
+  plan.shape = chunk_tiles(a);
   return plan;
 }
 

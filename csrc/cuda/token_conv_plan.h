@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// The general token convolution on CUDA: its arguments, which kernel runs, over which tiles, with how many blocks. Pure host
+// functions of the problem, shared by the launcher and the host tests. No torch in here.
+#pragma once
+#include "token_dwconv_plan.h"
+
+namespace lifeops {
+namespace cuda {
+
+// A filter of Kh x Kw at strides (sh, sw) and paddings (ph, pw), from a fine grid H x W to the coarse one, rows x columns.
+struct TokenConvShape {
+  int64_t H, W, rows, columns;
+  int32_t Kh, Kw, sh, sw, ph, pw;
+};
+
+// Forward, x fine and y coarse:     y[r, q, c*m + j] = bias[c*m + j] + sum_{i,k} w[c*m + j, i, k] x[r*sh + i - ph, q*sw + k - pw, c]
+// Transposed, x coarse and y fine:  y[u, v, c] = bias[c] + sum_{j,i,k} w[c*m + j, i, k] x[r, q, c*m + j]   over r*sh + i - ph = u, ...
+// Every stride is in elements; channels have stride 1.
+struct TokenConvParams {
+  const void* x;
+  const void* weight;  // (C*m, Kh, Kw) of dtype `weight_dtype`, contiguous
+  const void* bias;    // one value per channel of y of dtype `bias_dtype`, or null
+  void* y;
+  int64_t B, C, m;  // C: channels of the fine side
+  TokenConvShape shape;
+  int64_t x_stride_b, x_stride_n, y_stride_b, y_stride_n;
+  int32_t x_prefix, y_prefix;
+  Prefix prefix;
+  bool transpose, flip;  // flip: a mirrored filter, of the plan's own
+  DType dtype, weight_dtype, bias_dtype;
+};
+
+struct TokenConvArgs {
+  TokenConvParams p;
+  Tiling tiling;
+  int32_t tasks_per_warp;
+  const void* x_patches;
+  void* y_patches;
+  uint32_t x_image_bytes, y_image_bytes, x_token_bytes, y_token_bytes, x_row_bytes, y_row_bytes;
+};
+
+// dw[c*m + j, i, k] = sum_{b,r,q} dy[b, r, q, c*m + j] x[b, r*sh + i - ph, q*sw + k - pw, c];  db[o] = sum_{b,r,q} dy[b, r, q, o]
+struct TokenConvGradWeightParams {
+  const void *dy, *x;
+  void* dw;  // (C*m, Kh, Kw) of dtype `weight_dtype`, contiguous
+  void* db;  // (C*m,) of dtype `bias_dtype`, or null
+  int64_t B, C, m;
+  TokenConvShape shape;
+  int64_t x_stride_b, x_stride_n, dy_stride_b, dy_stride_n;
+  int32_t x_prefix, dy_prefix;
+  DType dtype, weight_dtype, bias_dtype;
+};
+
+struct TokenConvGradWeightArgs {
+  TokenConvShape shape;
+  int64_t m;
+  TokenDWConvGradWeightArgs sums;  // dy on the coarse grid with its channels, x, and the sums; its second stage is this one's
+};
+
+constexpr int kConvColumns = 8;  // outputs side by side in a tile, of four rows: 64 accumulators at two channels per thread
+
+// `K` and `stride` of the tile kernel that runs, both axes alike; K 0: the kernel for anything. `even`: an even channel multiplier.
+struct ConvVariant {
+  int K, stride;
+  bool even, transpose;
+};
+
+template <typename Args> struct ConvPlan {
+  Args args;
+  ConvVariant variant;
+  LaunchShape shape;
+};
+
+inline bool is_square(const TokenConvShape& s, int K, int stride) {
+  return s.Kh == K && s.Kw == K && s.sh == stride && s.sw == stride;
+}
+
+// Rows or columns of cells: positions of the padded grid over the stride, those that the fine grid reaches.
+inline int64_t cells(int64_t size, int64_t pad, int64_t stride) { return ceil_div(size + pad, stride) - pad / stride; }
+
+// An adjoint at stride 1 is a convolution with the mirrored filter.
+inline TokenConvParams as_forward(TokenConvParams p) {
+  TokenConvShape& s = p.shape;
+  if (!p.transpose || s.sh != 1 || s.sw != 1 || p.m != 1 || s.ph >= s.Kh || s.pw >= s.Kw) return p;
+  s = {s.rows, s.columns, s.H, s.W, s.Kh, s.Kw, 1, 1, s.Kh - 1 - s.ph, s.Kw - 1 - s.pw};
+  p.transpose = false, p.flip = true;
+  return p;
+}
+
+inline ConvVariant choose_conv(const TokenConvParams& p) {
+  const int es = element_size(p.dtype);
+  const TokenConvShape& s = p.shape;
+  const int64_t x_width = p.transpose ? s.columns : s.W, y_width = p.transpose ? s.W : s.columns;
+  const bool pairs = p.C % 2 == 0 && is_even(p.x, p.x_stride_b, p.x_stride_n, es) && is_even(p.y, p.y_stride_b, p.y_stride_n, es);
+  const bool small = is_small(p.x_stride_b, p.x_stride_n, x_width, es) && is_small(p.y_stride_b, p.y_stride_n, y_width, es);
+  if (p.dtype == DType::f64 || !small || (p.m > 1 && (p.m % 2 || p.transpose))) return {0, 0, false, false};
+  if (p.m == 1 ? !pairs : !is_even(p.y, p.y_stride_b, p.y_stride_n, es)) return {0, 0, false, false};
+  if (is_square(s, 3, 2)) return {3, 2, p.m > 1, p.transpose};
+  if (is_square(s, 3, 1) && !p.transpose) return {3, 1, p.m > 1, false};
+  if (p.transpose && (is_square(s, 2, 2) || is_square(s, 4, 4))) return {s.Kh, s.sh, false, true};
+  return {0, 0, false, false};
+}
+
+inline TokenConvArgs conv_args(const TokenConvParams& p) {
+  const int es = element_size(p.dtype);
+  const TokenConvShape& s = p.shape;
+  const int64_t x_width = p.transpose ? s.columns : s.W, y_width = p.transpose ? s.W : s.columns;
+  TokenConvArgs a{};
+  a.p = p;
+  a.x_patches = static_cast<const char*>(p.x) + p.x_prefix * p.x_stride_n * es;
+  a.y_patches = static_cast<char*>(p.y) + p.y_prefix * p.y_stride_n * es;
+  a.x_image_bytes = p.x_stride_b * es, a.y_image_bytes = p.y_stride_b * es;
+  a.x_token_bytes = p.x_stride_n * es, a.x_row_bytes = p.x_stride_n * x_width * es;
+  a.y_token_bytes = p.y_stride_n * es, a.y_row_bytes = p.y_stride_n * y_width * es;
+  return a;
+}
+
+// Blocks of a tile kernel that fit an SM.
+constexpr int resident_conv_blocks(int element) { return element == 4 ? 2 : 3; }
+
+inline ConvPlan<TokenConvArgs> plan_token_conv(const TokenConvParams& given, int multiprocessors = 132) {
+  ConvPlan<TokenConvArgs> plan{};
+  const TokenConvParams p = as_forward(given);
+  const TokenConvShape& s = p.shape;
+  plan.variant = choose_conv(p);
+  plan.args = conv_args(p);
+  const int64_t height = p.transpose ? s.H : s.rows, width = p.transpose ? s.W : s.columns, channels = p.transpose ? p.C : p.C * p.m;
+  if (plan.variant.K == 0) {
+    const int64_t outputs = p.B * (p.y_prefix + height * width) * channels;
+    plan.shape = {checked_blocks(std::min<int64_t>(ceil_div(outputs, kThreads), 1 << 20)), kThreads};
+    return plan;
+  }
+  if (p.transpose)
+    plan.args.tiling = make_tiling(p.B, cells(s.H, s.ph, s.sh), cells(s.W, s.pw, s.sw), channels, {2, kConvColumns / s.sw},
+                                   kTileH / s.sh);
+  else
+    plan.args.tiling = make_tiling(p.B, height, width, channels, {2, kConvColumns}, kTileH);
+  plan.shape = one_wave(plan.args, multiprocessors, resident_conv_blocks(element_size(p.dtype)));
+  return plan;
+}
+
+// As for token_dwconv: the partial sums are a function of the problem alone, never of the device.
+inline ConvPlan<TokenConvGradWeightArgs> plan_token_conv_grad_weight(const TokenConvGradWeightParams& p) {
+  const int es = element_size(p.dtype);
+  const TokenConvShape& s = p.shape;
+  TokenDWConvGradWeightParams sums{p.dy, p.x, p.dw, p.db, p.B, s.rows, s.columns, p.C * p.m, p.x_stride_b, p.x_stride_n, p.dy_stride_b,
+                                   p.dy_stride_n, 0, p.x_prefix, p.dy_prefix, p.dtype, p.weight_dtype, p.bias_dtype};
+  ConvPlan<TokenConvGradWeightArgs> plan{};
+  plan.args.shape = s, plan.args.m = p.m;
+  TokenDWConvGradWeightArgs& a = plan.args.sums = grad_weight_args(sums);
+  a.taps = s.Kh * s.Kw + 1;
+  a.x_row_bytes = p.x_stride_n * s.W * es;
+  const bool pairs = p.C % 2 == 0 && is_even(p.dy, p.dy_stride_b, p.dy_stride_n, es) && is_even(p.x, p.x_stride_b, p.x_stride_n, es);
+  const bool small = is_small(p.dy_stride_b, p.dy_stride_n, s.columns, es) && is_small(p.x_stride_b, p.x_stride_n, s.W, es);
+  if (p.dtype == DType::f64 || p.m > 1 || !pairs || !small || !(is_square(s, 3, 1) || is_square(s, 3, 2))) {
+    plan.shape = {checked_blocks(chunk_rows(a)), kThreads};
+    return plan;
+  }
+  plan.variant = {3, s.sh, false, false};
+  a.tiling = make_tiling(p.B, s.rows, s.columns, p.C, {2, kConvColumns}, kTileH);
+  plan.shape = chunk_tiles(a);
+  return plan;
+}
+
+}  // namespace cuda
+}  // namespace lifeops
