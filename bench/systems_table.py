@@ -1,0 +1,95 @@
+"""README.md's table of the systems: what each is made of here, and how much faster that is than its authors' code.
+
+What a row names is looked up: an op, module, model or test file that is gone is an error, and the speed is that of the stored rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import lifeops
+from bench import rows, tables
+
+ROOT = Path(__file__).parent.parent
+
+
+class System(NamedTuple):
+    """``rows``: the benchmarks of its module and its model. ``loads``: whether load_official reads its authors' files."""
+
+    name: str
+    ops: tuple[str, ...]
+    modules: tuple[str, ...]
+    models: tuple[str, ...]
+    loads: bool
+    tests: tuple[str, ...]
+    rows: tuple[str, ...]
+
+
+SYSTEMS = (
+    System(
+        "LIFE", ("life_qkv", "token_dwconv", "local_attention"), ("LifeQKV", "LifeAttention"), ("VisionTransformer",), True,
+        ("test_life", "test_official_sizes"), ("life_attention", "vit_life"),
+    ),
+    System(
+        "LocalViT", ("token_dwconv",), ("LocalityFeedForward", "LocalViTBlock"), ("localvit",), True, ("test_localvit",),
+        ("localvit_ffn", "vit_localvit"),
+    ),
+    System(
+        "DW shortcut", ("token_dwconv",), ("DWShortcut", "wrap"), ("dw_shortcut",), True, ("test_dw_shortcut",),
+        ("dw_shortcut_block", "vit_dw_shortcut"),
+    ),
+    System(
+        "CvT", ("token_dwconv_multi", "token_pool"), ("ConvProjectionAttention",), ("cvt",), True, ("test_cvt",), ("cvt_attention", "cvt_13"),
+    ),
+    System(
+        "MViT", ("token_dwconv", "token_pool"), ("PoolingAttention",), ("mvitv2",), True, ("test_mvit",), ("mvit_attention", "mvitv2_tiny"),
+    ),
+    System(
+        "EdgeViT", ("token_dwconv", "token_dwconv_transpose", "token_pool"), ("LocalAgg", "GlobalSparseAttention"), ("edgevit",), True,
+        ("test_edgevit",), ("edgevit_local_agg", "edgevit_xs"),
+    ),
+    System(
+        "RegionViT", ("token_dwconv",), ("RegionalToLocalAttention",), ("regionvit",), True, ("test_regionvit",),
+        ("regionvit_down", "regionvit_tiny"),
+    ),
+    System("attention roll-out", ("rollout_step",), (), (), False, ("test_rollout",), ()),
+    System("structured initialisation", (), (), (), False, ("test_init",), ()),
+)  # fmt: skip
+
+
+def _names(prefix: str, module, names: tuple[str, ...]) -> str:
+    gone = [name for name in names if not hasattr(module, name)]
+    if gone:
+        raise SystemExit(f"bench/systems_table.py: {prefix}{gone[0]} is gone")
+    return ", ".join(f"`{prefix}{name}`" for name in names) or "-"
+
+
+def _tests(names: tuple[str, ...]) -> str:
+    for name in names:
+        if not (ROOT / "tests" / f"{name}.py").exists():
+            raise SystemExit(f"bench/systems_table.py: tests/{name}.py is gone")
+    return ", ".join(f"[{name}](tests/{name}.py)" for name in names)
+
+
+def _speed(found: dict, system: str) -> str:
+    """The spread of eager over lifeops, forward and with backward."""
+    parts = []
+    for modes, word in ((("fwd", "infer"), "forward"), (("fwdbwd", "train"), "step")):
+        cells = [cell["eager"] for (p, *_), cell in found.items() if p.system == system and p.mode in modes and "eager" in cell]
+        if cells:
+            parts.append(f"{tables.spread([statistics.median(values) for values in cells])} {word}")
+    return ", ".join(parts)
+
+
+def systems_table() -> str:
+    found = tables.ratios(tables.measured(rows.read(ROOT / "bench" / "results" / "cpu.csv")))
+    lines = ["| system | ops | module (`lifeops.nn`) | model (`lifeops.models`) | authors' files | tests | times as fast as its authors' code |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for s in SYSTEMS:
+        speed = "; ".join(f"`{name}` {text}" for name in s.rows if (text := _speed(found, name))) or "-"
+        ops, modules, models = _names("", lifeops, s.ops), _names("", lifeops.nn, s.modules), _names("", lifeops.models, s.models)
+        cells = s.name, ops, modules, models, "yes" if s.loads else "-", _tests(s.tests), speed
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
