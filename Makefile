@@ -97,6 +97,7 @@ budgets: $(VENV)/test.ready
 	$(BIN)/python -m bench.attention_budgets
 	$(BIN)/python -m bench.rollout_budgets
 	$(BIN)/python tests/cuda_budgets.py
+	$(BIN)/python tests/cuda_conv_budgets.py
 
 readme: $(VENV)/test.ready
 	$(BIN)/python -m bench.readme

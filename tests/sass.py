@@ -58,7 +58,8 @@ class Warp:
         elif re.fullmatch(r"-?(0x[0-9a-f]+|\d+)", o):
             v = int(o, 0) & MASK
         else:
-            v = self.regs.get(re.sub(r"\.(64|U32|H0_H0|B\d)$", "", o))
+            # never written: ptxas keeps predicates in single bits of a register that it does not clear before
+            v = self.regs.get(re.sub(r"\.(64|U32|H0_H0|B\d)$", "", o), 0)
         if v is None:
             return None
         if absolute:

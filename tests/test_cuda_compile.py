@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import cuda_budgets
+import cuda_conv_budgets
 from cuda_tools import ROOT, find_tool
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -74,6 +75,15 @@ def test_instruction_budget_with_a_prologue(cubins, planner, case):
     kernel, K, act = case
     cubin = cubins["token_dwconv_act_bf16", cuda_budgets.ARCH][0]
     check_budget(cubin, planner, kernel, K, cuda_budgets.ACT_BUDGET[case], act)
+
+
+def test_instruction_budgets_of_the_general_convolution(cubins, planner):
+    found = cuda_conv_budgets.measured(cubins["token_conv_bf16", cuda_budgets.ARCH][0], planner)
+    found = {key[1:]: count for key, count in found.items()}
+    assert found.keys() == cuda_conv_budgets.BUDGET.keys()
+    assert {key: count for key, count in found.items() if count > cuda_conv_budgets.BUDGET[key]} == {}
+    for kernel, even in (("fwd", False), ("fwd", True), ("bwd_dw", False)):
+        assert 9 < found[kernel, 3, 2, even] <= cuda_conv_budgets.RATIO * found[kernel, 3, 1, even]
 
 
 @pytest.mark.parametrize("source", LAUNCHERS, ids=lambda s: s.stem)

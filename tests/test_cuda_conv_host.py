@@ -95,8 +95,9 @@ def test_samples(shim, op, sample):
 # (sample, K of the tile kernels of forward, transpose and dW): every kernel, tiles with and without a border, several strips and segments
 PLAIN = next(s for s in SAMPLES if s.name == "plain")
 TILES = [
-    (PLAIN._replace(name="s2", H=19, W=37, C=70), (3, 3, 3)),
-    (PLAIN._replace(name="s2_wide_padding", H=5, W=9, C=6, ph=4, pw=5), (3, 3, 3)),
+    (PLAIN._replace(name="s2", H=19, W=37, C=132), (3, 3, 3)),
+    (PLAIN._replace(name="s2_wide_padding", H=5, W=9, C=8, ph=4, pw=5), (3, 3, 3)),
+    (PLAIN._replace(name="s2_two_channels", H=7, W=9, C=70), (0, 3, 0)),
     (PLAIN._replace(name="s1_valid", H=10, W=21, C=66, sh=1, sw=1, ph=0, pw=0), (3, 3, 3)),
     (PLAIN._replace(name="s1_wide_padding", H=4, W=3, C=4, sh=1, sw=1, ph=4, pw=0, prefix="drop"), (3, 0, 3)),
     (PLAIN._replace(name="even", H=11, W=18, C=35, m=2, P=2, prefix="zero"), (3, 0, 0)),
@@ -151,7 +152,7 @@ def test_what_is_not_finite_reaches_its_windows(shim, value, sample):
 
 def test_batch_and_device_do_not_matter(shim, monkeypatch):
     """Sample 2 alone equals sample 2 of four, bit for bit, on a device of any size; dW is the same twice."""
-    sample = PLAIN._replace(B=4, H=19, W=18, C=6)
+    sample = PLAIN._replace(B=4, H=19, W=18)
     for op in OPS[:2]:
         args = testing.make(op, sample, torch.float32)
         y = RUN[op.name](shim, *args)

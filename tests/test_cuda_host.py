@@ -226,7 +226,7 @@ def test_batch_and_device_do_not_matter(shim, monkeypatch):
 
 
 # All of UBSan doubles the time to compile; the kernels with a prologue share their addressing with the plain ones.
-@pytest.mark.parametrize("source", ["driver.cpp", "driver_act.cpp"])
+@pytest.mark.parametrize("source", ["driver.cpp", "driver_act.cpp", "driver_conv.cpp"])
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_sanitizers(tmp_path, sanitizer, source):
     """A program of its own, since a sanitizer's runtime must be the first library in a process."""

@@ -9,31 +9,31 @@ namespace lifeops {
 namespace cuda {
 
 // dw += row j of x times the rows of dy that it meets.
-template <typename T, int K, int S, int kCount>
-__device__ __forceinline__ void correlate_strided(int j, const Pack<T, 2> (&row)[kCount],
-                                                  const acc_t<T> (&dy)[kTileH][kConvColumns][2], acc_t<T> (&dw)[K * K][2]) {
+template <typename T, int K, int S, int kVec, int kCount, int kColumns>
+__device__ __forceinline__ void correlate_strided(int j, const Pack<T, kVec> (&row)[kCount],
+                                                  const acc_t<T> (&dy)[kTileH][kColumns][kVec], acc_t<T> (&dw)[K * K][kVec]) {
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
-    acc_t<T> value[2];
-    unpack<T, 2>(row[s], value);
+    acc_t<T> value[kVec];
+    unpack<T, kVec>(row[s], value);
 #pragma unroll
     for (int r = 0; r < kTileH; ++r) {
 #pragma unroll
-      for (int q = 0; q < kConvColumns; ++q) {
+      for (int q = 0; q < kColumns; ++q) {
         const int kh = j - r * S, kw = s - q * S;
         if (kh < 0 || kh >= K || kw < 0 || kw >= K) continue;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) dw[kh * K + kw][i] += value[i] * dy[r][q][i];
+        for (int i = 0; i < kVec; ++i) dw[kh * K + kw][i] += value[i] * dy[r][q][i];
       }
     }
   }
 }
 
-template <typename T, int K, int S>
+template <typename T, int K, int S, int kVec>
 __global__ void __launch_bounds__(kThreads)
     token_conv_bwd_dw_tile_kernel(const __grid_constant__ TokenConvGradWeightArgs args) {
   using Acc = acc_t<T>;
-  constexpr int kSlab = 2 * kLanes, kRows = (kTileH - 1) * S + K, kCount = (kConvColumns - 1) * S + K;
+  constexpr int kSlab = kVec * kLanes, kColumns = conv_columns(kVec), kRows = (kTileH - 1) * S + K, kCount = (kColumns - 1) * S + K;
   __shared__ Acc s_sums[kWarps * K * kSlab];
   const TokenDWConvGradWeightArgs& a = args.sums;
   const TokenConvShape& shape = args.shape;
@@ -41,49 +41,49 @@ __global__ void __launch_bounds__(kThreads)
   const int channels = min(static_cast<int>(a.p.C) - c_first, kSlab);
   const int warp = warp_uniform(threadIdx.x / kLanes);
   // Lanes beyond C repeat the last channels, which keeps the warp together; their sums are not stored.
-  const int c = c_first + min(static_cast<int>(threadIdx.x % kLanes) * 2, channels - 2);
+  const int c = c_first + min(static_cast<int>(threadIdx.x % kLanes) * kVec, channels - kVec);
   const int H = shape.H, W = shape.W, rows = shape.rows, columns = shape.columns;
   const Steps<kCount> x_columns(a.x_token_bytes);
-  const Steps<kConvColumns> dy_columns(a.dy_token_bytes);
+  const Steps<kColumns> dy_columns(a.dy_token_bytes);
   const Steps<2> x_rows(a.x_row_bytes), dy_rows(a.dy_row_bytes);
-  Acc dw[K * K][2] = {}, db[1][2] = {};
+  Acc dw[K * K][kVec] = {}, db[1][kVec] = {};
   const int first = chunk * a.tasks_per_chunk, end = min(first + a.tasks_per_chunk, a.tiling.tasks);
   for (int task = first + warp; task < end; task += kWarps) {
     Tile tile = locate_conv_tile(a.tiling, task);
-    tile.r0 *= kTileH, tile.q0 *= kConvColumns;
+    tile.r0 *= kTileH, tile.q0 *= kColumns;
     const Tile from{tile.b, tile.r0 * S - shape.ph, tile.q0 * S - shape.pw, 0, 0, false, false};
     const View view = view_from<kRows, kCount>(from.r0, from.q0, H, W);
-    const View written = view_from<kTileH, kConvColumns>(tile.r0, tile.q0, rows, columns);
+    const View written = view_from<kTileH, kColumns>(tile.r0, tile.q0, rows, columns);
     const T* row = locate_token(static_cast<const T*>(a.x_patches) + c, from, 0, 0, a.x_image_bytes, a.x_row_bytes, a.x_token_bytes);
     const T* dy_row = locate_token(static_cast<const T*>(a.dy_patches) + c, tile, 0, 0, a.dy_image_bytes, a.dy_row_bytes,
                                    a.dy_token_bytes);
-    Pack<T, 2> packs[kTileH][kConvColumns] = {}, r_rows[2][kCount];
+    Pack<T, kVec> packs[kTileH][kColumns] = {}, r_rows[2][kCount];
     auto fetch = [&](int j) {
-      if (view.rows >> j & 1) load_view<T, 2, kCount>(row, x_columns, view, r_rows[j % 2]);
+      if (view.rows >> j & 1) load_view<T, kVec, kCount>(row, x_columns, view, r_rows[j % 2]);
     };
     fetch(0);
 #pragma unroll
     for (int r = 0; r < kTileH; ++r, dy_row = opaque(dy_rows.at(dy_row, 1)))
-      if (written.rows >> r & 1) load_view<T, 2, kConvColumns>(dy_row, dy_columns, written, packs[r]);
-    Acc dy[kTileH][kConvColumns][2];
+      if (written.rows >> r & 1) load_view<T, kVec, kColumns>(dy_row, dy_columns, written, packs[r]);
+    Acc dy[kTileH][kColumns][kVec];
 #pragma unroll
     for (int r = 0; r < kTileH; ++r)
 #pragma unroll
-      for (int q = 0; q < kConvColumns; ++q) {
-        unpack<T, 2>(packs[r][q], dy[r][q]);
+      for (int q = 0; q < kColumns; ++q) {
+        unpack<T, kVec>(packs[r][q], dy[r][q]);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) db[0][i] += dy[r][q][i];
+        for (int i = 0; i < kVec; ++i) db[0][i] += dy[r][q][i];
       }
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       row = opaque(x_rows.at(row, 1));
       if (j + 1 < kRows) fetch(j + 1);
-      if (view.rows >> j & 1) correlate_strided<T, K, S, kCount>(j, r_rows[j % 2], dy, dw);
+      if (view.rows >> j & 1) correlate_strided<T, K, S, kVec, kCount, kColumns>(j, r_rows[j % 2], dy, dw);
     }
   }
 #pragma unroll
-  for (int kh = 0; kh < K; ++kh) reduce_warps<K, 2>(a, chunk, kh * K, c_first, channels, dw + kh * K, s_sums);
-  reduce_warps<1, 2>(a, chunk, K * K, c_first, channels, db, s_sums);
+  for (int kh = 0; kh < K; ++kh) reduce_warps<K, kVec>(a, chunk, kh * K, c_first, channels, dw + kh * K, s_sums);
+  reduce_warps<1, kVec>(a, chunk, K * K, c_first, channels, db, s_sums);
 }
 
 // Anything: one tap per block, one row of the coarse grid per warp and step.

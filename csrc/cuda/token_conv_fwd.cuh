@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The strided convolution over the patch rows of a token sequence.
 //
-// A warp owns kTileH x kConvColumns outputs of 64 channels: the accumulators and the filter stay in registers, every input row is
+// A warp owns 64 outputs per lane, four rows of 8 at two channels or of 4 at four channels: the accumulators and the filter stay in registers, every input row is
 // loaded once per tile and used for all taps that it meets. Rows outside the grid are skipped by warp-uniform branches; columns
 // outside are zero, and tiles that see none of them test nothing. No torch in here.
 #pragma once
@@ -11,32 +11,45 @@
 namespace lifeops {
 namespace cuda {
 
-// What a tile sees of a grid: a bit per row that exists, and the columns [begin, end).
+// What a tile sees of a grid: a bit per row and per column that exist.
 struct View {
-  uint32_t rows;
-  int begin, end;
+  uint32_t rows, columns;
 };
+
+// Bits of the positions first .. first + kCount - 1 that lie in [0, size).
+template <int kCount> __device__ __forceinline__ uint32_t bits_inside(int first, int size) {
+  const int begin = min(kCount, max(0, -first)), end = max(begin, min(kCount, size - first));
+  return (1u << end) - (1u << begin);
+}
 
 template <int kRows, int kColumns>
 __device__ __forceinline__ View view_from(int row, int column, int H, int W) {
-  const int top = min(kRows, max(0, -row)), bottom = max(top, min(kRows, H - row));
-  const int begin = min(kColumns, max(0, -column));
-  return {(1u << bottom) - (1u << top), begin, max(begin, min(kColumns, W - column))};
+  return {bits_inside<kRows>(row, H), bits_inside<kColumns>(column, W)};
 }
 
+// Columns kFirst .. kEnd - 1 of a row; zero where there are none.
+template <int kFirst, int kEnd, typename T, int kVec, int kColumns>
+__device__ __forceinline__ void load_part(const T* row, const Steps<kColumns>& columns, const View& view,
+                                          Pack<T, kVec> (&dst)[kColumns]) {
+  constexpr uint32_t kWhole = (1u << kEnd) - (1u << kFirst);
+  if ((view.columns & kWhole) == kWhole) {
+#pragma unroll
+    for (int s = kFirst; s < kEnd; ++s) dst[s] = Pack<T, kVec>::load(columns.at(row, s));
+  } else {
+#pragma unroll
+    for (int s = kFirst; s < kEnd; ++s) {
+      dst[s] = {};
+      if (view.columns >> s & 1) dst[s] = Pack<T, kVec>::load(columns.at(row, s));
+    }
+  }
+}
+
+// In halves: the border of the grid is in one of them, and the other tests nothing.
 template <typename T, int kVec, int kColumns>
 __device__ __forceinline__ void load_view(const T* row, const Steps<kColumns>& columns, const View& view,
                                           Pack<T, kVec> (&dst)[kColumns]) {
-  if (view.begin == 0 && view.end == kColumns) {
-#pragma unroll
-    for (int s = 0; s < kColumns; ++s) dst[s] = Pack<T, kVec>::load(columns.at(row, s));
-  } else {
-#pragma unroll
-    for (int s = 0; s < kColumns; ++s) {
-      dst[s] = {};
-      if (s >= view.begin && s < view.end) dst[s] = Pack<T, kVec>::load(columns.at(row, s));
-    }
-  }
+  load_part<0, kColumns / 2>(row, columns, view, dst);
+  load_part<kColumns / 2, kColumns>(row, columns, view, dst);
 }
 
 // The tile of a task; r0 and q0 count in tiles.
@@ -66,7 +79,7 @@ __device__ __forceinline__ void write_prefix(const TokenConvArgs& a, int b, cons
 template <typename T, int kVec, int kRows, int kColumns>
 __device__ __forceinline__ void store_view(T* y, const View& view, const Steps<kRows>& rows, const Steps<kColumns>& columns,
                                            const acc_t<T> (&acc)[kRows][kColumns][kVec]) {
-  if (view.rows == (1u << kRows) - 1 && view.begin == 0 && view.end == kColumns) {
+  if (view.rows == (1u << kRows) - 1 && view.columns == (1u << kColumns) - 1) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       T* row = opaque(rows.at(y, r));
@@ -80,41 +93,45 @@ __device__ __forceinline__ void store_view(T* y, const View& view, const Steps<k
       T* row = opaque(rows.at(y, r));
 #pragma unroll
       for (int q = 0; q < kColumns; ++q)
-        if (q >= view.begin && q < view.end) pack<T, kVec>(acc[r][q]).store(columns.at(row, q));
+        if (view.columns >> q & 1) pack<T, kVec>(acc[r][q]).store(columns.at(row, q));
     }
   }
 }
 
-// The filter of the lane's two channels, by way of shared memory; false for a lane beyond the last channel.
-template <int kTaps, typename Acc>
-__device__ __forceinline__ void load_filter(const TokenConvParams& p, int c_first, int channels, Acc* s_filter, Acc (&r_filter)[kTaps][2]) {
-  constexpr int kPitch = 2 * kLanes + 2;
+// The filter of the lane's channels, by way of shared memory; nothing for a lane beyond the last channel.
+template <int kTaps, int kVec, typename Acc>
+__device__ __forceinline__ void load_filter(const TokenConvParams& p, int c_first, int channels, Acc* s_filter,
+                                            Acc (&r_filter)[kTaps][kVec]) {
+  constexpr int kPitch = kVec * kLanes + kVec;
   stage_filter<kTaps, kPitch>(p, c_first, channels, s_filter);
   __syncthreads();
   const int lane = threadIdx.x % kLanes;
-  if (lane * 2 >= channels) return;
+  if (lane * kVec >= channels) return;
 #pragma unroll
   for (int t = 0; t < kTaps; ++t)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) r_filter[t][i] = s_filter[t * kPitch + lane * 2 + i];
+    for (int i = 0; i < kVec; ++i) r_filter[t][i] = s_filter[t * kPitch + lane * kVec + i];
 }
 
-template <typename T, int kRows, int kColumns>
-__device__ __forceinline__ void start_from_bias(const TokenConvParams& p, int c, acc_t<T> (&acc)[kRows][kColumns][2]) {
+template <typename Acc, int kVec> __device__ __forceinline__ void load_bias(const TokenConvParams& p, int c, Acc (&bias)[kVec]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const acc_t<T> bias = p.bias ? load_as<acc_t<T>>(p.bias, p.bias_dtype, c + i) : acc_t<T>(0);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int q = 0; q < kColumns; ++q) acc[r][q][i] = bias;
-  }
+  for (int i = 0; i < kVec; ++i) bias[i] = p.bias ? load_as<Acc>(p.bias, p.bias_dtype, c + i) : Acc(0);
 }
 
-// acc += input row j of the tile, all taps that reach it. kIn channels of x for two of y: with one both read it.
-template <typename T, int K, int S, int kIn, int kCount>
-__device__ __forceinline__ void accumulate_strided(int j, const Pack<T, kIn> (&row)[kCount], const acc_t<T> (&r_filter)[K * K][2],
-                                                   acc_t<T> (&acc)[kTileH][kConvColumns][2]) {
+template <typename Acc, int kRows, int kColumns, int kVec>
+__device__ __forceinline__ void fill(Acc (&acc)[kRows][kColumns][kVec], const Acc (&value)[kVec]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int q = 0; q < kColumns; ++q)
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) acc[r][q][i] = value[i];
+}
+
+// acc += input row j of the tile, all taps that reach it. kIn channels of x for kVec of y: as many, or one that all read.
+template <typename T, int K, int S, int kVec, int kIn, int kCount, int kColumns>
+__device__ __forceinline__ void accumulate_strided(int j, const Pack<T, kIn> (&row)[kCount], const acc_t<T> (&r_filter)[K * K][kVec],
+                                                   acc_t<T> (&acc)[kTileH][kColumns][kVec]) {
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
     acc_t<T> value[kIn];
@@ -122,47 +139,48 @@ __device__ __forceinline__ void accumulate_strided(int j, const Pack<T, kIn> (&r
 #pragma unroll
     for (int r = 0; r < kTileH; ++r) {
 #pragma unroll
-      for (int q = 0; q < kConvColumns; ++q) {
+      for (int q = 0; q < kColumns; ++q) {
         const int kh = j - r * S, kw = s - q * S;
         if (kh < 0 || kh >= K || kw < 0 || kw >= K) continue;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) acc[r][q][i] += value[i % kIn] * r_filter[kh * K + kw][i];
+        for (int i = 0; i < kVec; ++i) acc[r][q][i] += value[i % kIn] * r_filter[kh * K + kw][i];
       }
     }
   }
 }
 
-template <typename T, int K, int S, int kIn>
+template <typename T, int K, int S, int kVec, int kIn>
 __global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T)))
     token_conv_fwd_tile_kernel(const __grid_constant__ TokenConvArgs a) {
   using Acc = acc_t<T>;
-  constexpr int kSlab = 2 * kLanes, kRows = (kTileH - 1) * S + K, kCount = (kConvColumns - 1) * S + K;
-  __shared__ Acc s_filter[K * K * (kSlab + 2)];
+  constexpr int kSlab = kVec * kLanes, kColumns = conv_columns(kVec), kRows = (kTileH - 1) * S + K, kCount = (kColumns - 1) * S + K;
+  __shared__ Acc s_filter[K * K * (kSlab + kVec)];
   const TokenConvParams& p = a.p;
   const int group = a.tiling.slabs.div(blockIdx.x), c_first = (blockIdx.x - group * a.tiling.slabs.divisor) * kSlab;
   const int channels = min(static_cast<int>(p.C * p.m) - c_first, kSlab);
-  const int lane = threadIdx.x % kLanes, warp = warp_uniform(threadIdx.x / kLanes), c = c_first + lane * 2;
-  Acc r_filter[K * K][2];
+  const int lane = threadIdx.x % kLanes, warp = warp_uniform(threadIdx.x / kLanes), c = c_first + lane * kVec;
+  Acc r_filter[K * K][kVec], bias[kVec];
   load_filter(p, c_first, channels, s_filter, r_filter);
-  if (lane * 2 >= channels) return;
+  if (lane * kVec >= channels) return;
+  load_bias(p, c, bias);
 
   const int H = p.shape.H, W = p.shape.W, rows = p.shape.rows, columns = p.shape.columns;
   const Steps<kCount> x_columns(a.x_token_bytes);
   const Steps<2> x_rows(a.x_row_bytes);
-  const Steps<kConvColumns> y_columns(a.y_token_bytes);
+  const Steps<kColumns> y_columns(a.y_token_bytes);
   const Steps<kTileH> y_rows(a.y_row_bytes);
-  const T* x_patches = opaque(static_cast<const T*>(a.x_patches) + (kIn == 2 ? c : c / static_cast<int>(p.m)));
+  const T* x_patches = opaque(static_cast<const T*>(a.x_patches) + (kIn == kVec ? c : a.multiplier.div(c)));
   T* y_patches = opaque(static_cast<T*>(a.y_patches) + c);
   int task = group * a.tasks_per_warp * kWarps + warp;
   for (int n = 0; n < a.tasks_per_warp && task < a.tiling.tasks; ++n, task += kWarps) {
     Tile tile = locate_conv_tile(a.tiling, task);
-    if (tile.r0 == 0 && tile.q0 == 0) write_prefix<T, 2>(a, tile.b, kIn == 2 ? x_patches : nullptr, y_patches);
-    tile.r0 *= kTileH, tile.q0 *= kConvColumns;
+    if (tile.r0 == 0 && tile.q0 == 0) write_prefix<T, kVec>(a, tile.b, kIn == kVec ? x_patches : nullptr, y_patches);
+    tile.r0 *= kTileH, tile.q0 *= kColumns;
     const Tile from{tile.b, tile.r0 * S - p.shape.ph, tile.q0 * S - p.shape.pw, 0, 0, false, false};
     const View view = view_from<kRows, kCount>(from.r0, from.q0, H, W);
     const T* row = locate_token(x_patches, from, 0, 0, a.x_image_bytes, a.x_row_bytes, a.x_token_bytes);
-    Acc acc[kTileH][kConvColumns][2];
-    start_from_bias<T>(p, c, acc);
+    Acc acc[kTileH][kColumns][kVec];
+    fill(acc, bias);
     Pack<T, kIn> r_rows[2][kCount];  // row j in use, row j + 1 on its way
     auto fetch = [&](int j) {
       if (view.rows >> j & 1) load_view<T, kIn, kCount>(row, x_columns, view, r_rows[j % 2]);
@@ -172,10 +190,10 @@ __global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T)))
     for (int j = 0; j < kRows; ++j) {
       row = opaque(x_rows.at(row, 1));
       if (j + 1 < kRows) fetch(j + 1);
-      if (view.rows >> j & 1) accumulate_strided<T, K, S, kIn, kCount>(j, r_rows[j % 2], r_filter, acc);
+      if (view.rows >> j & 1) accumulate_strided<T, K, S, kVec, kIn, kCount, kColumns>(j, r_rows[j % 2], r_filter, acc);
     }
     T* y = locate_token(y_patches, tile, 0, 0, a.y_image_bytes, a.y_row_bytes, a.y_token_bytes);
-    store_view<T, 2>(y, view_from<kTileH, kConvColumns>(tile.r0, tile.q0, rows, columns), y_rows, y_columns, acc);
+    store_view<T, kVec>(y, view_from<kTileH, kColumns>(tile.r0, tile.q0, rows, columns), y_rows, y_columns, acc);
   }
 }
 

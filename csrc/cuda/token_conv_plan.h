@@ -32,6 +32,7 @@ struct TokenConvParams {
 
 struct TokenConvArgs {
   TokenConvParams p;
+  FastDiv multiplier;
   Tiling tiling;
   int32_t tasks_per_warp;
   const void* x_patches;
@@ -57,13 +58,21 @@ struct TokenConvGradWeightArgs {
   TokenDWConvGradWeightArgs sums;  // dy on the coarse grid with its channels, x, and the sums; its second stage is this one's
 };
 
-constexpr int kConvColumns = 8;  // outputs side by side in a tile, of four rows: 64 accumulators at two channels per thread
+// Outputs side by side in a tile of kTileH rows: 64 accumulators per thread. Four channels per thread read twice as much of a token at
+// once; at stride 1 the wider halo of narrow tiles costs what that saves.
+constexpr __host__ __device__ int conv_columns(int vec) { return 16 / vec; }
 
-// `K` and `stride` of the tile kernel that runs, both axes alike; K 0: the kernel for anything. `even`: an even channel multiplier.
+// `K` and `stride` of the tile kernel that runs, both axes alike, and its channels per thread; K 0: the kernel for anything. `even`: an
+// even channel multiplier, two channels of y read one of x.
 struct ConvVariant {
-  int K, stride;
+  int K, stride, vec;
   bool even, transpose;
 };
+
+// Whether the first token and every other one start on `vec` channels.
+inline bool is_aligned(const void* p, int64_t stride_b, int64_t stride_n, int vec, int element) {
+  return reinterpret_cast<uintptr_t>(p) % (vec * element) == 0 && stride_b % vec == 0 && stride_n % vec == 0;
+}
 
 template <typename Args> struct ConvPlan {
   Args args;
@@ -91,14 +100,14 @@ inline ConvVariant choose_conv(const TokenConvParams& p) {
   const int es = element_size(p.dtype);
   const TokenConvShape& s = p.shape;
   const int64_t x_width = p.transpose ? s.columns : s.W, y_width = p.transpose ? s.W : s.columns;
-  const bool pairs = p.C % 2 == 0 && is_even(p.x, p.x_stride_b, p.x_stride_n, es) && is_even(p.y, p.y_stride_b, p.y_stride_n, es);
   const bool small = is_small(p.x_stride_b, p.x_stride_n, x_width, es) && is_small(p.y_stride_b, p.y_stride_n, y_width, es);
-  if (p.dtype == DType::f64 || !small || (p.m > 1 && (p.m % 2 || p.transpose))) return {0, 0, false, false};
-  if (p.m == 1 ? !pairs : !is_even(p.y, p.y_stride_b, p.y_stride_n, es)) return {0, 0, false, false};
-  if (is_square(s, 3, 2)) return {3, 2, p.m > 1, p.transpose};
-  if (is_square(s, 3, 1) && !p.transpose) return {3, 1, p.m > 1, false};
-  if (p.transpose && (is_square(s, 2, 2) || is_square(s, 4, 4))) return {s.Kh, s.sh, false, true};
-  return {0, 0, false, false};
+  const bool even = p.m > 1, tiles = is_square(s, 3, 2) || (!p.transpose && is_square(s, 3, 1)) ||
+                                     (p.transpose && (is_square(s, 2, 2) || is_square(s, 4, 4)));
+  if (p.dtype == DType::f64 || !small || !tiles || (even && (p.m % 2 || p.transpose))) return {};
+  const int vec = !p.transpose && s.sh == 2 && !even ? 4 : 2;
+  const bool aligned = p.C * p.m % vec == 0 && is_aligned(p.y, p.y_stride_b, p.y_stride_n, vec, es) &&
+                       (even || is_aligned(p.x, p.x_stride_b, p.x_stride_n, vec, es));
+  return aligned ? ConvVariant{s.Kh, s.sh, vec, even, p.transpose} : ConvVariant{};
 }
 
 inline TokenConvArgs conv_args(const TokenConvParams& p) {
@@ -106,7 +115,7 @@ inline TokenConvArgs conv_args(const TokenConvParams& p) {
   const TokenConvShape& s = p.shape;
   const int64_t x_width = p.transpose ? s.columns : s.W, y_width = p.transpose ? s.W : s.columns;
   TokenConvArgs a{};
-  a.p = p;
+  a.p = p, a.multiplier = FastDiv(p.m);
   a.x_patches = static_cast<const char*>(p.x) + p.x_prefix * p.x_stride_n * es;
   a.y_patches = static_cast<char*>(p.y) + p.y_prefix * p.y_stride_n * es;
   a.x_image_bytes = p.x_stride_b * es, a.y_image_bytes = p.y_stride_b * es;
@@ -114,6 +123,8 @@ inline TokenConvArgs conv_args(const TokenConvParams& p) {
   a.y_token_bytes = p.y_stride_n * es, a.y_row_bytes = p.y_stride_n * y_width * es;
   return a;
 }
+
+constexpr int kGradVec = 4;  // channels per thread of the weight gradient at stride 2
 
 // Blocks of a tile kernel that fit an SM.
 constexpr int resident_conv_blocks(int element) { return element == 4 ? 2 : 3; }
@@ -131,10 +142,10 @@ inline ConvPlan<TokenConvArgs> plan_token_conv(const TokenConvParams& given, int
     return plan;
   }
   if (p.transpose)
-    plan.args.tiling = make_tiling(p.B, cells(s.H, s.ph, s.sh), cells(s.W, s.pw, s.sw), channels, {2, kConvColumns / s.sw},
-                                   kTileH / s.sh);
+    plan.args.tiling = make_tiling(p.B, cells(s.H, s.ph, s.sh), cells(s.W, s.pw, s.sw), channels,
+                                   {2, conv_columns(2) / s.sw}, kTileH / s.sh);
   else
-    plan.args.tiling = make_tiling(p.B, height, width, channels, {2, kConvColumns}, kTileH);
+    plan.args.tiling = make_tiling(p.B, height, width, channels, {plan.variant.vec, conv_columns(plan.variant.vec)}, kTileH);
   plan.shape = one_wave(plan.args, multiprocessors, resident_conv_blocks(element_size(p.dtype)));
   return plan;
 }
@@ -150,14 +161,16 @@ inline ConvPlan<TokenConvGradWeightArgs> plan_token_conv_grad_weight(const Token
   TokenDWConvGradWeightArgs& a = plan.args.sums = grad_weight_args(sums);
   a.taps = s.Kh * s.Kw + 1;
   a.x_row_bytes = p.x_stride_n * s.W * es;
-  const bool pairs = p.C % 2 == 0 && is_even(p.dy, p.dy_stride_b, p.dy_stride_n, es) && is_even(p.x, p.x_stride_b, p.x_stride_n, es);
+  const int vec = s.sh == 2 ? kGradVec : 2;
+  const bool aligned = p.C % vec == 0 && is_aligned(p.dy, p.dy_stride_b, p.dy_stride_n, vec, es) &&
+                       is_aligned(p.x, p.x_stride_b, p.x_stride_n, vec, es);
   const bool small = is_small(p.dy_stride_b, p.dy_stride_n, s.columns, es) && is_small(p.x_stride_b, p.x_stride_n, s.W, es);
-  if (p.dtype == DType::f64 || p.m > 1 || !pairs || !small || !(is_square(s, 3, 1) || is_square(s, 3, 2))) {
+  if (p.dtype == DType::f64 || p.m > 1 || !aligned || !small || !(is_square(s, 3, 1) || is_square(s, 3, 2))) {
     plan.shape = {checked_blocks(chunk_rows(a)), kThreads};
     return plan;
   }
-  plan.variant = {3, s.sh, false, false};
-  a.tiling = make_tiling(p.B, s.rows, s.columns, p.C, {2, kConvColumns}, kTileH);
+  plan.variant = {3, s.sh, vec, false, false};
+  a.tiling = make_tiling(p.B, s.rows, s.columns, p.C, {vec, conv_columns(vec)}, kTileH);
   plan.shape = chunk_tiles(a);
   return plan;
 }
