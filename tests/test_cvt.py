@@ -1,17 +1,19 @@
 """CvT: the authors' numbers, batch norm, both paths, folding, sizes, checkpoints, bad input."""
 
 import copy
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import lifeops
+from conftest import declare_torchvision_ops
 from lifeops import cli
 from lifeops.models import cvt
 from lifeops.nn import ConvProjectionAttention
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
-from lifeops.nn.feed_forward import FeedForward
+from lifeops.nn.feed_forward import FeedForward, QuickGELU
 from test_checkpoints import quiet
 from test_localvit import _close, _randomised, _state, golden_with_act
 
@@ -221,27 +223,6 @@ def test_bad_input():
         other.load_state_dict(module.state_dict())
 
 
-@pytest.mark.parametrize("tokens", [(2, 30), (1, 5)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_quick_gelu(tokens, bias):
-    """Both forms of QuickGELU are one function, gradients included."""
-    torch.manual_seed(0)
-    mlp = FeedForward(6, 10, quick=True).double()
-    if not bias:
-        mlp.fc1.bias = mlp.fc2.bias = None
-    x = torch.randn(*tokens, 6, dtype=torch.float64, requires_grad=True)
-    h = mlp.fc1(x)
-    expected = mlp.fc2(h * torch.sigmoid(1.702 * h))
-    assert lifeops.explain(mlp)[0].fused
-    got = mlp(x)
-    _close(got, expected, 1e-12)
-    leaves = (x, *mlp.parameters())
-    for a, b in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (got, expected)), strict=True):
-        _close(a, b, 1e-11)
-    with torch.no_grad():
-        _close(mlp(x), expected, 1e-12)
-
-
 # ------------------------------------------------------------------------------------------------ models
 
 
@@ -326,6 +307,48 @@ def test_training_step_and_copies():
     assert torch.equal(twin(x), y)
     assert torch.equal(copy.deepcopy(model)(x), y)
     torch.testing.assert_close(lifeops.fuse_(model)(x), y)
+
+
+THEIRS = {  # our names, the authors', and those of transformers
+    r"^stage(\d)\.": r"cvt.encoder.stages.\1.", r"\.patch_embed\.proj": ".embedding.convolution_embeddings.projection",
+    r"\.patch_embed\.norm": ".embedding.convolution_embeddings.normalization", r"\.blocks\.": ".layers.", r"\.norm1": ".layernorm_before",
+    r"\.norm2": ".layernorm_after", r"\.conv_proj_(.*)\.conv\.": r".convolution_projection_\1.convolution_projection.convolution.",
+    r"\.conv_proj_(.*)\.bn\.": r".convolution_projection_\1.convolution_projection.normalization.", r"\.proj_": ".projection_",
+    r"projection_q\.": "projection_query.", r"projection_k\.": "projection_key.", r"projection_v\.": "projection_value.",
+    r"\.attn\.(projection|convolution)": r".attention.attention.\1", r"\.attn\.proj\.": ".attention.output.dense.",
+    r"\.mlp\.fc1": ".intermediate.dense", r"\.mlp\.fc2": ".output.dense", "^norm": "layernorm", "^head": "classifier",
+}  # fmt: skip
+
+
+def test_transformers_has_the_same_model():
+    """But for its GELU in the place of the authors' QuickGELU."""
+    declare_torchvision_ops()
+    transformers = pytest.importorskip("transformers")
+    same_for_all = {
+        "mlp_ratio": 4.0,
+        "attention_drop_rate": 0.0,
+        "drop_rate": 0.0,
+        "drop_path_rate": 0.0,
+        "qkv_bias": True,
+        "kernel_qkv": 3,
+    }
+    same_for_all |= {"qkv_projection_method": "dw_bn", "padding_kv": 1, "stride_kv": 2, "padding_q": 1, "stride_q": 1}
+    config = transformers.CvtConfig(
+        patch_sizes=[7, 3], patch_stride=[4, 2], patch_padding=[2, 1], embed_dim=[12, 18], num_heads=[2, 3], depth=[1, 2], num_labels=5,
+        cls_token=[False, True], **{name: [value] * 2 for name, value in same_for_all.items()},
+    )  # fmt: skip
+    theirs, ours = transformers.CvtForImageClassification(config).double().eval(), tiny().double()
+    for m in theirs.modules():
+        if hasattr(m, "activation"):
+            m.activation = QuickGELU()
+    state = {}
+    for name, t in ours.state_dict().items():
+        for pattern, replacement in THEIRS.items():
+            name = re.sub(pattern, replacement, name)
+        state[name] = t
+    theirs.load_state_dict(state)
+    x = torch.randn(2, 3, 45, 30, dtype=torch.float64)
+    _close(ours(x), theirs(x).logits, 1e-10)
 
 
 def test_drop_path_rises():

@@ -1,16 +1,14 @@
-"""The feed-forward of a Transformer block, with GELU or QuickGELU, by the faster products and in one pass over its hidden tokens."""
+"""The feed-forward of a Transformer block, with GELU or QuickGELU; keys are those of its two layers."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops import torchlib
 from lifeops.config import requested_backend
 from lifeops.nn.plain import exactly, gelu, is_fused
-from lifeops.ops.token_dwconv.act_function import ChannelAct, activated
-from lifeops.pointwise import multiply, product
+from lifeops.ops.feed_forward import feed_forward
 
 ALPHA = 1.702
 
@@ -22,18 +20,11 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(ALPHA * x)
 
 
-def exact_gelu(x: Tensor) -> Tensor:
-    """F.gelu of tokens (B, N, C). On the CPU the kernel of ``channel_act`` takes half the time; a compiler writes its own."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.gelu(x)
-    return activated(x, ChannelAct(act="gelu"), 0, requested_backend("channel_act", None))
-
-
 class FeedForward(nn.Module):
     """``fc2(act(fc1(x)))`` on (B, N, C), ``act`` the exact GELU or, with ``quick``, QuickGELU.
 
-    QuickGELU's factors of SiLU(1.702 x) / 1.702 are multiplied into the weights, where those are fewer than the hidden values: the
-    activation is then one of torch's, and backward keeps one tensor less. Half precision would round the weights: it calls its layers.
+    On the fast path the activated tokens are computed again in backward, not kept. QuickGELU's factors of SiLU(1.702 x) / 1.702 are
+    multiplied into the weights, where those are fewer than the hidden values; half precision would round them: it calls its layers.
     """
 
     def __init__(self, dim: int, hidden_dim: int, quick: bool = False):
@@ -45,21 +36,21 @@ class FeedForward(nn.Module):
         act = exactly(QuickGELU) if isinstance(self.act, QuickGELU) else gelu
         return [("fc1", exactly(nn.Linear)), ("act", act), ("fc2", exactly(nn.Linear))]
 
-    def _quick(self, x: Tensor) -> Tensor:
-        first, second = self.fc1, self.fc2
-        wide = x.dtype in (torch.float32, torch.float64) and torchlib.autocast_dtype(x) is None
-        if not wide or x.shape[0] * x.shape[1] < 2 * x.shape[2]:
-            return product(self.act(product(x, first)), second)
-        h = multiply(x, first.weight * ALPHA, None if first.bias is None else first.bias * ALPHA)
-        return multiply(F.silu(h, inplace=not torchlib.wants_grad((h,))), second.weight / ALPHA, second.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def _fast(self, x: Tensor) -> bool:
         transformed = torchlib.captured() or torch._C._are_functorch_transforms_active()
         if transformed or x.dim() != 3 or not is_fused(self):
+            return False
+        wide = x.dtype in (torch.float32, torch.float64) and torchlib.autocast_dtype(x) is None
+        return not isinstance(self.act, QuickGELU) or (wide and x.shape[0] * x.shape[1] >= 2 * x.shape[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._fast(x):
             return self.fc2(self.act(self.fc1(x)))
-        if isinstance(self.act, QuickGELU):
-            return self._quick(x)
-        return product(exact_gelu(product(x, self.fc1)), self.fc2)
+        first, second, backend = self.fc1, self.fc2, requested_backend("channel_act", None)
+        if not isinstance(self.act, QuickGELU):
+            return feed_forward(x, first.weight, first.bias, second.weight, second.bias, "gelu", backend)
+        bias = None if first.bias is None else first.bias * ALPHA
+        return feed_forward(x, first.weight * ALPHA, bias, second.weight / ALPHA, second.bias, "silu", backend)
 
 
 def quick_feed_forward(dim: int, hidden_dim: int) -> FeedForward:

@@ -8,13 +8,13 @@ from torch import nn
 from lifeops import config, geometry, torchlib
 from lifeops.arguments import check_factory, check_int, check_module
 from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, folded_into, normalise, on_batch
-from lifeops.nn.feed_forward import exact_gelu
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_kernel_size, check_like
 from lifeops.nn.localvit import hidden_width
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import batch_norm, depthwise, exactly, gelu, is_fused, pointwise
 from lifeops.nn.scripting import NotScripted
+from lifeops.ops.feed_forward import feed_forward
 from lifeops.ops.token_dwconv.public import token_dwconv
 from lifeops.pointwise import multiply
 
@@ -106,8 +106,9 @@ class LocalAgg(Fusible, NotScripted, nn.Module):
         x = depth_wise(x, self.pos_embed, residual=x)
         t = dense(normalise(NAME, self.norm1, x, x.shape[1], backend), self.conv1)
         x = x + self.drop_path(dense(depth_wise(t, self.attn), self.conv2))
-        t = dense(normalise(NAME, self.norm2, x, x.shape[1], backend), self.mlp.fc1)
-        return x + self.drop_path(dense(exact_gelu(t), self.mlp.fc2))
+        t, first, second = normalise(NAME, self.norm2, x, x.shape[1], backend), self.mlp.fc1, self.mlp.fc2
+        t = feed_forward(t, first.weight.flatten(1), first.bias, second.weight.flatten(1), second.bias, "gelu", backend)
+        return x + self.drop_path(t)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
