@@ -118,7 +118,10 @@ def test_standard_output():
         assert (process.returncode, err) == (141, "")
         code = f"import os, sys\nos.dup2({full.fileno()}, 1)\nfrom lifeops.cli import main\nsys.exit(main(['info']))"
         _, err = ended("-c", code, code=2, pass_fds=[full.fileno()])
+        few = "import sys\nfrom lifeops.cli.main import ended_plainly\nsys.exit(ended_plainly('x', lambda: print('kept until the end')))"
+        _, err_of_few = ended("-c", f"import os\nos.dup2({full.fileno()}, 1)\n{few}", code=2, pass_fds=[full.fileno()])
     assert err.splitlines() == ["lifeops info: error: [Errno 28] No space left on device"]
+    assert err_of_few == "x: error: [Errno 28] No space left on device\n"
 
 
 # ------------------------------------------------------------------------------------------------ folders that take nothing
