@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
+from hosts import BEIT, SMALL, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
 
 import lifeops
 from lifeops.hosts import images, positions
@@ -31,7 +31,15 @@ STRUCTURED_REFUSES = {
     "cosine": ("mimetic", staged("swinv2_cr_tiny_ns_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)), r"logit_scale"),
     "gated layers": ("mimetic", named("convit_tiny", depth=3, local_up_to_layer=1), r"blocks\.0\.attn attends .*would be left"),
     "swin": ("mimetic", lambda: transformers.SwinModel(_swin()), r"has relative_position_bias,"),
+    "class token behind": ("impulse", lambda: _Last(**SMALL), r"tokens 0 to 23 of blocks\.0\.attn; they belong to tokens 1 to 24 "),
 }  # fmt: skip
+
+
+class _Last(timm.models.VisionTransformer):
+    """The class token behind the patches, and its row of the position embedding with it."""
+
+    def _pos_embed(self, x):
+        return torch.cat((x, self.cls_token.expand(len(x), -1, -1)), 1) + self.pos_embed
 
 
 def _swin():
@@ -71,6 +79,25 @@ def test_a_report_that_is_not_the_models_is_put_back():
     assert structured_(made(small_vit(block_fn=vit.ResPostBlock)), verify=False).heads[0].mass > 0.4
 
 
+class _Torch(torch.nn.Module):
+    """torch's attention in the place of timm's."""
+
+    first = True  # the batch
+
+    def __init__(self, dim, num_heads, **options):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(dim, num_heads, batch_first=self.first)
+
+    def forward(self, x, **options):
+        x = x if self.first else x.transpose(0, 1)
+        y = self.attention(x, x, x, need_weights=False)[0]
+        return y if self.first else y.transpose(0, 1)
+
+
+class _TokensFirst(_Torch):
+    first = False
+
+
 STRUCTURED_RUNS = {
     "ViT": hf("ViT"), "DINOv2": hf("Dinov2"), "registers": hf("Dinov2WithRegisters"), "CLIP": hf("CLIPVision"),
     "SigLIP": hf("SiglipVision"), "BLIP": hf("BlipVision"), "AIMv2": hf("Aimv2Vision"),
@@ -78,6 +105,7 @@ STRUCTURED_RUNS = {
     "registers, its table of 4x4 resized": hf("Dinov2WithRegisters", image_size=(16, 64)),
     "global ViTDet": hf("VitDet", **VITDET), "MSN": hf("ViTMSN"), "timm": small_vit(**WIDE, reg_tokens=3),
     "BEiT": lambda: timm.models.Beit(**{**BEIT, **WIDE}, use_abs_pos_emb=True),
+    "torch": small_vit(**WIDE, attn_layer=_Torch), "torch, tokens first": small_vit(**WIDE, attn_layer=_TokensFirst),
 }  # fmt: skip
 
 
@@ -94,7 +122,7 @@ def test_reports_are_the_models(name):
             if n.endswith("bias"):
                 p.zero_()
     attention = _first_attention(model, report.heads[0].path)
-    grid = (4, 6) if name == "timm" else (2, 8) if "resized" in name else (4, 4)
+    grid = (4, 6) if name in ("timm", "torch", "torch, tokens first") else (2, 8) if "resized" in name else (4, 4)
     patches = attention[:, -grid[0] * grid[1] :, -grid[0] * grid[1] :]
     mass = [lifeops.init.report.measure(patches[h.head], grid, h.offset)[0] for h in report.layer(0)]
     assert sum(mass) / len(mass) == pytest.approx(sum(h.mass for h in report.layer(0)) / len(mass), abs=0.05)
@@ -124,7 +152,10 @@ def _first_attention(model, path):
         hook.remove()
         x = seen[0].flatten(1, 2) if seen[0].dim() == 4 else seen[0]
         inner = getattr(layer, "attention", layer)
-        if hasattr(layer, "qkv"):
+        if isinstance(layer, torch.nn.MultiheadAttention):
+            x = seen[0] if layer.batch_first else seen[0].transpose(0, 1)
+            q, k, _ = (x @ layer.in_proj_weight.T).chunk(3, -1)
+        elif hasattr(layer, "qkv"):
             q, k, _ = layer.qkv(x).chunk(3, -1)
         elif hasattr(layer, "q_proj"):
             q, k = layer.q_proj(x), layer.k_proj(x)

@@ -1,6 +1,8 @@
 """Structured initialisation: the authors' numbers, the solvers, the figures of ViT-T, every message."""
 
+import io
 import re
+import sys
 
 import pytest
 import torch
@@ -220,6 +222,20 @@ def test_optimised_columns_have_the_authors_norm():
     norm = torch.tensor((16 / (3 * 8 * 2)) ** 0.5)
     for t in (fit.Q, fit.K):
         torch.testing.assert_close(t.norm(dim=-2), norm.expand(1, 2, t.shape[-1]))
+
+
+@pytest.mark.parametrize("rich", ["in a terminal", "elsewhere", "missing"])
+def test_the_bar_of_the_optimisation(rich, monkeypatch):
+    """Is shown in a terminal where rich is installed, and changes no number."""
+    console, shown = pytest.importorskip("rich.console"), io.StringIO()
+    made = console.Console(file=shown, force_terminal=rich == "in a terminal")
+    monkeypatch.setattr(console, "Console", lambda **options: made)
+    if rich == "missing":
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    E, sizes = sincos_position_embedding((4, 3), 16), {"grid": (4, 3), "num_heads": 2, "head_dim": 8, "steps": 3}
+    fits = [optimised_qk(E, **sizes, progress=progress, generator=generator()) for progress in (False, True)]
+    assert torch.equal(fits[0].Q, fits[1].Q)
+    assert ("fitting impulses" in shown.getvalue(), "100%" in shown.getvalue()) == ((rich == "in a terminal",) * 2)
 
 
 def test_sincos_tells_shifts_apart():

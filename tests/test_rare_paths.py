@@ -186,6 +186,9 @@ def test_biases_in_front_of_norms(biased):
         module.train(training), plain.train(training)
         y, expected = module(x, (H, W)), torch.cat((x[:, :1], x[:, 1:] + plain(maps).flatten(2).mT), 1)
         torch.testing.assert_close(y, expected)
+        if not training:
+            with torch.no_grad():
+                torch.testing.assert_close(module(x, (H, W)), expected)
         grads = [torch.autograd.grad(t.square().sum(), [*layers.parameters()]) for t, layers in ((y, module.conv), (expected, plain))]
         for got, e in zip(*grads, strict=True):
             torch.testing.assert_close(got, e, rtol=1e-6, atol=1e-9)

@@ -49,8 +49,14 @@ FLEXIBLE = {
                                                                                  class_token=True, rope_type="axial")), 1),
 }  # fmt: skip
 BESIDE_MLP = {"beside mlp": (small_vit(block_fn=vit.ParallelScalingBlock, qk_norm=True), 1)}
+class _Gated(timm.layers.Attention):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options, gated=True)
+
+
+GATED = {"gated": (small_vit(attn_layer=_Gated), 1), "gated and normed": (small_vit(attn_layer=_Gated, scale_attn_norm=True), 1)}
 POOLS = {"siglip", "aimv2", "aimv2 native", "naflex map"}  # no class token, and a head that pools by attention
-HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP, **FLEXIBLE}
+HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP, **FLEXIBLE, **GATED}
 
 
 def _sam(tables=None):
@@ -269,6 +275,13 @@ def test_pooling_heads_weigh_the_tokens(name):
     assert naive.off(found.weights[..., prefix:], seen[:, :1]) <= 1e-5
     assert (found.weights[..., :prefix] == 0).all()
     torch.testing.assert_close(found.maps, lifeops.rollout(model, images, found.weights).maps)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("targets", [None, "pool", "mean", (3, 5)])
+def test_no_images(targets, verify):
+    found = lifeops.rollout(made(POOLED["latent"]), torch.zeros(0, 3, 32, 48), targets, verify=verify)
+    assert (found.maps.shape, found.weights.shape, found.prefix.shape) == ((0, 1, 4, 6), (0, 1, 24), (0, 1))
 
 
 @pytest.mark.parametrize("verify", [True, False])
