@@ -17,6 +17,7 @@ ROLLOUT_REFUSES = {
     "several embeddings": (staged("crossvit_tiny_240"), r"CrossVit has 2 patch embeddings"),
     "pooled on the way": (staged("pit_ti_224", img_size=64), r"blocks\.1\.attn has 50 tokens and .*blocks\.0\.attn 17: tokens are"),
     "hiera": (staged("hiera_tiny_224", img_size=64), r"gives \(2, 256, 96\), whose 256 tokens are no grid"),
+    "dropped": (lambda: _Dropped(**SMALL), r"the layers have 13: of 24 patches some are dropped \(turn patch dropout off\)"),
     "shuffled": (lambda: _Shuffled(), r"does not read the 16 patches as tokens 1 to 16 in their order: .* shuffled"),
     "masked": (hf("ViTMAE", mask_ratio=0.75), r"^rollout: ViTMAEEmbeddings gives 4 of 16 patches, .* model\.config\.mask_ratio = 0"),
     "decoder": (
@@ -40,6 +41,13 @@ class _Shuffled(timm.models.VisionTransformer):
         super().__init__(**{**SMALL, "img_size": 32})
         self.norm_pre = torch.nn.Identity()
         self.norm_pre.register_forward_hook(lambda m, args, x: torch.cat((x[:, :1], x[:, 1:].flip(1)), 1))
+
+
+class _Dropped(timm.models.VisionTransformer):
+    """Half of the patches."""
+
+    def _pos_embed(self, x):
+        return super()._pos_embed(x)[:, :13]
 
 
 class _Behind(timm.models.VisionTransformer):

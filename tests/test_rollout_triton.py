@@ -7,6 +7,7 @@ tests/test_ops.py -k rollout; all compiled variants: python -m bench.rollout_bud
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -18,6 +19,22 @@ def test_samples_in_the_interpreter():
     names = "one_token", "min", "discard_max", "transposed", "expanded", "wide_maps", "peaked"
     chosen = " or ".join(f"rollout_step-{name}-float32" for name in names)
     assert _interpreted("test_ops.py", f"test_oracle and ({chosen} or rollout_step-max-bfloat16)") == len(names) + 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pieces"),
+    [
+        (torch.float32, {1: 16, 17: 32, 32: 32, 48: 16, 64: 32, 72: 32, 80: 16, 128: 32}),
+        (torch.bfloat16, {24: 32, 48: 16, 64: 64, 80: 16, 96: 32, 128: 64}),
+        (torch.float64, {24: 16, 64: 16}),
+    ],
+    ids=str,
+)
+def test_heads_are_read_in_pieces(dtype, pieces):
+    """That divide the width where multiples of 16 do, else masked; the shared memory bounds them."""
+    from lifeops.kernels.rollout_step import blocks_of
+
+    assert {d: blocks_of(d, 1, dtype)["BLOCK_D"] for d in pieces} == pieces
 
 
 def test_compiled_without_spills():
