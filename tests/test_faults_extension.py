@@ -134,6 +134,20 @@ def test_what_is_registered_of_a_library(monkeypatch):
     assert not {name for name, _ in kernels} & {"channel_act", "life_qkv", "dw_shortcut"}
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\x7fELF" + bytes(36), "it is cut short, 40 bytes; rebuild"), (b"\x7fELF\x01\x01" + bytes(90), None)],
+    ids=["less than a header", "32 bits"],
+)
+def test_headers_of_libraries(content, said, tmp_path, monkeypatch):
+    """Another format than 64-bit little-endian is the loader's to judge."""
+    monkeypatch.setattr(built, "NOTES", tmp_path / "none")
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    (tmp_path / "_ops.so").write_bytes(content)
+    found = built.damage(tmp_path / "_ops.so")
+    assert found is None if said is None else said in found
+
+
 @compiled
 def test_a_whole_library_is_not_refused(folder):
     assert [built.damage(path) for path in folder.glob("_*.so")] == [None, None]

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from hosts import BEIT, SMALL, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
+from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
 from torch import nn
 
 import lifeops
@@ -94,89 +94,6 @@ def test_convert_compares_numbers():
     assert lifeops.convert(model, probe=False).blocks[1].attn.num_prefix_tokens == 1
     wrong = small_vit(reg_tokens=2)()
     unchanged(wrong, lambda m: lifeops.convert(m, num_prefix_tokens=1), r"tokens 3 to 26 are the 24 patches \(give num_prefix_tokens=…\)")
-
-
-@pytest.mark.parametrize("part", ["note", "head", "blocks.0.mlp"])
-def test_models_of_several_precisions(part):
-    """Tried where they run as they are; where autocast may be there for them they are not."""
-    model = small_vit()()
-    model.blocks[1].attn = _Masked(model.blocks[1].attn)
-    model.note = nn.Linear(1, 1)
-    model.get_submodule(part).double()
-    if part == "note":  # which does not take part
-        unchanged(model, lifeops.convert, r"blocks\.1\.attn is _Masked, which does not compute softmax\(scale q kᵀ\) v")
-    else:
-        assert isinstance(lifeops.convert(model).blocks[1].attn, lifeops.nn.LifeAttention)
-
-
-class _WithoutBlocks(timm.models.VisionTransformer):
-    def forward(self, x):
-        return self._pos_embed(self.patch_embed(x))
-
-
-class _WithoutEmbedding(timm.models.VisionTransformer):
-    def forward(self, x):
-        return self.blocks(x.new_zeros(len(x), 25, 24))
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize(("model", "what"), [(_WithoutBlocks, "its blocks"), (_WithoutEmbedding, "its patch_embed")])
-def test_models_that_leave_out_what_is_converted(model, what, system):
-    unchanged(model(**SMALL), lambda m: lifeops.convert(m, system), rf"^convert: {model.__name__} ran without {what} \(probe=False\)$")
-
-
-class _Cut(vit.Block):
-    """Its attention does not see the last token."""
-
-    def forward(self, x, attn_mask=None, is_causal=False):
-        return x + nn.functional.pad(self.attn(self.norm1(x)[:, :-1]), (0, 0, 0, 1))
-
-
-class _WideAndGated(timm.layers.Attention):
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, **options, gated=True, attn_head_dim=16)
-
-
-class _Wrapped(nn.Module):
-    """A layer inside another, as adapters put it."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def _wrapped():
-    model = small_vit()()
-    model.blocks[1].attn.qkv = _Wrapped(model.blocks[1].attn.qkv)
-    return model
-
-
-ATTENTION = {
-    "tokens": (small_vit(block_fn=_Cut), r"blocks\.0\.attn is handed \(1, 24, 24\), looked for its block's tokens \(1, 25, 24\)"),
-    "width": (small_vit(attn_layer=_WideAndGated), r"blocks\.0\.attn\.qkv must give .* got 24 channels to 144, heads: 3"),
-    "layer": (_wrapped, r"blocks\.1\.attn\.qkv cannot be read: it is a test_hosts_convert\._Wrapped, the kernel computes a Linear"),
-}
-
-
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_that_life_cannot_stand_for(name):
-    build, message = ATTENTION[name]
-    unchanged(made(build), lifeops.convert, "^convert: " + message)
-
-
-class _Half(timm.models.VisionTransformer):
-    """Runs its first block alone."""
-
-    def forward(self, x):
-        return self.norm(self.blocks[0](self._pos_embed(self.patch_embed(x))))
-
-
-def test_a_group_would_run_blocks_that_the_model_leaves_out():
-    message = r"^convert: blocks\.1 is told something else in a group than alone"
-    unchanged(_Half(**SMALL), lambda m: lifeops.convert(m, "dw_shortcut", every=2), message)
 
 
 class _Embed(nn.Module):

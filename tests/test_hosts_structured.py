@@ -31,8 +31,27 @@ STRUCTURED_REFUSES = {
     "cosine": ("mimetic", staged("swinv2_cr_tiny_ns_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)), r"logit_scale"),
     "gated layers": ("mimetic", named("convit_tiny", depth=3, local_up_to_layer=1), r"blocks\.0\.attn attends .*would be left"),
     "swin": ("mimetic", lambda: transformers.SwinModel(_swin()), r"has relative_position_bias,"),
+    "a block that does not run": ("impulse", lambda: _FirstBlock(**SMALL), r"blocks\.1\.attn did not run in _FirstBlock on an image"),
+    "wide heads": ("impulse", lambda: small_vit(attn_layer=_Wide)(), r"the heads' total width must not exceed the 24 channels, got 48"),
+    "not finite": ("impulse", lambda: _not_finite(), r"^structured_: position_embedding must be finite"),
     "class token behind": ("impulse", lambda: _Last(**SMALL), r"tokens 0 to 23 of blocks\.0\.attn; they belong to tokens 1 to 24 "),
 }  # fmt: skip
+
+
+class _FirstBlock(timm.models.VisionTransformer):
+    def forward(self, x):
+        return self.blocks[0](self._pos_embed(self.patch_embed(x)))
+
+
+class _Wide(timm.layers.Attention):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options, attn_head_dim=16)
+
+
+def _not_finite():
+    model = timm.models.VisionTransformer(**SMALL)
+    torch.nn.init.constant_(model.pos_embed[:, 3:4], torch.inf)
+    return model
 
 
 class _Last(timm.models.VisionTransformer):
@@ -50,6 +69,12 @@ def _swin():
 def test_structured_refuses(name):
     method, build, message = STRUCTURED_REFUSES[name]
     assert unchanged(made(build), lambda m: structured_(m, method, generator=torch.Generator().manual_seed(0)), message)
+
+
+def test_a_table_of_another_grid():
+    model = timm.models.VisionTransformerSAM(**SMALL, use_rel_pos=False, window_size=0, neck_chans=16)
+    with pytest.raises(ValueError, match=r"the position embedding \(1, 4, 6, 24\) must be of the grid 6 x 4"):
+        structured_(model, grid=(6, 4))
 
 
 def test_prefix_and_grid_are_the_hosts():

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import lifeops
 from lifeops import pointwise, registry, testing, torchlib
+from lifeops.integrations import attention_check
 from lifeops.integrations.attention_check import off
 from lifeops.integrations.convert_localvit import LocalityBranch
 from lifeops.integrations.life_projection import LifeInProjection, LifeProjection
@@ -132,6 +134,17 @@ def test_rollout_of_a_model_that_does_not_run_its_patches():
 
     with pytest.raises(ValueError, match="rollout: PatchEmbed, the patch embedding of VisionTransformer, has not run"):
         lifeops.rollout(Idle().eval(), torch.zeros(1, 3, 32, 32))
+
+
+def test_how_far_attention_may_be_off(monkeypatch):
+    """TF32 rounds products to 11 bits: on a GPU that is allowed to use it much more."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    cpu, gpu = (attention_check._tolerance(torch.float32, torch.device(kind), 10.0) for kind in ("cpu", "cuda"))
+    assert 2**-9 < gpu / 10 < 2**-7
+    assert gpu > 100 * cpu
+    assert attention_check._tolerance(torch.float64, torch.device("cuda"), 10.0) < 1e-8
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert attention_check._tolerance(torch.float32, torch.device("cuda"), 10.0) == cpu
 
 
 def test_how_far_off():

@@ -310,6 +310,43 @@ class _Queries(naive.Attentions):
             self.pooling = attention.to(dtype)
 
 
+class _Pooling(timm.models.VisionTransformer):
+    """What its head pools is told by ``how``."""
+
+    how = staticmethod(lambda model, x: model.attn_pool(model.blocks(x)))
+
+    def forward(self, x):
+        return self.how(self, self._pos_embed(self.patch_embed(x)))
+
+
+class _Latent(timm.layers.AttentionPoolLatent):
+    def forward(self, x, attn_mask=None, others=None):
+        return super().forward(x, attn_mask=attn_mask)
+
+
+POOL_REFUSES = {
+    "before the blocks": (
+        lambda m, x: (m.blocks(x), m.attn_pool(x))[1], r"^rollout: attn_pool does not pool what blocks\.1\.attn gave$"
+    ),
+    "in another order": (lambda m, x: m.attn_pool(m.blocks(x).flip(1)), r"the model itself moves tokens before attn_pool: flip"),
+    "not at all": (lambda m, x: m.blocks(x).mean(1), r"^rollout: attn_pool, the pooling head, has not run$"),
+    "some of the tokens": (lambda m, x: m.attn_pool(m.blocks(x)[:, 3:]), r"^rollout: attn_pool pools 21 tokens, looked for 24 or 24$"),
+    "by name": (lambda m, x: m.attn_pool(x=m.blocks(x)), r"^rollout: attn_pool was called otherwise than with tokens \(B, N, C\)"),
+    "beside others": (lambda m, x: m.attn_pool(m.blocks(x), others=x), r"^rollout: attn_pool was called with others beside tokens"),
+    "maps": (lambda m, x: m.attn_pool(m.blocks(x)[:, None]), r"^rollout: attn_pool was called otherwise than with tokens \(B, N, C\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOL_REFUSES)
+def test_what_a_pooling_head_is_called_with(name):
+    how, message = POOL_REFUSES[name]
+    model = made(lambda: _Pooling(**SMALL, class_token=False, global_pool="map"))
+    assert lifeops.rollout(model, images_of(model), "pool").labels == ("attention pooling",)
+    model.how, model.attn_pool.__class__ = how, _Latent
+    with pytest.raises(ValueError, match=message):
+        lifeops.rollout(model, images_of(model), "pool")
+
+
 def test_a_pool_that_is_none():
     with pytest.raises(ValueError, match="VisionTransformer has 0 pooling heads for targets='pool'; looked for an attention pooling"):
         lifeops.rollout(made(small_vit()), torch.randn(1, 3, 32, 48), "pool")

@@ -167,6 +167,13 @@ def test_what_is_not_told_or_not_hidden_is_refused(name):
         lifeops.rollout(model, images)
 
 
+def test_a_layer_before_the_embedding():
+    model, patches, _ = _case("keys only")
+    model.embeds.register_forward_pre_hook(lambda module, args: model.blocks[0](torch.zeros(4, 17, 48)) and None)
+    with pytest.raises(ValueError, match=r"^rollout: blocks\.0\.attn runs before Linear, the patch embedding, has run"):
+        lifeops.rollout(model, _packed("keys only", patches))
+
+
 def test_half_precision():
     for name in ("siglip2", "axial"):
         model, patches, _ = _case(name)

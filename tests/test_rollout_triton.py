@@ -37,6 +37,33 @@ def test_heads_are_read_in_pieces(dtype, pieces):
     assert {d: blocks_of(d, 1, dtype)["BLOCK_D"] for d in pieces} == pieces
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_doubles_are_given_all_registers(dtype):
+    """Unasked, ptxas keeps some of them on the stack; the other dtypes' kernels need fewer."""
+    from lifeops.kernels.rollout_step import launches
+
+    r, q = torch.zeros(1, 1, 5, dtype=dtype), torch.zeros(1, 2, 5, 16, dtype=dtype)
+    asked = [arguments.get("maxnreg") for _, _, arguments in launches(r, q, q, 1.0, "mean", 0.5, 0, torch.empty_like(r))]
+    assert asked[0] == (255 if dtype == torch.float64 and torch.version.hip is None else None)
+
+
+def test_bfloat16_on_older_devices(monkeypatch):
+    """As the driver would refuse it; float32 runs there."""
+    from lifeops.kernels.rollout_step import supports
+    from lifeops.ops.rollout_step import op
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    q = torch.zeros(1, 2, 5, 16)
+    problem = op.problem(torch.zeros(1, 1, 5), q, q, 1.0, "mean", 0.5, 0.0, "triton")._replace(device=torch.device("cuda"))
+    for capability, dtype, reasons in (
+        ((7, 5), torch.bfloat16, ["bfloat16 needs compute capability 8.0, got 7.5"]),
+        ((7, 5), torch.float32, []),
+        ((8, 0), torch.bfloat16, []),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert supports(problem._replace(dtype=dtype)) == reasons
+
+
 def test_compiled_without_spills():
     """main's exit status says whether shared memory and spills are within the budget; `make budgets` compiles the other variants."""
     rows = json.loads(python("-m", "bench.rollout_budgets", "--json", "--only", "bf16-64-mean"))
