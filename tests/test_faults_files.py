@@ -110,19 +110,23 @@ def test_a_command_on_a_full_disk(name, inputs):
     assert names(inputs / "out") == []
 
 
+FULL = "import os, sys\nos.dup2({}, 1)\nfrom lifeops.cli.main import ended_plainly, main\n"
+
+
 @fault("standard output is a full disk, or its reader has gone", "one line and exit code 2; no line and 141; never a traceback")
-def test_standard_output():
+@pytest.mark.parametrize("buffered", [True, False])
+def test_standard_output(buffered):
+    """Where it is buffered, what little is printed is written, and fails, at the end, and again as Python ends."""
+    env = {"PYTHONUNBUFFERED": "" if buffered else "1"}
     with Path("/dev/full").open("w") as full:
-        process = started("-m", "lifeops", "info")
+        process = started("-m", "lifeops", "info", env=env)
         process.stdout.close()
         _, err = process.communicate(timeout=TIMEOUT)
         assert (process.returncode, err) == (141, "")
-        code = f"import os, sys\nos.dup2({full.fileno()}, 1)\nfrom lifeops.cli import main\nsys.exit(main(['info']))"
-        _, err = ended("-c", code, code=2, pass_fds=[full.fileno()])
-        few = "import sys\nfrom lifeops.cli.main import ended_plainly\nsys.exit(ended_plainly('x', lambda: print('kept until the end')))"
-        _, err_of_few = ended("-c", f"import os\nos.dup2({full.fileno()}, 1)\n{few}", code=2, pass_fds=[full.fileno()])
-    assert err.splitlines() == ["lifeops info: error: [Errno 28] No space left on device"]
-    assert err_of_few == "x: error: [Errno 28] No space left on device\n"
+        for prog, command in (("lifeops info", "main(['info'])"), ("x", "ended_plainly('x', lambda: print('a line'))")):
+            code = f"{FULL.format(full.fileno())}sys.exit({command})"
+            _, err = ended("-c", code, code=2, env=env, pass_fds=[full.fileno()])
+            assert err == f"{prog}: error: [Errno 28] No space left on device\n"
 
 
 # ------------------------------------------------------------------------------------------------ folders that take nothing
