@@ -169,9 +169,30 @@ def test_attention_that_life_cannot_stand_for(name):
     unchanged(made(build), lifeops.convert, "^convert: " + message)
 
 
+class _TwoFeedForwards(ViTLayer):
+    def forward(self, x, *args, **kwargs):
+        x = x + self.attention(self.layernorm_before(x))[0]
+        y = self.layernorm_after(x)
+        return x + self.mlp(y) + self.mlp(y)
+
+
+_TwoFeedForwards.__name__ = "ViTLayer"  # by which the order of its parts is known
+
+
+def _layers(kind):
+    def build():
+        model = hf("ViT")()
+        for layer in model.layers:
+            layer.__class__ = kind
+        return model
+
+    return build
+
+
 LOCALVIT = {
     "masked": (small_vit(block_fn=_Masking), r"blocks\.0 tells its attention \['attn_mask'\], LocalViTBlock would tell it \['nothing'\]"),
     "post norm": (small_vit(block_fn=_PostNorm), r"blocks\.0 is _PostNorm, whose attention branch is not x \+ ls1\(attn\(norm1\(x\)\)\)"),
+    "two feed-forwards": (_layers(_TwoFeedForwards), r"layers\.0 is ViTLayer, which calls its MLP 2 times, looked for tokens of one MLP"),
 }
 
 
@@ -193,16 +214,6 @@ class _Counting(ViTLayer):
     def forward(self, x, *args, **kwargs):
         self.calls = getattr(self, "calls", 0) + 1
         return super().forward(x, *args, **kwargs) * self.calls
-
-
-def _layers(kind):
-    def build():
-        model = hf("ViT")()
-        for layer in model.layers:
-            layer.__class__ = kind
-        return model
-
-    return build
 
 
 class _FirstBlock(ViT):
@@ -312,6 +323,23 @@ def _masking():
     return model
 
 
+class _Unfolded(nn.Module):
+    img_size, grid_size, patch_size = (32, 48), (4, 6), (8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(24, 192))
+
+    def forward(self, x):
+        return F.unfold(x, 8, stride=8).mT @ self.weight.T
+
+
+def _unfolding():
+    model = small_vit()()
+    model.patch_embed = _Unfolded()
+    return model
+
+
 UNTRIED = r"cannot be tried on one image: .*RuntimeError: broken"
 MODELS = {
     "blocks": (lambda: _WithoutBlocks(**SMALL), r"_WithoutBlocks ran without its blocks \(probe=False\)$"),
@@ -322,6 +350,7 @@ MODELS = {
     "not for NaN": (lambda: _Decomposed(**SMALL), r"the patches' way .* cannot be followed \(lost at aten::_?linalg_svd\)$"),
     "raises": (lambda: _Broken(**SMALL), f"_Broken {UNTRIED}"),
     "raises in our words": (lambda: _Ours(**SMALL), "the grid is odd$"),
+    "an embedding without layers": (_unfolding, r".*\(ValueError: _Unfolded, the patch embedding, has neither a Conv2d nor in_chans\)"),
     "masks": (_masking, r"Masking gives 4 of 16 patches, the others are masked; all are needed"),
 }
 
@@ -331,6 +360,16 @@ MODELS = {
 def test_models_that_do_something_else(name, system):
     build, message = MODELS[name]
     unchanged(build().eval(), lambda m: lifeops.convert(m, system), "^convert: " + message)
+
+
+@pytest.mark.parametrize("system", ["life", "localvit"])
+def test_stages_that_do_not_run(system):
+    class Swin(timm.models.SwinTransformer):
+        def forward(self, x):
+            return self.patch_embed(x)
+
+    model = Swin(img_size=64, window_size=2, embed_dim=24, depths=(1, 1), num_heads=(2, 2))
+    unchanged(model, lambda m: lifeops.convert(m, system), r"^convert: Swin ran without its blocks \(probe=False\)$")
 
 
 @pytest.mark.parametrize("system", ["life", "localvit"])

@@ -3,11 +3,13 @@
 Small models of timm and transformers, no weights. What computes is compared with the model's own attention elsewhere (test_init_layouts).
 """
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from hosts import BEIT, SMALL, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
+from torch.utils.flop_counter import FlopCounterMode
 
 import lifeops
 from lifeops.hosts import images, positions
@@ -33,6 +35,8 @@ STRUCTURED_REFUSES = {
     "swin": ("mimetic", lambda: transformers.SwinModel(_swin()), r"has relative_position_bias,"),
     "a block that does not run": ("impulse", lambda: _FirstBlock(**SMALL), r"blocks\.1\.attn did not run in _FirstBlock on an image"),
     "wide heads": ("impulse", lambda: small_vit(attn_layer=_Wide)(), r"the heads' total width must not exceed the 24 channels, got 48"),
+    "no tokens": ("impulse", lambda: _FirstBlock(**SMALL, block_fn=_Listing, attn_layer=_Listed), r"is given \(\), looked for tokens"),
+    "unreadable": ("mimetic", lambda: _unreadable(), r"blocks\.1\.attn cannot be read as plain attention: packed weights"),
     "not finite": ("impulse", lambda: _not_finite(), r"^structured_: position_embedding must be finite"),
     "class token behind": ("impulse", lambda: _Last(**SMALL), r"tokens 0 to 23 of blocks\.0\.attn; they belong to tokens 1 to 24 "),
 }  # fmt: skip
@@ -46,6 +50,35 @@ class _FirstBlock(timm.models.VisionTransformer):
 class _Wide(timm.layers.Attention):
     def __init__(self, *sizes, **options):
         super().__init__(*sizes, **options, attn_head_dim=16)
+
+
+class _Listed(timm.layers.Attention):
+    def forward(self, tokens, **options):
+        return super().forward(tokens[0])
+
+
+class _Listing(vit.Block):
+    def forward(self, x, **options):
+        return x + self.attn([self.norm1(x)])
+
+
+class _ByWeight(timm.layers.Attention):
+    """Does not call its layer."""
+
+    def forward(self, x, **options):
+        q, k, v = (x @ self.qkv.weight.T + self.qkv.bias).unflatten(2, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Packed(torch.nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("packed weights")
+
+
+def _unreadable():
+    model = small_vit(attn_layer=_ByWeight)()
+    model.blocks[1].attn.qkv.__class__ = _Packed
+    return model
 
 
 def _not_finite():
@@ -69,6 +102,21 @@ def _swin():
 def test_structured_refuses(name):
     method, build, message = STRUCTURED_REFUSES[name]
     assert unchanged(made(build), lambda m: structured_(m, method, generator=torch.Generator().manual_seed(0)), message)
+
+
+def test_a_scale_that_overflows():
+    with pytest.raises(ValueError, match=r"^structured_: position_embedding must be finite"):
+        structured_(made(small_vit()), position_scale=1e39)
+
+
+def test_nothing_is_tried_under_a_mode_that_looks_on():
+    """Written is what is written without it."""
+    models = [made(small_vit()) for _ in range(2)]
+    for model, mode in zip(models, (contextlib.nullcontext(), FlopCounterMode(display=False)), strict=True):
+        with mode:
+            structured_(model, generator=torch.Generator().manual_seed(0))
+    assert torch.ops.aten.convolution not in mode.get_flop_counts()["Global"]  # no pass of the model
+    assert all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
 
 
 def test_a_table_of_another_grid():

@@ -114,6 +114,10 @@ def test_half_precision_embedding():
     assert torch.equal(Q, expected)
 
 
+class OfAGPU(torch.Generator):
+    device = torch.device("cuda")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -124,6 +128,7 @@ def test_half_precision_embedding():
         ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
         ({"kernel_size": 7}, ValueError, "kernel_size must be 3 or 5, got 7"),
         ({"noise": torch.zeros(2, 20, 19)}, ValueError, "noise must have shape (h, N, N) = (2, 20, 20), got (2, 20, 19)"),
+        ({"generator": OfAGPU()}, ValueError, "generator must be a CPU generator (numbers are drawn on the CPU and copied), got cuda"),
         ({"generator": 0}, TypeError, "generator must be a torch.Generator or None, got int"),
         ({"E": torch.zeros(20, 16)}, ValueError, "has rank 0, less than the head width 6"),
         ({"E": sincos_position_embedding((5, 4), 16), "head_dim": 12}, ValueError, "less than the head width 12"),
