@@ -8,7 +8,7 @@ REASONS: dict[str, dict[str, tuple[str, ...]]] = {
             'if (__builtin_cpu_supports("avx2")',
         ),
     },
-    "gcov books the loads that it inlines under the file they come from; the lines behind it in the same loop are counted": {
+    "two inlined calls, whose instructions gcov books at the called functions; the lines behind it, which need its value, are counted": {
         "csrc/cpu/token_dwconv_forward.h": (
             "const vec_t<A> value = in_register(at.column(x, t, j + t",
         ),
