@@ -112,7 +112,8 @@ def unexplained(missing: dict[str, list[int]]) -> tuple[Counter, list[str]]:
 
 
 def _share(part, whole) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
+    """Rounded down: 100.0% is all."""
+    return f"{1000 * part // whole / 10}%" if whole else "-"
 
 
 def page(python: dict, cpu: dict, counts: Counter) -> list[str]:
