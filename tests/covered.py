@@ -6,8 +6,11 @@ tests/uncovered.py gives the reasons. The record in build/coverage says of every
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -25,6 +28,20 @@ CPU_TESTS = (  # of the compiled kernels: one instruction set through everything
     ["test_ops.py", "test_edges.py", "test_errors.py", "test_build.py", "-k", "float32 or residual or refuses or message"],
     ["fuzz/test_operators.py", "-k", "not (image or attention or life_qkv)"],
 )
+
+
+PACKAGES = {"pytest_cov": "pytest-cov", "gcovr": "gcovr"}  # by their modules
+
+
+def need() -> None:
+    """SystemExit that says what to install, unless all is there that the record is made with, a quarter of an hour later."""
+    packages = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if packages:
+        raise SystemExit(f"coverage: {', '.join(packages)} not found: {sys.executable} -m pip install {' '.join(packages)}")
+    programs = (shlex.split(os.environ.get(name, program))[0] for name, program in (("CXX", "g++"), ("GCOV", "gcov")))
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        raise SystemExit(f"coverage: {', '.join(missing)} not found; as root: apt-get install --no-install-recommends g++")
 
 
 def _pytest(arguments, env, cwd=ROOT) -> None:
@@ -95,7 +112,8 @@ def unexplained(missing: dict[str, list[int]]) -> tuple[Counter, list[str]]:
 
 
 def _share(part, whole) -> str:
-    return f"{part / whole:.1%}" if whole else "-"
+    """Rounded down: 100.0% is all."""
+    return f"{1000 * part // whole / 10}%" if whole else "-"
 
 
 def page(python: dict, cpu: dict, counts: Counter) -> list[str]:
@@ -122,6 +140,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="write the tables into docs/reliability.md")
     args, tests = parser.parse_known_args()
     if not args.report:
+        need()
         record(tests)
         record_cpu()
     python, cpu = python_report(), cpu_report()

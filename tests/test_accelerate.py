@@ -243,6 +243,11 @@ def test_another_convolution_is_left(what):
     _left("coat cpe", lambda m: setattr(m, "proj", nn.Conv2d(C, C, 3, **options).double()), f"proj: {what}")
 
 
+def test_a_layer_that_is_missing_is_named():
+    for name, sequence, path in (("twins", "proj", "0"), ("segformer", "dwconv", "dwconv"), ("coat crpe", "conv_list", "1")):
+        _left(name, lambda m, at=(sequence, path): delattr(m.get_submodule(at[0]), at[1]), rf"{sequence}\.{path}: it is missing")
+
+
 def test_another_computation_is_left():
     class PosConv(models.twins.PosConv):
         def forward(self, x, size):

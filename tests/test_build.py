@@ -116,6 +116,34 @@ def test_info_names_the_shadowed_installation(tmp_path):
     assert f"shadows the installation in {installed / 'lifeops'}: run from another folder" in out
 
 
+def test_info_of_other_installations(tmp_path, monkeypatch):
+    """Without sources, without its module, with another installation's, behind a source folder, with a damaged module."""
+    package = tmp_path / "source" / "lifeops"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(built, "FOLDER", package)
+    assert info._freshness("0") == "installed without sources beside it"
+    assert info._shadowed() is None
+    assert info._version("lifeops-nowhere") == "not installed"
+    if registry.unavailable("cpu") is None:
+        assert info.build() == {"extension": f"missing: {package} has none; the one found belongs to {PACKAGE}"}
+    with monkeypatch.context() as patch:
+        patch.delattr(lifeops, "_info", raising=False)
+        patch.setitem(sys.modules, "lifeops._info", None)
+        assert info.build()["extension"].startswith("missing: ")
+        assert "_info" in info.build()["extension"]
+    (package / "_info.so").write_bytes(b"no library")
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    assert info.build()["extension"].startswith("missing: _info.so is damaged or not for this machine: ")
+    (package.parent / "setup.py").touch()
+    installed = tmp_path / "site" / "lifeops"
+    for folder in (installed, installed.parent / "lifeops-0.1.0.dist-info"):
+        folder.mkdir(parents=True)
+    (installed / "__init__.py").touch()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: lifeops\nVersion: 0.1.0\n")
+    monkeypatch.syspath_prepend(installed.parent)
+    assert info._shadowed() == f"this is {package}, which shadows the installation in {installed}: run from another folder"
+
+
 def test_every_package_is_installed():
     """setup.py lists packages by looking, but a folder without __init__.py would be left out."""
     folders = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} - {"."}

@@ -166,6 +166,32 @@ def test_export(name, strict):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_export_of_a_block(system):
+    """On its own it takes the grid that is bound around the export, or else the only one that there has been."""
+    model, x = _vit(system), torch.randn(2, 17, 24, generator=torch.Generator().manual_seed(1))
+    block = model.blocks[0]
+    with torch.no_grad():
+        with lifeops.use_grid(model, (2, 8)):
+            wide, expected_wide = export(block, (x,), strict=False).module(), block(x)
+        other = copy.deepcopy(model)
+        other(_images())
+        square = export(other.blocks[0], (x,), strict=False).module()
+        with lifeops.use_grid(model, (4, 4)):
+            expected = block(x)
+    _close(wide(x), expected_wide)
+    _close(square(x), expected)
+    assert (expected - expected_wide).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_export_of_blocks_on_maps(system):
+    """They tell their grid, to a compiler too."""
+    sam = timm.models.VisionTransformerSAM(**{**SIZES, "img_size": (32, 48)}, use_rel_pos=True, window_size=0, neck_chans=16)
+    model, x = _perturbed(lifeops.convert(sam.eval(), system)), _images(32, 48)
+    _close(export(model, (x,), strict=False).module()(x), model(x))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_export_training(name):
     """Exported in train mode it trains: the same gradients and running statistics."""

@@ -190,6 +190,7 @@ def broken(tmp_path):
         "page.pth": b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "zeros.pth": bytes(500), "gz.pth": b"\x1f\x8b" + bytes(50),
         "cut.safetensors": (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32","shape":[9],"data_off', "noise.pth": bytes(range(128, 256)),
         "pickle.pth": pickle.dumps({"a": 1}), "magic.pth": b"\x80\x02", "utf8.pth": "é".encode() * 40,
+        "latin.pth": "héllo".encode("latin-1"),
     }.items():  # fmt: skip
         (tmp_path / name).write_bytes(content)
     return tmp_path
@@ -210,6 +211,7 @@ BROKEN = {
     "pickle.pth": "found a pickle of protocol",
     "magic.pth": "damaged, cut short",
     "utf8.pth": "found text",
+    "latin.pth": "found bytes 68 e9 6c 6c 6f",
     "folder.pth": "found a folder",
     "object.pth": "got a whole pickled torch.nn.modules.linear.Linear object; save its state_dict",
     "inside.pth": "'model' is a pickled torch",
@@ -230,6 +232,14 @@ def test_files_that_are_no_checkpoint(name, broken):
         assert BROKEN[name] in message
         assert "\n" not in message
         assert "weights_only=False" not in message
+
+
+def test_a_safetensors_file_where_that_package_is_missing(tmp_path, monkeypatch):
+    """Says which package, not that the file were damaged."""
+    (tmp_path / "a.pth").write_bytes((2).to_bytes(8, "little") + b"{}")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ModuleNotFoundError, match="safetensors"):
+        read(str(tmp_path / "a.pth"))
 
 
 def test_every_cut_of_a_file(tmp_path):

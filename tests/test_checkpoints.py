@@ -196,6 +196,12 @@ def test_wrong_arguments(options, message):
         lifeops.load_official({}, img_size=3.5)
 
 
+def test_weights_that_are_no_floats():
+    state = {name: t.int() for name, t in life().state_dict().items()}
+    with pytest.raises(ValueError, match=r"^load_official: .* must be floating point, got torch\.int32$"):
+        lifeops.load_official(state, num_heads=3, aux_key="scale1")
+
+
 @pytest.mark.parametrize("name", ["pos_embed", "patch_embed.proj.weight", "head.weight", "blocks.0.mlp.fc1.weight"])
 @pytest.mark.parametrize("shape", [(5,), (), (0, 3, 2), (2, 0, 1, 1), (1, 2, 3, 4, 5)], ids=str)
 def test_tensors_of_other_shapes(name, shape):

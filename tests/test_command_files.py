@@ -89,6 +89,12 @@ BAD = {
     "heads": ({"options": ["--num-heads", "4"]}, "num_heads must be the model's own, 3 by the checkpoint's metadata, got 4"),
     "img_size": ({"options": ["--img-size", "1", "2", "3"]}, "--img-size must be one or two positive numbers, got 1 2 3"),
     "transformers": ({"model": "transformers:a"}, "--model transformers:a cannot be loaded"),
+    "timm's name": ({"model": "vit"}, "--model must be lifeops, official, transformers:FOLDER or a timm model, got 'vit'"),
+    "timm's tag": ({"model": "vit_tiny_patch16_224.tag"}, "--model vit_tiny_patch16_224.tag: Invalid pretrained tag (tag)"),
+    "no weights": (
+        {"model": "vit_giant_patch14_224", "checkpoint": None, "options": ["--pretrained"]},
+        "--pretrained: No pretrained weights exist for vit_giant_patch14_224",
+    ),
 }
 
 
@@ -96,9 +102,10 @@ BAD = {
 def test_bad_input(name, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     options, message = BAD[name]
-    if "transformers" in name:
+    model = options.get("model", "lifeops")
+    if model not in ("lifeops", "official"):
         declare_torchvision_ops()
-        pytest.importorskip("transformers")
+        pytest.importorskip("transformers" if "transformers" in name else "timm")
     line = refused(capsys, options.get("image", "ok.png"), **{k: v for k, v in options.items() if k != "image"})
     assert line.startswith("lifeops rollout: error: ")
     assert message in line
@@ -171,6 +178,25 @@ def test_distinct():
     assert distinct(["a", "b"]) == ["a", "b"]
     assert distinct(["a", "a", "a-2", "A", "a-2"]) == ["a", "a-3", "a-2", "A-4", "a-2-2"]
     assert distinct([]) == []
+
+
+def test_the_class_that_is_predicted(folder, monkeypatch):
+    """Where a target by class comes without --classes: the one whose map is drawn is the model's answer."""
+    monkeypatch.chdir(folder)
+    model = VisionTransformer(**SIZES)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.0, 1.0, 3.0, 2.0])
+    torch.save({"model": model.state_dict()}, "third.pth")
+    assert run("ok.png", checkpoint="third.pth", options=["--num-heads", "3", "--target", "soft"]) == 0
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["ok.npy", "ok_class-2.png"]
+
+
+@pytest.mark.parametrize(("command", "needs"), [("rollout", ["matplotlib", "pillow"]), ("flops", ["rich"])])
+def test_a_command_whose_packages_are_not_installed(command, needs, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    options = ["a.png", "--model", "lifeops", "--checkpoint", "a.pth", "--out", "out"] if command == "rollout" else []
+    assert cli.main([command, *options]) == 1
+    assert capsys.readouterr().err == f"lifeops {command} needs {', '.join(needs)}: pip install lifeops[demo]\n"
 
 
 def test_labels_of_one_name(folder, monkeypatch):
@@ -327,6 +353,27 @@ def test_a_converted_transformers_model(system, folder, capsys, monkeypatch):
     assert run("ok.png", model="transformers:plain", checkpoint=None, options=["--convert", system]) == 0
     assert f"warning: transformers:plain has layers of '{system}' with random weights" in capsys.readouterr().err
     assert "does not read --pretrained" in refused(capsys, "ok.png", model="transformers:plain", checkpoint=None, options=["--pretrained"])
+
+
+def test_transformers_folders_that_lack(folder, capsys, monkeypatch):
+    """An image size, or one weight of a converted model."""
+    monkeypatch.chdir(folder)
+    _saved("saved", "life")
+    transformers, files = pytest.importorskip("transformers"), pytest.importorskip("safetensors.torch")
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=2)
+    transformers.ResNetForImageClassification(config).save_pretrained("resnet")
+    transformers.AutoModelForImageClassification.from_pretrained("resnet")
+    capsys.readouterr()  # what its packages say as they are first imported
+    line = refused(capsys, "ok.png", model="transformers:resnet", checkpoint=None)
+    assert line.endswith("--model transformers:resnet does not tell its image size")
+    path = folder / "saved" / "model.safetensors"
+    state = files.load_file(path)
+    gone = next(name for name in state if name.endswith("classifier.bias"))
+    files.save_file({name: t for name, t in state.items() if name != gone}, path, {"format": "pt"})
+    with pytest.raises(SystemExit, match="2"):
+        run("ok.png", model="transformers:saved", checkpoint=None, options=["--convert", "life"])
+    line = capsys.readouterr().err.splitlines()[-1]  # behind transformers' own report
+    assert line.endswith(f"holds a model converted to 'life', whose weights transformers does not find: {gone}, …")
 
 
 @pytest.mark.parametrize("model", ["lifeops", "official"])

@@ -9,9 +9,9 @@ import torch
 
 from conftest import declare_torchvision_ops
 from lifeops import cli
-from lifeops.demo import data, measure
+from lifeops.demo import data, measure, run
 from lifeops.demo.attention import cls_attention
-from lifeops.demo.train import Recipe, Run, accuracy, build, fit
+from lifeops.demo.train import SYSTEMS, Recipe, Run, accuracy, build, fit
 from lifeops.integrations.official import lifeops_deit
 from lifeops.models.deit import VisionTransformer
 from lifeops.nn.eager_life import EagerLifeAttention, EagerLifeQKV
@@ -52,8 +52,6 @@ def test_demo_keeps_models_that_tell_their_heads(demo_output):
 
 
 def test_every_system_is_tried():
-    from lifeops.demo.train import SYSTEMS
-
     assert set(SYSTEMS) == {"life", *OTHERS}
 
 
@@ -76,6 +74,37 @@ def test_initialisations_run(tmp_path):
     text = (tmp_path / "impulse" / "table.md").read_text(encoding="utf-8")
     assert all(label in text for label in ("| 50 |", "| images | default | position x18 | mimetic | impulse |"))
     assert {p.name for p in (tmp_path / "impulse").iterdir()} == {"table.csv", "table.md", "curves.png", "heads.png"}
+
+
+@pytest.mark.parametrize("size", [data.MIN_SIZE - 1, data.MAX_SIZE + 1])
+def test_training_sets_have_bounds(size):
+    with pytest.raises(ValueError, match=f"the size of a training set must be between {data.MIN_SIZE} and {data.MAX_SIZE}, got {size}"):
+        data.draw(None, size, 0)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_is_measured(quick, monkeypatch):
+    """The demo's own model, and unless --quick DeiT-Tiny with two prefix tokens at 224."""
+    rich, measured = pytest.importorskip("rich.console"), []
+    monkeypatch.setattr(run, "_measure", lambda models, batch, recipe, rounds: measured.append((models, batch)) or len(measured))
+    costs = run.measure_all(rich.Console(quiet=True), SYSTEMS["life"], Recipe(), quick)
+    assert list(costs.values()) == list(range(1, len(measured) + 1)) == ([1] if quick else [1, 2])
+    assert len(measured[0][1].x) == Recipe().batch_size
+    if not quick:
+        models, batch = measured[1]
+        assert "DeiT-Tiny, 224 x 224, batch 2" in list(costs)[1]
+        assert batch.x.shape == (2, 3, 224, 224)
+        assert {(m.num_prefix_tokens, m.embed_dim, len(m.blocks)) for m in models.values()} == {(2, 192, 12)}
+        assert list(models) == list(SYSTEMS["life"].labels)
+
+
+def test_where_signals_cannot_be_blocked(monkeypatch):
+    """As on Windows: what runs inside runs all the same."""
+    monkeypatch.delattr(run.signal, "pthread_sigmask")
+    monkeypatch.setattr(run.resource_tracker, "ensure_running", lambda: pytest.fail("is for systems with signal masks"))
+    with run._deaf_to_interrupts():
+        ran = True
+    assert ran
 
 
 def test_demo_table_has_every_row(demo_output):

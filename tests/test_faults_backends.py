@@ -144,6 +144,10 @@ def illegal():
     raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
 
+def memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+
 class Failing:
     fn = kernels.token_dwconv_fwd_kernel.fn
 
@@ -179,13 +183,17 @@ def tried(fail):
     config.settings = config.settings._replace(backend="", strict=False)
 
 
-for fail in (lambda: compiled(wrong), no_compiler, cache, illegal):
+for fail in (lambda: compiled(wrong), no_compiler, cache, illegal, memory):
     tried(fail)
 """
 TRITON = {  # in the order in which they are tried
     "source": ("Triton's compiler refuses a kernel", "CompilationError: "),
     "no_compiler": ("Triton finds no C compiler", "Failed to find C compiler"),
     "cache": ("Triton's cache cannot be written to", "Not a directory"),
+}
+RUNNING = {
+    "illegal": ("RuntimeError", "Triton Error [CUDA]: an illegal memory access was encountered"),
+    "memory": ("OutOfMemoryError", "CUDA out of memory. Tried to allocate"),
 }
 
 
@@ -197,7 +205,7 @@ def told(tmp_path_factory):
     (folder / "fault.py").write_text(BUILD)  # Triton reads a kernel's source from its file
     out, _ = ended(folder / "fault.py", env={"TRITON_CACHE_DIR": str(folder / "cache"), "HOME": str(folder)})
     lines = iter(out.splitlines())
-    return dict(zip((*TRITON, "illegal"), zip(lines, lines, lines, strict=True), strict=True))
+    return dict(zip((*TRITON, *RUNNING), zip(lines, lines, lines, strict=True), strict=True))
 
 
 @each_fault(
@@ -213,9 +221,11 @@ def test_triton_cannot_build(name, told):
 
 
 @fault("a Triton kernel fails as it runs", "its own error, which names op and backend; nothing runs in its place")
-def test_triton_fails_as_it_runs(told):
-    said = "token_dwconv: backend 'triton' failed: Triton Error [CUDA]: an illegal memory access was encountered"
-    assert told["illegal"] == (f"RuntimeError: {said}", f"no fallback: {said}", f"RuntimeError: {said}")
+@pytest.mark.parametrize("name", RUNNING)
+def test_triton_fails_as_it_runs(name, told):
+    kind, why = RUNNING[name]
+    said = f"token_dwconv: backend 'triton' failed: {why}"
+    assert told[name] == (f"{kind}: {said}", f"no fallback: {said}", f"{kind}: {said}")
 
 
 IMPORTS = """

@@ -100,6 +100,54 @@ def test_library(name, folder):
     assert name in ("missing", "symbol") or "; rebuild it with `pip install" in reason
 
 
+def test_no_library_in_a_source_tree(tmp_path, monkeypatch):
+    monkeypatch.setattr(built, "FOLDER", tmp_path / "lifeops")
+    (tmp_path / "setup.py").touch()
+    reason = native._load()
+    assert reason.startswith(f"no compiled kernels in {tmp_path / 'lifeops'}: this is the source tree; if lifeops is installed elsewhere, ")
+
+
+@compiled
+def test_schemas_that_differ_or_lack(monkeypatch):
+    name, schema = next(iter(native.SCHEMAS.items()))
+    for op, found in ((name, schema), ("nowhere", "nothing")):
+        monkeypatch.setattr(native, "SCHEMAS", {op: "another"})
+        assert native._stale(Path("a/_ops.so")) == f"_ops.so is stale: expected 'another', found {found!r}; {built.REBUILD}"
+
+
+def test_what_is_registered_of_a_library(monkeypatch):
+    """Of one that does not load why, or what its notes say of a backend; else the operators that it has on each device."""
+    missing, kernels = {}, []
+    monkeypatch.setattr(registry, "set_unavailable", missing.__setitem__)
+    monkeypatch.setattr(registry, "register", lambda name, device, fn, **how: kernels.append((name, device)))
+    monkeypatch.setattr(native, "build_notes", lambda: {"cuda": "no nvcc"})
+    monkeypatch.setattr(native, "_load", lambda: "it is cut short")
+    native._register()
+    assert (missing, kernels) == ({"cpu": "it is cut short", "cuda": "no nvcc"}, [])
+    monkeypatch.setattr(native, "_load", lambda: None)
+    monkeypatch.setattr(native, "_has", lambda device, op="token_dwconv": device == "cpu" and op in ("token_dwconv", "rollout_step"))
+    for name in ("_fwd", "_grad_weight", "_channel"):
+        monkeypatch.setattr(native, name, None)
+    missing.clear(), native._register()
+    assert missing == {"cuda": "no nvcc"}
+    assert {name for name, device in kernels if device == "cpu"} >= {"token_dwconv", "rollout_step"}
+    assert not {name for name, _ in kernels} & {"channel_act", "life_qkv", "dw_shortcut"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"\x7fELF" + bytes(36), "it is cut short, 40 bytes; rebuild"), (b"\x7fELF\x01\x01" + bytes(90), None)],
+    ids=["less than a header", "32 bits"],
+)
+def test_headers_of_libraries(content, said, tmp_path, monkeypatch):
+    """Another format than 64-bit little-endian is the loader's to judge."""
+    monkeypatch.setattr(built, "NOTES", tmp_path / "none")
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    (tmp_path / "_ops.so").write_bytes(content)
+    found = built.damage(tmp_path / "_ops.so")
+    assert found is None if said is None else said in found
+
+
 @compiled
 def test_a_whole_library_is_not_refused(folder):
     assert [built.damage(path) for path in folder.glob("_*.so")] == [None, None]
@@ -156,6 +204,7 @@ def test_notes(name, folder):
         assert line.startswith(f"{folder / '_build.json'} cannot be read (")
         assert line.endswith("; install lifeops again")
     assert [built.damage(path) for path in folder.glob("_*.so")] == [None] * len(list(folder.glob("_*.so")))
+    assert not built.changed_sources()
 
 
 @fault("`_build.json` is missing", "the kernels run; missing backends are said to be left out by the build")

@@ -1,6 +1,7 @@
 """Folders and disks that take nothing, full ones, and processes killed or interrupted while they write: whole files or none, one line."""
 
 import argparse
+import importlib.util
 import os
 import resource
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 from faults import ROOT, TIMEOUT, each_fault, ended, fault, started
 
-from lifeops import cli
+from lifeops import cli, files
 from lifeops.cli.main import told_plainly
 from lifeops.files import make_folder, save, written
 from lifeops.models.deit import VisionTransformer
@@ -109,16 +110,23 @@ def test_a_command_on_a_full_disk(name, inputs):
     assert names(inputs / "out") == []
 
 
+FULL = "import os, sys\nos.dup2({}, 1)\nfrom lifeops.cli.main import ended_plainly, main\n"
+
+
 @fault("standard output is a full disk, or its reader has gone", "one line and exit code 2; no line and 141; never a traceback")
-def test_standard_output():
+@pytest.mark.parametrize("buffered", [True, False])
+def test_standard_output(buffered):
+    """Where it is buffered, what little is printed is written, and fails, at the end, and again as Python ends."""
+    env = {"PYTHONUNBUFFERED": "" if buffered else "1"}
     with Path("/dev/full").open("w") as full:
-        process = started("-m", "lifeops", "info")
+        process = started("-m", "lifeops", "info", env=env)
         process.stdout.close()
         _, err = process.communicate(timeout=TIMEOUT)
         assert (process.returncode, err) == (141, "")
-        code = f"import os, sys\nos.dup2({full.fileno()}, 1)\nfrom lifeops.cli import main\nsys.exit(main(['info']))"
-        _, err = ended("-c", code, code=2, pass_fds=[full.fileno()])
-    assert err.splitlines() == ["lifeops info: error: [Errno 28] No space left on device"]
+        for prog, command in (("lifeops info", "main(['info'])"), ("x", "ended_plainly('x', lambda: print('a line'))")):
+            code = f"{FULL.format(full.fileno())}sys.exit({command})"
+            _, err = ended("-c", code, code=2, env=env, pass_fds=[full.fileno()])
+            assert err == f"{prog}: error: [Errno 28] No space left on device\n"
 
 
 # ------------------------------------------------------------------------------------------------ folders that take nothing
@@ -207,6 +215,21 @@ def test_other_files_that_end_in_part_stay(tmp_path):
     (tmp_path / ".0123456789ab.part").touch()
     make_folder(tmp_path)
     assert names(tmp_path) == before
+
+
+def test_files_where_nothing_can_be_locked(tmp_path, monkeypatch):
+    """As on Windows: files are whole or not there all the same."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("files_without_locks", files.__file__)
+    unlocked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unlocked)
+    unlocked.save({"a": torch.arange(3)}, tmp_path / "a.pt")
+    assert torch.equal(torch.load(tmp_path / "a.pt")["a"], torch.arange(3))
+    with pytest.raises(OSError, match=r"none/a\.pt cannot be written: No such file"):
+        unlocked.save({}, tmp_path / "none" / "a.pt")
+    (tmp_path / ".0123456789ab.part").touch()
+    unlocked.make_folder(tmp_path)
+    assert names(tmp_path) == ["a.pt"]
 
 
 def test_warnings_of_errors_keep_their_cause(tmp_path, capsys):

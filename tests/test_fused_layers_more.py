@@ -154,6 +154,25 @@ def test_dropping_everything():
     torch.testing.assert_close(y, module.proj.bias.expand_as(y), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float64], ids=str)
+def test_masks_where_dropout_is_called(kind):
+    """Scores by hand: of a query that is shown no key nothing comes, as from the op."""
+    module, x = LifeAttention(C, 3, P, attn_drop=0.5).double().eval(), seams.tokens()
+    N = x.shape[1]
+    shown = torch.rand(N, N, generator=torch.Generator().manual_seed(0)) < 0.6
+    shown[3] = False
+    mask = shown if kind == torch.bool else torch.randn(N, N, dtype=kind).masked_fill(~shown, -torch.inf)
+    expected = module(x, seams.GRID, attn_mask=mask)
+    q, k, v = module.qkv_heads(x, seams.GRID)
+    scores = q @ k.mT * q.shape[-1] ** -0.5 + (0 if kind == torch.bool else mask)
+    p = scores.masked_fill(~shown, -torch.inf).softmax(-1).nan_to_num(0)
+    torch.testing.assert_close(expected, module.proj((p @ v).transpose(1, 2).flatten(2)))
+    called = []
+    module.attn_drop.register_forward_hook(lambda m, args, out: called.append(out))
+    torch.testing.assert_close(module(x, seams.GRID, attn_mask=mask), expected)
+    torch.testing.assert_close(called[0], p)
+
+
 def test_selective_checkpointing():
     """What a cache of matrix products keeps does not change behind it."""
     from functools import partial

@@ -3,11 +3,13 @@
 Small models of timm and transformers, no weights. What computes is compared with the model's own attention elsewhere (test_init_layouts).
 """
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from hosts import BEIT, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
+from hosts import BEIT, SMALL, SYSTEMS, hf, images_of, made, named, small_vit, staged, timm, transformers, unchanged, vit
+from torch.utils.flop_counter import FlopCounterMode
 
 import lifeops
 from lifeops.hosts import images, positions
@@ -31,7 +33,65 @@ STRUCTURED_REFUSES = {
     "cosine": ("mimetic", staged("swinv2_cr_tiny_ns_224", img_size=64, window_size=2, depths=(1, 1, 1, 1)), r"logit_scale"),
     "gated layers": ("mimetic", named("convit_tiny", depth=3, local_up_to_layer=1), r"blocks\.0\.attn attends .*would be left"),
     "swin": ("mimetic", lambda: transformers.SwinModel(_swin()), r"has relative_position_bias,"),
+    "a block that does not run": ("impulse", lambda: _FirstBlock(**SMALL), r"blocks\.1\.attn did not run in _FirstBlock on an image"),
+    "wide heads": ("impulse", lambda: small_vit(attn_layer=_Wide)(), r"the heads' total width must not exceed the 24 channels, got 48"),
+    "no tokens": ("impulse", lambda: _FirstBlock(**SMALL, block_fn=_Listing, attn_layer=_Listed), r"is given \(\), looked for tokens"),
+    "unreadable": ("mimetic", lambda: _unreadable(), r"blocks\.1\.attn cannot be read as plain attention: packed weights"),
+    "not finite": ("impulse", lambda: _not_finite(), r"^structured_: position_embedding must be finite"),
+    "class token behind": ("impulse", lambda: _Last(**SMALL), r"tokens 0 to 23 of blocks\.0\.attn; they belong to tokens 1 to 24 "),
 }  # fmt: skip
+
+
+class _FirstBlock(timm.models.VisionTransformer):
+    def forward(self, x):
+        return self.blocks[0](self._pos_embed(self.patch_embed(x)))
+
+
+class _Wide(timm.layers.Attention):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options, attn_head_dim=16)
+
+
+class _Listed(timm.layers.Attention):
+    def forward(self, tokens, **options):
+        return super().forward(tokens[0])
+
+
+class _Listing(vit.Block):
+    def forward(self, x, **options):
+        return x + self.attn([self.norm1(x)])
+
+
+class _ByWeight(timm.layers.Attention):
+    """Does not call its layer."""
+
+    def forward(self, x, **options):
+        q, k, v = (x @ self.qkv.weight.T + self.qkv.bias).unflatten(2, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Packed(torch.nn.Linear):
+    def forward(self, x):
+        raise RuntimeError("packed weights")
+
+
+def _unreadable():
+    model = small_vit(attn_layer=_ByWeight)()
+    model.blocks[1].attn.qkv.__class__ = _Packed
+    return model
+
+
+def _not_finite():
+    model = timm.models.VisionTransformer(**SMALL)
+    torch.nn.init.constant_(model.pos_embed[:, 3:4], torch.inf)
+    return model
+
+
+class _Last(timm.models.VisionTransformer):
+    """The class token behind the patches, and its row of the position embedding with it."""
+
+    def _pos_embed(self, x):
+        return torch.cat((x, self.cls_token.expand(len(x), -1, -1)), 1) + self.pos_embed
 
 
 def _swin():
@@ -42,6 +102,27 @@ def _swin():
 def test_structured_refuses(name):
     method, build, message = STRUCTURED_REFUSES[name]
     assert unchanged(made(build), lambda m: structured_(m, method, generator=torch.Generator().manual_seed(0)), message)
+
+
+def test_a_scale_that_overflows():
+    with pytest.raises(ValueError, match=r"^structured_: position_embedding must be finite"):
+        structured_(made(small_vit()), position_scale=1e39)
+
+
+def test_nothing_is_tried_under_a_mode_that_looks_on():
+    """Written is what is written without it."""
+    models = [made(small_vit()) for _ in range(2)]
+    for model, mode in zip(models, (contextlib.nullcontext(), FlopCounterMode(display=False)), strict=True):
+        with mode:
+            structured_(model, generator=torch.Generator().manual_seed(0))
+    assert torch.ops.aten.convolution not in mode.get_flop_counts()["Global"]  # no pass of the model
+    assert all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
+
+
+def test_a_table_of_another_grid():
+    model = timm.models.VisionTransformerSAM(**SMALL, use_rel_pos=False, window_size=0, neck_chans=16)
+    with pytest.raises(ValueError, match=r"the position embedding \(1, 4, 6, 24\) must be of the grid 6 x 4"):
+        structured_(model, grid=(6, 4))
 
 
 def test_prefix_and_grid_are_the_hosts():
@@ -71,6 +152,25 @@ def test_a_report_that_is_not_the_models_is_put_back():
     assert structured_(made(small_vit(block_fn=vit.ResPostBlock)), verify=False).heads[0].mass > 0.4
 
 
+class _Torch(torch.nn.Module):
+    """torch's attention in the place of timm's."""
+
+    first = True  # the batch
+
+    def __init__(self, dim, num_heads, **options):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(dim, num_heads, batch_first=self.first)
+
+    def forward(self, x, **options):
+        x = x if self.first else x.transpose(0, 1)
+        y = self.attention(x, x, x, need_weights=False)[0]
+        return y if self.first else y.transpose(0, 1)
+
+
+class _TokensFirst(_Torch):
+    first = False
+
+
 STRUCTURED_RUNS = {
     "ViT": hf("ViT"), "DINOv2": hf("Dinov2"), "registers": hf("Dinov2WithRegisters"), "CLIP": hf("CLIPVision"),
     "SigLIP": hf("SiglipVision"), "BLIP": hf("BlipVision"), "AIMv2": hf("Aimv2Vision"),
@@ -78,6 +178,7 @@ STRUCTURED_RUNS = {
     "registers, its table of 4x4 resized": hf("Dinov2WithRegisters", image_size=(16, 64)),
     "global ViTDet": hf("VitDet", **VITDET), "MSN": hf("ViTMSN"), "timm": small_vit(**WIDE, reg_tokens=3),
     "BEiT": lambda: timm.models.Beit(**{**BEIT, **WIDE}, use_abs_pos_emb=True),
+    "torch": small_vit(**WIDE, attn_layer=_Torch), "torch, tokens first": small_vit(**WIDE, attn_layer=_TokensFirst),
 }  # fmt: skip
 
 
@@ -94,7 +195,7 @@ def test_reports_are_the_models(name):
             if n.endswith("bias"):
                 p.zero_()
     attention = _first_attention(model, report.heads[0].path)
-    grid = (4, 6) if name == "timm" else (2, 8) if "resized" in name else (4, 4)
+    grid = (4, 6) if name in ("timm", "torch", "torch, tokens first") else (2, 8) if "resized" in name else (4, 4)
     patches = attention[:, -grid[0] * grid[1] :, -grid[0] * grid[1] :]
     mass = [lifeops.init.report.measure(patches[h.head], grid, h.offset)[0] for h in report.layer(0)]
     assert sum(mass) / len(mass) == pytest.approx(sum(h.mass for h in report.layer(0)) / len(mass), abs=0.05)
@@ -124,7 +225,10 @@ def _first_attention(model, path):
         hook.remove()
         x = seen[0].flatten(1, 2) if seen[0].dim() == 4 else seen[0]
         inner = getattr(layer, "attention", layer)
-        if hasattr(layer, "qkv"):
+        if isinstance(layer, torch.nn.MultiheadAttention):
+            x = seen[0] if layer.batch_first else seen[0].transpose(0, 1)
+            q, k, _ = (x @ layer.in_proj_weight.T).chunk(3, -1)
+        elif hasattr(layer, "qkv"):
             q, k, _ = layer.qkv(x).chunk(3, -1)
         elif hasattr(layer, "q_proj"):
             q, k = layer.q_proj(x), layer.k_proj(x)

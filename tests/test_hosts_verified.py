@@ -17,6 +17,9 @@ ROLLOUT_REFUSES = {
     "several embeddings": (staged("crossvit_tiny_240"), r"CrossVit has 2 patch embeddings"),
     "pooled on the way": (staged("pit_ti_224", img_size=64), r"blocks\.1\.attn has 50 tokens and .*blocks\.0\.attn 17: tokens are"),
     "hiera": (staged("hiera_tiny_224", img_size=64), r"gives \(2, 256, 96\), whose 256 tokens are no grid"),
+    "dropped": (lambda: _Dropped(**SMALL), r"the layers have 13: of 24 patches some are dropped \(turn patch dropout off\)"),
+    "side by side": (lambda: _SideBySide(**SMALL), r"blocks\.1\.attn does not read what blocks\.0\.attn gave: they stand side by side"),
+    "flat": (lambda: _Flat(**SMALL), r"^rollout: _FlatEmbed, the patch embedding, must give tokens or maps, got \(2, 576\)$"),
     "shuffled": (lambda: _Shuffled(), r"does not read the 16 patches as tokens 1 to 16 in their order: .* shuffled"),
     "masked": (hf("ViTMAE", mask_ratio=0.75), r"^rollout: ViTMAEEmbeddings gives 4 of 16 patches, .* model\.config\.mask_ratio = 0"),
     "decoder": (
@@ -42,6 +45,35 @@ class _Shuffled(timm.models.VisionTransformer):
         self.norm_pre.register_forward_hook(lambda m, args, x: torch.cat((x[:, :1], x[:, 1:].flip(1)), 1))
 
 
+class _Dropped(timm.models.VisionTransformer):
+    """Half of the patches."""
+
+    def _pos_embed(self, x):
+        return super()._pos_embed(x)[:, :13]
+
+
+class _SideBySide(timm.models.VisionTransformer):
+    def forward(self, x):
+        x = self._pos_embed(self.patch_embed(x))
+        return (self.blocks[0](x) + self.blocks[1](x)).mean(1)
+
+
+class _FlatEmbed(timm.layers.PatchEmbed):
+    def forward(self, x):
+        return super().forward(x).flatten(1)
+
+
+class _Flat(timm.models.VisionTransformer):
+    """An embedding without tokens."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.patch_embed.__class__ = _FlatEmbed
+
+    def _pos_embed(self, x):
+        return super()._pos_embed(x.unflatten(1, (24, 24)))
+
+
 class _Behind(timm.models.VisionTransformer):
     """A layer more, of a kind that is not known."""
 
@@ -59,6 +91,29 @@ def test_rollout_refuses(name):
     model = made(build)
     images = images_of(model)
     unchanged(model, lambda m: lifeops.rollout(m, images), message)
+
+
+def test_classes_without_a_norm_in_front_of_them():
+    model = made(small_vit())
+    model.norm, model.forward_head = None, lambda x: model.head(x[:, 0])
+    model.forward_features = lambda x, attn_mask=None: model.blocks(model._pos_embed(model.patch_embed(x)))
+    with pytest.raises(ValueError, match=r"VisionTransformer has no final norm whose tokens could be classified"):
+        lifeops.rollout(model, images_of(model), "soft")
+
+
+@torch.no_grad()
+def test_tensors_without_a_storage():
+    """Sparse ones beside the tokens are no tokens."""
+    model, x = made(small_vit()), torch.randn(2, 3, 32, 48)
+    expected, own = lifeops.rollout(model, x).maps, model.patch_embed.forward
+    table = torch.eye(24).to_sparse()
+
+    def forward(x):
+        tokens = own(x)
+        return tokens + 0 * torch.sparse.mm(2 * table, tokens[0])
+
+    model.patch_embed.forward = forward
+    torch.testing.assert_close(lifeops.rollout(model, x).maps, expected)
 
 
 def test_a_wrong_prefix_is_named():

@@ -1,6 +1,8 @@
 """Structured initialisation: the authors' numbers, the solvers, the figures of ViT-T, every message."""
 
+import io
 import re
+import sys
 
 import pytest
 import torch
@@ -112,6 +114,10 @@ def test_half_precision_embedding():
     assert torch.equal(Q, expected)
 
 
+class OfAGPU(torch.Generator):
+    device = torch.device("cuda")
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -122,6 +128,7 @@ def test_half_precision_embedding():
         ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
         ({"kernel_size": 7}, ValueError, "kernel_size must be 3 or 5, got 7"),
         ({"noise": torch.zeros(2, 20, 19)}, ValueError, "noise must have shape (h, N, N) = (2, 20, 20), got (2, 20, 19)"),
+        ({"generator": OfAGPU()}, ValueError, "generator must be a CPU generator (numbers are drawn on the CPU and copied), got cuda"),
         ({"generator": 0}, TypeError, "generator must be a torch.Generator or None, got int"),
         ({"E": torch.zeros(20, 16)}, ValueError, "has rank 0, less than the head width 6"),
         ({"E": sincos_position_embedding((5, 4), 16), "head_dim": 12}, ValueError, "less than the head width 12"),
@@ -220,6 +227,20 @@ def test_optimised_columns_have_the_authors_norm():
     norm = torch.tensor((16 / (3 * 8 * 2)) ** 0.5)
     for t in (fit.Q, fit.K):
         torch.testing.assert_close(t.norm(dim=-2), norm.expand(1, 2, t.shape[-1]))
+
+
+@pytest.mark.parametrize("rich", ["in a terminal", "elsewhere", "missing"])
+def test_the_bar_of_the_optimisation(rich, monkeypatch):
+    """Is shown in a terminal where rich is installed, and changes no number."""
+    console, shown = pytest.importorskip("rich.console"), io.StringIO()
+    made = console.Console(file=shown, force_terminal=rich == "in a terminal")
+    monkeypatch.setattr(console, "Console", lambda **options: made)
+    if rich == "missing":
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    E, sizes = sincos_position_embedding((4, 3), 16), {"grid": (4, 3), "num_heads": 2, "head_dim": 8, "steps": 3}
+    fits = [optimised_qk(E, **sizes, progress=progress, generator=generator()) for progress in (False, True)]
+    assert torch.equal(fits[0].Q, fits[1].Q)
+    assert ("fitting impulses" in shown.getvalue(), "100%" in shown.getvalue()) == ((rich == "in a terminal",) * 2)
 
 
 def test_sincos_tells_shifts_apart():

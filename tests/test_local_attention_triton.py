@@ -70,6 +70,12 @@ def check_tile_edges(N, poison):
     _compare(qkv, torch.randn(1, N, 16), 1e-5)
 
 
+@pytest.mark.parametrize("d", [1, 8, 24, 40])
+def check_widths_of_heads(d, poison):
+    """Whose last channels are masked."""
+    _compare(_problem(18, 2, 2, d), torch.randn(2, 18, 2 * d), 1e-5)
+
+
 @pytest.mark.parametrize("N", [65, 198, 256, 257])
 def check_one_block_and_streaming_in_half_precision(N, poison):
     from lifeops.kernels._attention import forward_config

@@ -45,6 +45,10 @@ CALLS = {
         "token_logits must be real and dense, got torch.complex64",
     ),
     "rollout, prefix": (lambda: _rollout(num_prefix_tokens=3), "3 prefix tokens and a 4 x 4 grid are 19 tokens, the layers have 17"),
+    "rollout, prefix unchecked": (
+        lambda: _rollout(num_prefix_tokens=3, verify=False),
+        "rollout: 3 prefix tokens and a 4 x 4 grid are 19 tokens, the layers have 17 (give num_prefix_tokens=…; turn patch dropout off)",
+    ),
     "impulse": (
         lambda: init.impulse_qk(torch.full((6, 8), torch.nan), grid=(2, 3), num_heads=2, head_dim=4),
         "impulse_qk: position_embedding must be finite",

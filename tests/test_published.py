@@ -65,6 +65,22 @@ def test_rows():
     assert published.find("deit_tiny", "dw_shortcut", 1000, None, None) is None
 
 
+def test_what_is_shown_of_a_row():
+    """What is published, else in brackets what it counts to; the classes where they are others."""
+    row = published.rows()[0]._replace(num_classes=10, params_m=5.7, gmacs=None, counted_params=5_717_416, counted_gmacs=1.2)
+    assert flops_cli.published_text(None, 10) == "-"
+    assert flops_cli.published_text(row, 10) == "5.7 / -"
+    assert flops_cli.published_text(row, 1000) == "5.7 / - with 10 classes"
+    assert flops_cli.published_text(row._replace(params_m=None), 10) == "(5.71742 / 1.2)"
+
+
+def test_norms_are_counted_by_element():
+    """As fvcore does: 5 of a layer norm, 2 of a batch norm."""
+    maps, tokens = torch.nn.BatchNorm2d(3).eval(), torch.nn.LayerNorm(4).eval()
+    model = torch.nn.Sequential(maps, tokens)
+    assert model_cost.count_norm_ops(model, lambda: model(torch.zeros(2, 3, 5, 4))) == (2 + 5) * 2 * 3 * 5 * 4
+
+
 # ------------------------------------------------------------------------------------------------ shapes alone
 
 

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import lifeops
 from lifeops import pointwise, registry, testing, torchlib
+from lifeops.integrations import attention_check
 from lifeops.integrations.attention_check import off
 from lifeops.integrations.convert_localvit import LocalityBranch
 from lifeops.integrations.life_projection import LifeInProjection, LifeProjection
@@ -134,6 +136,17 @@ def test_rollout_of_a_model_that_does_not_run_its_patches():
         lifeops.rollout(Idle().eval(), torch.zeros(1, 3, 32, 32))
 
 
+def test_how_far_attention_may_be_off(monkeypatch):
+    """TF32 rounds products to 11 bits: on a GPU that is allowed to use it much more."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    cpu, gpu = (attention_check._tolerance(torch.float32, torch.device(kind), 10.0) for kind in ("cpu", "cuda"))
+    assert 2**-9 < gpu / 10 < 2**-7
+    assert gpu > 100 * cpu
+    assert attention_check._tolerance(torch.float64, torch.device("cuda"), 10.0) < 1e-8
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert attention_check._tolerance(torch.float32, torch.device("cuda"), 10.0) == cpu
+
+
 def test_how_far_off():
     a = torch.tensor([1.0, -4.0, torch.inf])
     assert off(a, a) == 0.0
@@ -186,6 +199,9 @@ def test_biases_in_front_of_norms(biased):
         module.train(training), plain.train(training)
         y, expected = module(x, (H, W)), torch.cat((x[:, :1], x[:, 1:] + plain(maps).flatten(2).mT), 1)
         torch.testing.assert_close(y, expected)
+        if not training:
+            with torch.no_grad():
+                torch.testing.assert_close(module(x, (H, W)), expected)
         grads = [torch.autograd.grad(t.square().sum(), [*layers.parameters()]) for t, layers in ((y, module.conv), (expected, plain))]
         for got, e in zip(*grads, strict=True):
             torch.testing.assert_close(got, e, rtol=1e-6, atol=1e-9)

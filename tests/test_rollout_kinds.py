@@ -49,8 +49,14 @@ FLEXIBLE = {
                                                                                  class_token=True, rope_type="axial")), 1),
 }  # fmt: skip
 BESIDE_MLP = {"beside mlp": (small_vit(block_fn=vit.ParallelScalingBlock, qk_norm=True), 1)}
+class _Gated(timm.layers.Attention):
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options, gated=True)
+
+
+GATED = {"gated": (small_vit(attn_layer=_Gated), 1), "gated and normed": (small_vit(attn_layer=_Gated, scale_attn_norm=True), 1)}
 POOLS = {"siglip", "aimv2", "aimv2 native", "naflex map"}  # no class token, and a head that pools by attention
-HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP, **FLEXIBLE}
+HOSTS = {**TOWERS, **ROTARY, **BIASED, **BESIDE_MLP, **FLEXIBLE, **GATED}
 
 
 def _sam(tables=None):
@@ -272,6 +278,13 @@ def test_pooling_heads_weigh_the_tokens(name):
 
 
 @pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("targets", [None, "pool", "mean", (3, 5)])
+def test_no_images(targets, verify):
+    found = lifeops.rollout(made(POOLED["latent"]), torch.zeros(0, 3, 32, 48), targets, verify=verify)
+    assert (found.maps.shape, found.weights.shape, found.prefix.shape) == ((0, 1, 4, 6), (0, 1, 24), (0, 1))
+
+
+@pytest.mark.parametrize("verify", [True, False])
 def test_the_default_is_what_the_output_reads(verify):
     tower = made(POOLED["siglip"])
     config = transformers.SiglipConfig(vision_config=dict(HF), num_labels=5)
@@ -295,6 +308,43 @@ class _Queries(naive.Attentions):
     def note(self, attention, dtype):
         if attention.shape[-2] < attention.shape[-1]:
             self.pooling = attention.to(dtype)
+
+
+class _Pooling(timm.models.VisionTransformer):
+    """What its head pools is told by ``how``."""
+
+    how = staticmethod(lambda model, x: model.attn_pool(model.blocks(x)))
+
+    def forward(self, x):
+        return self.how(self, self._pos_embed(self.patch_embed(x)))
+
+
+class _Latent(timm.layers.AttentionPoolLatent):
+    def forward(self, x, attn_mask=None, others=None):
+        return super().forward(x, attn_mask=attn_mask)
+
+
+POOL_REFUSES = {
+    "before the blocks": (
+        lambda m, x: (m.blocks(x), m.attn_pool(x))[1], r"^rollout: attn_pool does not pool what blocks\.1\.attn gave$"
+    ),
+    "in another order": (lambda m, x: m.attn_pool(m.blocks(x).flip(1)), r"the model itself moves tokens before attn_pool: flip"),
+    "not at all": (lambda m, x: m.blocks(x).mean(1), r"^rollout: attn_pool, the pooling head, has not run$"),
+    "some of the tokens": (lambda m, x: m.attn_pool(m.blocks(x)[:, 3:]), r"^rollout: attn_pool pools 21 tokens, looked for 24 or 24$"),
+    "by name": (lambda m, x: m.attn_pool(x=m.blocks(x)), r"^rollout: attn_pool was called otherwise than with tokens \(B, N, C\)"),
+    "beside others": (lambda m, x: m.attn_pool(m.blocks(x), others=x), r"^rollout: attn_pool was called with others beside tokens"),
+    "maps": (lambda m, x: m.attn_pool(m.blocks(x)[:, None]), r"^rollout: attn_pool was called otherwise than with tokens \(B, N, C\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POOL_REFUSES)
+def test_what_a_pooling_head_is_called_with(name):
+    how, message = POOL_REFUSES[name]
+    model = made(lambda: _Pooling(**SMALL, class_token=False, global_pool="map"))
+    assert lifeops.rollout(model, images_of(model), "pool").labels == ("attention pooling",)
+    model.how, model.attn_pool.__class__ = how, _Latent
+    with pytest.raises(ValueError, match=message):
+        lifeops.rollout(model, images_of(model), "pool")
 
 
 def test_a_pool_that_is_none():

@@ -3,7 +3,7 @@
 import naive_rollout as naive
 import pytest
 import torch
-from hosts import hf, hooks_of, made, named, timm, transformers
+from hosts import hf, hooks_of, made, named, timm, transformers, vit
 
 import lifeops
 
@@ -17,6 +17,12 @@ def _cfg(**options):
     return lambda: timm.models.NaFlexVit(timm.models.naflexvit.NaFlexVitCfg(**options))
 
 
+def _parallel():
+    model = _cfg()()
+    model.blocks = torch.nn.Sequential(*(vit.ParallelThingsBlock(48, 3) for _ in range(2)))
+    return model
+
+
 def _classifier():
     config = transformers.Siglip2Config(vision_config={**SIGLIP, "num_hidden_layers": 2, "intermediate_size": 48}, num_labels=5)
     return transformers.Siglip2ForImageClassification(config)
@@ -28,7 +34,7 @@ MODELS = {  # a model, and its tokens before the patches
     "naflex": (named("naflexvit_base_patch16_gap", **NARROW), 4), "naflex map": (named("naflexvit_base_patch16_map", **NARROW), 1),
     "naflex siglip": (named("naflexvit_base_patch16_siglip", **NARROW), 0), "keys only": (_cfg(use_key_only_attn_mask=True), 1),
     "axial": (_cfg(rope_type="axial"), 1), "mixed": (_cfg(rope_type="mixed", reg_tokens=2), 3),
-    "factorized": (_cfg(pos_embed="factorized"), 1),
+    "factorized": (_cfg(pos_embed="factorized"), 1), "side by side": (lambda: _parallel(), 1),
 }  # fmt: skip
 MEAN = ("siglip2 classifier", "naflex")  # what the output reads without a class token
 POOL = ("siglip2", "siglip2 eager", "naflex siglip", "naflex map")
@@ -64,6 +70,8 @@ def test_equals_the_product_of_the_models_own_matrices(name):
     model, patches, prefix = _case(name)
     images, hooks = _packed(name, patches), hooks_of(model)
     seen = _matrices(model, images)
+    if name == "side by side":
+        seen = [torch.cat(pair, 1) for pair in zip(seen[::2], seen[1::2], strict=True)]
     assert len(seen) == 2
     for targets in (None, "mean", (0, 3)):
         found = lifeops.rollout(model, images, targets)
@@ -157,6 +165,13 @@ def test_what_is_not_told_or_not_hidden_is_refused(name):
     model, images = _changed(host, **given)
     with pytest.raises(ValueError, match=f"rollout: .*({message})"):
         lifeops.rollout(model, images)
+
+
+def test_a_layer_before_the_embedding():
+    model, patches, _ = _case("keys only")
+    model.embeds.register_forward_pre_hook(lambda module, args: model.blocks[0](torch.zeros(4, 17, 48)) and None)
+    with pytest.raises(ValueError, match=r"^rollout: blocks\.0\.attn runs before Linear, the patch embedding, has run"):
+        lifeops.rollout(model, _packed("keys only", patches))
 
 
 def test_half_precision():

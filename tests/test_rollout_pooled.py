@@ -133,6 +133,14 @@ def test_what_pools_otherwise_is_refused(name):
         lifeops.rollout(model, images)
 
 
+def test_a_skip_connection_of_another_grid_is_refused():
+    model, _, images = _model("mean")
+    model.stages[1].blocks[0].shortcut_pool_attn = torch.nn.MaxPool2d(3, 4, 1)
+    message = r"^rollout: stages\.1\.blocks\.0\.attn makes \(\d+, \d+\) queries of a \(\d+, \d+\) grid, beside a skip connection of \("
+    with pytest.raises(ValueError, match=message):
+        lifeops.rollout(model, images)
+
+
 def test_half_precision():
     model, _, images = _model("rectangle")
     full = lifeops.rollout(model, images, "mean").maps

@@ -31,6 +31,7 @@ CASES = (
     Case("whole14_odd_rows", 2, 3, 14, 1, 33, 3, residual=True),
     Case("whole14_k7", 1, 3, 14, 1, 4, 7, residual=True),
     Case("whole16", 1, 2, 16, 0, 3, 5),
+    Case("whole_rows_and_channels", 1, 3, 14, 1, 32, 3, residual=True),  # nothing is masked
     Case("one_row_of_14", 2, 1, 14, 1, 3, 3),
     Case("two_segments", 1, 2, 17, 1, 3, 3, residual=True),
     Case("k1", 1, 2, 3, 1, 4, 1),
@@ -170,6 +171,22 @@ def check_db_has_a_kernel_of_its_own(poison):
     db = grad.token_dwconv_bwd_db(dy, 2, 3, 2, "keep", torch.float64, "triton")
     torch.testing.assert_close(db, dy[:, 2:].double().sum((0, 1)), rtol=1e-6, atol=0)
     assert db.dtype == torch.float64
+
+
+def check_what_is_added_to_the_input_gradient(poison):
+    """f'(v) (du scale + a): a alone adds no product, which of an infinite input would be NaN."""
+    from lifeops.kernels.token_dwconv_act import token_dwconv_act_bwd_dx as kernel
+    from lifeops.ops.token_dwconv.act_spec import reference_bwd_dx as reference
+
+    case = Case("shift", 2, 3, 4, 1, 5, 3)
+    x, weight, _, _, dy = draw(case, torch.float32)
+    scale, shift, a, b = torch.rand(4, case.C) + 0.5
+    for act in ("none", "gelu", "gelu_first"):
+        for added in ((None, None), (a, None), (a, b)):
+            x[1, 4, 2] = torch.inf if added[1] is None and act == "none" else 1.0
+            given = (scale, shift, act, *added, case.H, case.W, case.P, case.prefix, "triton")
+            for got, want in zip(kernel(dy, x, weight, *given), reference(dy, x, weight, *given), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def check_samples_do_not_see_their_batch_and_sums_repeat():

@@ -95,7 +95,7 @@ def recorded(model: nn.Module, host_pass, verify: bool) -> Iterator[list]:
         if check is not None:
             handles.append(host_pass.host.embed.register_forward_hook(check.place.embedded))
             for pool in host_pass.pools:
-                handles.append(pool.module.register_forward_pre_hook(lambda module, args, path=pool.path: check.pooled(path, args[0])))
+                handles.append(pool.module.register_forward_pre_hook(lambda module, args, path=pool.path: check.pooled(path, args)))
         if watch is not None:
             stack.enter_context(watch)
         yield records

@@ -103,11 +103,12 @@ class PassCheck:
                     return
         raise ValueError(f"rollout: {path} does not attend inside windows of {layer.window} shifted by {layer.shift} as Swin does")
 
-    def pooled(self, path: str, x: Tensor) -> None:
-        """A pooling head is about to read ``x``."""
-        if not self.gave <= self.watch.marks(x):
+    def pooled(self, path: str, args: tuple) -> None:
+        """A pooling head is about to read what it is called with; :class:`PoolHead` refuses what is not its tokens alone."""
+        marks = set().union(*(self.watch.marks(x) for x in args[:1]))
+        if args and not self.gave <= marks:
             raise ValueError(f"rollout: {path} does not pool what {self.last} gave")
-        for event in self._unaccounted(self.watch.marks(x), moves=True):
+        for event in self._unaccounted(marks, moves=True):
             raise ValueError(f"rollout: {event.path} moves tokens before {path}: {event.what}")
 
     def finish(self) -> None:

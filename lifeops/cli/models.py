@@ -128,10 +128,8 @@ def _timm(name: str, pretrained: bool, sizes: dict) -> Loaded:
         model = timm.create_model(name, pretrained=pretrained, **sizes)
     except TypeError as error:
         raise ValueError(f"--model {name} does not take {' and '.join(sizes)} ({error})") from error
-    except RuntimeError as error:  # timm has no weights of it
-        if not pretrained:
-            raise
-        raise ValueError(f"--pretrained: {error}") from error
+    except RuntimeError as error:  # timm has no weights of it, or none of that tag
+        raise ValueError(f"{'--pretrained' if pretrained else f'--model {name}'}: {error}") from error
     config = timm.data.resolve_model_data_config(model)
     shape, random = config["input_size"], "" if pretrained else "random weights"
     return Loaded(model, (shape[0], *sizes.get("img_size", shape[1:])), config["mean"], config["std"], random)

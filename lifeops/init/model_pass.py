@@ -53,9 +53,12 @@ def _beside(p: Projections, args: tuple, kwargs: dict) -> str:
     return f"; it is called with {', '.join(found)} beside its tokens" if found else ""
 
 
-def _flat(x):
-    """Maps as tokens."""
-    return x.flatten(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x
+def _tokens(p: Projections, x):
+    """What a layer reads or gives as (B, N, C): maps are flattened, tokens before the batch, as torch's attention may have them, turned."""
+    if not isinstance(x, Tensor):
+        return x
+    turned = isinstance(p.module, nn.MultiheadAttention) and not p.module.batch_first
+    return x.transpose(0, 1) if turned else x.flatten(1, 2) if x.dim() == 4 else x
 
 
 # ------------------------------------------------------------------------------------------------ the pass
@@ -76,8 +79,7 @@ class Pass:
             if isinstance(p.module, nn.MultiheadAttention) and self._pool(p, args, kwargs):
                 return own(*args, **kwargs)
             given = args[0] if args else next((a for a in kwargs.values() if isinstance(a, Tensor)), None)
-            turned = isinstance(p.module, nn.MultiheadAttention) and not p.module.batch_first
-            x = _flat(given.transpose(0, 1) if turned else given)
+            x = _tokens(p, given)
             if not isinstance(x, Tensor) or x.dim() != 3:
                 raise ValueError(f"{OP}: {p.path} is given {tuple(getattr(x, 'shape', ()))}, looked for tokens (B, N, C)")
             self._begin(p, given, x, place)
@@ -86,12 +88,11 @@ class Pass:
                     check = LayerCheck(f"{OP}: {p.path}", p.module, attended(*_qkv(p, x[:1], args), None, [0]), x)
                 except RuntimeError as error:
                     raise ValueError(f"{OP}: {p.path} cannot be read as plain attention: {error}") from error
-            hook = out and out.register_forward_pre_hook(lambda m, args: check.merged(_flat(args[0])))
+            hook = out and out.register_forward_pre_hook(lambda m, args: check.merged(_tokens(p, args[0])))
             try:
                 output = own(*args, **kwargs)
                 with place.watch.quiet():
-                    joined = tokens_of(output)
-                    check.ended(_flat(joined.transpose(0, 1) if turned else joined))
+                    check.ended(_tokens(p, tokens_of(output)))
             except ValueError as error:
                 raise ValueError(f"{error}{_beside(p, args, kwargs)}") from error
             finally:
@@ -111,7 +112,7 @@ class Pass:
     def _begin(self, p: Projections, given: Tensor, x: Tensor, place: Place) -> None:
         if self.first is None:
             shadow = place.watch.shadow_of(given)
-            self.first, self.rows = x, None if shadow is None else _flat(shadow)[0].isnan().any(-1)
+            self.first, self.rows = x, None if shadow is None else _tokens(p, shadow)[0].isnan().any(-1)
         self.sizes.setdefault(p.path, tuple(x.shape[:2]))
 
 
@@ -143,8 +144,7 @@ def first_input(model: nn.Module, image: Tensor, layer: Projections, embed: nn.M
 
     def stop(*args, **kwargs):
         x = args[0] if args else next(a for a in kwargs.values() if isinstance(a, Tensor))
-        turned = isinstance(layer.module, nn.MultiheadAttention) and not layer.module.batch_first
-        found.append(_flat(x.transpose(0, 1) if turned else x)[0])
+        found.append(_tokens(layer, x)[0])
         raise _Stop
 
     def blank(*args, **kwargs):

@@ -103,8 +103,6 @@ def _outputs(host: Host, modules: list[nn.Module], failed: str) -> tuple[list[li
         try:
             run_on_image(host)
         except Exception as error:
-            if str(error).startswith("convert:"):
-                raise
             raise ValueError(f"convert: {failed}: {type(error).__name__}: {error}") from error
     outputs, maps = [found.get(id(m), []) for m in modules], {path: found[id(m)][0] for path, m in stages.items() if id(m) in found}
     return outputs, maps, calls
