@@ -13,6 +13,7 @@ from bench.problems import Problem
 from lifeops.geometry import conv_grid
 from lifeops.models import mvitv2
 from lifeops.nn import PoolingAttention
+from lifeops.nn.attend import split_heads
 from lifeops.nn.eager_mvit import EagerMaxPool, EagerPoolingAttention, pooled
 
 HEAD, CLASSES = 96, 100
@@ -27,10 +28,10 @@ class _Pools(nn.Module):
 
     def forward(self, qkv, grid):
         m = self.attention
-        parts = zip("qkv", qkv.unflatten(2, (3, m.num_heads, HEAD)).permute(2, 0, 3, 1, 4), strict=True)
-        if self.eager:
-            return [pooled(t, getattr(m, f"pool_{part}"), getattr(m, f"norm_{part}"), grid, 0)[0] for part, t in parts]
-        return [m._pool(part, t, grid, True)[0] for part, t in parts]
+        if not self.eager:
+            return [m._pool(part, t, grid, True)[0] for part, t in zip("qkv", split_heads(qkv, m.num_heads), strict=True)]
+        parts = zip("qkv", qkv.reshape(*qkv.shape[:2], 3, m.num_heads, HEAD).permute(2, 0, 3, 1, 4), strict=True)
+        return [pooled(t, getattr(m, f"pool_{part}"), getattr(m, f"norm_{part}"), grid, 0)[0] for part, t in parts]
 
 
 def mvit_pool(p: Problem, compile: bool) -> Case:

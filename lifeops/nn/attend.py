@@ -67,6 +67,11 @@ def _by_layer(drop, q, k, v, attn_mask, scale=None):
     return drop(s.softmax(-1).to(v.dtype)) @ v
 
 
+def split_heads(qkv, num_heads: int):
+    """q, k, v (B, h, N, d), views of a projection (B, N, 3 h d): split so that their gradients are joined by one copy."""
+    return (t.transpose(1, 2) for t in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
+
+
 def attend_biased(q, k, v, bias, scale: float):
     """softmax(scale q kᵀ + bias) v, (B, h, n, d) of any numbers of queries and keys; ``bias`` broadcasts to their scores, or is None.
 

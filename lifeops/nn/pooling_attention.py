@@ -8,7 +8,7 @@ from torch import nn
 
 from lifeops import geometry
 from lifeops.arguments import check_choice, check_factory, check_flags, check_int, check_number
-from lifeops.nn.attend import attend_biased
+from lifeops.nn.attend import attend_biased, split_heads
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_like
 from lifeops.nn.plain import is_fused, pool
@@ -28,6 +28,12 @@ def _pooling(mode: str, width: int, kernel: tuple, stride: tuple, dd: dict) -> n
     if mode in ("max", "avg"):
         return (nn.MaxPool2d if mode == "max" else nn.AvgPool2d)(kernel, stride, padding)
     return nn.Conv2d(width, width, kernel, stride, padding, groups=width, bias=False, **dd)
+
+
+def _by_token(norm: nn.Module, t: torch.Tensor) -> torch.Tensor:
+    """``norm`` of heads (B, h, N, d), which the ops leave side by side in memory, (B, N, h, d), where it can be read without a copy."""
+    tokens = t.transpose(1, 2)
+    return norm(tokens).transpose(1, 2) if tokens.is_contiguous() else norm(t)
 
 
 class PoolingAttention(NotScripted, ToldInMetadata):
@@ -119,13 +125,13 @@ class PoolingAttention(NotScripted, ToldInMetadata):
         """(pooled and normed, its grid)."""
         layer, norm = getattr(self, f"pool_{part}"), getattr(self, f"norm_{part}")
         t, grid = pool_tokens(f"PoolingAttention: pool_{part}", layer, t, grid, self.num_prefix_tokens, fused)
-        return (t if norm is None else norm(t)), grid
+        return (t if norm is None else _by_token(norm, t)), grid
 
     def pooled_heads(self, x: torch.Tensor, grid: tuple[int, int]):
         """(q, k, v), each (B, h, P + h*w, d), and (their three grids): what an attention map is computed from."""
         fused = is_fused(self)
         if not self.pool_first:
-            parts = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+            parts = split_heads(self.qkv(x), self.num_heads)
             return zip(*(self._pool(part, t, grid, fused) for part, t in zip("qkv", parts, strict=True)), strict=True)
         found = []
         for part in "qkv":

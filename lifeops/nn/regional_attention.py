@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.arguments import check_factory, check_flags, check_int, check_tensor
-from lifeops.nn.attend import attend_biased
+from lifeops.nn.attend import attend_biased, split_heads
 from lifeops.nn.inputs import check_heads, check_like, check_sequence
 from lifeops.nn.scripting import NotScripted
 from lifeops.told import ToldInMetadata
@@ -88,7 +88,7 @@ class RegionalAttention(NotScripted, ToldInMetadata):
         check_flags(name, windows=windows)
         if windows and x.shape[1] != 1 + self.window_size**2:
             raise ValueError(f"{name}: x must be windows (B, 1 + {self.window_size}*{self.window_size}, C), got {tuple(x.shape)}")
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
         bias = self.bias().to(q.dtype) if windows else None
         if mask is not None:
             check_tensor(name, "mask", mask)
