@@ -20,6 +20,7 @@ Inputs = dict[str, torch.Tensor]
 Run = Callable[[], object]
 RELATIVE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 DEEP = 10  # times that for a whole model: a dozen layers and batch norms of few images
+MAXIMA = 10  # times that where the gradient of a maximum goes to one of two tokens, which rounding may exchange
 
 
 def own_dy(i: Inputs):
@@ -139,6 +140,7 @@ def _narrowed(i: Inputs, pick: Pick | None, grad: bool) -> Inputs:
 def limit(case: Case, name: str, expected: torch.Tensor, baseline: torch.Tensor | None, dtype: torch.dtype) -> float:
     terms = case.terms(name)
     deep = DEEP if level_of(case.problem.system) == "model" else 1
+    deep *= MAXIMA if case.problem.system == "mvitv2_tiny" else 1
     relative = deep * RELATIVE[dtype] * terms**0.5 * expected.abs().max().item() if expected.numel() else 0.0
     if baseline is None:
         return relative

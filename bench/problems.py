@@ -47,12 +47,15 @@ STAGED = {  # systems on the maps of several stages: (side, channels, prefix tok
 WINDOWS = ("token_dwconv_strided", "token_dwconv_multiplied", "token_dwconv_transpose", "token_pool", "pool_qkv")
 TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
 LEVELS = {
-    "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout", *WINDOWS),
+    "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout", *WINDOWS, "mvit_pool", "region_down"),
     "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", *TIMM, *STAGED),
-    "model": ("vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs"),
+    "model": ("vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs", "mvitv2_tiny", "regionvit_tiny"),
 }
+WHOLE = ("mvitv2_tiny", "regionvit_tiny")  # models of their own, without a plain host
 SYSTEMS = tuple(system for systems in LEVELS.values() for system in systems)
-NO_PREFIX = ("pvt_mlp", "twins_pos_conv", "token_dwconv_multiplied", "token_dwconv_transpose")
+NO_PREFIX = (
+    "pvt_mlp", "twins_pos_conv", "token_dwconv_multiplied", "token_dwconv_transpose", "mvit_pool", "region_down", *WHOLE,
+)  # fmt: skip
 MODES = {"fwd": "fwd", "infer": "fwd", "bwd": "bwd", "dw": "dw", "fwdbwd": "fwdbwd", "train": "fwdbwd"}
 SIZES = [(8, 14, 14), (32, 14, 14), (16, 16, 16), (8, 32, 32), (8, 37, 37)]
 FEW_SIZES = [(32, 14, 14), (8, 32, 32)]
@@ -103,7 +106,25 @@ def _staged(system: str, modes, quick: bool):
             yield Problem(system, mode, 16, side, side, C, 0, dtype, P)
 
 
+def _downs(system: str, modes, quick: bool):
+    """RegionViT-Ti's steps."""
+    sizes = ((28, 128),) if quick else ((56, 64), (28, 128), (14, 256))
+    for mode, dtype, (size, C) in product(modes, ("float32",) if quick else DTYPES, sizes):
+        yield Problem(system, mode, 8, size, size, C, 0, dtype, 0)
+
+
+def _pools(system: str, modes, quick: bool):
+    """MViTv2-T's first three stages: heads of 96 channels, K the stride of keys and values."""
+    sizes = ((28, 192, 2),) if quick else ((56, 96, 4), (28, 192, 2), (14, 384, 1))
+    for mode, dtype, (size, C, stride) in product(modes, ("float32",) if quick else DTYPES, sizes):
+        yield Problem(system, mode, 8, size, size, C, stride, dtype, 0)
+
+
 def _model(system: str, modes, quick: bool):
+    if system in WHOLE:
+        sizes = (2, 7, 7) if quick else (8, 14, 14)
+        yield from (Problem(system, mode, *sizes, 96, 0, "float32", 0) for mode in modes)
+        return
     if not system.startswith("vit_"):
         yield from (Problem(system, mode, 2 if quick else 8, 14, 14, 384, 0, "float32") for mode in modes)
         return
@@ -150,6 +171,8 @@ def problems(system: str, modes: list[str] | None = None, *, quick: bool = False
         found = _model(system, modes, quick)
     elif system in STAGED:
         found = _staged(system, modes, quick)
+    elif system in ("mvit_pool", "region_down"):
+        found = (_pools if system == "mvit_pool" else _downs)(system, modes, quick)
     elif system in ("local_attention", "rollout"):
         found = _attention(system, modes, quick)
     elif system in WINDOWS:

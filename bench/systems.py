@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from bench import block_systems, conv_systems, model_systems, op_systems, optional, timm_systems, window_systems
+from bench import (
+    block_systems,
+    conv_systems,
+    model_systems,
+    mvit_systems,
+    op_systems,
+    optional,
+    regionvit_systems,
+    timm_systems,
+    window_systems,
+)
 from bench.case import Case, Run, check, inputs_of, on_backend, runner
 from bench.problems import Problem
 from lifeops import registry
 
-_PARTS = op_systems, block_systems, timm_systems, model_systems, conv_systems, window_systems
+_PARTS = (
+    op_systems, block_systems, timm_systems, model_systems, conv_systems, window_systems, mvit_systems, regionvit_systems,
+)  # fmt: skip
 BUILDERS = {name: build for part in _PARTS for name, build in part.BUILDERS.items()}
 
 

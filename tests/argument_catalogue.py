@@ -101,6 +101,8 @@ CVT |= {"patch_padding": (1, 1)}
 EDGEVIT = {"img_size": 16, "embed_dims": (6, 6), "depths": (1, 1), "num_heads": (1, 2), "patch_size": (2, 2), "sr_ratios": (2, 1)}
 STAGES = {"img_size": "size", "in_chans": "size", "num_classes": "count", "mlp_ratio": "positive", "drop_path_rate": "rate"}
 STAGES |= dict.fromkeys(("embed_dims", "depths", "num_heads", "patch_size"), "ints")
+MVIT = {"img_size": 8, "embed_dim": 6, "depths": (1, 1), "num_heads": 1}
+REGIONVIT = {"img_size": 8, "embed_dim": (4, 8), "depths": (1, 1), "num_heads": (1, 1), "window_size": 2}
 SHORTCUTS = {"every": "size?", "kernel_sizes": "odds"}
 E = draw(12, 16)
 QK = {"position_embedding": E, "grid": (3, 4), "num_heads": 2, "head_dim": 4}
@@ -217,6 +219,21 @@ CASES = {
         "dim": "size", "num_heads": "size", "sr_ratio": "size", "num_prefix_tokens": "count", "grid": "grid", "qkv_bias": "flag",
         "attn_drop": "rate", "proj_drop": "rate", **DD}),
     "GlobalSparseAttention ": Case(_forward(lambda: lifeops.nn.GlobalSparseAttention(9, 3, 1, 1)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "PoolingAttention": Case(lifeops.nn.PoolingAttention, {"dim": 9, "num_heads": 3}, {
+        "dim": "size", "num_heads": "size", "num_prefix_tokens": "count", "dim_out": "size?", "grid": "grid", "mode": "name",
+        "kernel_q": "step", "kernel_kv": "step", "stride_q": "step", "stride_kv": "step", "pool_first": "flag",
+        "residual_pooling": "flag", "residual_prefix": "flag", "rel_pos": "area", "rel_pos_resize": "name", "qkv_bias": "flag",
+        "norm_eps": "number", **DD}),
+    "PoolingAttention ": Case(_forward(lambda: lifeops.nn.PoolingAttention(9, 3, 1)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "RegionalAttention": Case(lifeops.nn.RegionalAttention, {"dim": 9, "num_heads": 3, "window_size": 2}, {
+        "dim": "size", "num_heads": "size", "window_size": "size", "qkv_bias": "flag", **DD}),
+    "RegionalAttention ": Case(_forward(lambda: lifeops.nn.RegionalAttention(9, 3, 2)), {"x": draw(2, 5, 9), "windows": True}, {
+        "x": None, "windows": "flag", "mask": "other"}),
+    "TwoGridDownsampling": Case(lifeops.nn.TwoGridDownsampling, {"dim": 9, "dim_out": 18}, {"dim": "size", "dim_out": "size"}),
+    "TwoGridDownsampling ": Case(
+        _forward(lambda: lifeops.nn.TwoGridDownsampling(9, 18)),
+        {"regions": draw(2, 2, 9), "region_grid": (1, 2), "x": draw(2, 8, 9), "grid": (2, 4)},
+        {"regions": None, "region_grid": "area", "x": None, "grid": "area"}),
     "wrap": Case(lifeops.nn.wrap, {"blocks": [nn.LayerNorm(9)]}, {
         "blocks": "module", "every": "size", "kernel_size": "odds", "num_prefix_tokens": "count", "dim": "size?", "grid": "grid"}),
     "VisionTransformer": Case(lifeops.models.VisionTransformer, VIT, {
@@ -238,6 +255,19 @@ CASES = {
     "EdgeViT": Case(lifeops.models.EdgeViT, EDGEVIT, {**STAGES, "sr_ratios": "ints", "qkv_bias": "flag"}),
     "EdgeViT ": Case(_forward(lambda: lifeops.models.EdgeViT(**EDGEVIT)), {"x": draw(2, 3, 16, 16)}, {"x": None}),
     "edgevit": Case(lifeops.models.edgevit, {}, {"variant": "name"}),
+    "MViT": Case(lifeops.models.MViT, MVIT, {
+        **{k: v for k, v in VIT_KINDS.items() if k not in ("patch_size", "depth")}, "depths": "ints", "class_token": "flag",
+        "expand_attn": "flag", "mode": "name", "kernel": "step", "stride_kv": "size", "residual_pooling": "flag", "residual_prefix": "flag",
+        "rel_pos": "flag", "rel_pos_resize": "name", "qkv_bias": "flag", "norm_eps": "number?", "drop_rate": "rate",
+        "drop_path_rate": "rate"}),
+    "MViT ": Case(_forward(lambda: lifeops.models.MViT(**MVIT)), IMAGES, {"x": None}),
+    "mvitv2": Case(lifeops.models.mvitv2, {}, {"variant": "name"}),
+    "RegionViT": Case(lifeops.models.RegionViT, REGIONVIT, {
+        **{k: v for k, v in VIT_KINDS.items() if k not in ("depth", "embed_dim", "num_heads")}, "embed_dim": "ints",
+        "depths": "ints", "num_heads": "ints", "window_size": "size", "stem": "name", "peg": "flag", "corner_mask": "name",
+        "qkv_bias": "flag", "norm_eps": "number?", "drop_path_rate": "rate"}),
+    "RegionViT ": Case(_forward(lambda: lifeops.models.RegionViT(**REGIONVIT)), IMAGES, {"x": None}),
+    "regionvit": Case(lifeops.models.regionvit, {}, {"variant": "name", "w14": "flag", "peg": "flag"}),
     "localvit": Case(lifeops.models.localvit, {}, {
         "variant": "name", "embed_dim": "size?", "num_heads": "size?", "mlp_ratio": "number?", "act": "backend", "reduction": "size?",
         "qkv_bias": "flag", "norm_eps": "number?"}),

@@ -17,6 +17,7 @@ FINE = {
     *((op, "x", "sizes") for op in ("token_dwconv_transpose", "token_dwconv_multi", "token_pool")),  # shared filters
     ("attn_mask", "bool"), ("attn_mask", "rank"), ("rope", "rank"), ("rollout", "targets", "int"),  # a token
     ("CvT ", "x", "sizes"), ("EdgeViT ", "x", "sizes"),  # images of any size
+    ("MViT ", "x", "sizes"), ("RegionViT ", "x", "sizes"),  # any image size
     ("position_embedding", "sizes"), *((op, "weight", "meta") for op in CASES if op.strip() in lifeops.init.__all__),  # as torch.nn.init
 }  # fmt: skip
 

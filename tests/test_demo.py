@@ -10,7 +10,7 @@ import torch
 from conftest import declare_torchvision_ops
 from lifeops import cli
 from lifeops.demo import data, measure, run
-from lifeops.demo.attention import cls_attention
+from lifeops.demo.attention import cls_attention, region_attention
 from lifeops.demo.train import SYSTEMS, Recipe, Run, accuracy, build, fit
 from lifeops.integrations.official import lifeops_deit
 from lifeops.models.deit import VisionTransformer
@@ -55,7 +55,9 @@ def test_every_system_is_tried():
     assert set(SYSTEMS) == {"life", *OTHERS}
 
 
-OTHERS = {"localvit": "LocalViT", "dw_shortcut": "DW shortcut", "cvt": "CvT", "edgevit": "EdgeViT"}
+OTHERS = {
+    "localvit": "LocalViT", "dw_shortcut": "DW shortcut", "cvt": "CvT", "edgevit": "EdgeViT", "mvit": "MViT", "regionvit": "RegionViT",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("system", OTHERS)
@@ -144,7 +146,8 @@ def test_command_line_errors(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("eager", "system"),
-    [("eager", "life"), ("eager_dw_shortcut", "dw_shortcut"), ("eager_cvt", "cvt"), ("eager_edgevit", "edgevit")],
+    [("eager", "life"), ("eager_dw_shortcut", "dw_shortcut"), ("eager_cvt", "cvt"), ("eager_edgevit", "edgevit"),
+     ("eager_mvit", "mvit"), ("eager_regionvit", "regionvit")],
 )
 def test_eager_and_lifeops_train_alike(eager, system):
     pytest.importorskip("sklearn")
@@ -172,7 +175,9 @@ def test_same_images_in_the_same_order():
     assert first.y.bincount().min() >= 9
 
 
-@pytest.mark.parametrize(("name", "side"), [("plain", 4), ("eager", 4), ("life", 4), ("dw_shortcut", 4), ("cvt", 2), ("edgevit", 2)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("plain", 4), ("eager", 4), ("life", 4), ("dw_shortcut", 4), ("cvt", 2), ("edgevit", 2), ("mvit", 2)]
+)
 def test_attention_of_the_class_token(name, side):
     model = build(name, Recipe())
     x = torch.randn(2, 1, 8, 8)
@@ -181,6 +186,16 @@ def test_attention_of_the_class_token(name, side):
     assert (maps > 0).all()
     assert (maps.sum((1, 2)) < 1).all()  # the rest goes to the prefix tokens
     assert 0 <= accuracy(model, data.Images(x, torch.zeros(2, dtype=torch.int64))) <= 1
+
+
+def test_attention_of_the_regions():
+    x = torch.randn(2, 1, 8, 8)
+    maps = region_attention(build("regionvit", Recipe()), x)
+    assert maps.shape == (2, 4, 4)
+    assert (maps > 0).all()
+    windows = maps.unflatten(1, (2, 2)).unflatten(3, (2, 2)).sum((2, 4))
+    assert (windows < 1).all()  # the rest goes to the region's own token
+    assert (windows > 0.3).all()
 
 
 def test_attention_is_the_same_from_both_implementations():

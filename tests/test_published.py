@@ -30,7 +30,7 @@ def test_parameters(row, model):
         params = model_cost.count_params(named(model, row.system, num_classes=row.num_classes))
     assert params == row.counted_params
     if row.params_m is not None and not row.note:
-        assert round(params / 1e6, max(1, _digits(row.params_m))) == row.params_m
+        assert round(params / 1e6, _digits(row.params_m)) == row.params_m
 
 
 def _evaluated(model, row):
@@ -52,7 +52,8 @@ def test_macs(row, model):
         if counted is not None:
             assert round(found / 1e9, 3 if model == "deit_base" else 4) == counted
     if row.gmacs is not None and not row.note:
-        assert round((macs + norm_ops) / 1e9, 4 if model == "vit_tiny" else 2) == row.gmacs
+        digits = 4 if model == "vit_tiny" else _digits(row.gmacs)
+        assert round((macs + (0 if row.system == "regionvit" else norm_ops)) / 1e9, digits) == row.gmacs  # which counts products alone
 
 
 def test_rows():

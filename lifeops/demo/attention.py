@@ -1,4 +1,4 @@
-"""Where the class token looks: attention of a trained demo model's last block, computed explicitly from its q and k."""
+"""Where the class token, or those of regions, look: attention of a trained demo model, computed explicitly from its q and k."""
 
 from __future__ import annotations
 
@@ -7,8 +7,27 @@ from torch import Tensor
 
 from lifeops.geometry import conv_grid
 from lifeops.models.deit import Attention, VisionTransformer
-from lifeops.nn import ConvProjectionAttention, GlobalSparseAttention
+from lifeops.models.regionvit import RegionViT, from_windows
+from lifeops.nn import ConvProjectionAttention, GlobalSparseAttention, PoolingAttention
 from lifeops.ops.token_pool.function import token_pool
+
+
+@torch.no_grad()
+def region_attention(model: RegionViT, x: Tensor) -> Tensor:
+    """Images (B, 1, H, W) to the attention of every region's token over its patches (B, H/p, W/p), mean over heads, in the first
+    stage's last block: RegionViT has no class token.
+    """
+    stage, seen = model.layers[0], []
+    attn = stage.block[-1].attn
+    handle = attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        model.eval()(x)
+    finally:
+        handle.remove()
+    regions, grid = (tuple(m(x).shape[2:]) for m in (model.cls_token, model.patch_embed))
+    q, k = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in attn.qkv(seen[-1]).chunk(3, -1)[:2])
+    weights = (q[:, :, :1] @ k.transpose(-2, -1) * attn.scale + attn.bias()[:, :1]).softmax(-1).mean(1)  # (B * regions, 1, 1 + w * w)
+    return from_windows(weights.transpose(1, 2), regions, grid, stage.window_size)[1][..., 0].unflatten(1, grid)
 
 
 @torch.no_grad()
@@ -34,6 +53,9 @@ def _queries_keys(attn, tokens: Tensor, grid: tuple[int, int]):
     if isinstance(attn, ConvProjectionAttention):
         q, k, _ = attn.projected(tokens, grid)
         return attn.proj_q(q), attn.proj_k(k), conv_grid(grid, attn.conv_proj_k.conv.kernel_size, attn.stride_kv), attn.scale
+    if isinstance(attn, PoolingAttention):
+        (q, k, _), (_, grid, _) = attn.pooled_heads(tokens, grid)
+        return q.transpose(1, 2).flatten(2), k.transpose(1, 2).flatten(2), grid, attn.scale
     if isinstance(attn, GlobalSparseAttention):
         r, P = attn.sr_ratio, attn.num_prefix_tokens
         tokens = token_pool(tokens, 1, mode="subsample", stride=r, grid=grid, num_prefix_tokens=P)

@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lifeops.demo import data
-from lifeops.demo.attention import cls_attention
+from lifeops.demo.attention import cls_attention, region_attention
 from lifeops.demo.measure import Cost
 from lifeops.demo.train import Recipe, Run, System, trained
 from lifeops.files import written
+from lifeops.models.regionvit import RegionViT
 
 _COLORS = "tab:gray", "tab:orange", "tab:green", "tab:blue"
 
@@ -117,12 +118,14 @@ def plot_curves(path: Path, system: System, runs: Sequence[Run]) -> None:
 
 
 def plot_attention(path: Path, system: System, runs: Sequence[Run], recipe: Recipe, count: int = 6) -> None:
-    """A few test digits and, below each, where the class token of the two models looks."""
+    """A few test digits and, below each, where the class token of the two models looks; of RegionViT the tokens of its regions."""
     kept = {r.model: r for r in runs if r.weights is not None}
     x = data.load()[1].x[:count]
     rows = {"digit": x[:, 0]}
     for name in system.trained:
-        rows[system.label if name == system.name else name] = cls_attention(trained(kept[name], recipe), x)
+        model = trained(kept[name], recipe)
+        look = region_attention if isinstance(model, RegionViT) else cls_attention
+        rows[system.label if name == system.name else name] = look(model, x)
     figure = Figure(figsize=(1.3 * count, 1.4 * len(rows)), layout="constrained")  # no pyplot: nothing global, no display needed
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (label, images) in zip(axes, rows.items(), strict=True):

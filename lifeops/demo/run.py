@@ -23,10 +23,9 @@ from lifeops.cli.main import told_plainly
 from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.demo.measure import compare
-from lifeops.demo.train import MODELS, SYSTEMS, Recipe, Run, System, build, make_optimizer, run_one, trained, training_loss
+from lifeops.demo.train import SYSTEMS, Recipe, Run, System, build, make_optimizer, run_one, tiny, trained, training_loss
 from lifeops.demo.unfinished import Unfinished
 from lifeops.files import make_folder, save
-from lifeops.models.deit import VisionTransformer
 
 SIZES, QUICK_SIZES = (50, 100, 300, 1000), (50, 300)
 IMPULSE_SIZES = (50, 300)  # four models for each instead of two
@@ -174,9 +173,9 @@ def measure_all(console, system: System, recipe: Recipe, quick: bool) -> dict[st
         setting = f"a training step of the demo's model, batch {recipe.batch_size}, 1 thread"
         costs[setting] = _measure(models, batch, recipe, rounds=30)
         if not quick:
-            models = {name: VisionTransformer(dist_token=True, **MODELS[name]) for name in system.labels}
+            models = {name: tiny(name) for name in system.labels}
             batch = Images(torch.randn(2, 3, 224, 224), torch.arange(2))
-            costs["a training step of DeiT-Tiny, 224 x 224, batch 2, 1 thread"] = _measure(models, batch, recipe, rounds=5)
+            costs[f"a training step of {system.tiny}, 224 x 224, batch 2, 1 thread"] = _measure(models, batch, recipe, rounds=5)
     return costs
 
 

@@ -31,12 +31,15 @@ from lifeops.demo.data import Images
 from lifeops.init import structured_
 from lifeops.models.deit import Attention, Block, VisionTransformer
 from lifeops.models.edgevit import LGLBlock
-from lifeops.nn import ConvProjectionAttention, DWShortcut, LifeAttention, LocalityFeedForward, LocalViTBlock
+from lifeops.models.regionvit import RegionViT, regionvit
+from lifeops.nn import ConvProjectionAttention, DWShortcut, LifeAttention, LocalityFeedForward, LocalViTBlock, PoolingAttention
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_edgevit import EagerLGLBlock
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
+from lifeops.nn.eager_mvit import EagerPoolingAttention
+from lifeops.nn.eager_regionvit import EagerRegionStage
 from lifeops.nn.shortcut_blocks import ShortcutBlocks
 
 
@@ -65,6 +68,16 @@ def _sparse_block(block):
     return lambda dim, num_heads, num_prefix_tokens, drop_path: block(dim, num_heads, 2, num_prefix_tokens)
 
 
+def _pooling_attention(dim, num_heads, num_prefix_tokens):
+    """MViT's, with keys and values on half the grid."""
+    return PoolingAttention(dim, num_heads, num_prefix_tokens, stride_kv=2)
+
+
+def _stages_as_authors(model):
+    model.layers = nn.ModuleList(map(EagerRegionStage, model.layers))
+    return model
+
+
 class System(NamedTuple):
     """What the demo compares with the plain model: ``name``, and ``eager``, the same as its authors run it."""
 
@@ -75,6 +88,11 @@ class System(NamedTuple):
     @property
     def trained(self) -> tuple[str, str]:
         return "plain", self.name
+
+    @property
+    def tiny(self) -> str:
+        """The models of published sizes."""
+        return "RegionViT-Ti and DeiT-Tiny" if self.name in WHOLE else "DeiT-Tiny"
 
     @property
     def labels(self) -> dict[str, str]:
@@ -90,6 +108,8 @@ SYSTEMS = {
         System("dw_shortcut", "DW shortcut", "eager_dw_shortcut"),
         System("cvt", "CvT", "eager_cvt"),
         System("edgevit", "EdgeViT", "eager_edgevit"),
+        System("mvit", "MViT", "eager_mvit"),
+        System("regionvit", "RegionViT", "eager_regionvit"),
     )
 }
 
@@ -113,9 +133,14 @@ MODELS = {
     "cvt": {"attn": ConvProjectionAttention},
     "eager_edgevit": {"block": _sparse_block(EagerLGLBlock)},
     "edgevit": {"block": _sparse_block(LGLBlock)},
+    "eager_mvit": {"attn": lambda *sizes: EagerPoolingAttention(_pooling_attention(*sizes))},
+    "mvit": {"attn": _pooling_attention},
     **{name: {} for name in INITIALISATIONS},
 }
 """What makes each model, as options of the host."""
+
+WHOLE = {"regionvit": lambda model: model, "eager_regionvit": _stages_as_authors}
+"""What makes a RegionViT ours or its authors': it has no place in the host, and is one of its own."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +175,25 @@ class Run:
     weights: dict[str, np.ndarray] | None = None  # NumPy: travels between processes by value
 
 
-def build(model: str, recipe: Recipe, seed: int = 0) -> VisionTransformer:
-    """An untrained model of the demo, one of ``MODELS``: "plain", a system with lifeops or as its authors run it, an initialisation."""
+def _regionvit(recipe: Recipe) -> RegionViT:
+    """As wide as the host with as many blocks, of regions of 2 x 2 patches; twice as wide on the coarser of its two grids."""
+    dim, heads, depth = recipe.embed_dim, recipe.num_heads, recipe.depth - recipe.depth // 2
+    stages = (dim, 2 * dim), (depth, recipe.depth // 2), (heads, 2 * heads)
+    return RegionViT(data.IMG_SIZE, recipe.patch_size, 1, data.NUM_CLASSES, *stages, window_size=2, stem="1conv")
+
+
+def tiny(model: str) -> nn.Module:
+    """The model at a published size: DeiT-Tiny with what makes it, or RegionViT-Ti."""
+    return WHOLE[model](regionvit("tiny")) if model in WHOLE else VisionTransformer(dist_token=True, **MODELS[model])
+
+
+def build(model: str, recipe: Recipe, seed: int = 0) -> nn.Module:
+    """An untrained model of the demo, one of ``MODELS`` and ``WHOLE``: "plain", a system with lifeops or as its authors run it, an
+    initialisation.
+    """
     torch.manual_seed(seed)
+    if model in WHOLE:
+        return WHOLE[model](_regionvit(recipe))
     vit = VisionTransformer(
         data.IMG_SIZE,
         recipe.patch_size,
@@ -169,13 +210,14 @@ def build(model: str, recipe: Recipe, seed: int = 0) -> VisionTransformer:
     return vit
 
 
-def training_loss(model: VisionTransformer, images: Images) -> Tensor:
-    """Mean of the two heads' cross-entropies."""
-    cls, dist = model(images.x)
-    return (F.cross_entropy(cls, images.y) + F.cross_entropy(dist, images.y)) / 2
+def training_loss(model: nn.Module, images: Images) -> Tensor:
+    """Mean of the heads' cross-entropies: of two, or of RegionViT's one."""
+    logits = model(images.x)
+    losses = [F.cross_entropy(t, images.y) for t in (logits if isinstance(logits, tuple) else (logits,))]
+    return sum(losses) / len(losses)
 
 
-def make_optimizer(model: VisionTransformer, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     # fused: at this size an unfused AdamW costs as much as the backward pass
     return torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 
@@ -192,7 +234,7 @@ def batches(images: Images, steps: int, recipe: Recipe, seed: int):
 
 
 @torch.no_grad()
-def accuracy(model: VisionTransformer, images: Images) -> float:
+def accuracy(model: nn.Module, images: Images) -> float:
     """Fraction of ``images`` classified correctly; leaves the model in training mode."""
     model.eval()
     predicted = torch.cat([model(x).argmax(dim=-1) for x in images.x.split(256)])
@@ -201,8 +243,8 @@ def accuracy(model: VisionTransformer, images: Images) -> float:
 
 
 def fit(
-    model: VisionTransformer, images: Images, recipe: Recipe, seed: int, run: Run, test: Images | None = None,
-    loss_of: Callable[[VisionTransformer, Images], Tensor] = training_loss,
+    model: nn.Module, images: Images, recipe: Recipe, seed: int, run: Run, test: Images | None = None,
+    loss_of: Callable[[nn.Module, Images], Tensor] = training_loss,
 ) -> None:  # fmt: skip
     """Train ``model`` on ``images``; losses and, if ``test`` is given, accuracies are appended to ``run``. ``loss_of`` a batch."""
     steps = recipe.num_steps(len(images))

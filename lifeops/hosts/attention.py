@@ -193,9 +193,10 @@ def call_of(op: str, path: str, kind: Kind, module: nn.Module, args: tuple, kwar
     if beside:
         raise ValueError(f"{op}: {path} was called with {', '.join(beside)} beside the tokens, which is not known")
     if kind.name == "LIFE":
-        return Call(module, x, _life_grid(module, given), {})
+        return Call(module, x, _told_grid(module, given), {})
     if kind.name == "pooled":
-        return Call(module, x, tuple(int(n) for n in given["feat_size"]), {})
+        grid = given["feat_size"] if "feat_size" in given else _told_grid(module, given)
+        return Call(module, x, tuple(int(n) for n in grid), {})
     if x.dim() == 3 and getattr(module, "rel_pos_h", None) is not None:
         found = f"has relative positions of rows and columns and is given {tuple(x.shape)}"
         raise ValueError(f"{op}: {path} {found}, looked for maps (B, H, W, C)")
@@ -208,7 +209,7 @@ def _bound_grid(module: nn.Module) -> tuple[int, int] | None:
     return next((layer.grid_holder.grid for layer in layers if getattr(layer, "needs_grid", False)), None)
 
 
-def _life_grid(module: nn.Module, given: dict) -> tuple[int, int]:
+def _told_grid(module: nn.Module, given: dict) -> tuple[int, int]:
     """The call's own, or the one that the model runs with."""
     grid = next((value for name, value in given.items() if name == "grid" and value is not None), None)
     return module.grid_holder.grid if grid is None else grid

@@ -21,7 +21,7 @@ Bias = Callable[[slice | Tensor], Tensor]  # some query rows to (b or 1, h or 1,
 class Heads(NamedTuple):
     """What a layer attends with: q (b, h, n, d), k and v (b, h, N, d); ``mix``: what mixes the heads before and behind the softmax.
 
-    ``plus_q``: q is added to what is attended.
+    ``plus_q``: q is added to what is attended, from this row on; None: nowhere.
     """
 
     q: Tensor
@@ -30,7 +30,7 @@ class Heads(NamedTuple):
     scale: float | None
     bias: tuple[Bias, ...] = ()
     mix: tuple[nn.Linear, nn.Linear] | None = None
-    plus_q: bool = False
+    plus_q: int | None = None
 
     @property
     def plain(self) -> bool:

@@ -1,6 +1,8 @@
 """Attention whose queries, keys and values are pooled on their grid first (MViTv2): how it is read, and which tokens each one was made of.
 
     q = norm(pool(W_q x)), k and v alike;  A = softmax(scale q kᵀ + q·R_row + q·R_column);  out = A v, + q where ``residual_pooling``
+
+timm's, and lifeops' own.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from lifeops.hosts.heads import Bias, Call, Heads, of_axes
 from lifeops.hosts.host import pair
 from lifeops.hosts.projections import heads_of, thirds
+from lifeops.nn.relative import distances, resized, table_rows
 
 POOLED = frozenset({"qkv", "proj", "pool_q", "pool_k", "pool_v", "norm_q", "norm_k", "norm_v", "rel_pos_h", "rel_pos_w"})
 _POOLS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
@@ -74,14 +77,14 @@ def pool_windows(op: str, path: str, block: nn.Module, attention: nn.Module) -> 
 
 def prefix_of(attention: nn.Module) -> int:
     """How many tokens before the patches are not pooled."""
-    return int(attention.has_cls_token)
+    return int(getattr(attention, "num_prefix_tokens", getattr(attention, "has_cls_token", 0)))
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def matches(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("pool_q", "pool_k", "pool_v", "rel_pos_type", "has_cls_token"))
+    return all(hasattr(module, name) for name in ("pool_q", "pool_k", "pool_v", "norm_q", "norm_k", "norm_v", "residual_pooling"))
 
 
 def _pool(module: nn.Module, name: str, t: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -94,18 +97,14 @@ def _pool(module: nn.Module, name: str, t: Tensor, grid: tuple[int, int]) -> tup
     return (t if norm is None else norm(t)), grid
 
 
-def _distances(queries: int, keys: int, device: torch.device) -> Tensor:
-    """(queries, keys): rows of a table of relative positions; the coarser axis is stretched to the finer one."""
-    stretch, along = max(keys / queries, 1.0), max(queries / keys, 1.0)
-    places = torch.arange(queries, device=device)[:, None] * stretch - torch.arange(keys, device=device) * along
-    return (places + (keys - 1) * along).long()
-
-
 def _relative(module: nn.Module, q: Tensor, q_grid: tuple[int, int], k_grid: tuple[int, int]) -> Bias:
     """The product of a patch's query with a vector per row distance and one per column distance; nothing for other tokens."""
     P, width = prefix_of(module), q_grid[1]
-    sizes = zip((module.rel_pos_h, module.rel_pos_w), q_grid, k_grid, strict=True)
-    tables = [table.to(q.dtype)[_distances(queries, keys, q.device)] for table, queries, keys in sizes]
+    resize = getattr(module, "rel_pos_resize", None)  # timm's models do not resize
+    tables = []
+    for table, queries, keys in zip((module.rel_pos_h, module.rel_pos_w), q_grid, k_grid, strict=True):
+        table = table if resize is None else resized(table, table_rows(queries, keys), resize)
+        tables.append(table.to(q.dtype)[distances(queries, keys, q.device)])
 
     def bias(rows):
         at = torch.arange(P + math.prod(q_grid), device=q.device)[rows] - P
@@ -121,5 +120,6 @@ def read(call: Call, values: bool) -> Heads:
     q, k, v = (t.unflatten(2, (heads_of(module), -1)).transpose(1, 2) for t in thirds(module, call.x))
     (q, q_grid), (k, k_grid) = _pool(module, "q", q, grid), _pool(module, "k", k, grid)
     v = _pool(module, "v", v, grid)[0] if values else None
-    bias = (_relative(module, q, q_grid, k_grid),) if module.rel_pos_type == "spatial" else ()
-    return Heads(q, k, v, module.scale, bias, plus_q=module.residual_pooling)
+    bias = () if getattr(module, "rel_pos_h", None) is None else (_relative(module, q, q_grid, k_grid),)
+    first = 0 if getattr(module, "residual_prefix", True) else prefix_of(module)
+    return Heads(q, k, v, module.scale, bias, plus_q=first if module.residual_pooling else None)

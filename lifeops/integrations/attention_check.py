@@ -61,7 +61,9 @@ def attended_by(heads: Heads, images: list[int]) -> Rows:
         index = torch.linspace(0, q.shape[2] - 1, min(q.shape[2], ROWS)).round().long().unique().to(q.device)
         scores = heads.scores(index)
         values = heads.weights(scores) @ v.to(scores.dtype)
-        values = (values + q[:, :, index] if heads.plus_q else values).transpose(1, 2).flatten(2)
+        if heads.plus_q is not None:
+            values = values + torch.where(index[:, None] >= heads.plus_q, q[:, :, index], 0)
+        values = values.transpose(1, 2).flatten(2)
     largest = scores.abs().nan_to_num(0, 0, 0).max().item() if scores.numel() else 0.0
     return Rows(values, images, index, _tolerance(q.dtype, q.device, largest), q.shape[2])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -13,6 +13,8 @@ from lifeops.errors import CheckpointError
 from lifeops.integrations import official_cvt as cvt
 from lifeops.integrations import official_dw_shortcut as shortcut
 from lifeops.integrations import official_edgevit as edgevit
+from lifeops.integrations import official_mvit as mvit
+from lifeops.integrations import official_regionvit as regionvit
 from lifeops.integrations.checkpoint_states import choose, errors_of, load_strictly
 from lifeops.integrations.official_facts import Facts, Given
 from lifeops.integrations.official_fit import fit
@@ -23,12 +25,15 @@ _PLAIN_KEY = "blocks.0.attn.qkv.weight"
 
 
 class Family(NamedTuple):
-    """Models with the same keys: the one that tells them, the number of its dimensions, and what builds one."""
+    """Models with the same keys: the one that tells them, the number of its dimensions, and what builds one; ``keys``: what the tensors are
+    called there, if not as they come.
+    """
 
     name: str
     key: str
     dims: int
     build: Callable[[Facts], nn.Module]
+    keys: Callable[[Facts], Mapping] | None = None
 
 
 def load_official(
@@ -48,15 +53,18 @@ def load_official(
         act: LocalViT's activation; default "hs+se" with squeeze and excitation, else "hs+eca" with ECA or "relu6" (the authors'
             mlp6_act1).
         img_size: of the model, if not the checkpoint's: position embeddings are resampled bicubically, the prefix tokens' kept, as
-            timm does it; and where the checkpoint does not tell its own (Swin without ``attn_mask``, grids that are no square).
+            timm does it, MViTv2's tables linearly; and where the checkpoint does not tell its own (Swin without ``attn_mask``, grids
+            that are no square).
         num_classes: of the model, if not the checkpoint's: then with a new, untrained head (truncated normal, std 0.02; zero bias).
         window_size: of Swin, if not the checkpoint's: tables are resampled. By default it stays, or where it does not divide every
             stage's grid at another ``img_size``, grows in proportion.
 
     Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``), LocalViT DeiT (``blocks.0.conv.conv.0.weight``), and the DW
     shortcut's ViT (``transformer.convs.0.weight``), CaiT (``patch_transformer.convs.0.weight``) and Swin
-    (``layers.0.convs.0.weight``). Buffers that can be computed (``attn_mask``, ``relative_position_index``,
-    ``num_batches_tracked``) may be missing.
+    (``layers.0.convs.0.weight``), and MViTv2 in the authors' layout (``blocks.0.attn.norm_q.weight``; SlowFast's convolutions over
+    one frame, too) and in timm's (``stages.0.blocks.0.attn.norm_q.weight``); RegionViT (``layers.0.block.1.attn.rel_pos``), with the
+    authors' mask of padded corners unless metadata tells another. Buffers that can be computed (``attn_mask``,
+    ``relative_position_index``, ``num_batches_tracked``) may be missing.
 
     CvT (``stage0.blocks.0.attn.conv_proj_q.conv.weight``), with the authors' strides where metadata does not tell others, and EdgeViT
     (``blocks1.0.SelfAttn.pos_embed.weight``); ``num_heads`` is the first stage's, those of the others are as wide.
@@ -74,6 +82,8 @@ def load_official(
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),
         Family("DW shortcut CaiT", shortcut.CAIT_KEY, 4, shortcut.cait), Family("DW shortcut Swin", shortcut.SWIN_KEY, 4, shortcut.swin),
         Family("CvT", cvt.KEY, 4, cvt.cvt), Family("EdgeViT", edgevit.KEY, 4, edgevit.edgevit),
+        Family("MViTv2", mvit.KEY, 1, mvit.mvit, mvit.timm_keys), Family("MViTv2", mvit.TIMM_KEY, 1, mvit.mvit),
+        Family("RegionViT", regionvit.KEY, 2, regionvit.regionvit),
     )  # fmt: skip
     return _load("load_official", checkpoint, key, given, families)
 
@@ -121,6 +131,8 @@ def _load(caller: str, checkpoint, key: str | None, given: Given, families: tupl
         facts.shape(family.key, family.dims)
         if not chosen.state[family.key].is_floating_point():
             raise CheckpointError(f"{family.key!r} must be floating point, got {chosen.state[family.key].dtype}")
+        if family.keys is not None:
+            facts.state = family.keys(facts)
         model = family.build(facts).to(chosen.state[family.key].dtype)
         load_strictly(model, fit(facts, model))
     for note in (*chosen.notes, *facts.warnings()):

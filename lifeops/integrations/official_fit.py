@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.integrations.official_facts import Facts
+from lifeops.nn.relative import resized as resized_axis
 
 _COMPUTED = "attn_mask", "relative_position_index", "num_batches_tracked"
 _POSITIONS = "pos_embed", "pos_embedding"
+_AXES = "rel_pos_h", "rel_pos_w"
 _HEADS = "head.", "head_dist.", "mlp_head.1."
 
 
@@ -75,6 +77,8 @@ def fit(facts: Facts, model: nn.Module) -> OrderedDict[str, Tensor]:
             state[name] = _positions(state[name], t, grid)
         elif resized and last == "relative_position_bias_table" and _is_table(state.get(name), t.shape[1]):
             state[name] = resample_table(state[name], t.shape[0])
+        elif resized and last in _AXES and name in state and state[name].shape[1:] == t.shape[1:]:
+            state[name] = resized_axis(state[name], t.shape[0], "interpolate")
     for name in [name for name in state if resized and name.rpartition(".")[2] == "attn_mask" and name not in own]:
         del state[name]  # of windows that this image size has no second of
     if facts.given.num_classes is not None and _new_head(state, model, facts.given.num_classes):

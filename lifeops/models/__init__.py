@@ -5,8 +5,26 @@ from lifeops.models.deit import VisionTransformer
 from lifeops.models.dw_shortcut import dw_shortcut
 from lifeops.models.edgevit import EdgeViT, edgevit
 from lifeops.models.localvit import localvit
+from lifeops.models.mvit import MViT, mvitv2
 from lifeops.models.named import named
+from lifeops.models.regionvit import RegionViT, regionvit
 from lifeops.models.swin import SwinTransformer
 from lifeops.models.vit_cait import CaiT, ViT
 
-__all__ = ["CaiT", "CvT", "EdgeViT", "SwinTransformer", "ViT", "VisionTransformer", "cvt", "dw_shortcut", "edgevit", "localvit", "named"]
+__all__ = [
+    "CaiT",
+    "CvT",
+    "EdgeViT",
+    "MViT",
+    "RegionViT",
+    "SwinTransformer",
+    "ViT",
+    "VisionTransformer",
+    "cvt",
+    "dw_shortcut",
+    "edgevit",
+    "localvit",
+    "mvitv2",
+    "named",
+    "regionvit",
+]

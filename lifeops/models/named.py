@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -15,11 +17,17 @@ from lifeops.models.edgevit import VARIANTS as EDGEVIT_VARIANTS
 from lifeops.models.edgevit import edgevit
 from lifeops.models.localvit import VARIANTS as LOCALVIT_VARIANTS
 from lifeops.models.localvit import localvit
+from lifeops.models.mvit import VARIANTS as MVIT_VARIANTS
+from lifeops.models.mvit import mvitv2
+from lifeops.models.regionvit import VARIANTS as REGIONVIT_VARIANTS
+from lifeops.models.regionvit import regionvit
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.dw_shortcut import ShortcutModule
 from lifeops.nn.global_sparse import GlobalSparseAttention
 from lifeops.nn.life import LifeAttention, LifeQKV
 from lifeops.nn.localvit import LocalityFeedForward
+from lifeops.nn.pooling_attention import PoolingAttention
+from lifeops.nn.regional_attention import RegionalAttention
 from lifeops.nn.shortcut_blocks import wrap
 
 HOST_SYSTEMS = ("plain", "life", "localvit", "dw_shortcut")
@@ -27,6 +35,11 @@ HOST_SYSTEMS = ("plain", "life", "localvit", "dw_shortcut")
 WHOLE = {  # models that are a system of their own: the system, what builds it, which variant
     **{f"cvt_{variant}": ("cvt", cvt, variant) for variant in CVT_VARIANTS},
     **{f"edgevit_{variant}": ("edgevit", edgevit, variant) for variant in EDGEVIT_VARIANTS},
+    **{f"mvitv2_{variant}": ("mvit", mvitv2, variant) for variant in MVIT_VARIANTS},
+    **{f"regionvit_{variant}": ("regionvit", regionvit, variant) for variant in REGIONVIT_VARIANTS},
+    **{f"regionvit_{variant}_w14": ("regionvit", functools.partial(regionvit, w14=True), variant) for variant in ("small", "base")},
+    **{f"regionvit_{variant}_w14_peg": ("regionvit", functools.partial(regionvit, w14=True, peg=True), variant)
+       for variant in ("small", "base")},
 }
 SYSTEMS = (*HOST_SYSTEMS, *dict.fromkeys(system for system, *_ in WHOLE.values()))
 DEIT = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}
@@ -57,6 +70,8 @@ def system_in(model: nn.Module) -> str:
         "dw_shortcut": lambda m: isinstance(m, ShortcutModule) and len(m.convs) > 0,
         "cvt": lambda m: isinstance(m, ConvProjectionAttention),
         "edgevit": lambda m: isinstance(m, GlobalSparseAttention),
+        "mvit": lambda m: isinstance(m, PoolingAttention),
+        "regionvit": lambda m: isinstance(m, RegionalAttention),
     }
     return " + ".join(name for name, has in built.items() if any(has(m) for m in model.modules())) or "plain"
 
@@ -129,8 +144,8 @@ def named(name: str, system: str | None = None, **host) -> nn.Module:
 
     Args:
         name: "deit_tiny", "deit_small", "deit_base"; "localvit_" and a variant of :func:`lifeops.models.localvit`; a variant of
-            :func:`lifeops.models.dw_shortcut`; "cvt_", "edgevit_" and one of theirs; or a timm name, whose model
-            :func:`lifeops.convert` then changes.
+            :func:`lifeops.models.dw_shortcut`; "cvt_", "edgevit_", "mvitv2_", "regionvit_" and one of theirs ("regionvit_small" and
+            "regionvit_base" with "_w14" or "_w14_peg" behind it, too); or a timm name, whose model :func:`lifeops.convert` then changes.
         system: "plain", "life", "localvit" (h-swish, squeeze and excitation to one channel, as the authors' tiny and small), "dw_shortcut";
             of a model that is a system of its own ("cvt", …), or of a timm model that comes with one, that. None: its own, else "plain".
         host: img_size, patch_size, num_classes, ….

@@ -1,12 +1,15 @@
 """Modules: thin, state-dict compatible with the official checkpoints."""
 
 from lifeops.nn.conv_projection import ConvProjectionAttention
+from lifeops.nn.downsampling import TwoGridDownsampling
 from lifeops.nn.dw_shortcut import DWShortcut
 from lifeops.nn.global_sparse import GlobalSparseAttention
 from lifeops.nn.life import LifeAttention, LifeQKV
 from lifeops.nn.local_agg import LocalAgg
 from lifeops.nn.local_attention import LocalAttention
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
+from lifeops.nn.pooling_attention import PoolingAttention
+from lifeops.nn.regional_attention import RegionalAttention
 from lifeops.nn.shortcut_blocks import wrap
 
 __all__ = [
@@ -19,5 +22,8 @@ __all__ = [
     "LocalAttention",
     "LocalViTBlock",
     "LocalityFeedForward",
+    "PoolingAttention",
+    "RegionalAttention",
+    "TwoGridDownsampling",
     "wrap",
 ]

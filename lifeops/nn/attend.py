@@ -65,3 +65,19 @@ def _by_layer(drop, q, k, v, attn_mask, scale=None):
         nothing = (s == -torch.inf).all(-1, keepdim=True)
         return drop(s.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0).to(v.dtype)) @ v
     return drop(s.softmax(-1).to(v.dtype)) @ v
+
+
+def split_heads(qkv, num_heads: int):
+    """q, k, v (B, h, N, d), views of a projection (B, N, 3 h d): split so that their gradients are joined by one copy."""
+    return (t.transpose(1, 2) for t in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
+
+
+def attend_biased(q, k, v, bias, scale: float):
+    """softmax(scale q kᵀ + bias) v, (B, h, n, d) of any numbers of queries and keys; ``bias`` broadcasts to their scores, or is None.
+
+    Where a gradient of ``bias`` is asked for the scores are written out: torch's fused attention has none on CPU, and takes longer.
+    """
+    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = (q * scale) @ k.transpose(-1, -2)
+    return (scores + bias.to(scores.dtype)).softmax(-1).to(v.dtype) @ v

@@ -131,12 +131,16 @@ def depthwise(layer) -> dict:
 
 
 @_computed(nn.Conv2d)
-def strided_depthwise(layer) -> dict:
-    """A depth-wise convolution of any kernel size, stride and zero padding."""
-    return {
-        "padding": (layer.padding,) if isinstance(layer.padding, tuple) else ("two numbers",), "dilation": ((1, 1),),
-        "groups": (layer.in_channels,), "out_channels": (layer.in_channels,), "padding_mode": ("zeros",),
-    }  # fmt: skip
+def multiplying(layer) -> dict:
+    """A depth-wise convolution of any kernel size, stride and zero padding, which may make several channels of each."""
+    padding = (layer.padding,) if isinstance(layer.padding, tuple) else ("two numbers",)
+    return {"padding": padding, "dilation": ((1, 1),), "groups": (layer.in_channels,), "padding_mode": ("zeros",)}
+
+
+def strided_depthwise(layer) -> list[str]:
+    """The same with one channel for each."""
+    wrong = multiplying(layer)
+    return wrong or ["it has more channels than it is given"] * (layer.out_channels != layer.in_channels)
 
 
 @_computed(nn.MaxPool2d)
