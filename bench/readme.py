@@ -1,4 +1,4 @@
-"""The generated parts of README.md: the op x backend x dtype table and the environment table. `make readme` writes them.
+"""The generated parts of README.md: tables of systems, of ops by backends and dtypes, of the environment. `make readme` writes them.
 
 ``--check`` exits 1 where README.md is not what would be written; a test runs it.
 """
@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+from bench.systems_table import systems_table
 from lifeops import config, registry
 from lifeops.files import written
 
@@ -50,7 +51,7 @@ def environment_table() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"ops": op_table, "environment": environment_table}
+PARTS = {"ops": op_table, "environment": environment_table, "systems": systems_table}
 
 
 def generated(text: str) -> str:
