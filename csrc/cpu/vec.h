@@ -31,8 +31,26 @@ template <class V, class P> inline __attribute__((always_inline)) V load_bits(co
 
 inline __attribute__((always_inline)) vec_t<float> load(const float* p) { return load_bits<vec_t<float>>(p); }
 inline __attribute__((always_inline)) vec_t<double> load(const double* p) { return load_bits<vec_t<double>>(p); }
+// 16-bit lanes as 32-bit ones and back, one instruction each: of convertvector gcc makes two halves and five more.
+inline __attribute__((always_inline)) vu32 widen(vu16 v) {
+#if LIFEOPS_VEC_BYTES == 64
+  return (vu32)_mm512_cvtepu16_epi32((__m256i)v);
+#elif LIFEOPS_VEC_BYTES == 32
+  return (vu32)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, vu32);
+#endif
+}
+inline __attribute__((always_inline)) vu16 narrow(vu32 v) {
+#if LIFEOPS_VEC_BYTES == 64
+  return (vu16)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, vu16);
+#endif
+}
+
 inline __attribute__((always_inline)) vec_t<float> load(const bf16* p) {
-  const vu32 wide = __builtin_convertvector(load_bits<vu16>(p), vu32) << 16;
+  const vu32 wide = widen(load_bits<vu16>(p)) << 16;
   return load_bits<vec_t<float>>(&wide);
 }
 
@@ -56,7 +74,7 @@ inline __attribute__((always_inline)) void store(bf16* p, vec_t<float> v) {
   // Round to nearest even: add half an ulp, one less where the kept part is even. NaN would carry into infinity.
   const vu32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vu32 is_nan = (vu32)(v != v);
-  store_bits(p, __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), vu16));
+  store_bits(p, narrow((rounded & ~is_nan) | (is_nan & 0x7fc0)));
 }
 
 inline float half_to_float(uint16_t h) {
