@@ -46,7 +46,7 @@ def plan(planner: Planner, key: tuple) -> tuple[dict[int, int], int]:
     """-> constant bank and blocks of the launch that the library would make, one prefix row where it may be."""
     dtype, kernel, K, stride, even = key
     m, number = 1 + even, ["f64", "f32", "f16", "bf16"].index(dtype)
-    C, P, pad, fine = CHANNELS // m, int(m == 1), K // 2 if K > stride else 0, SIDE * stride
+    C, P, pad, fine = CHANNELS // m, int(m == 1), K // 2 if stride < K else 0, SIDE * stride
     shape = ConvShape(fine, fine, SIDE, SIDE, K, K, stride, stride, pad, pad)
     x, w, y, z = (i << 32 for i in range(1, 5))
     few, many = ((P + SIDE * SIDE) * C * m, C * m), ((P + fine * fine) * C, C)
