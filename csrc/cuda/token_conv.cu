@@ -42,7 +42,7 @@ void token_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor y, i
     check_size(*bias, "bias", y.size(2));
     p.bias = bias->const_data_ptr(), p.bias_dtype = dtype_of(*bias);
   }
-  if (p.B * H * W * out_h * out_w * p.C * p.m == 0) return;
+  if (p.B * p.C * p.m == 0 || H * W == 0 || out_h * out_w == 0) return;
   const int device = x.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const auto plan = plan_token_conv(p, attribute(cudaDevAttrMultiProcessorCount, device));
@@ -70,7 +70,7 @@ void token_conv_grad_weight(Tensor dy, Tensor x, Tensor dw, std::optional<Tensor
     check_size(*db, "db", dy.size(2));
     p.db = db->mutable_data_ptr(), p.bias_dtype = dtype_of(*db);
   }
-  STD_TORCH_CHECK(p.B * H * W * out_h * out_w * p.C * p.m > 0, "lifeops_native: token_conv_grad_weight of nothing");
+  STD_TORCH_CHECK(p.B * p.C * p.m > 0 && H * W > 0 && out_h * out_w > 0, "lifeops_native: token_conv_grad_weight of nothing");
   const int device = dy.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   auto plan = plan_token_conv_grad_weight(p);
