@@ -393,6 +393,23 @@ def test_compile_export_and_state_dict(tmp_path):
         torch.jit.script(model)
 
 
+def test_gradients_of_each_image():
+    """Under torch.func as one by one."""
+    torch.manual_seed(0)
+    model, x = _randomised(MViT(**TINY)).double(), torch.randn(2, 3, 32, 28, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i in range(2):
+        model.zero_grad()
+        model(x[i : i + 1]).square().sum().backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(found[name][i], p.grad, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_autocast(grad):
     torch.manual_seed(0)

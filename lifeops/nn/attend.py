@@ -80,4 +80,7 @@ def attend_biased(q, k, v, bias, scale: float):
     if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     scores = (q * scale) @ k.transpose(-1, -2)
-    return (scores + bias.to(scores.dtype)).softmax(-1).to(v.dtype) @ v
+    bias = bias.to(scores.dtype)
+    # what a transform batches alone cannot be added in place
+    scores = scores + bias if torch._C._are_functorch_transforms_active() else scores.add_(bias)
+    return scores.softmax(-1).to(v.dtype) @ v

@@ -34,7 +34,7 @@ class LayerNorm2d(nn.Module):
 class TwoGridDownsampling(NotScripted, nn.Module):
     """conv(GELU(norm(x))) of the regions' tokens and of the patches': K 3, stride 2, ``dim_out`` a multiple of ``dim`` channels.
 
-    One set of weights under two names, ``proj`` and ``proj_cls``, as in the authors' state dicts.
+    One set of weights, ``proj``, which state dicts hold twice, as ``proj_cls``, too: the authors' do.
     """
 
     def __init__(self, dim: int, dim_out: int):
@@ -45,20 +45,30 @@ class TwoGridDownsampling(NotScripted, nn.Module):
             raise ValueError(f"{name}: dim_out must be a multiple of dim {dim}, got {dim_out}")
         conv = nn.Conv2d(dim, dim_out, 3, stride=2, padding=1, groups=dim)
         self.proj = nn.Sequential(LayerNorm2d(dim), nn.GELU(), conv)
-        self.proj_cls = self.proj
+
+    # a module under two names would do, but torch.func.functional_call (2.13) leaves its tensors behind in one
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.proj.state_dict(destination=destination, prefix=f"{prefix}proj_cls.", keep_vars=keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        second = f"{prefix}proj_cls."
+        for name in [name for name in state_dict if name.startswith(second)]:
+            t, twin = state_dict.pop(name), state_dict.get(f"{prefix}proj.{name.removeprefix(second)}")
+            if twin is None or t.shape != twin.shape or not (t.is_meta or twin.is_meta or torch.equal(t.to(twin), twin)):
+                error_msgs.append(f"TwoGridDownsampling: {name} must be the tensor that proj has there, too: one weight serves both grids.")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def fused_layers(self):
-        def shared(layer):
-            return [] if layer is self._modules.get("proj") else ["it is not proj, whose weights are used for both grids"]
-
         inner = enumerate((exactly(LayerNorm2d), gelu, multiplying))
-        return [("proj", sequence_of(3)), ("proj_cls", shared), *((f"proj.{i}", rule) for i, rule in inner)]
+        return [("proj", sequence_of(3)), *((f"proj.{i}", rule) for i, rule in inner)]
 
-    def _step(self, layers: nn.Module, x: Tensor, grid: tuple[int, int], fused: bool) -> tuple[Tensor, tuple[int, int]]:
+    def _step(self, x: Tensor, grid: tuple[int, int], fused: bool) -> tuple[Tensor, tuple[int, int]]:
         if not fused:
-            maps = layers(to_maps(x, grid))
+            maps = self.proj(to_maps(x, grid))
             return to_tokens(maps), tuple(maps.shape[2:])
-        norm, _, conv = layers
+        norm, _, conv = self.proj
         place = {"stride": conv.stride, "padding": conv.padding}
         y = token_dwconv(F.gelu(norm.of_tokens(x)), conv.weight, conv.bias, grid=grid, **place)
         return y, geometry.conv_grid(grid, conv.kernel_size, **place)
@@ -72,4 +82,4 @@ class TwoGridDownsampling(NotScripted, nn.Module):
             geometry.check_tokens(name, what, tokens.shape[1], *place, 0)
             check_like(name, what, tokens, first)
         fused = is_fused(self)
-        return *self._step(self.proj_cls, regions, region_grid, fused), *self._step(self.proj, x, grid, fused)
+        return *self._step(regions, region_grid, fused), *self._step(x, grid, fused)

@@ -55,10 +55,9 @@ class EagerTwoGridDownsampling(nn.Module):
         norm = EagerLayerNorm2d(ours.dim, ours.proj[0].eps)
         norm.weight, norm.bias = ours.proj[0].weight, ours.proj[0].bias
         self.proj = nn.Sequential(norm, *ours.proj[1:])
-        self.proj_cls = self.proj
 
     def forward(self, regions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.proj_cls(regions), self.proj(x)
+        return self.proj(regions), self.proj(x)
 
 
 def _unfolded(regions, x, window):
