@@ -208,6 +208,18 @@ def test_per_sample_gradients_and_compile():
     torch.compile(lambda *a: _call(*a, dropout_p=0.5), fullgraph=True, backend="aot_eager")(*leaves).sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_backend_asked_for_runs_under_torch_func(backend):
+    q, weight = torch.randn(1, 2, 7, 4), torch.randn(8, 1, 3, 3)
+
+    def loss(q):
+        return lifeops.local_attention(q, q, q, weight, grid=(2, 3), num_prefix_tokens=1, backend=backend).sum()
+
+    torchlib.last_backend.pop("token_dwconv", None)
+    torch.func.grad(loss)(q)
+    assert torchlib.last_backend["token_dwconv"] == backend
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     args = _problem(torch.float32)
