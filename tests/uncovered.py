@@ -4,11 +4,6 @@ once a test runs them.
 
 REASONS: dict[str, dict[str, tuple[str, ...]]] = {
     "needs a CUDA device: tests/test_gpu.py": {
-        "kernels/_tile.py": (
-            "major, minor = torch.cuda.get_device_capability(device)",
-            "if major < 8:",
-            'reasons.append(f"bfloat16 needs compute capability 8.0, ',
-        ),
         "kernels/rollout_step.py": (
             'common["maxnreg"] = 255  # unasked, ptxas gives up regis',
         ),
