@@ -179,11 +179,17 @@ def unsupported(problem, kernel, max_kernel: int = 0) -> list[str]:
         reasons.append(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
     if K and (K % 2 == 0 or K > max_kernel):
         reasons.append(f"K must be odd and at most {max_kernel}, got {K}")
-    if device.type == "cuda" and torch.bfloat16 in dtypes and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            reasons.append(f"bfloat16 needs compute capability 8.0, got {major}.{minor}")
+    if torch.bfloat16 in dtypes:
+        reasons += below((8, 0), device, "bfloat16")
     return reasons
+
+
+def below(least: tuple[int, int], device: torch.device, what: str) -> list[str]:
+    """Why ``what`` does not run on a CUDA device of less than this compute capability, if it does not."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return []
+    has = torch.cuda.get_device_capability(device)
+    return [f"{what} needs compute capability {least[0]}.{least[1]}, got {has[0]}.{has[1]}"] if has < least else []
 
 
 def too_large(kernel: tuple[int, int], most: int) -> list[str]:

@@ -29,6 +29,7 @@ from lifeops.kernels._tile import divide
 from lifeops.kernels.token_dwconv import MAX_KERNEL
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEAST_CAPABILITY = (8, 0)  # before it products of matrices go through registers, 64 of which leave the forward pass 7 KB on the stack
 
 
 @triton.jit
@@ -136,10 +137,10 @@ def mask_arguments(attn_mask, key_mask, seed, scale, dropout_p) -> dict:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 products in float32: tf32 would miss the library's tolerance. It says nothing of the other dtypes."""
-    if dtype == torch.bfloat16 and _tile.interpreted(local_attention_fwd_kernel):
-        return "widened"
-    return "ieee" if dtype == torch.float32 else "tf32"
+    """float32 products in float32: tf32 would miss the library's tolerance. "ieee" says nothing of the other dtypes, and unlike "tf32"
+    every architecture takes it.
+    """
+    return "widened" if dtype == torch.bfloat16 and _tile.interpreted(local_attention_fwd_kernel) else "ieee"
 
 
 def run(kernel, programs: int, on: torch.Tensor, config, arguments: dict) -> None:
@@ -174,6 +175,8 @@ def attention(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
 def supports(problem) -> list[str]:
     """Every reason why Triton cannot run ``problem``."""
     reasons = _tile.unsupported(problem, local_attention_fwd_kernel, MAX_KERNEL)
+    if problem.dtype != torch.bfloat16:  # which asks for it itself
+        reasons += _tile.below(LEAST_CAPABILITY, problem.device, "attention")
     if problem.dtype == torch.float64:
         reasons.append("dtype must be float32, float16 or bfloat16, got torch.float64")
     if problem.d > MAX_WIDTH:

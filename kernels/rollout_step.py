@@ -5,7 +5,7 @@
     rollout_step_kernel    out[b, :, j] = sum_i r[b, :, i] Â_ij
 
 In the last a program owns its keys, so that nothing is added atomically. A tile is (BLOCK_M queries, BLOCK_N keys), its d summed in
-pieces of BLOCK_D; float32 products are split in three TF32 ones.
+pieces of BLOCK_D; float32 products are split in three TF32 ones (on AMD they are float32's own).
 """
 
 import torch
@@ -204,6 +204,11 @@ def blocks_of(d: int, R: int, dtype: torch.dtype) -> dict:
     return {"D": d, "BLOCK_D": block_d, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_R": 1 if R == 1 else 16}
 
 
+def precision(dtype: torch.dtype, hip: bool = torch.version.hip is not None) -> str:
+    """Of the products: three TF32 ones for float32, which AMD's gfx950 does not have."""
+    return "ieee" if dtype == torch.float64 or hip else "tf32x3"
+
+
 def _read_in_place(t: torch.Tensor) -> bool:
     """Whether ``head_rows`` can: channels side by side, and the tokens of a block within 32 bits."""
     return (t.stride(3) == 1 or t.shape[3] == 1) and t.stride(2) * 64 + t.shape[3] < 2**31
@@ -221,7 +226,7 @@ def launches(r, q, k, scale, head_fusion, residual, dropped, out):
     inverse, threshold = inverse if dropped or head_fusion != "mean" else None, threshold if dropped else None
     wide = q.dtype == torch.bfloat16 and interpreted(rollout_step_kernel)  # the interpreter has no bfloat16 products
     common = {"q_ptr": q, "k_ptr": k, "lse_ptr": lse, **strides, "N": N, "heads": h, "SCALE": scale, **blocks,
-              "ACC": _tile.accumulator(q.dtype), "PRECISION": "ieee" if r.dtype == torch.float64 else "tf32x3", "WIDE": wide,
+              "ACC": _tile.accumulator(q.dtype), "PRECISION": precision(r.dtype), "WIDE": wide,
               "num_stages": 2}  # fmt: skip
     if r.dtype == torch.float64 and torch.version.hip is None:
         common["maxnreg"] = 255  # unasked, ptxas gives up registers for occupancy and puts a double on the stack

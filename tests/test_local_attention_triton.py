@@ -36,6 +36,37 @@ def test_registry_cases_in_the_interpreter():
     _interpreted("test_ops.py", "-k", f"local_attention and test_oracle and float32 and ({' or '.join(SAMPLES)})")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "has", "reasons"),
+    [
+        (torch.float16, (7, 5), ["attention needs compute capability 8.0, got 7.5"]),
+        (torch.float32, (7, 5), ["attention needs compute capability 8.0, got 7.5"]),
+        (torch.bfloat16, (7, 5), ["bfloat16 needs compute capability 8.0, got 7.5"]),
+        (torch.float16, (8, 0), []),
+        (torch.bfloat16, (12, 0), []),
+        (torch.bfloat16, (9, 4), []),  # gfx942, as torch numbers it
+    ],
+)
+def test_older_devices_are_refused_with_the_reason(dtype, has, reasons, monkeypatch):
+    from lifeops.kernels import local_attention, token_dwconv
+    from lifeops.ops.local_attention.spec import Problem
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has)
+    problem = Problem(torch.device("cuda", 0), dtype, dtype, C=64, K=3, d=64, N=198, dropout=False)
+    assert local_attention.supports(problem) == reasons
+    assert token_dwconv.supports(problem) == [r for r in reasons if r.startswith("bfloat16")]
+
+
+def test_precision_is_one_that_every_architecture_takes():
+    """gfx950 has no TF32; it is asked for where it changes what is computed, float32 on NVIDIA."""
+    from lifeops.kernels import local_attention, rollout_step
+
+    assert {local_attention.precision(dtype) for dtype in local_attention.DTYPES} <= {"ieee", "widened"}
+    assert [rollout_step.precision(t, hip=False) for t in (torch.float64, torch.float32)] == ["ieee", "tf32x3"]
+    assert rollout_step.precision(torch.float32, hip=True) == "ieee"
+
+
 def _problem(N, B=1, h=1, d=16, dtype=torch.float32):
     torch.manual_seed(0)
     return tuple(t.to(dtype) for t in torch.randn(B, N, 3, h, d).permute(2, 0, 3, 1, 4))
