@@ -15,7 +15,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_snippets_run():
     namespace = {}
     snippets = re.findall(r"(<!-- needs: (\w+) -->\n)?```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 11
+    assert len(snippets) == 12
     for _, package, code in snippets:
         if package:
             declare_torchvision_ops()

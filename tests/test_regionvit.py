@@ -287,7 +287,7 @@ def test_refused(name):
 
 def test_rollout_is_refused():
     """Two kinds of tokens with one weight between them are no sequence of patches."""
-    with pytest.raises(ValueError, match=r"rollout: layers\.0\.block\.1\.attn is RegionalAttention with rel_pos, which is not known"):
+    with pytest.raises(ValueError, match=r"rollout: layers\.0\.block\.1\.attn is RegionalAttention, which attends among regions and"):
         lifeops.rollout(RegionViT(**TINY).eval(), torch.randn(1, 3, 32, 32))
 
 

@@ -28,6 +28,10 @@ LOOKED_FOR = (
 )
 
 
+_NO_MATRIX = {"RegionalAttention": "attends among regions and, in turns, in the window of each: no one matrix between tokens of one grid"}
+"""Classes of lifeops that look like a known kind and are none, and why."""
+
+
 class Kind(NamedTuple):
     """``known``: the children and parameters the layer may hold; ``given``: the tensors that may come with a call."""
 
@@ -139,6 +143,8 @@ def kind_of(op: str, path: str, module: nn.Module) -> Kind | None:
     kind = next((kind for kind in KINDS if kind.matches(module)), None)
     if kind is None or kind.name == "LIFE":
         return kind
+    if (why := _NO_MATRIX.get(type(module).__name__)) is not None:
+        raise ValueError(f"{op}: {path} is {type(module).__name__}, which {why}; looked for {LOOKED_FOR}")
     has = {name for named in (module.named_children(), module.named_parameters(recurse=False)) for name, _ in named}
     if MASKS[0] in kind.given:
         has -= relative(module)

@@ -65,7 +65,7 @@ STRIDED = {
     "MultiScaleAttention": "its pooling convolutions have a stride, and one weight for all heads",
     "CvtSelfAttentionConvProjection": "its convolution of keys and values has stride 2",
 }
-"""Classes whose depth-wise convolutions no operator here computes, and why."""
+"""Classes whose depth-wise convolutions are not taken, and why."""
 
 GELUS = ("GELUActivation",)
 """Classes, beside torch's, that compute ``act(v)``, the exact GELU where ``act`` is torch's function."""
