@@ -19,6 +19,8 @@ from lifeops import config, torchlib
 
 _TABLE = Path(__file__).parent / "data" / "cpu_gemm.json"
 WIDE = 256  # channels from which a product counts as wide
+LEAST = 8_000_000  # multiply-adds, below which a convolution's set-up costs more than it saves
+MANY = 1024  # rows from which a weight gradient is worth cutting in two where they have no divisor
 
 
 @functools.cache
@@ -54,6 +56,7 @@ def _as_convolution(x: torch.Tensor, weight: torch.Tensor) -> bool:
         return False  # a compiler chooses products itself
     return (
         choose(x.dtype, x.shape[2], config.settings.cpu_gemm) == "conv1x1"  # first: on most machines it is the whole answer
+        and (x.shape[0] * x.shape[1] * weight.numel() >= LEAST or config.settings.cpu_gemm != "auto")
         and not torchlib.modes_look_on()  # counters and tracers know torch's usual products
         and not torchlib.captured()
         and x.device.type == "cpu"
@@ -121,7 +124,8 @@ def pointwise_bwd_dw(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if count is not None:
         return _gradients(dy, x, weight, count, False)
     dy, x, even = dy.flatten(0, 1), x.flatten(0, 1), rows - rows % 16
-    if dy.dtype != torch.float32 or _images(even) is None:  # what is left over would be rounded on its own
+    # in half precision what is left over would be rounded on its own
+    if dy.dtype != torch.float32 or _images(even) is None or (rows < MANY and config.settings.cpu_gemm == "auto"):
         return torch.mm(dy.t(), x)
     return _gradients(dy[None, :even], x[None, :even], weight, _images(even), False).addmm_(dy[even:].t(), x[even:])
 

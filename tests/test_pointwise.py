@@ -46,3 +46,11 @@ def test_every_row_of_the_table_is_a_known_path():
     rows = pointwise._table()
     assert rows
     assert set(rows.values()) <= {"linear", "conv1x1"}
+
+
+def test_small_products_are_left_to_the_other_library(monkeypatch):
+    monkeypatch.setattr(pointwise, "choose", lambda dtype, channels, setting: "conv1x1")
+    monkeypatch.setattr(config, "settings", config.settings._replace(cpu_gemm="auto"))
+    sizes = {(2, 16, 48): False, (64, 64, 48): True}
+    for (B, N, C), taken in sizes.items():
+        assert pointwise._as_convolution(torch.randn(B, N, C), torch.randn(C, C)) == taken
