@@ -62,10 +62,12 @@ template <class T> struct TokenConv {
     return count;
   }
 
-  // The first row of x that row r + 1 of y is the first to see; null where it sees no more or the task ends.
+  // The first row of x that the next row of y is the first to see, behind the last that of the next image; null where there is none.
   const T* ahead_of(int64_t r) const {
+    if (p.transpose) return nullptr;
+    if (r + 1 == p.rows.out) return task.b + 1 < p.B ? x_row(0) + p.x_stride_b : nullptr;
     const int64_t row = window_start(p.rows, r + 1) + max64(0, p.rows.K - p.rows.s);
-    return p.transpose || r + 1 == task.r1 || row + min64(p.rows.K, p.rows.s) > p.rows.size ? nullptr : x_row(row);
+    return row < 0 || row + min64(p.rows.K, p.rows.s) > p.rows.size ? nullptr : x_row(row);
   }
 
   // Where a row of sums comes from and goes to: tokens, whose last vector is not a slot of its own, or planes.
