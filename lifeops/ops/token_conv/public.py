@@ -107,6 +107,8 @@ def _filtered(rows, weight, bias, H, W, P, sh, sw, ph, pw, prefix, backend):
 
 
 def _surroundings(rows, weight, prologue, epilogue):
+    if prologue is None and epilogue is None:
+        return act_function.ChannelAct(), act_function.ChannelAct()
     result = rows.new_empty((rows.shape[0], 0, weight.shape[0]))  # the epilogue's values are checked beside it
     return act_function._values("prologue", rows, prologue), act_function._values("epilogue", result, epilogue)
 
