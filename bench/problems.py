@@ -226,8 +226,8 @@ def targets(p: Problem, allocator: str) -> list[Target]:
             "fwdbwd": [Target("eager", 3.0 if large else 1.5)],
         }[p.mode]
     if p.system in WINDOWS:
-        most = {"token_dwconv_strided": (1.6, 2.0), "pool_qkv": (2.0, 1.8)}.get(p.system, (1.2, 1.5))
-        return [Target("eager", most[p.mode != "fwd"])] if allocator == "warm" else []
+        most = {"token_dwconv_strided": (1.6, 2.0), "pool_qkv": (2.0, 1.8), "token_dwconv_multiplied": (1.5, 1.5)}.get(p.system)
+        return [Target("eager", most[p.mode != "fwd"])] if most and allocator == "warm" else []
     if p.system == "life_qkv" and p.dtype == "float32":
         i = (192, 384, 768).index(p.C)
         if allocator == "default":
