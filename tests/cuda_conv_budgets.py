@@ -24,13 +24,18 @@ BATCH, SIDE, CHANNELS = 256, 16, 384
 BUDGET = {  # (kernel, K, stride, whether two channels of y read one of x), bfloat16
     ("fwd", 3, 1, False): 19,
     ("fwd", 3, 2, False): 23,
+    ("fwd", 3, 4, False): 30,
+    ("fwd", 3, 8, False): 30,
     ("fwd", 3, 1, True): 18.5,
     ("fwd", 3, 2, True): 23.5,
     ("transpose", 3, 2, False): 11,
+    ("transpose", 3, 4, False): 4.5,
     ("transpose", 2, 2, False): 6,
     ("transpose", 4, 4, False): 5.5,
     ("bwd_dw", 3, 1, False): 21,
     ("bwd_dw", 3, 2, False): 25,
+    ("bwd_dw", 3, 4, False): 31.5,
+    ("bwd_dw", 3, 8, False): 31.5,
 }
 RATIO = 1.35  # of the instructions at stride 2 to those at stride 1
 _TILE = re.compile(r"token_conv_(fwd|transpose|bwd_dw)_tile_kernelI(f|6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)E(?:Li(\d+)E)?(?:Li(\d+)E)?")

@@ -98,6 +98,8 @@ TILES = [
     (PLAIN._replace(name="s2", H=19, W=37, C=132), (3, 3, 3)),
     (PLAIN._replace(name="s2_wide_padding", H=5, W=9, C=8, ph=4, pw=5), (3, 3, 3)),
     (PLAIN._replace(name="s2_two_channels", H=7, W=9, C=70), (0, 3, 0)),
+    (PLAIN._replace(name="s4", H=23, W=27, C=68, sh=4, sw=4), (3, 3, 3)),
+    (PLAIN._replace(name="s8", H=37, W=44, sh=8, sw=8, prefix="zero"), (3, 0, 3)),
     (PLAIN._replace(name="s1_valid", H=10, W=21, C=66, sh=1, sw=1, ph=0, pw=0), (3, 3, 3)),
     (PLAIN._replace(name="s1_wide_padding", H=4, W=3, C=4, sh=1, sw=1, ph=4, pw=0, prefix="drop"), (3, 0, 3)),
     (PLAIN._replace(name="even", H=11, W=18, C=35, m=2, P=2, prefix="zero"), (3, 0, 0)),

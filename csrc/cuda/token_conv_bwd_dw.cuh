@@ -14,6 +14,7 @@ __device__ __forceinline__ void correlate_strided(int j, const Pack<T, kVec> (&r
                                                   const acc_t<T> (&dy)[kTileH][kColumns][kVec], acc_t<T> (&dw)[K * K][kVec]) {
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
+    if (s % S >= K) continue;
     acc_t<T> value[kVec];
     unpack<T, kVec>(row[s], value);
 #pragma unroll
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(kThreads)
   const int H = shape.H, W = shape.W, rows = shape.rows, columns = shape.columns;
   const Steps<kCount> x_columns(a.x_token_bytes);
   const Steps<kColumns> dy_columns(a.dy_token_bytes);
-  const Steps<2> x_rows(a.x_row_bytes), dy_rows(a.dy_row_bytes);
+  const Steps<(S > K ? S - K : 0) + 2> x_rows(a.x_row_bytes);
+  const Steps<2> dy_rows(a.dy_row_bytes);
   Acc dw[K * K][kVec] = {}, db[1][kVec] = {};
   const int first = chunk * a.tasks_per_chunk, end = min(first + a.tasks_per_chunk, a.tiling.tasks);
   for (int task = first + warp; task < end; task += kWarps) {
@@ -58,13 +60,13 @@ __global__ void __launch_bounds__(kThreads)
     const T* dy_row = locate_token(static_cast<const T*>(a.dy_patches) + c, tile, 0, 0, a.dy_image_bytes, a.dy_row_bytes,
                                    a.dy_token_bytes);
     Pack<T, kVec> packs[kTileH][kColumns] = {}, r_rows[2][kCount];
-    auto fetch = [&](int j) {
-      if (view.rows >> j & 1) load_view<T, kVec, kCount>(row, x_columns, view, r_rows[j % 2]);
+    auto fetch = [&](int n) {
+      if (view.rows >> row_met(n, K, S) & 1) load_view<positions_met(kCount, K, S)>(row, x_columns, view, r_rows[n % 2]);
     };
     fetch(0);
 #pragma unroll
     for (int r = 0; r < kTileH; ++r, dy_row = opaque(dy_rows.at(dy_row, 1)))
-      if (written.rows >> r & 1) load_view<T, kVec, kColumns>(dy_row, dy_columns, written, packs[r]);
+      if (written.rows >> r & 1) load_view<positions_met(kColumns, 1, 1)>(dy_row, dy_columns, written, packs[r]);
     Acc dy[kTileH][kColumns][kVec];
 #pragma unroll
     for (int r = 0; r < kTileH; ++r)
@@ -75,10 +77,13 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < kVec; ++i) db[0][i] += dy[r][q][i];
       }
 #pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-      row = opaque(x_rows.at(row, 1));
-      if (j + 1 < kRows) fetch(j + 1);
-      if (view.rows >> j & 1) correlate_strided<T, K, S, kVec, kCount, kColumns>(j, r_rows[j % 2], dy, dw);
+    for (int n = 0; n < rows_met(K, S); ++n) {
+      const int j = row_met(n, K, S);
+      if (n + 1 < rows_met(K, S)) {
+        row = opaque(x_rows.at(row, row_met(n + 1, K, S) - j));
+        fetch(n + 1);
+      }
+      if (view.rows >> j & 1) correlate_strided<T, K, S, kVec, kCount, kColumns>(j, r_rows[n % 2], dy, dw);
     }
   }
 #pragma unroll

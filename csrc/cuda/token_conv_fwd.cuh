@@ -27,17 +27,30 @@ __device__ __forceinline__ View view_from(int row, int column, int H, int W) {
   return {bits_inside<kRows>(row, H), bits_inside<kColumns>(column, W)};
 }
 
-// Columns kFirst .. kEnd - 1 of a row; zero where there are none.
-template <int kFirst, int kEnd, typename T, int kVec, int kColumns>
+// Bits of the `count` positions that taps meet: with a stride above K some meet none.
+constexpr __host__ __device__ uint32_t positions_met(int count, int K, int S) {
+  uint32_t bits = 0;
+  for (int s = 0; s < count; ++s) bits |= (s % S < K ? 1u : 0u) << s;
+  return bits;
+}
+
+// Of kTileH outputs at stride S, the rows of x that taps meet: how many, and the n-th from the first.
+constexpr __host__ __device__ int rows_met(int K, int S) { return S < K ? (kTileH - 1) * S + K : kTileH * K; }
+constexpr __host__ __device__ int row_met(int n, int K, int S) { return S < K ? n : n / K * S + n % K; }
+
+// Columns kFirst .. kEnd - 1 of a row, those of kMet; zero where there are none.
+template <uint32_t kMet, int kFirst, int kEnd, typename T, int kVec, int kColumns>
 __device__ __forceinline__ void load_part(const T* row, const Steps<kColumns>& columns, const View& view,
                                           Pack<T, kVec> (&dst)[kColumns]) {
-  constexpr uint32_t kWhole = (1u << kEnd) - (1u << kFirst);
+  constexpr uint32_t kWhole = kMet & ((1u << kEnd) - (1u << kFirst));
   if ((view.columns & kWhole) == kWhole) {
 #pragma unroll
-    for (int s = kFirst; s < kEnd; ++s) dst[s] = Pack<T, kVec>::load(columns.at(row, s));
+    for (int s = kFirst; s < kEnd; ++s)
+      if (kMet >> s & 1) dst[s] = Pack<T, kVec>::load(columns.at(row, s));
   } else {
 #pragma unroll
     for (int s = kFirst; s < kEnd; ++s) {
+      if (!(kMet >> s & 1)) continue;
       dst[s] = {};
       if (view.columns >> s & 1) dst[s] = Pack<T, kVec>::load(columns.at(row, s));
     }
@@ -45,11 +58,11 @@ __device__ __forceinline__ void load_part(const T* row, const Steps<kColumns>& c
 }
 
 // In halves: the border of the grid is in one of them, and the other tests nothing.
-template <typename T, int kVec, int kColumns>
+template <uint32_t kMet, typename T, int kVec, int kColumns>
 __device__ __forceinline__ void load_view(const T* row, const Steps<kColumns>& columns, const View& view,
                                           Pack<T, kVec> (&dst)[kColumns]) {
-  load_part<0, kColumns / 2>(row, columns, view, dst);
-  load_part<kColumns / 2, kColumns>(row, columns, view, dst);
+  load_part<kMet, 0, kColumns / 2>(row, columns, view, dst);
+  load_part<kMet, kColumns / 2, kColumns>(row, columns, view, dst);
 }
 
 // The tile of a task; r0 and q0 count in tiles.
@@ -134,6 +147,7 @@ __device__ __forceinline__ void accumulate_strided(int j, const Pack<T, kIn> (&r
                                                    acc_t<T> (&acc)[kTileH][kColumns][kVec]) {
 #pragma unroll
   for (int s = 0; s < kCount; ++s) {
+    if (s % S >= K) continue;
     acc_t<T> value[kIn];
     unpack<T, kIn>(row[s], value);
 #pragma unroll
@@ -166,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T)))
 
   const int H = p.shape.H, W = p.shape.W, rows = p.shape.rows, columns = p.shape.columns;
   const Steps<kCount> x_columns(a.x_token_bytes);
-  const Steps<2> x_rows(a.x_row_bytes);
+  const Steps<(S > K ? S - K : 0) + 2> x_rows(a.x_row_bytes);
   const Steps<kColumns> y_columns(a.y_token_bytes);
   const Steps<kTileH> y_rows(a.y_row_bytes);
   const T* x_patches = opaque(static_cast<const T*>(a.x_patches) + (kIn == kVec ? c : a.multiplier.div(c)));
@@ -181,16 +195,19 @@ __global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T)))
     const T* row = locate_token(x_patches, from, 0, 0, a.x_image_bytes, a.x_row_bytes, a.x_token_bytes);
     Acc acc[kTileH][kColumns][kVec];
     fill(acc, bias);
-    Pack<T, kIn> r_rows[2][kCount];  // row j in use, row j + 1 on its way
-    auto fetch = [&](int j) {
-      if (view.rows >> j & 1) load_view<T, kIn, kCount>(row, x_columns, view, r_rows[j % 2]);
+    Pack<T, kIn> r_rows[2][kCount];  // the n-th row in use, the next on its way
+    auto fetch = [&](int n) {
+      if (view.rows >> row_met(n, K, S) & 1) load_view<positions_met(kCount, K, S)>(row, x_columns, view, r_rows[n % 2]);
     };
     fetch(0);
 #pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-      row = opaque(x_rows.at(row, 1));
-      if (j + 1 < kRows) fetch(j + 1);
-      if (view.rows >> j & 1) accumulate_strided<T, K, S, kVec, kIn, kCount, kColumns>(j, r_rows[j % 2], r_filter, acc);
+    for (int n = 0; n < rows_met(K, S); ++n) {
+      const int j = row_met(n, K, S);
+      if (n + 1 < rows_met(K, S)) {
+        row = opaque(x_rows.at(row, row_met(n + 1, K, S) - j));
+        fetch(n + 1);
+      }
+      if (view.rows >> j & 1) accumulate_strided<T, K, S, kVec, kIn, kCount, kColumns>(j, r_rows[n % 2], r_filter, acc);
     }
     T* y = locate_token(y_patches, tile, 0, 0, a.y_image_bytes, a.y_row_bytes, a.y_token_bytes);
     store_view<T, kVec>(y, view_from<kTileH, kColumns>(tile.r0, tile.q0, rows, columns), y_rows, y_columns, acc);

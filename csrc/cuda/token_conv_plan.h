@@ -61,6 +61,7 @@ struct TokenConvGradWeightArgs {
 // Outputs side by side in a tile of kTileH rows: 64 accumulators per thread. Four channels per thread read twice as much of a token at
 // once; at stride 1 the wider halo of narrow tiles costs what that saves.
 constexpr __host__ __device__ int conv_columns(int vec) { return 16 / vec; }
+inline int strided_vec(int stride) { return stride == 1 ? 2 : 4; }
 
 // `K` and `stride` of the tile kernel that runs, both axes alike, and its channels per thread; K 0: the kernel for anything. `even`: an
 // even channel multiplier, two channels of y read one of x.
@@ -101,10 +102,11 @@ inline ConvVariant choose_conv(const TokenConvParams& p) {
   const TokenConvShape& s = p.shape;
   const int64_t x_width = p.transpose ? s.columns : s.W, y_width = p.transpose ? s.W : s.columns;
   const bool small = is_small(p.x_stride_b, p.x_stride_n, x_width, es) && is_small(p.y_stride_b, p.y_stride_n, y_width, es);
-  const bool even = p.m > 1, tiles = is_square(s, 3, 2) || (!p.transpose && is_square(s, 3, 1)) ||
-                                     (p.transpose && (is_square(s, 2, 2) || is_square(s, 4, 4)));
-  if (p.dtype == DType::f64 || !small || !tiles || (even && (p.m % 2 || p.transpose))) return {};
-  const int vec = !p.transpose && s.sh == 2 && !even ? 4 : 2;
+  const bool even = p.m > 1, any_way = is_square(s, 3, 2) || is_square(s, 3, 4);
+  const bool tiles = p.transpose ? any_way || is_square(s, 2, 2) || is_square(s, 4, 4)
+                                 : any_way || is_square(s, 3, 1) || is_square(s, 3, 8);
+  if (p.dtype == DType::f64 || !small || !tiles || (even && (p.m % 2 || p.transpose || s.sh > 2))) return {};
+  const int vec = p.transpose || even ? 2 : strided_vec(s.sh);
   const bool aligned = p.C * p.m % vec == 0 && is_aligned(p.y, p.y_stride_b, p.y_stride_n, vec, es) &&
                        (even || is_aligned(p.x, p.x_stride_b, p.x_stride_n, vec, es));
   return aligned ? ConvVariant{s.Kh, s.sh, vec, even, p.transpose} : ConvVariant{};
@@ -123,8 +125,6 @@ inline TokenConvArgs conv_args(const TokenConvParams& p) {
   a.y_token_bytes = p.y_stride_n * es, a.y_row_bytes = p.y_stride_n * y_width * es;
   return a;
 }
-
-constexpr int kGradVec = 4;  // channels per thread of the weight gradient at stride 2
 
 // Blocks of a tile kernel that fit an SM.
 constexpr int resident_conv_blocks(int element) { return element == 4 ? 2 : 3; }
@@ -161,11 +161,12 @@ inline ConvPlan<TokenConvGradWeightArgs> plan_token_conv_grad_weight(const Token
   TokenDWConvGradWeightArgs& a = plan.args.sums = grad_weight_args(sums);
   a.taps = s.Kh * s.Kw + 1;
   a.x_row_bytes = p.x_stride_n * s.W * es;
-  const int vec = s.sh == 2 ? kGradVec : 2;
+  const int vec = strided_vec(s.sh);
+  const bool tiles = is_square(s, 3, 1) || is_square(s, 3, 2) || is_square(s, 3, 4) || is_square(s, 3, 8);
   const bool aligned = p.C % vec == 0 && is_aligned(p.dy, p.dy_stride_b, p.dy_stride_n, vec, es) &&
                        is_aligned(p.x, p.x_stride_b, p.x_stride_n, vec, es);
   const bool small = is_small(p.dy_stride_b, p.dy_stride_n, s.columns, es) && is_small(p.x_stride_b, p.x_stride_n, s.W, es);
-  if (p.dtype == DType::f64 || p.m > 1 || !aligned || !small || !(is_square(s, 3, 1) || is_square(s, 3, 2))) {
+  if (p.dtype == DType::f64 || p.m > 1 || !aligned || !small || !tiles) {
     plan.shape = {checked_blocks(chunk_rows(a)), kThreads};
     return plan;
   }

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T)))
     Pack<T, 2> r_rows[kRows][kCount];
 #pragma unroll
     for (int j = 0; j < kRows; ++j, row = opaque(x_rows.at(row, 1)))
-      if (view.rows >> j & 1) load_view<T, 2, kCount>(row, x_columns, view, r_rows[j]);
+      if (view.rows >> j & 1) load_view<positions_met(kCount, 1, 1)>(row, x_columns, view, r_rows[j]);
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
       if (view.rows >> j & 1) accumulate_transposed<T, K, S, kCount>(j, r_rows[j], r_filter, acc);

@@ -30,6 +30,7 @@ bool run(int64_t B, int64_t C, int64_t m, const TokenConvShape& s) {
 
 int main() {
   bool good = run(2, 132, 1, {9, 11, 5, 6, 3, 3, 2, 2, 1, 1});
+  good &= run(1, 8, 1, {9, 18, 3, 5, 3, 3, 4, 4, 1, 1});
   good &= run(1, 6, 1, {5, 9, 5, 9, 3, 3, 1, 1, 1, 1});
   good &= run(1, 3, 2, {5, 18, 3, 9, 3, 3, 2, 2, 1, 1});
   good &= run(1, 4, 1, {5, 18, 2, 9, 2, 2, 2, 2, 0, 0});
