@@ -14,7 +14,9 @@ EQUIVALENT: dict[str, tuple[tuple[str, str, str], ...]] = {  # why: (file, how t
     "sums that nobody takes: slower, the same result": (
         (DWCONV + "act_function.py", "return _fwd(x, weight, bias, scale, shift, act,", "False, True, backend)[0]"),
         (DWCONV + "act_function.py", "return _fwd(x, weight, bias, scale, shift, act,", "True, False, backend)[0]"),
+        (DWCONV + "act_function.py", "ctx.bias_dtype = bias.dtype if bias is not None", "or need[2]"),
     ),
+    "there is always one layer, or three": (("lifeops/hosts/layouts.py", "return made[0].chunk(3, -1)", "len(made) <= 1"),),
     "called on the class alone, where a function is as good": (
         (SHORTCUT + "function.py", "@staticmethod", ""), (LIFE + "function.py", "@staticmethod", ""),
     ),
