@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lifeops import built, native_windows, registry
+from lifeops import built, native_attention, native_windows, registry
 from lifeops.native_args import contiguous as _contiguous
 from lifeops.native_args import isa as _isa
 from lifeops.native_args import mode as _mode
@@ -47,6 +47,7 @@ SCHEMAS = {
     "rollout_step": "lifeops_native::rollout_step(Tensor r, Tensor q, Tensor k, float scale, int fusion, float residual, int dropped,"
     " Tensor(a!) out, int isa) -> ()",
     **native_windows.SCHEMAS,
+    **native_attention.SCHEMAS,
 }
 MAX_KERNEL = 15
 

@@ -1,10 +1,8 @@
-"""local_attention on CPU: torch's own flash kernel, and token_dwconv's compiled one with the attention as its residual.
+"""local_attention on CPU: one compiled kernel for attention and its local term, one for their gradients.
 
-torch's kernel writes (B, N, h, d), so that its output is the sequence (B, N, C) without a copy. It knows neither dropout nor the
-gradient of a mask; those calls take the explicit formulas, and so do calls whose NaN it would hide (see ``_hides``).
-
-Its products are torch's (MKL, oneDNN), whose last bits may depend on how many threads there are and where the tensors lie: seen in
-gradients (float64 at 3 threads, N = 58), rarely in ``lse``. life_qkv has such products too; no other operator has.
+Where they are not built, plain attention takes torch's own flash kernel, which writes (B, N, h, d), so that its output is the sequence
+(B, N, C) without a copy. That one knows no gradient of a mask; those calls take the explicit formulas, and so do calls with dropout and
+those whose NaN it would hide (see ``_hides``).
 """
 
 from __future__ import annotations
@@ -13,13 +11,14 @@ import math
 
 import torch
 
-from lifeops import torchlib
+from lifeops import native_attention, registry, torchlib
+from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.local_attention.formula import attend, attend_bwd, by_token, heads, in_dtype, sequence, unread, visible
-from lifeops.ops.local_attention.spec import register_attention
+from lifeops.ops.local_attention.spec import _convolve, _nothing, bwd_op, composed, composed_bwd, fwd_op
 from lifeops.ops.token_dwconv.spec import DTYPES
 from lifeops.ops.token_dwconv.spec import Problem as Convolution
 from lifeops.ops.token_dwconv.spec import fwd_op as convolution
-from lifeops.registry import reasons_against
+from lifeops.registry import BACKEND_PRIORITY, reasons_against, register
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -78,6 +77,34 @@ def _attention_bwd(dy, q, k, v, attn, lse, attn_mask, key_mask, seed, scale, dro
     return *map(by_token, _flash_bwd(dy, q, k, v, attn, lse, 0.0, False, attn_mask=mask, scale=scale)), None
 
 
+_by_torch, _by_torch_bwd = composed(_attention, _convolve), composed_bwd(_attention_bwd, _convolve)
+
+
+def _compiled(seed) -> bool:
+    """Whether the compiled kernels take a call; they know no dropout."""
+    return seed is None and registry.unavailable("cpu") is None
+
+
+def _forward(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+    if not _compiled(seed):
+        return _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend)
+    q, k, v = torchlib.contiguous_channels(q, k, v)
+    attn_mask = in_dtype(attn_mask, accumulate_dtype(q.dtype))
+    y, attn, lse = native_attention.local_attention(q, k, v, weight, bias, attn_mask, key_mask, H, W, P, scale)
+    return (attn, _nothing(q), lse) if y is None else (y, attn, lse)
+
+
+def _backward(dy, q, k, v, weight, attn, lse, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, mask_grad, backend):
+    if not _compiled(seed):
+        kept = weight, attn, lse, attn_mask, key_mask, seed
+        return _by_torch_bwd(dy, q, k, v, *kept, H, W, P, scale, dropout_p, mask_grad, backend)
+    dy, q, k, v, attn = torchlib.contiguous_channels(dy, q, k, v, attn)
+    mask = in_dtype(attn_mask, accumulate_dtype(q.dtype))
+    args = dy, q, k, v, weight, attn, lse, mask, key_mask, H, W, P, scale
+    dq, dk, dv, ds = native_attention.local_attention_bwd(*args, mask_grad)
+    return dq, dk, dv, ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype) if mask_grad else _nothing(q)
+
+
 def supports(problem) -> list[str]:
     found = [] if problem.device.type == "cpu" else [f"tensors are on {problem.device.type}"]
     if problem.dtype not in DTYPES:
@@ -87,4 +114,5 @@ def supports(problem) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-register_attention("cpu", _attention, _attention_bwd, supports)
+for op, run in ((fwd_op, _forward), (bwd_op, _backward)):
+    register(op.name, "cpu", run, supports=supports, priority=BACKEND_PRIORITY["cpu"])

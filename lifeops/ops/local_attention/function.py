@@ -156,8 +156,8 @@ def local_attention(
 
     Args:
         q, k, v: (B, h, N, d), N = P + H*W, float64, float32, float16 or bfloat16, equal in shape and dtype. Any strides of B, h
-            and N are read in place (chunks of a qkv projection, LIFE's scales); a stride other than 1 in d costs a copy, and so do
-            values whose heads do not lie beside each other if there is a local term. Under autocast they follow its dtype.
+            and N are read in place (chunks of a qkv projection, LIFE's scales); a stride other than 1 in d costs a copy, and so do,
+            on GPUs, values whose heads do not lie beside each other if there is a local term. Under autocast they follow its dtype.
         weight: (C, 1, K, K) with C = h*d, odd K, as in ``nn.Conv2d(C, C, K, groups=C)``, or None. bias: (C,) or None.
         grid: (H, W). num_prefix_tokens: P >= 0 (cls, dist, registers); they attend like all others and skip the convolution.
         scale: of q kᵀ; None is d ** -0.5.
@@ -172,8 +172,8 @@ def local_attention(
     Returns:
         (B, N, C), contiguous, in q's dtype. A query all of whose keys are masked gets 0 from attention. What lies in tokens masked
         by ``key_mask`` (NaN, in the gradient of their output too) reaches nothing; what lies in keys that ``attn_mask`` hides from
-        every query reaches no attention. On CPU the last bits may depend on the number of threads, most often those
-        of gradients: the products are torch's own.
+        every query reaches no attention. On CPU the same bits at any number of threads, and an image alone has those of its
+        batch; with dropout the products are torch's, which promise neither.
         Differentiable once; a second derivative raises RuntimeError.
 
     Raises:
