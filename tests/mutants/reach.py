@@ -11,6 +11,7 @@ from pathlib import Path
 from coverage import CoverageData
 
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+FAR = "tests/test_far_strides.py"  # reserves more addresses than forked.MEMORY: here it fails without a mistake, too
 
 
 def _first(function) -> int:
@@ -43,7 +44,7 @@ class Reach:
         self.data, self.seconds, self._files = CoverageData(str(data)), {}, {}
         self.data.read()
         for case in chain.from_iterable(ElementTree.parse(path).iter("testcase") for path in reports):
-            if not len(case):  # else it was skipped, or it failed
+            if not len(case) and case.get("file") != FAR:  # else it was skipped, or it failed
                 self.seconds[f"{case.get('file')}::{case.get('name')}"] = float(case.get("time"))
 
     def _by_line(self, path: str) -> dict[int, set[str]]:
