@@ -164,7 +164,7 @@ __device__ __forceinline__ void accumulate_strided(int j, const Pack<T, kIn> (&r
 }
 
 template <typename T, int K, int S, int kVec, int kIn>
-__global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T)))
+__global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T), S))
     token_conv_fwd_tile_kernel(const __grid_constant__ TokenConvArgs a) {
   using Acc = acc_t<T>;
   constexpr int kSlab = kVec * kLanes, kColumns = conv_columns(kVec), kRows = (kTileH - 1) * S + K, kCount = (kColumns - 1) * S + K;

@@ -30,7 +30,7 @@ __device__ __forceinline__ void accumulate_transposed(int j, const Pack<T, 2> (&
 }
 
 template <typename T, int K, int S>
-__global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T)))
+__global__ void __launch_bounds__(kThreads, resident_conv_blocks(sizeof(T), S))
     token_conv_transpose_tile_kernel(const __grid_constant__ TokenConvArgs a) {
   using Acc = acc_t<T>;
   constexpr int kSlab = 2 * kLanes, kReach = (K - 1) / S, kCellRows = kTileH / S, kCellColumns = conv_columns(2) / S;
