@@ -38,7 +38,21 @@ def import_torch():
 
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10):
         raise ImportError(f"torch {torch.__version__} is older than 2.10")
+    cpp_extension.CUDA_HOME = cuda_home(cpp_extension.CUDA_HOME)
     return torch, cpp_extension
+
+
+def cuda_home(home):
+    """``home``, what torch took for CUDA's folder: two above the nvcc of the PATH. Where that is a script that calls another one, the
+    folder of that one: compiling passes without, linking does not find the runtime.
+    """
+    nvcc = home and shutil.which("nvcc", path=f"{home}/bin")
+    if not nvcc or Path(home, "include", "cuda_runtime.h").exists():
+        return home
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    found = re.search(r"^#\$ TOP=(.+)$", subprocess.run(command, capture_output=True, text=True, check=False).stderr, re.M)
+    top = Path(found[1].strip()).resolve() if found else None
+    return str(top) if top and (top / "include" / "cuda_runtime.h").exists() else home
 
 
 def sources_digest():
@@ -54,6 +68,14 @@ def nvcc_release(home):
     said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"release ([\d.]+)", said)
     return found[1] if found else "an unknown release"
+
+
+def default_archs(release):
+    """Architectures where no device says them; machine code of x.0 runs on every x.y. From CUDA 12.8 on Blackwell's, whose kernels would
+    otherwise be compiled from PTX at first use, for tens of seconds.
+    """
+    known = [int(n) for n in re.findall(r"\d+", release)][:2]
+    return "8.0;9.0+PTX;10.0;12.0+PTX" if known >= [12, 8] else "8.0;9.0+PTX"
 
 
 def plan():
@@ -94,7 +116,7 @@ def extensions(built):
     archs = ""
     if "cuda" in built:
         if not torch.cuda.is_available():  # otherwise cpp_extension asks the devices
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_archs(nvcc_release(cpp.CUDA_HOME)))
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "the build machine's devices")
         files += (ROOT / "csrc/cuda").glob("*.cu")
         flags["nvcc"] = ["-O3", "-std=c++17", "-lineinfo", "-DUSE_CUDA", TARGET]

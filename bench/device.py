@@ -1,19 +1,23 @@
 """Timing on a GPU: events on the stream, the last-level cache flushed before every call, and CUDA graphs for the time without Python.
 
 With ``device="cpu"`` the same functions time with the clock and neither flush nor capture: a rehearsal of the GPU script.
+
+The cache is flushed by reading: a buffer that was written would leave it full of lines to be written back, 50 MB on an H200, at the cost
+of the call that is timed.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from bench.measure import Timing
+from bench.measure import Timing, quartiles
 
+SHORT_MS = 0.06  # below it a graph's launch, or Python's, shows: the kernels' own time is asked for, too
+TIMED = "lifeops_timed"
 FLUSH_BYTES = 256 << 20  # more than the second-level cache of any GPU so far
 
 
@@ -27,7 +31,7 @@ class Clock(NamedTuple):
 
 
 def clock(device: str, seconds: float, cold: bool = True) -> Clock:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if cold and device == "cuda" else None
+    flush = torch.ones(FLUSH_BYTES // 4, device=device) if cold and device == "cuda" else None
     return Clock(device, flush, seconds)
 
 
@@ -39,7 +43,7 @@ def _once(fn: Callable[[], object], c: Clock):
         ms = (time.perf_counter() - start) * 1e3
         return lambda: ms
     if c.flush is not None:
-        c.flush.zero_()
+        c.flush.sum()
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
     fn()
@@ -50,50 +54,77 @@ def _once(fn: Callable[[], object], c: Clock):
 def once(fn: Callable[[], object], c: Clock) -> float:
     """Milliseconds of one call."""
     ask = _once(fn, c)
-    _synchronize(c.device)
+    synchronize(c.device)
     return ask()
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def broken() -> bool:
+    """Whether this process's CUDA context is: after an illegal access every later call fails, whatever it is."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def interleaved(variants: dict[str, Callable[[], object]], c: Clock, least: int = 5) -> dict[str, Timing]:
     """Median and quartiles of every variant, called in turn for about ``c.seconds`` in all after two untimed rounds."""
     for fn in variants.values():
         fn(), fn()
-    _synchronize(c.device)
+    synchronize(c.device)
     asked: dict[str, list[Callable[[], float]]] = {name: [] for name in variants}
     start = time.perf_counter()
     for n in range(c.most):
         for name, fn in variants.items():
             asked[name].append(_once(fn, c))
-        _synchronize(c.device)
+        synchronize(c.device)
         if n + 1 >= least and time.perf_counter() - start > c.seconds:
             break
     samples = {name: [ask() for ask in asks] for name, asks in asked.items()}
-    return {name: Timing(*(statistics.quantiles(ms, n=4)[i] for i in (1, 0, 2))) for name, ms in samples.items()}
+    return {name: quartiles(ms) for name, ms in samples.items()}
 
 
-def captured(fn: Callable[[], object], device: str) -> Callable[[], object] | None:
-    """``fn`` as a CUDA graph's replay, or None where it cannot be captured."""
-    if device != "cuda":
-        return None
-    try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                fn()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+def captured(fn: Callable[[], object]) -> Callable[[], object]:
+    """``fn`` as a CUDA graph's replay; RuntimeError where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
             fn()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
     return graph.replay
+
+
+def kernel_times(fn: Callable[[], object], c: Clock, calls: int = 12) -> Timing:
+    """What torch's profiler says the kernels of one call took in all, behind a flushed cache: no launch is in it, of a kernel or a graph.
+
+    On the CPU: what the call took. RuntimeError where the profiler saw no kernels.
+    """
+    activities, cuda = [torch.profiler.ProfilerActivity.CPU], c.device == "cuda"
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for _ in range(calls):
+            if c.flush is not None:
+                c.flush.sum()
+            with torch.profiler.record_function(TIMED):
+                fn()
+            synchronize(c.device)
+    events = [e for e in profile.events() if e.name == TIMED and e.device_type == torch.autograd.DeviceType.CPU]
+    ms = [(e.device_time_total if cuda else e.cpu_time_total) / 1e3 for e in events]
+    if len(ms) != calls or not all(ms):
+        raise RuntimeError(f"the profiler saw kernels in {sum(map(bool, ms))} of {calls} calls")
+    return quartiles(ms[2:])  # the first ones set up what is set up lazily
 
 
 def peak_bytes(fn: Callable[[], object], device: str) -> int:

@@ -198,7 +198,57 @@ def test_the_library_refuses_what_it_cannot_read():
         torch.ops.lifeops_native.token_dwconv(**arguments, x_prefix=0, y_prefix=0, prefix_mode=0, flip=False, isa=0)
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="installed without sources beside it")
+def _setup(monkeypatch) -> dict:
+    """What setup.py defines; nothing is built."""
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setenv("LIFEOPS_BUILD", "none")
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def _script(path: Path, *lines: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return path
+
+
+needs_setup = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="installed without sources beside it")
+
+
+@needs_setup
+@pytest.mark.parametrize("header", [True, False])
+def test_cuda_is_found_behind_an_nvcc_that_is_a_script(header, tmp_path, monkeypatch):
+    """torch takes the folder above the script's for CUDA's: everything compiles, and nothing is linked."""
+    cuda_home = _setup(monkeypatch)["cuda_home"]
+    cuda, wrapper = tmp_path / "cuda-13.0", tmp_path / "local"
+    nvcc = _script(cuda / "bin" / "nvcc", f'case "$*" in *--dryrun*) echo "#\\$ TOP={cuda}/bin/.." >&2 ;; esac')
+    _script(wrapper / "bin" / "nvcc", f'exec {nvcc} "$@"')
+    if header:
+        (cuda / "include").mkdir()
+        (cuda / "include" / "cuda_runtime.h").touch()
+    assert cuda_home(str(wrapper)) == str(cuda if header else wrapper)
+    assert cuda_home(str(cuda)) == str(cuda)
+    assert cuda_home(str(tmp_path)) == str(tmp_path)
+    assert cuda_home(None) is None
+
+
+@needs_setup
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_the_cuda_of_this_machine_has_its_headers(monkeypatch):
+    home = _setup(monkeypatch)["cuda_home"](str(Path(shutil.which("nvcc")).parent.parent))
+    assert Path(home, "include", "cuda_runtime.h").exists()
+
+
+@needs_setup
+def test_blackwell_is_built_for_where_nvcc_knows_it(monkeypatch):
+    default = _setup(monkeypatch)["default_archs"]
+    assert [default(release) for release in ("12.6", "an unknown release")] == ["8.0;9.0+PTX"] * 2
+    assert all("10.0" in default(release) and "12.0" in default(release) for release in ("12.8", "13.0"))
+
+
+@needs_setup
 @pytest.mark.parametrize(
     ("says", "reason"),
     [
@@ -209,16 +259,9 @@ def test_the_library_refuses_what_it_cannot_read():
 )
 def test_an_nvcc_that_does_not_fit_torch_costs_the_cuda_kernels_alone(says, reason, tmp_path, monkeypatch):
     """torch's extension builder refuses another major release of CUDA, and the CPU kernels with it."""
-    setuptools, cpp_extension = pytest.importorskip("setuptools"), pytest.importorskip("torch.utils.cpp_extension")
-    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
-    monkeypatch.setenv("LIFEOPS_BUILD", "none")
-    monkeypatch.chdir(ROOT)
-    plan = runpy.run_path(str(ROOT / "setup.py"))["plan"]
+    cpp_extension, plan = pytest.importorskip("torch.utils.cpp_extension"), _setup(monkeypatch)["plan"]
     monkeypatch.setitem(plan.__globals__, "BUILD", "auto")
-    (tmp_path / "bin").mkdir()
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho '{says}'\n")
-    nvcc.chmod(0o755)
+    _script(tmp_path / "bin" / "nvcc", f"echo '{says}'")
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     built, missing = plan()
