@@ -10,7 +10,8 @@ import torch
 import lifeops
 from lifeops import registry, testing, torchlib
 
-SAME_BITS = [n for n in registry.ops if n.startswith(("token_dwconv", "channel", "dw_shortcut", "rollout", "local_attention"))]
+FAMILIES = "token_dwconv", "token_pool", "channel", "dw_shortcut", "rollout", "local_attention"
+SAME_BITS = [n for n in registry.ops if n.startswith(FAMILIES)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -53,8 +54,20 @@ def test_same_bits_at_any_thread_count_and_every_run(name, dtype, threads):
             assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_rows_summed_together_do_not_depend_on_the_threads(threads):
+    """A grid too wide for one step of the weight gradient, in more channels than a task takes."""
+    op = registry.ops["token_dwconv_strided_bwd_dw"]
+    sample = next(s for s in op.samples() if s.name == "uneven_shares")._replace(H=21)
+    first, *others = _at((1, 2, 3, 5), threads, op, testing.make(op, sample, torch.float32, backend="cpu"))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["token_dwconv", "token_dwconv_bwd_dx", "token_dwconv_act", "local_attention"])
+@pytest.mark.parametrize(
+    "name", ["token_dwconv", "token_dwconv_bwd_dx", "token_dwconv_act", "token_dwconv_strided", "token_dwconv_transpose", "token_pool",
+             "local_attention"],
+)  # fmt: skip
 def test_batch_invariance(name, dtype):
     op, args = _args(name, dtype)
     together = testing.tensors(torchlib.overload(op)(*args))[0]

@@ -95,15 +95,16 @@ template <class A> void run_grad_weight(const TokenConvGradWeightParams& p, cons
   const int64_t strips = max64(1, min64(ceil_div(kTasks, p.B), p.rows.out / 4)), units = p.B * strips;
   const int64_t per_group = ceil_div(units, min64(units, kGroups)), groups = ceil_div(units, per_group);
   VectorPlan plan(p.C, kernel.vector_bytes / int64_t(sizeof(A)), (p.rows.K + p.rows.s) * p.columns.size * element_bytes(p.dtype));
+  const int64_t room = plan.each;  // how many rows are summed together depends on it, and so do the sums: not on the threads
   const int64_t share = ceil_div(plan.vectors, ceil_div(int64_t(torch::stable::get_num_threads()), groups));
   plan.each = min64(plan.each, share), plan.chunks = ceil_div(plan.vectors, plan.each);
   const int64_t L = plan.lanes, taps = p.rows.K * p.columns.K, size = (taps + 1) * L, vector_size = p.m * size;
   A* partials = static_cast<A*>(shared_scratch.get(groups * plan.vectors * vector_size * int64_t(sizeof(A))));
-  const int64_t scratch = kernel.grad_weight_scratch(p, plan.each);
+  const int64_t scratch = kernel.grad_weight_scratch(p, room);
   const int64_t task_bytes = max64(1, p.rows.size * p.columns.size * plan.each * L * int64_t(sizeof(A)) / strips * per_group);
   for_each_task(groups * plan.chunks, max64(1, kGrainBytes / task_bytes), [&](int64_t i) {
     const int64_t v0 = i % plan.chunks * plan.each, group = i / plan.chunks, first = group * per_group;
-    const TokenConvGradWeightTask task{v0, min64(plan.vectors, v0 + plan.each), first, min64(first + per_group, units), strips,
+    const TokenConvGradWeightTask task{v0, min64(plan.vectors, v0 + plan.each), first, min64(first + per_group, units), strips, room,
                                        partials + (group * plan.vectors + v0) * vector_size};
     kernel.grad_weight(p, task, row_scratch.get(scratch));
   });

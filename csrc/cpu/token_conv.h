@@ -38,6 +38,7 @@ struct TokenConvGradWeightParams {
 // A fixed share of the sum over images and strips of coarse rows, for vectors [v0, v1) of fine channels.
 struct TokenConvGradWeightTask {
   int64_t v0, v1, unit0, unit1, strips;  // unit = image * strips + strip
+  int64_t room;                          // vectors that the scratch is made for and rows are counted by, at least v1 - v0
   void* partial;                         // (vectors, m, Kh Kw + 1, lanes) sums in the accumulation type, db the last; at v0
 };
 

@@ -85,7 +85,7 @@ template <class T> struct TokenConvGradWeight {
   static void run(const Params& p, const TokenConvGradWeightTask& task, void* scratch) {
     const int64_t vectors = task.v1 - task.v0;
     A* split = static_cast<A*>(scratch);
-    A* token = p.m == 1 ? nullptr : split + step_rows(p, vectors) * planes_size(p, vectors);
+    A* token = p.m == 1 ? nullptr : split + step_rows(p, task.room) * planes_size(p, vectors);
     TokenConvGradWeight body{p, task, static_cast<A*>(task.partial), split, token};
     for (int64_t k = 0; k < vectors * p.m * body.size(); ++k) body.sums[k] = 0;
     for (int64_t unit = task.unit0; unit < task.unit1; ++unit) {
@@ -99,7 +99,7 @@ template <class T> struct TokenConvGradWeight {
   }
 
   void add(int64_t b, int64_t r0, int64_t r1) const {
-    const int64_t most = step_rows(p, task.v1 - task.v0);
+    const int64_t most = step_rows(p, task.room);
     for (int64_t r = r0, end; r < r1; r = end) {
       const int64_t i0 = first_tap(p.rows, r), i1 = last_tap(p.rows, r);
       for (end = r + 1; end < min64(r1, r + most) && first_tap(p.rows, end) == i0 && last_tap(p.rows, end) == i1;) ++end;

@@ -72,6 +72,7 @@ def samples() -> tuple[Sample, ...]:
         _square("cvt", "CvT's keys: C 192 at 14x14", 3, 2, 1, H=14, W=14, C=192, tiny=False),
         _square("wide", "past a column segment", 3, 2, 1, B=1, H=5, W=301, C=70, tiny=False),
         _square("multiplied_wide", "m 2 in many channels, a tail of 8", 3, 2, 1, P=0, H=9, W=9, C=200, m=2, tiny=False),
+        _square("uneven_shares", "more channels than a task takes, the last fewer", 3, 2, 1, P=0, H=5, W=120, C=392, m=2, tiny=False),
         _square("long_sum", "a long sum for dW and db", 3, 2, 1, B=24, H=28, W=28, C=64, tiny=False),
     )
 
