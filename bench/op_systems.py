@@ -195,7 +195,7 @@ def local_attention(p: Problem, compile: bool) -> Case:
 
     def reference(i):
         op = registry.ops["local_attention"]
-        return op.reference(*(i[n] for n in "qkvwb"), *[None] * 3, p.H, p.W, p.P, 0.125, 0.0, "")[0]
+        return op.reference(*(i[n] for n in "qkvwb"), *[None] * 3, p.H, p.W, p.P, 0.125, 0.0, False, "")[0]
 
     oracle = Variant(reference, tuple("qkvwb"))
     variants = {

@@ -46,8 +46,8 @@ STABLE_TORCH_LIBRARY(lifeops_native, m) {
       "token_pool(Tensor x, Tensor? pooled, Tensor(a!) y, bool max, int Kh, int Kw, int H, int W, int out_h, int out_w, int sh, int sw, "
       "int ph, int pw, int x_prefix, int y_prefix, int prefix_mode, bool count_include_pad, bool backward, int isa) -> ()");
   m.def(
-      "local_attention(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? key_mask, Tensor(a!)? y, "
-      "Tensor(b!) attn, Tensor(c!) lse, int H, int W, int P, float scale, int isa) -> ()");
+      "local_attention(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? mask, Tensor? key_mask, Tensor(a!) y, "
+      "Tensor(b!)? attn, Tensor(c!)? lse, int H, int W, int P, float scale, int isa) -> ()");
   m.def(
       "local_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor attn, Tensor lse, Tensor? mask, Tensor? key_mask, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? ds, int H, int W, int P, float scale, int isa) -> ()");

@@ -9,7 +9,7 @@ from lifeops.ops.channel.act import accumulate_dtype
 
 SCHEMAS = {
     "local_attention": "lifeops_native::local_attention(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, Tensor? mask,"
-    " Tensor? key_mask, Tensor(a!)? y, Tensor(b!) attn, Tensor(c!) lse, int H, int W, int P, float scale, int isa) -> ()",
+    " Tensor? key_mask, Tensor(a!) y, Tensor(b!)? attn, Tensor(c!)? lse, int H, int W, int P, float scale, int isa) -> ()",
     "local_attention_bwd": "lifeops_native::local_attention_bwd(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor attn,"
     " Tensor lse, Tensor? mask, Tensor? key_mask, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? ds, int H, int W, int P,"
     " float scale, int isa) -> ()",
@@ -21,15 +21,18 @@ def _columns_together(mask):
     return mask if mask is None or mask.stride(-1) == 1 or mask.shape[-1] == 1 else mask.contiguous()
 
 
-def local_attention(q, k, v, weight, bias, attn_mask, key_mask, H, W, P, scale):
-    """(y or None, attn, lse); q, k, v with channels of stride 1, a floating-point ``attn_mask`` in the dtype of the scores."""
+def local_attention(q, k, v, weight, bias, attn_mask, key_mask, H, W, P, scale, keep):
+    """(y, attn, lse); without ``keep`` the latter two are empty. Channels of q, k and v have stride 1, a floating-point ``attn_mask`` has
+    the dtype of the scores.
+    """
     B, h, N, d = q.shape
-    attn = q.new_empty((B, N, h * d))
-    y = None if weight is None else torch.empty_like(attn)
-    lse = q.new_empty((B, h, N), dtype=accumulate_dtype(q.dtype))
+    y = q.new_empty((B, N, h * d))
+    apart = keep and weight is not None  # otherwise y is the attention
+    attn = q.new_empty(y.shape if apart else (0,))
+    lse = q.new_empty((B, h, N) if keep else (0,), dtype=accumulate_dtype(q.dtype))
     local = contiguous(weight), contiguous(bias)
-    masks = _columns_together(attn_mask), contiguous(key_mask)
-    torch.ops.lifeops_native.local_attention(q, k, v, *local, *masks, y, attn, lse, H, W, P, scale, isa())
+    masks, outputs = (_columns_together(attn_mask), contiguous(key_mask)), (attn if apart else None, lse if keep else None)
+    torch.ops.lifeops_native.local_attention(q, k, v, *local, *masks, y, *outputs, H, W, P, scale, isa())
     return y, attn, lse
 
 

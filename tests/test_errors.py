@@ -160,7 +160,7 @@ def test_local_attention_gradient_checks_its_own_arguments():
     with pytest.raises(ValueError, match="only a floating-point attn_mask has a gradient"):
         call(y, q, q, q, None, y, lse, *rest, True, "")
     with pytest.raises(ValueError, match="seed must be given exactly where dropout_p > 0"):
-        torch.ops.lifeops.local_attention(q, q, q, None, None, None, None, None, 2, 2, 1, 1.0, 0.5, "")
+        torch.ops.lifeops.local_attention(q, q, q, None, None, None, None, None, 2, 2, 1, 1.0, 0.5, True, "")
 
 
 T = torch.zeros(1, 5, 4)  # a prefix token and a 2 x 2 grid
@@ -170,9 +170,9 @@ OPERATORS = {  # what only a call of the operator itself can get wrong
     "patches": ("channel_stats", (T, "none", 6, ""), "must have at least the 6 patch tokens, got 5"),
     "statistics": ("dw_shortcut_eval", (T, T, W3, None, V, None, V, V, 1e-5, 2, 2, 1, ""), "mean and var must both be given or both be None"),
     "kernel": ("token_dwconv_bwd_dw", (T, T, 4, 2, 2, 1, "keep", T.dtype, None, ""), "the kernel size must be odd, got K = 4"),
-    "dropout": ("local_attention", (Q, Q, Q, None, None, None, None, None, 2, 2, 1, 1.0, 1.0, ""), r"dropout_p must be in \[0, 1\), got 1\.0"),
+    "dropout": ("local_attention", (Q, Q, Q, None, None, None, None, None, 2, 2, 1, 1.0, 1.0, True, ""), r"dropout_p must be in \[0, 1\), got 1\.0"),
     "seed": (
-        "local_attention", (Q, Q, Q, None, None, None, None, torch.zeros((), dtype=torch.int64, device="meta"), 2, 2, 1, 1.0, 0.5, ""),
+        "local_attention", (Q, Q, Q, None, None, None, None, torch.zeros((), dtype=torch.int64, device="meta"), 2, 2, 1, 1.0, 0.5, True, ""),
         "seed must be on q's device cpu, got meta",
     ),
 }  # fmt: skip

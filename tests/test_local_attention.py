@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import lifeops
 from conftest import declare_torchvision_ops
-from lifeops import torchlib
+from lifeops import config, registry, testing, torchlib
 from lifeops.nn import LifeAttention, LocalAttention
 from lifeops.ops.local_attention.formula import sequence
 from lifeops.testing import Maker
@@ -135,6 +135,18 @@ def test_padding_is_as_if_the_tokens_were_not_there():
     small = [t[:, :, rows] for t in (q, k, v)]
     expected = lifeops.local_attention(*small, w, b, grid=(3, 2), num_prefix_tokens=P)
     torch.testing.assert_close(_call(q, k, v, w, b, key_mask=exists)[:, rows], expected)
+
+
+@pytest.mark.parametrize("name", ["plain", "inference", "width_20", "n257_mask", "padding_and_mask", "bool_mask", "n1026"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa, dtype, name, monkeypatch):
+    """Vectors of other lengths: other panels, other blocks of keys, other tails."""
+    monkeypatch.setattr(config, "settings", config.settings._replace(cpu_isa=isa))
+    for op in (registry.ops["local_attention"], registry.ops["local_attention_bwd"]):
+        for sample in (s for s in op.samples() if s.name == name):
+            args = testing.make(op, sample, dtype, backend="cpu")
+            testing.check(op, args, torchlib.overload(op)(*args), terms=op.reduces(sample))
 
 
 MASKS = {"shared": (N, N), "heads": (2, N, N), "images": (2, 1, N, N), "all": (2, 2, N, N), "rows": (1, 1, 1, N)}

@@ -108,14 +108,14 @@ int64_t shares_of(const AttentionParams& p) {
 }
 
 void local_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& mask, const std::optional<Tensor>& key_mask, const std::optional<Tensor>& y, const Tensor& attn,
-                     const Tensor& lse, int64_t H, int64_t W, int64_t P, double scale, int64_t isa) {
+                     const std::optional<Tensor>& mask, const std::optional<Tensor>& key_mask, const Tensor& y, const std::optional<Tensor>& attn,
+                     const std::optional<Tensor>& lse, int64_t H, int64_t W, int64_t P, double scale, int64_t isa) {
   AttentionParams p{};
   take_heads(q, k, v, H, W, P, scale, p);
-  STD_TORCH_CHECK(weight.has_value() == y.has_value(), "lifeops_native: y belongs to the local term");
   const int64_t numel = p.B * p.N * p.h * p.d;
-  p.attn = output(attn, "attn", p.dtype, numel), p.lse = output(lse, "lse", accumulate_dtype(p.dtype), p.B * p.h * p.N);
-  if (y) p.y = output(*y, "y", p.dtype, numel);
+  p.y = output(y, "y", p.dtype, numel);
+  if (attn) p.attn = output(*attn, "attn", p.dtype, numel);
+  if (lse) p.lse = output(*lse, "lse", accumulate_dtype(p.dtype), p.B * p.h * p.N);
   if (numel == 0) return;
   const AttentionKernels& kernels = attention_kernels(isa);
   take_masks(mask, key_mask, p);
@@ -123,7 +123,8 @@ void local_attention(const Tensor& q, const Tensor& k, const Tensor& v, const st
   const int64_t shares = shares_of(p), blocks = ceil_div(p.N, kQueryRows), scratch = kernels.forward_scratch(p);
   for_each_task(p.B * p.h * shares, ceil_div(kGrainBytes, max64(1, work_of(p) / shares)), [&](int64_t i) {
     const int64_t head = i / shares, share = i % shares, n0 = share * blocks / shares * kQueryRows, n1 = (share + 1) * blocks / shares * kQueryRows;
-    kernels.forward(p, {head / p.h, head % p.h, n0, min64(p.N, n1)}, head_scratch.get(scratch));
+    const int64_t next = min64(i + 1, p.B * p.h * shares - 1) / shares;
+    kernels.forward(p, {head / p.h, head % p.h, n0, min64(p.N, n1), next / p.h, next % p.h}, head_scratch.get(scratch));
   });
 }
 

@@ -21,8 +21,8 @@ struct AttentionParams {
   const uint8_t* key_mask;  // (B, N), 0 for tokens that nobody attends to, or null
   const void* weight;       // A, (K * K, h, d padded to whole vectors), or null: no local term
   const void* bias;         // A, (h, padded d), or null
-  void *y, *attn;           // (B, N, h * d), contiguous; y null where there is no local term
-  void* lse;                // A, (B, h, N)
+  void *y, *attn;           // (B, N, h * d), contiguous; attn null where y is all that is wanted
+  void* lse;                // A, (B, h, N), or null
   int64_t B, h, N, d, H, W, P, K;
   double scale;
   bool mask_bool;
@@ -37,9 +37,9 @@ struct AttentionGradParams : AttentionParams {
   void* ds;             // A, (B, h, N, N), contiguous, or null
 };
 
-// Query rows [n0, n1) of one head.
+// Query rows [n0, n1) of one head, and the head that this thread probably takes up behind it.
 struct AttentionTask {
-  int64_t b, h, n0, n1;
+  int64_t b, h, n0, n1, next_b, next_h;
 };
 
 struct AttentionKernels {

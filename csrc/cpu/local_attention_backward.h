@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One head's gradients, by blocks of kQueryRows queries: scores and probabilities are computed again from the log-sum-exp, dk and dv are
+// One head's gradients, by blocks of kGradRows queries: scores and probabilities are computed again from the log-sum-exp, dk and dv are
 // added up over the blocks in order. One task does a whole head, so that no sum depends on the number of threads.
 #pragma once
 #include "local_attention_parts.h"
@@ -7,16 +7,18 @@
 namespace lifeops {
 namespace LIFEOPS_ISA {
 
+constexpr int64_t kGradRows = 54;  // a window of 7 x 7 at once; a multiple of kTileRows
+
 template <class A> struct BackwardPlan : AttentionSizes<A> {
   int64_t key, key_rows, value, value_rows, dy, dk, dv, hidden, query, dq, score, slope, lse, less;
 
   explicit BackwardPlan(const AttentionParams& p) : AttentionSizes<A>(p) {
-    const int64_t d = this->padded_d, panels = this->keys.vectors * Vec<A>::kLanes * p.d, rows = p.N * d, block = kQueryRows * d;
-    const int64_t sums = ceil_div(p.N, kTileRows) * kTileRows * d, scores = kQueryRows * this->row;
+    const int64_t d = this->padded_d, panels = this->keys.vectors * Vec<A>::kLanes * p.d, rows = p.N * d, block = kGradRows * d;
+    const int64_t sums = (p.N + kTileRows) * d, scores = kGradRows * this->row;  // the last group of keys may reach behind them
     key = this->take(panels), key_rows = this->take(rows), value = this->take(panels), dy = this->take((p.N + kTileRows) * d);
-    dk = this->take(sums), dv = this->take(sums), value_rows = dv;  // packed before anything is added up
+    dk = this->take(sums), dv = this->take(sums), value_rows = dv;  // read before anything is added up
     hidden = this->take(this->keys.vectors * Vec<A>::kLanes), query = this->take(block), dq = this->take(block);
-    score = this->take(scores), slope = this->take(scores), lse = this->take(kQueryRows), less = this->take(kQueryRows);
+    score = this->take(scores), slope = this->take(scores), lse = this->take(kGradRows), less = this->take(kGradRows);
   }
 };
 
@@ -70,10 +72,12 @@ template <class T, class A> struct BackwardHead {
 #pragma GCC unroll 3
       for (int r = 0; r < R; ++r) store(s + r * row + v * L, e[r]), store(g + r * row + v * L, e[r] * (load(g + r * row + v * L) - less[i + r]));
     }
-    for (int r = 0; r < R; ++r) store(s + r * row + (v1 - v0) * L, vec_t<A>{}), store(g + r * row + (v1 - v0) * L, vec_t<A>{});
+    for (int r = 0; r < R; ++r)
+      for (int64_t v = v1 - v0; v < v1 - v0 + plan.kBehind; ++v) store(s + r * row + v * L, vec_t<A>{}), store(g + r * row + v * L, vec_t<A>{});
   }
 
-  // sums[j] += Σ_i a[i][j] rows[i], keys [0, n) of a block, count rows. A last group may reach into keys behind them, whose a is 0.
+  // sums[j] += Σ_i a[i][j] rows[i], keys [0, n) of a block, count rows; = where `first`. The last group may reach into keys behind them, whose
+  // a is 0 and which are first written after this block's.
   void add_transposed(const A* a, const A* rows, int64_t count, int64_t n, bool first, A* sums) {
     for (int64_t panel = 0; panel < plan.channels.count; ++panel) {
       const int64_t c = plan.channels.start(panel) * L;
@@ -84,7 +88,7 @@ template <class T, class A> struct BackwardHead {
     }
   }
 
-  // Queries [n, n + count), at most kQueryRows.
+  // Queries [n, n + count), at most kGradRows.
   void rows(int64_t n, int64_t count) {
     const int64_t groups = ceil_div(count, kTileRows);
     take_rows(n, count, groups * kTileRows);
@@ -95,8 +99,8 @@ template <class T, class A> struct BackwardHead {
       multiply_panels(plan, dy + n * plan.padded_d, groups, value, p.d, first, last, A(1), slope);
       for (int64_t i = 0; i < count; i += kRowsAtOnce) slopes(n + i, i, v0, v1);
       multiply_rows(plan, slope, groups, key_rows + j0 * plan.padded_d, keys, block == 0, dq);
-      add_transposed(score, dy + n * plan.padded_d, count, keys, false, dv + j0 * plan.padded_d);
-      add_transposed(slope, query, count, keys, false, dk + j0 * plan.padded_d);
+      add_transposed(score, dy + n * plan.padded_d, count, keys, n == 0, dv + j0 * plan.padded_d);
+      add_transposed(slope, query, count, keys, n == 0, dk + j0 * plan.padded_d);
       if (p.ds)
         for (int64_t i = 0; i < count; ++i)
           __builtin_memcpy(static_cast<A*>(p.ds) + ((b * p.h + h) * p.N + n + i) * p.N + j0, slope + i * plan.row, size_t(keys) * sizeof(A));
@@ -110,9 +114,7 @@ template <class T, class A> struct BackwardHead {
   }
 
   void run() {
-    const int64_t sums = ceil_div(p.N, kTileRows) * kTileRows * plan.padded_d;
-    __builtin_memset(dk, 0, size_t(sums) * sizeof(A)), __builtin_memset(dv, 0, size_t(sums) * sizeof(A));
-    for (int64_t n = 0; n < p.N; n += kQueryRows) rows(n, min64(p.N - n, kQueryRows));
+    for (int64_t n = 0; n < p.N; n += kGradRows) rows(n, min64(p.N - n, kGradRows));
     scale_rows(dk, p.N);
     unpack_rows(dk, plan.padded_d, p.N, p.d, token_of<T>(p, p.dk, b, h, 0), p.h * p.d);
     if (p.weight) LocalTerm<A>(p, plan.padded_d, h, dy).add(0, p.N, dv);

@@ -85,24 +85,23 @@ template <class T, class A> struct ForwardHead {
   }
 
   void write(int64_t n, int64_t count) {
-    A* const lse = static_cast<A*>(p.lse) + (b * p.h + h) * p.N + n;
     for (int64_t i = 0; i < count; ++i) {
       const A from = most[i], sum = total[i], inverse = sum == 0 ? A(0) : A(1) / sum;
-      lse[i] = sum == 0 ? A(0) : from == std::numeric_limits<A>::infinity() ? from : from + std::log(sum);
+      if (p.lse)
+        static_cast<A*>(p.lse)[(b * p.h + h) * p.N + n + i] = sum == 0 ? A(0) : from == std::numeric_limits<A>::infinity() ? from : from + std::log(sum);
       A* const row = out + i * plan.padded_d;
       for (int64_t c = 0; c < plan.padded_d; c += L) store(row + c, load(row + c) * inverse);
     }
-    unpack_rows(out, plan.padded_d, count, p.d, token_of<T>(p, p.attn, b, h, n), p.h * p.d);
-    if (!p.y) return;
-    LocalTerm<A>(p, plan.padded_d, h, value).add(n, count, out);
+    if (p.attn) unpack_rows(out, plan.padded_d, count, p.d, token_of<T>(p, p.attn, b, h, n), p.h * p.d);
+    if (p.weight) LocalTerm<A>(p, plan.padded_d, h, value).add(n, count, out);
     unpack_rows(out, plan.padded_d, count, p.d, token_of<T>(p, p.y, b, h, n), p.h * p.d);
   }
 
   // Queries [n, n + count), at most kQueryRows.
   void rows(int64_t n, int64_t count) {
     const int64_t groups = ceil_div(count, kTileRows), padded = groups * kTileRows - count;
-    fetch(p.attn, n, count);
-    if (p.y) fetch(p.y, n, count);
+    fetch(p.y, n, count);
+    if (p.attn) fetch(p.attn, n, count);
     pack_rows(head_of<T>(p.q, b, h) + n * p.q.stride_n, p.q.stride_n, count, p.d, plan.padded_d, query);
     __builtin_memset(query + count * plan.padded_d, 0, size_t(padded * plan.padded_d) * sizeof(A));
     for (int64_t block = 0; block < plan.blocks; ++block) {
@@ -119,7 +118,13 @@ template <class T> void attention_forward_of(const AttentionParams& p, const Att
   using A = typename AccOf<T>::type;
   const ForwardPlan<A> plan(p);
   ForwardHead<T, A> head(p, plan, task.b, task.h, static_cast<A*>(scratch));
-  for (int64_t n = task.n0; n < task.n1; n += kQueryRows) head.rows(n, min64(task.n1 - n, kQueryRows));
+  const bool other = task.next_b != task.b || task.next_h != task.h;
+  for (int64_t n = task.n0; n < task.n1; n += kQueryRows) {
+    const int64_t count = min64(task.n1 - n, kQueryRows);
+    if (other)
+      for (const Heads* t : {&p.q, &p.k, &p.v}) fetch_rows<T>(*t, task.next_b, task.next_h, n, n + count, p.d);
+    head.rows(n, count);
+  }
 }
 
 }  // namespace LIFEOPS_ISA

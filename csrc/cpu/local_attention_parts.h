@@ -28,14 +28,14 @@ struct Panels {
 
 // Sizes that both passes cut their work by, and how they give out a task's memory.
 template <class A> struct AttentionSizes {
-  static constexpr int64_t L = Vec<A>::kLanes;
+  static constexpr int64_t L = Vec<A>::kLanes, kBehind = (kTileRows + L - 1) / L;  // vectors behind a block's keys, where a group of them may end
   Panels keys, channels;
   int64_t padded_d, blocks, row, chunk, end = 0;  // row: of scores; chunk: tokens whose rows are walked through together
 
   explicit AttentionSizes(const AttentionParams& p) : keys(ceil_div(p.N, L)), channels(ceil_div(p.d, L)), padded_d(channels.vectors * L) {
     blocks = p.N <= kKeysAtOnce ? 1 : ceil_div(p.N, kKeyBlock);
-    row = (ceil_div(keys.count, blocks) * kTileVectors + 1) * L;  // one vector more than a block has: a group of kTileRows keys may end in it
-    if (row * int64_t(sizeof(A)) % 512 == 0) row += L;            // rows of a tile would meet in the same lines of the cache
+    row = (ceil_div(keys.count, blocks) * kTileVectors + kBehind) * L;
+    if (row * int64_t(sizeof(A)) % 512 == 0) row += L;  // rows of a tile would meet in the same lines of the cache
     chunk = max64(16, kChunkBytes / (min64(channels.vectors, kTileVectors) * LIFEOPS_VEC_BYTES));
   }
   int64_t block_start(int64_t block) const { return block * keys.count / blocks; }  // in panels
@@ -50,6 +50,14 @@ template <class T> const T* head_of(const Heads& t, int64_t b, int64_t h) { retu
 // Of a contiguous (B, N, h, d) tensor.
 template <class T> T* token_of(const AttentionParams& p, void* t, int64_t b, int64_t h, int64_t n) {
   return static_cast<T*>(t) + ((b * p.N + n) * p.h + h) * p.d;
+}
+
+// Asks for the rows [n0, n1) of a head. Behind a long stride no prefetcher of the machine would: the head's part of a token is short.
+template <class T> void fetch_rows(const Heads& t, int64_t b, int64_t h, int64_t n0, int64_t n1, int64_t d) {
+  for (int64_t n = n0; n < n1; ++n) {
+    const T* row = head_of<T>(t, b, h) + n * t.stride_n;
+    for (int64_t c = 0; c < d; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c, 0, 2);
+  }
 }
 
 // Rows of d values, transposed, as [panel][channel][row of the panel]; zeros behind the last.

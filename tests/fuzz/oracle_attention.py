@@ -39,7 +39,7 @@ def heads(t, h):
     return t.unflatten(2, (h, t.shape[2] // h)).transpose(1, 2)
 
 
-def local_attention(o, q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+def local_attention(o, q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend):
     s, see = scores(q, k, attn_mask, key_mask, scale)
     lse = torch.logsumexp(s, -1)
     lse = torch.where(see.any(-1), lse, 0.0)
@@ -50,10 +50,8 @@ def local_attention(o, q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P
         most = sizes.amax(-1, keepdim=True) if sizes.numel() else sizes
         p, lse = p * (1 + sizes + most), lse.abs() + 1 + (most[..., 0] if sizes.numel() else 0)
     attn = (p @ o.size(v)).transpose(1, 2).flatten(2)
-    if weight is None:
-        return attn, none(q), lse
-    sequence = v.transpose(1, 2).flatten(2)
-    return *token_dwconv(o, sequence, weight, bias, attn, H, W, P, "zero", ""), attn, lse
+    y = (attn,) if weight is None else token_dwconv(o, v.transpose(1, 2).flatten(2), weight, bias, attn, H, W, P, "zero", "")
+    return *y, none(q) if weight is None or not keep else attn, lse if keep else none(lse)
 
 
 def local_attention_bwd(o, dy, q, k, v, weight, attn, lse, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, mask_grad, backend):

@@ -19,7 +19,7 @@ def attention(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, 
     """local_attention; tokens that do not exist are zero, and so is what comes out there."""
     if key_mask is not None:
         q, k, v = (torch.where(key_mask[:, None, :, None], t, 0.0) for t in (q, k, v))
-    y = oracle_attention.local_attention(Exact, q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, "")[0]
+    y = oracle_attention.local_attention(Exact, q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, True, "")[0]
     return y if key_mask is None else torch.where(key_mask[:, :, None], y, 0.0)
 
 

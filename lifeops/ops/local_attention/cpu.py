@@ -85,13 +85,12 @@ def _compiled(seed) -> bool:
     return seed is None and registry.unavailable("cpu") is None
 
 
-def _forward(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+def _forward(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend):
     if not _compiled(seed):
-        return _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend)
+        return _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend)
     q, k, v = torchlib.contiguous_channels(q, k, v)
     attn_mask = in_dtype(attn_mask, accumulate_dtype(q.dtype))
-    y, attn, lse = native_attention.local_attention(q, k, v, weight, bias, attn_mask, key_mask, H, W, P, scale)
-    return (attn, _nothing(q), lse) if y is None else (y, attn, lse)
+    return native_attention.local_attention(q, k, v, weight, bias, attn_mask, key_mask, H, W, P, scale, keep)
 
 
 def _backward(dy, q, k, v, weight, attn, lse, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, mask_grad, backend):

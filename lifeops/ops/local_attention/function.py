@@ -26,13 +26,14 @@ class LocalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
-        return _fwd(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend)
+    def forward(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend):
+        return _fwd(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, True, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, weight, bias, attn_mask, key_mask, seed, *ctx.settings = inputs
+        q, k, v, weight, bias, attn_mask, key_mask, seed, *settings, _, backend = inputs
         y, attn, lse = output
+        ctx.settings = *settings, backend
         ctx.mark_non_differentiable(attn, lse)
         ctx.set_materialize_grads(False)
         need = ctx.needs_input_grad
@@ -49,8 +50,8 @@ class LocalAttention(torch.autograd.Function):
     )
     def backward(ctx, dy, *_):
         if dy is None:
-            return (*[None] * 14,)
-        return *_gradients(ctx, dy), *[None] * 8
+            return (*[None] * 15,)
+        return *_gradients(ctx, dy), *[None] * 9
 
 
 torchlib.set_autograd(spec.fwd_op, LocalAttention.apply)
@@ -83,7 +84,7 @@ def _attention_by_torch(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
     return sequence((p if seed is None else p * kept(p, seed, dropout_p)) @ v).to(dtype)
 
 
-def _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+def _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend):
     """The formula by torch's own operators: what torch.func transforms see."""
     attn = _attention_by_torch(q, k, v, attn_mask, key_mask, seed, scale, dropout_p)
     if weight is None:
@@ -91,7 +92,7 @@ def _by_torch(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, 
     return token_dwconv(sequence(v), weight, bias, grid=(H, W), num_prefix_tokens=P, prefix="zero", residual=attn, backend=backend or None)
 
 
-def _exported(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+def _exported(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend):
     """What exporters write down: torch's own attention, which they know, and which draws dropout itself."""
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(q.dtype)
@@ -136,8 +137,8 @@ def _arguments(q, k, v, weight, bias, grid, num_prefix_tokens, scale, attn_mask,
         device = q.device if generator is None else generator.device
         seed = torch.randint(2**62, (1,), generator=generator, device=device).to(q.device)
     scale = max(1, q.shape[-1]) ** -0.5 if scale is None else scale  # no channels: nothing to attend with
-    place = g.height, g.width, g.prefix
-    return q, k, v, weight, bias, attn_mask, key_mask, seed, *place, scale, dropout_p, config.requested_backend(name, backend)
+    place, keep = (g.height, g.width, g.prefix), torchlib.builds_graph(q, k, v, weight, bias, attn_mask)
+    return q, k, v, weight, bias, attn_mask, key_mask, seed, *place, scale, dropout_p, keep, config.requested_backend(name, backend)
 
 
 def _existing(t, key_mask):

@@ -8,7 +8,8 @@ attn = 0 and lse = 0. With p = exp(s - lse), dp = dropout'(dattn vᵀ) and D = r
 
     dv = dropout(p)ᵀ dy + DWᵀ(dy)      ds = p (dp - D)      dq = scale ds k      dk = scale dsᵀ q      d(attn_mask) = ds
 
-DWᵀ is token_dwconv with a mirrored filter; its residual is the attention's own gradient, so the two are added in one pass.
+DWᵀ is token_dwconv with a mirrored filter; its residual is the attention's own gradient, so the two are added in one pass. ``keep`` says
+whether backward will need attn and lse; without it they come out empty.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _check_masks(op, q, attn_mask, key_mask, seed, dropout_p):
         raise ValueError(f"{op}: seed must be given exactly where dropout_p > 0, got {seed} and {dropout_p}")
 
 
-def check(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+def check(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend):
     _check_heads(NAME, q, k, v, H, W, P)
     _check_local(NAME, v, weight, bias)
     _check_masks(NAME, q, attn_mask, key_mask, seed, dropout_p)
@@ -130,11 +131,10 @@ def composed(attention, convolve):
     ``convolve(x, weight, bias, residual, H, W, P, backend)``, token_dwconv with a zero prefix.
     """
 
-    def run(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+    def run(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend):
         attn, lse = attention(q, k, v, attn_mask, key_mask, seed, scale, dropout_p)
-        if weight is None:
-            return attn, _nothing(q), lse
-        return convolve(sequence(v), weight, bias, attn, H, W, P, backend), attn, lse
+        y = attn if weight is None else convolve(sequence(v), weight, bias, attn, H, W, P, backend)
+        return y, _nothing(q) if weight is None or not keep else attn, lse if keep else _nothing(lse)
 
     return run
 
@@ -177,11 +177,11 @@ def register_attention(backend: str, attention, attention_bwd, supports, dtypes=
 # ------------------------------------------------------------------------------------------------ fakes, costs
 
 
-def fake(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, backend):
+def fake(q, k, v, weight, bias, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, keep, backend):
     B, h, N, d = q.shape
     y, attn = (q.new_empty((B, N, h * d)) for _ in range(2))
     lse = q.new_empty((B, h, N), dtype=accumulate_dtype(q.dtype))
-    return y, _nothing(q) if weight is None else attn, lse
+    return y, _nothing(q) if weight is None or not keep else attn, lse if keep else _nothing(lse)
 
 
 def fake_bwd(dy, q, k, v, weight, attn, lse, attn_mask, key_mask, seed, H, W, P, scale, dropout_p, mask_grad, backend):
@@ -216,11 +216,12 @@ _SETTINGS = "SymInt H, SymInt W, SymInt P, float scale, float dropout_p"
 
 fwd_op = Op(
     NAME,
-    f"{NAME}(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, {_MASKS}, {_SETTINGS}, str backend) -> (Tensor, Tensor, Tensor)",
+    f"{NAME}(Tensor q, Tensor k, Tensor v, Tensor? weight, Tensor? bias, {_MASKS}, {_SETTINGS}, bool keep, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     reference,
     check,
     fake,
-    problem=lambda q, k, v, weight, *rest: problem(q, weight, rest[-2]),
+    problem=lambda q, k, v, weight, *rest: problem(q, weight, rest[-3]),
     flops=flops,
     samples=cases.samples,
     make=cases.make_fwd,
