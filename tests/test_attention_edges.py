@@ -133,3 +133,21 @@ def test_nothing_to_attend_to(dtype):
     for shape in ((2, h, N, 0), (2, 0, N, d)):
         with pytest.raises(ValueError, match="local_attention: q must have at least one head and one channel a head"):
             lifeops.local_attention(*(torch.randn(shape),) * 3, grid=GRID, num_prefix_tokens=P)
+
+
+def test_swin_windows_keep_torchs_fused_kernel():
+    """Shifted windows too: torch takes a bias of two or four dimensions, and composes with any other, which takes twice as long."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.names = (*self.names, str(op))
+            return op(*args, **(kwargs or {}))
+
+    model = lifeops.models.SwinTransformer(img_size=16, patch_size=2, embed_dim=6, depths=(2, 2), num_heads=(1, 2), window_size=2).eval()
+    with torch.no_grad(), Seen() as seen:
+        model(torch.randn(3, 3, 16, 16))
+    assert sum("flash_attention_for_cpu" in name for name in seen.names) == 4
+    assert not any("softmax" in name for name in seen.names)

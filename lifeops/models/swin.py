@@ -60,10 +60,12 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B * nW, n, C), mask (nW, n, n) or None."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (h, n, n)
-        if mask is not None:  # (B, nW, h, n, n)
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]  # (1, h, n, n)
+        if mask is not None and torch.is_grad_enabled() and bias.requires_grad:  # composed by torch: (B, nW, h, n, n)
             q, k, v = (t.unflatten(0, (-1, mask.shape[0])) for t in (q, k, v))
             bias = bias + mask[:, None].to(bias.dtype)
+        elif mask is not None:  # of two or four dimensions alone torch's kernel takes it: findings/cpu_attention_three_dimensional_mask.sh
+            bias = (bias + mask[:, None].to(bias.dtype)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.flatten(0, -4).transpose(1, 2).flatten(2))
 
