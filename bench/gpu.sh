@@ -81,7 +81,7 @@ run() {
     make_package build 125 built "${LIFEOPS_BUILD:-auto}"
     use
     "$PYTHON" -m lifeops info >>"$OUT/build.log" 2>&1 ;;
-  cuda_tests) pytests cuda_tests 55 "$ROOT/tests/test_gpu.py" -k "cuda- or elements" ;;
+  cuda_tests) pytests cuda_tests 55 "$ROOT/tests/test_gpu.py" -k "cuda- or more_than_2" ;;
   warm) stage warm 75 "$PYTHON" -m bench.gpu warm --device "$DEVICE" $TINY --out "$OUT" --seconds 70 --jobs "$JOBS" ;;
   ops) stage ops 110 "$PYTHON" -m bench.gpu ops --device "$DEVICE" $TINY --out "$OUT" --seconds 100 ;;
   triton_tests) pytests triton_tests 55 "$ROOT/tests/test_gpu.py" -k "triton- and (bfloat16 or float32)" ;;

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -113,12 +114,17 @@ def _tried(cell, name: str, target: str) -> str:
         return "fails"
 
 
-def table(cell, names, targets, jobs: int) -> str:
-    """Markdown."""
+def table(cell, names, targets, jobs: int) -> Iterator[str]:
+    """Markdown, a line at a time."""
+    yield _line(["kernel", *targets])
+    yield _line(["---", *["---:"] * len(targets)])
     with ThreadPoolExecutor(jobs) as pool:
-        rows = [list(pool.map(lambda target, name=name: _tried(cell, name, target), targets)) for name in names]
-    lines = [["kernel", *targets], ["---"] + ["---:"] * len(targets), *([f"`{name}`", *row] for name, row in zip(names, rows, strict=True))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        for name in names:
+            yield _line([f"`{name}`", *pool.map(lambda target, name=name: _tried(cell, name, target), targets)])
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -126,16 +132,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("compiler", choices=("triton", "nvcc"))
     parser.add_argument("--only", default="", help="comma-separated architectures")
     parser.add_argument("--kernels", default="", help="comma-separated rows")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs of nvcc at a time")
     args = parser.parse_args(argv)
-    by_triton = args.compiler == "triton"
+    by_triton, failed = args.compiler == "triton", 0
     if not by_triton and shutil.which("nvcc") is None:
         raise SystemExit("bench.targets: nvcc is not installed")
     names = args.kernels.split(",") if args.kernels else list(KERNELS if by_triton else CUDA_FILES)
     targets = args.only.split(",") if args.only else [t for t in TARGETS if by_triton or t.startswith("sm_")]
-    shown = table(compiled if by_triton else nvcc, names, targets, args.jobs)
-    print(shown)
-    return int("fails" in shown)
+    for line in table(compiled if by_triton else nvcc, names, targets, 1 if by_triton else args.jobs):
+        print(line, flush=True)
+        failed += "fails" in line
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,14 @@ def test_compiled_for_hopper():
         assert cost["spilled"] == 0
         assert cost["shared"] <= 4096
     assert costs["forward-3-pro"]["per_element"] - costs["forward-3"]["per_element"] <= 9  # affine and h-swish, every row twice
+
+
+def test_attention_compiles_for_amd_and_is_refused_before_ampere():
+    """gfx950 has no TF32; the exit status says whether something failed. docs/gpus.md has all kernels and architectures."""
+    table = python("-m", "bench.targets", "triton", "--only", "sm_75,gfx950", "--kernels", "fwd-198-64,rollout-stats").splitlines()
+    assert table[0] == "| kernel | sm_75 | gfx950 |"
+    assert re.fullmatch(r"\| `fwd-198-64` \| refused \| \d+ \|", table[2])
+    assert re.fullmatch(r"\| `rollout-stats` \| \d+ \| \d+ \|", table[3])
 
 
 GRIDS = """
