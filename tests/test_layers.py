@@ -8,8 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lifeops"
 LAYERS = (
     {"after_import", "arguments", "built", "config", "errors", "files", "geometry", "pointwise", "registry", "told", "torchlib"},
-    {"ops"},
-    {"autograd", "native", "native_args", "native_windows", "testing"},  # what implements the ops, and tests them
+    {"native_args", "native_attention", "ops"},
+    {"autograd", "native", "native_windows", "testing"},  # what implements the ops, and tests them
     {"nn"},
     {"models"},
     {"attention_maps", "cost", "explain", "hosts", "init", "integrations", "model_cost"},
