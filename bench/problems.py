@@ -94,9 +94,11 @@ def _module(system: str, modes, quick: bool):
 
 
 def _attention(system: str, modes, quick: bool):
-    sizes = ((16, 14),) if quick else ((16, 14), (4, 32))
-    for mode, dtype, (B, size), C in product(modes, ("float32",) if quick else DTYPES, sizes, _widths(system, quick)):
-        yield Problem(system, mode, B, size, size, C, 3 if system == "local_attention" else 0, dtype)
+    sizes = [(16, 14, 1)] if quick else [(16, 14, 1), (4, 32, 1)]
+    if system == "local_attention" and not quick:
+        sizes += [(64, 7, 0), (64, 8, 0)]  # windows of four images
+    for mode, dtype, (B, size, P), C in product(modes, ("float32",) if quick else DTYPES, sizes, _widths(system, quick)):
+        yield Problem(system, mode, B, size, size, C, 3 if system == "local_attention" else 0, dtype, P)
 
 
 def _staged(system: str, modes, quick: bool):
@@ -235,8 +237,9 @@ def targets(p: Problem, allocator: str) -> list[Target]:
         if p.mode == "fwd":
             return [Target("plain", 1 / (1.4, 1.25, 1.15)[i]), Target("eager", (1.55, 1.5, 1.4)[i])]
         return [Target("eager", (1.5, 1.5, 1.3)[i])] if p.mode == "fwdbwd" else []
-    if p.system == "local_attention" and p.mode == "fwd" and p.dtype == "float32":
-        return [Target("sdpa", 1 / 1.2)]
+    if p.system == "local_attention" and p.dtype == "float32":  # with its local term, against attention without
+        window = p.H <= 8
+        return [Target("sdpa", {"fwd": 1.1 if window else 1.4, "bwd": 1.0, "fwdbwd": 1.0 if window else 1.25}[p.mode])]
     if p.mode == "bwd":
         return []
     if p.system == "life_attention" and p.C in (192, 384) and p.dtype == "float32" and allocator == "warm":

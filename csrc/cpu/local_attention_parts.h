@@ -175,10 +175,8 @@ template <class A> struct Visible {
     } else if (p.mask_bool) {
       const uint8_t* see = head_of<uint8_t>(p.mask, b, h) + n * p.mask.stride_n;
       for (int64_t v = v0; v < v1; ++v, s += L) {
-        A added[L];
-        for (int64_t l = 0; l < L; ++l) added[l] = v * L + l < p.N && see[v * L + l] ? A(0) : kNone<A>;
-        const vec_t<A> mask = load(added);
-        hide(v, mask == 0 ? load(s) : mask, s);
+        const vec_t<A> none = vec_t<A>{} + kNone<A>;
+        hide(v, bytes(see + v * L, p.N - v * L) != 0 ? load(s) : none, s);
       }
     } else {
       const A* mask = head_of<A>(p.mask, b, h) + n * p.mask.stride_n;
@@ -188,6 +186,15 @@ template <class A> struct Visible {
       }
     }
   }
+  // The first n bytes, at most one for each lane; zeros behind them.
+  static LIFEOPS_INLINE vec_int<A> bytes(const uint8_t* from, int64_t n) {
+    typedef uint8_t Bytes __attribute__((vector_size(L)));
+    Bytes found = {};
+    if (n >= L) __builtin_memcpy(&found, from, sizeof(found));
+    else __builtin_memcpy(&found, from, size_t(n));
+    return __builtin_convertvector(found, vec_int<A>);
+  }
+
   void hide(int64_t v, vec_t<A> score, A* s) const {
     const vec_t<A> none = load(hidden + v * L);
     store(s, none == 0 ? score : none);
