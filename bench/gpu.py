@@ -5,14 +5,15 @@
     python -m bench.gpu models --out DIR                     training and inference steps of whole models, plain and converted
 
 ``--device cpu --tiny`` rehearses it without a GPU. A variant whose result is wrong on the tensors to be timed gets no number, and no
-variant costs another its row: what raises gets a note, and what ends the process or breaks its CUDA context is left out by the process
-that goes on. No new problem is started when ``--seconds`` are over, so that a run that is cut off still has the first rows.
+variant costs another its row: what raises gets a note, and what ends the process, breaks its CUDA context or never ends is left out by the
+process that goes on. No new problem is started when ``--seconds`` are over, so that a run that is cut off still has the first rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import faulthandler
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ from lifeops import registry
 
 FIELDS = ["device", "torch", "triton", "commit", *Problem._fields, "variant", "how", "median_ms", "q25_ms", "q75_ms", "peak_bytes", "note"]
 BROKEN = 77  # exit status of a process whose CUDA context is broken
+PATIENCE = 45.0  # seconds for one problem, then its process is ended
 ALL = "all"  # of a problem's variants, in the place of one's name
 
 
@@ -170,12 +172,15 @@ def work(jobs: Iterable[Job], c: timing.Clock, rows: Rows, progress: Progress, s
         if time.perf_counter() - start > seconds:
             print(f"stopped before {name}: {seconds:.0f} s are over", flush=True)
             break
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         try:
             measure(p, name, make, c, rows, progress)
         except Exception as error:
             rows.add(p, ALL, "none", note=registry.one_line(error))
             if timing.broken():
                 return BROKEN
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         progress.finish(name)
         print(f"{time.perf_counter() - start:6.1f} s  {name}", flush=True)
     print(f"compiled by Triton meanwhile: {warm.counts['compiled']}", flush=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -121,15 +123,37 @@ def _told(p: Problem, device: str, until: float) -> tuple[Problem, str, float, d
     return p, wrong, time.time() - start, {name: n - before[name] for name, n in counts.items()}
 
 
+class _Processes:
+    """A process for each thread that asks, in the place of one that died a new one."""
+
+    def __init__(self, device: str):
+        self.device, self.mine, self.all = device, threading.local(), []
+
+    def __call__(self, p: Problem, until: float) -> tuple[Problem, str, float, dict[str, int]]:
+        if getattr(self.mine, "pool", None) is None:
+            self.mine.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (self.device,))
+            self.all.append(self.mine.pool)
+        try:
+            return self.mine.pool.submit(_told, p, self.device, until).result()
+        except BrokenProcessPool as error:
+            self.mine.pool = None
+            return p, str(error), 0.0, dict.fromkeys(counts, 0)
+
+    def close(self) -> None:
+        for pool in self.all:
+            pool.shutdown()
+
+
 def run(problems: list[Problem], device: str, jobs: int, seconds: float) -> int:
     """How many problems could not be compiled; one line for each as it is done."""
     start, failed, compiled, spent = time.time(), 0, 0, 0.0
-    todo = worth(problems)
-    with ProcessPoolExecutor(min(jobs, len(todo)), multiprocessing.get_context("spawn"), _start, (device,)) as pool:
-        for done in as_completed([pool.submit(_told, p, device, start + seconds) for p in todo]):
+    todo, processes = worth(problems), _Processes(device)
+    with ThreadPoolExecutor(min(jobs, len(todo))) as threads:
+        for done in as_completed([threads.submit(processes, p, start + seconds) for p in todo]):
             p, wrong, took, new = done.result()
             failed, compiled, spent = failed + bool(wrong), compiled + new["compiled"], spent + took
             said = f"{p.system} {p.mode} {p.name}: {new['compiled']} compiled in {took:.1f} s {wrong}"
             print(f"{time.time() - start:6.1f} s  {said}", flush=True)
+    processes.close()
     print(f"{compiled} kernels for {len(todo)} problems in {time.time() - start:.0f} s, {spent:.0f} s in all processes; {failed} failed")
     return failed

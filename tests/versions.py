@@ -36,7 +36,7 @@ INTERPRETED = (
     ("test_triton_ops.py",),
 )
 BUDGETS = {  # `make budgets` compiles the others, on the Triton that is installed
-    "bench.budgets": "forward-3,forward-5,dw-3,forward-3-train,forward-3-eval",
+    "bench.budgets": "forward-3,forward-5,dw-3,forward-3-train,forward-3-eval,strided-3-2,dws-3-2,pool-max-3-2,poolbwd-max-3-2",
     "bench.attention_budgets": "fwd-198-64,fwd-198-64-mask,dq-198-64,dkv-198-64",
     "bench.rollout_budgets": "bf16-64-mean,fp32-64-max-r16",
 }
