@@ -174,7 +174,9 @@ sys.exit(gpu.supervise([sys.executable, __file__, *argv], gpu.Path(args), "ops",
 
 
 def _env(**more):
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", **more}
+    """Of a process of its own: no worker of the pytest that starts it."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", **more}
 
 
 @pytest.mark.parametrize(("how", "code"), [("aborts", -6), ("hangs", 1)])
