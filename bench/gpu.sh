@@ -13,7 +13,7 @@
 # cuda_tests    55   CUDA kernels against the oracle: nothing is compiled at run time; broken contexts cost one test
 # warm          75   Triton compiles every launch of the rows below into one cache, a process a core: about 900 s of CPU (Triton 3.6)
 #                    (measured for sm_90, per problem: token_dwconv with its gradients 5 at K 3 and 14 at K 5, LIFE's chain 8, LocalViT's 11,
-#                    a strided convolution 7; 192 problems, a third of which share their kernels with others)
+#                    a strided convolution 7; 192 problems, those of the largest grids with the kernels of others)
 # ops          110   rows of all ops and blocks, one small problem of each system first; goes on with the next after a broken context
 # triton_tests  55   Triton kernels against the oracle, bfloat16 and float32: compiles as it goes, failures are written at once
 # models        40   training and inference of whole models
