@@ -137,7 +137,8 @@ def _arguments(q, k, v, weight, bias, grid, num_prefix_tokens, scale, attn_mask,
         device = q.device if generator is None else generator.device
         seed = torch.randint(2**62, (1,), generator=generator, device=device).to(q.device)
     scale = max(1, q.shape[-1]) ** -0.5 if scale is None else scale  # no channels: nothing to attend with
-    place, keep = (g.height, g.width, g.prefix), torchlib.builds_graph(q, k, v, weight, bias, attn_mask)
+    place = g.height, g.width, g.prefix
+    keep = torchlib.captured() or torchlib.builds_graph(q, k, v, weight, bias, attn_mask)  # a program is the same with and without
     return q, k, v, weight, bias, attn_mask, key_mask, seed, *place, scale, dropout_p, keep, config.requested_backend(name, backend)
 
 
