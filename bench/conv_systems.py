@@ -144,7 +144,7 @@ def model(p: Problem, compile: bool) -> Case:
     dead = (
         "proj_k.bias",
         "proj_k.bn.bias",
-        "norm1.weight",
+        "norm1.",
         f"stage2.blocks.{last}.attn.conv_proj_q.",
         f"blocks4.{last}.SelfAttn.mlp.fc2.bias",
     )

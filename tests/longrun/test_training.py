@@ -76,7 +76,7 @@ def test_results(tmp_path, monkeypatch):
     assert [(r["system"], r["seed"], r["accuracy"], len(r["losses"])) for r in stored["training"][:1]] == [("life", 0, 90.0, 4)]
     page.draw(runs, tmp_path / "longrun.png")
     assert (tmp_path / "longrun.png").stat().st_size > 10_000
-    assert len(page.training_table(runs).splitlines()) == 2 + 3 * 2 * 3
+    assert len(page.training_table(runs).splitlines()) == 2 + len(training.SYSTEMS) * 2 * 3
 
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path, monkeypatch):
