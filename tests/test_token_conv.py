@@ -295,3 +295,64 @@ def test_explained():
     assert lifeops.explain("token_dwconv", heads, weight[: C // 2], **place)[0].op == "token_dwconv"
     assert [e.op for e in lifeops.explain("token_pool", x, 2, **place)] == ["token_pool", "token_pool_bwd"]
     assert lifeops.explain("token_dwconv_transpose", x, weight, stride=2, **place)[0].op == "token_dwconv_transpose"
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_bias_alone_with_frozen_filters(m):
+    """The bias gradient without the weight's, over the patch rows of the coarse grid."""
+    x, weight, bias = draw(2, P + H * W, C), draw(m * C, 1, 3, 3), draw(m * C, grad=True)
+    y = lifeops.token_dwconv(x, weight, bias, grid=(H, W), num_prefix_tokens=P, prefix="zero", stride=2)
+    dy = draw(*y.shape)
+    torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], dy[:, P:].sum((0, 1)))
+
+
+def test_prologue_under_a_transform():
+    x, weight = draw(3, 2, H * W, C), draw(C, 1, 3, 3)
+    around = {"grid": (H, W), "stride": 2, "prologue": lifeops.ChannelAct(act="gelu")}
+    y = torch.vmap(lambda t: lifeops.token_dwconv(t, weight, **around))(x)
+    torch.testing.assert_close(y, torch.stack([lifeops.token_dwconv(t, weight, **around) for t in x]))
+
+
+def test_an_empty_maximum_has_a_second_derivative():
+    x, g = draw(0, 1 + 12, C, grad=True), draw(0, 1 + 2, C)
+    y = lifeops.token_pool(x, 2, grid=(3, 4), num_prefix_tokens=1)
+    dy = torch.zeros_like(y, requires_grad=True)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    assert torch.autograd.grad(dx.sum(), dy)[0].shape == g.shape
+
+
+T, V = torch.zeros(1, 5, 4), torch.zeros(8, 1, 2, 2)
+GEO = (2, 2, 1, 2, 2, 0, 0, "zero")
+ONE = {"grid": (2, 2), "num_prefix_tokens": 1}
+REFUSED = {  # what only a call of the operator itself can get wrong, and what the public function says of it
+    "rank": (lambda: lifeops.token_dwconv_transpose(T[0], V[:4], **ONE, stride=2), r"x must have shape \(B, N, C\) or"),
+    "residual": (
+        lambda: lifeops.token_dwconv(T, V[:4], **ONE, stride=2, residual=T.double()),
+        "residual must be torch.float32 on cpu like the output, got torch.float64",
+    ),
+    "subsample": (lambda: lifeops.token_pool(T, 2, mode="subsample", **ONE), "must have kernel_size 1 and padding 0"),
+    "pool padding": (
+        lambda: lifeops.token_pool(T, 2, padding=2, **ONE), r"padding must be at most half of the kernel size \(2, 2\)",
+    ),
+    "stride": (lambda: _op("strided", T, V, None, 2, 2, 1, 0, 2, 0, 0, "zero", ""), r"the stride must be at least 1, got \(0, 2\)"),
+    "filters": (lambda: _op("strided", T, V[0], None, *GEO, ""), r"weight must have shape \(m\*C, 1, Kh, Kw\) as in nn.Conv2d"),
+    "bias": (lambda: _op("strided", T, V, torch.zeros(4), *GEO, ""), r"bias must have shape \(8,\), got \(4,\)"),
+    "transposed filters": (lambda: _op("transpose", T, V[0], None, 1, *GEO, ""), r"as in nn.ConvTranspose2d"),
+    "transposed channels": (lambda: _op("transpose", T[:, :2], V, None, 1, *GEO, ""), r"must be the 4 channels of .*, got 8"),
+    "multiplier": (lambda: _op("transpose", T[:, :2], V[:4], None, 3, *GEO, ""), "multiplier must divide the 4 channels of .*, got 3"),
+    "sides": (lambda: _op("strided_bwd_dw", T[:, :2], T.double(), 2, 2, *GEO, T.dtype, None, ""), "must agree in B, C and dtype"),
+    "places": (
+        lambda: torch.ops.lifeops.token_pool_bwd(T[:, :2], None, "max", 2, 2, *GEO, False, True, ""), "mode 'max' takes it and no other",
+    ),
+}  # fmt: skip
+
+
+def _op(name, *args):
+    return getattr(torch.ops.lifeops, f"token_dwconv_{name}")(*args)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    call, message = REFUSED[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -58,7 +58,8 @@ class TokenPoolGrad(torch.autograd.Function):
 def _at_the_largest(g, x, mode, Kh, Kw, H, W, P, sh, sw, ph, pw, prefix, ceil_mode, count_include_pad, backend):
     """``g`` at the places whose values a maximum of ``x`` took, by torch's own, differentiable operators."""
     if x.shape[0] * x.shape[2] * H * W == 0:
-        patches = g[:, P:P]
+        h, w = geometry.filtered_grid(spec.NAME, H, W, (Kh, Kw), (sh, sw), (ph, pw), ceil_mode)
+        patches = g.new_empty((x.shape[0], h * w, x.shape[2]))
     else:
         places = spec.largest(x, Kh, Kw, H, W, P, sh, sw, ph, pw, ceil_mode)[1].flatten(2)
         patches = g[:, P:].transpose(1, 2).gather(2, places).transpose(1, 2)
