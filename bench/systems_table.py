@@ -86,7 +86,8 @@ def _speed(found: dict, system: str) -> str:
 
 
 def systems_table() -> str:
-    found = tables.ratios(tables.measured(rows.read(ROOT / "bench" / "results" / "cpu.csv")))
+    every = [row for path in sorted((ROOT / "bench" / "results").glob("cpu*.csv")) for row in rows.read(path)]
+    found = tables.ratios(tables.measured(every))
     columns = "system", "ops", "`lifeops.nn`", "`lifeops.models`", "authors' files", "tests", "times as fast as its authors' code, fp32"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for s in SYSTEMS:
