@@ -135,8 +135,17 @@ def test_nothing_to_attend_to(dtype):
             lifeops.local_attention(*(torch.randn(shape),) * 3, grid=GRID, num_prefix_tokens=P)
 
 
-def test_swin_windows_keep_torchs_fused_kernel():
-    """Shifted windows too: torch takes a bias of two or four dimensions, and composes with any other, which takes twice as long."""
+SWIN = {"img_size": 16, "patch_size": 2, "embed_dim": 6, "depths": (2, 2), "num_heads": (1, 2), "window_size": 2}
+REGIONS = {"img_size": 20, "patch_size": 2, "stem": "1conv", "embed_dim": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "calls"),
+    [(lifeops.models.SwinTransformer, SWIN, 4), (lifeops.models.RegionViT, REGIONS, 4)],
+    ids=["Swin", "RegionViT"],
+)
+def test_windows_keep_torchs_fused_kernel(build, options, calls):
+    """Shifted and padded ones too: torch takes a bias of two or four dimensions, and composes with any other, which takes twice as long."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Seen(TorchDispatchMode):
@@ -146,8 +155,8 @@ def test_swin_windows_keep_torchs_fused_kernel():
             self.names = (*self.names, str(op))
             return op(*args, **(kwargs or {}))
 
-    model = lifeops.models.SwinTransformer(img_size=16, patch_size=2, embed_dim=6, depths=(2, 2), num_heads=(1, 2), window_size=2).eval()
+    model, side = build(**options).eval(), options["img_size"]
     with torch.no_grad(), Seen() as seen:
-        model(torch.randn(3, 3, 16, 16))
-    assert sum("flash_attention_for_cpu" in name for name in seen.names) == 4
+        model(torch.randn(3, 3, side, side))
+    assert sum("flash_attention_for_cpu" in name for name in seen.names) == calls
     assert not any("softmax" in name for name in seen.names)

@@ -7,12 +7,12 @@ patch merging. Source: Liu et al., "Swin Transformer: Hierarchical Vision Transf
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lifeops.models.deit import DropPath, Mlp, PatchEmbed
 from lifeops.models.inputs import check_rates, check_sizes, check_stages, to_pair
+from lifeops.nn.attend import attend_biased
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
 
@@ -61,12 +61,10 @@ class WindowAttention(nn.Module):
         """x (B * nW, n, C), mask (nW, n, n) or None."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]  # (1, h, n, n)
-        if mask is not None and torch.is_grad_enabled() and bias.requires_grad:  # composed by torch: (B, nW, h, n, n)
+        if mask is not None:
             q, k, v = (t.unflatten(0, (-1, mask.shape[0])) for t in (q, k, v))
             bias = bias + mask[:, None].to(bias.dtype)
-        elif mask is not None:  # of two or four dimensions alone torch's kernel takes it: findings/cpu_attention_three_dimensional_mask.sh
-            bias = (bias + mask[:, None].to(bias.dtype)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = attend_biased(q, k, v, bias, q.shape[-1] ** -0.5)
         return self.proj(x.flatten(0, -4).transpose(1, 2).flatten(2))
 
 

@@ -73,14 +73,27 @@ def split_heads(qkv, num_heads: int):
 
 
 def attend_biased(q, k, v, bias, scale: float):
-    """softmax(scale q kᵀ + bias) v, (B, h, n, d) of any numbers of queries and keys; ``bias`` broadcasts to their scores, or is None.
+    """softmax(scale q kᵀ + bias) v, (B, h, n, d) of any numbers of queries and keys, or (B, W, h, n, d) in W windows of every image;
+    ``bias`` (1 or W, h, n, n) broadcasts to their scores, or is None.
 
     Where a gradient of ``bias`` is asked for the scores are written out: torch's fused attention has none on CPU, and takes longer.
     """
     if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return _attend_fused(q, k, v, bias, scale)
     scores = (q * scale) @ k.transpose(-1, -2)
     bias = bias.to(scores.dtype)
     # what a transform batches alone cannot be added in place
     scores = scores + bias if torch._C._are_functorch_transforms_active() else scores.add_(bias)
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def _attend_fused(q, k, v, bias, scale):
+    """By torch's kernel, which takes four dimensions of everything and composes, twice as slowly, of what has three or five:
+    findings/cpu_attention_three_dimensional_mask.sh.
+    """
+    images = q.shape[:-3]
+    if len(images) == 2:
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        bias = bias if bias is None else bias.expand(*images, *bias.shape[1:]).flatten(0, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return y.unflatten(0, images) if len(images) == 2 else y

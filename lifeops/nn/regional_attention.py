@@ -89,7 +89,7 @@ class RegionalAttention(NotScripted, ToldInMetadata):
         if windows and x.shape[1] != 1 + self.window_size**2:
             raise ValueError(f"{name}: x must be windows (B, 1 + {self.window_size}*{self.window_size}, C), got {tuple(x.shape)}")
         q, k, v = split_heads(self.qkv(x), self.num_heads)
-        bias = self.bias().to(q.dtype)[None] if windows else None  # of four dimensions, as torch's fused kernel wants it
+        bias = self.bias().to(q.dtype)[None] if windows else None
         if mask is not None:
             check_tensor(name, "mask", mask)
             if not windows or mask.dtype != torch.bool or mask.dim() != 3 or x.shape[0] % mask.shape[0]:
