@@ -67,7 +67,7 @@ def pair(op: str, name: str, value, least: int) -> tuple:
     """``value`` as two ints of at least ``least``, of the rows and of the columns; an int stands for both."""
     given = value
     if not isinstance(value, (tuple, list)):
-        value = (check_int(op, name, value, least),) * 2
+        value = (value, value)
     if len(value) != 2:
         raise ValueError(f"{op}: {name} must be an int or two, got {got(given)}")
     return tuple(check_int(op, name, n, least) for n in value)

@@ -145,19 +145,20 @@ class _Product(torch.autograd.Function):
         return dx, dw, dy.sum((0, 1)) if need[2] else None
 
 
+def _recorded(x, weight, bias):
+    """The product with gradients where one is wanted."""
+    return (_Product.apply if torchlib.wants_grad((x, weight, bias)) else pointwise)(x, weight, bias)
+
+
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear for x (B, N, C_in) by the faster path, with gradients."""
     if torchlib.autocast_dtype(x) is not None or not _as_convolution(x, weight):
         return F.linear(x, weight, bias)
-    if torchlib.wants_grad((x, weight, bias)):
-        return _Product.apply(x, weight, bias)
-    return pointwise(x, weight, bias)
+    return _recorded(x, weight, bias)
 
 
 def product(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
     """``layer(x)`` for x (B, N, C_in) by the faster path, with gradients; ``layer`` must be plainly what nn.Linear is."""
     if x.dim() != 3 or torchlib.autocast_dtype(x) is not None or not _as_convolution(x, layer.weight):
         return layer(x)
-    if torchlib.wants_grad((x, layer.weight, layer.bias)):
-        return _Product.apply(x, layer.weight, layer.bias)
-    return pointwise(x, layer.weight, layer.bias)
+    return _recorded(x, layer.weight, layer.bias)

@@ -11,7 +11,7 @@ from lifeops.nn.attend import DROPOUT, attend_keys
 from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, constants, folded, normalise, on_batch
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_heads, check_input, check_kernel_size, check_like
-from lifeops.nn.maps import apply, to_maps, to_tokens
+from lifeops.nn.maps import on_patches
 from lifeops.nn.plain import avg_pool, batch_norm, exactly, is_fused, strided_depthwise
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.channel.act import accumulate_dtype
@@ -121,13 +121,10 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
 
     def _by_layer(self, x, grid):
         """Every projection called on the map of the patches: by name its tokens behind the prefix."""
-        P, found = self.num_prefix_tokens, {}
         if 0 in grid and any(on_batch(m) for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
             raise ValueError(f"{NAME}: expected more than 1 value per channel when training, got {tuple(x.shape)}, no patches")
-        for name, layer in self._projections().items():
-            patches = to_tokens(apply(f"{NAME}: {name}", layer, to_maps(x[:, P:], grid)))
-            found[name] = torch.cat((x[:, :P].to(patches.dtype), patches), 1) if P else patches
-        return found
+        P = self.num_prefix_tokens
+        return {name: on_patches(f"{NAME}: {name}", layer, x, grid, P) for name, layer in self._projections().items()}
 
     def _convolved(self, x, grid):
         convs, norms = zip(*((p.conv, p.bn) for p in self._projections().values()), strict=True)

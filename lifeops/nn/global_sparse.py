@@ -10,7 +10,7 @@ from lifeops.arguments import check_factory, check_flags, check_int, check_rate
 from lifeops.nn.attend import DROPOUT, attend
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_heads, check_input, check_like
-from lifeops.nn.maps import apply, to_maps, to_tokens
+from lifeops.nn.maps import on_patches
 from lifeops.nn.plain import exactly, is_fused, subsample, transposed_depthwise
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.local_attention.formula import heads
@@ -76,7 +76,7 @@ class GlobalSparseAttention(NotScripted, ToldInMetadata):
         P, pick = self.num_prefix_tokens, self.sampler
         if fast:
             return token_pool(x, 1, mode="subsample", stride=pick.stride, grid=grid, num_prefix_tokens=P)
-        return _on_patches("sampler", pick, x, grid, P)
+        return on_patches(f"{NAME}: sampler", pick, x, grid, P)
 
     def _spread(self, y, grid, fast):
         """Back to (B, P + H*W, C); ``grid`` is that of ``y``."""
@@ -84,7 +84,7 @@ class GlobalSparseAttention(NotScripted, ToldInMetadata):
         if fast:
             place = {"stride": layer.stride, "padding": layer.padding, "output_padding": layer.output_padding}
             return token_dwconv_transpose(y, layer.weight, layer.bias, grid=grid, num_prefix_tokens=P, **place)
-        return _on_patches("LocalProp", layer, y, grid, P)
+        return on_patches(f"{NAME}: LocalProp", layer, y, grid, P)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """x (B, P + H*W, C), grid (H, W) -> (B, P + H*W, C)."""
@@ -106,9 +106,3 @@ class GlobalSparseAttention(NotScripted, ToldInMetadata):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, sr_ratio={self.sr_ratio}, num_prefix_tokens={self.num_prefix_tokens}"
-
-
-def _on_patches(name: str, layer: nn.Module, t: torch.Tensor, grid: tuple[int, int], P: int) -> torch.Tensor:
-    """``layer`` called on the map of the patches, the prefix tokens in front again."""
-    patches = to_tokens(apply(f"{NAME}: {name}", layer, to_maps(t[:, P:], grid)))
-    return torch.cat((t[:, :P].to(patches.dtype), patches), 1) if P else patches

@@ -61,7 +61,10 @@ def call(name: str, layer: Callable, maps: torch.Tensor, rule: Rule) -> torch.Te
     return out
 
 
-def on_patches(name: str, layer: Callable, t: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int, rule: Rule) -> torch.Tensor:
-    """``t`` (B, P + H*W, C) with ``layer`` called on the map of its patches; the prefix tokens stay."""
-    patches = to_tokens(call(name, layer, to_maps(t[:, num_prefix_tokens:], grid), rule))
+def on_patches(
+    name: str, layer: Callable, t: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int, rule: Rule | None = None
+) -> torch.Tensor:
+    """``t`` (B, P + H*W, C) with ``layer`` called on the map of its patches; the prefix tokens stay. With a ``rule`` the grid must, too."""
+    maps = to_maps(t[:, num_prefix_tokens:], grid)
+    patches = to_tokens(apply(name, layer, maps) if rule is None else call(name, layer, maps, rule))
     return torch.cat((t[:, :num_prefix_tokens].to(patches.dtype), patches), 1) if num_prefix_tokens else patches

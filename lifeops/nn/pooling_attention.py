@@ -15,6 +15,7 @@ from lifeops.nn.plain import is_fused, pool
 from lifeops.nn.pooling import pool_tokens, pooled_grid
 from lifeops.nn.relative import RESIZES, relative_bias, table_rows
 from lifeops.nn.scripting import NotScripted
+from lifeops.ops.local_attention.formula import heads
 from lifeops.told import ToldInMetadata
 
 MODES = ("conv", "max", "avg", "conv_unshared")
@@ -117,10 +118,6 @@ class PoolingAttention(NotScripted, ToldInMetadata):
 
     # ------------------------------------------------------------------------------------------------ steps
 
-    def _heads(self, t):
-        """(B, N, h*d) -> (B, h, N, d), a view."""
-        return t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
     def _pool(self, part, t, grid, fused):
         """(pooled and normed, its grid)."""
         layer, norm = getattr(self, f"pool_{part}"), getattr(self, f"norm_{part}")
@@ -135,9 +132,9 @@ class PoolingAttention(NotScripted, ToldInMetadata):
             return zip(*(self._pool(part, t, grid, fused) for part, t in zip("qkv", parts, strict=True)), strict=True)
         found = []
         for part in "qkv":
-            t, new = self._pool(part, x if self.mode == "conv_unshared" else self._heads(x), grid, fused)
+            t, new = self._pool(part, x if self.mode == "conv_unshared" else heads(x, self.num_heads), grid, fused)
             t = t if t.dim() == 3 else t.transpose(1, 2).flatten(2)
-            found.append((self._heads(getattr(self, part)(t)), new))
+            found.append((heads(getattr(self, part)(t), self.num_heads), new))
         return zip(*found, strict=True)
 
     def _attend(self, q, k, v, q_grid, k_grid):

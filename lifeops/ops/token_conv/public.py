@@ -22,6 +22,11 @@ def rows_of(op: str, x):
     return x if x.dim() == 3 else x.transpose(1, 2).flatten(2)
 
 
+def formed_as(x, y):
+    """y (B, N', C') in the form of ``x``, see :func:`rows_of`: (B, h, N', C'/h) where that was heads."""
+    return y if x.dim() == 3 else y.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+
 def _accumulated(t, x):
     """Filters that several channels share: their gradients are added up in the kernels' precision, and rounded once."""
     return t.to(torch.promote_types(t.dtype, channel_act.accumulate_dtype(x.dtype)))
@@ -86,22 +91,21 @@ def convolve(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend
     if after != act_function.ChannelAct():
         y = act_function.activated(y, after, kept, place[-1])
     sums = act_function._summed(y[:, kept:], pool, stats) if pool or stats else None
-    if x.dim() == 4:
-        y = y.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+    y = formed_as(x, y)
     if residual is not None:
         y = y + _residual(residual, y)
     return y if sums is None else act_function.Convolved(y, *sums)
 
 
 @torchlib.sizes_are_numbers
-def _is_plain(rows, weight, steps) -> bool:
-    """Whether a filter for every channel at stride 1 around every token is left, once heads are rows and filters are repeated."""
+def is_plain(rows, weight, steps) -> bool:
+    """Whether (B, N, C) rows have an odd square filter for every channel at stride 1 around every token: the plain operators' case."""
     channels, _, Kh, Kw = weight.shape
     return bool(channels == rows.shape[2] and Kh == Kw and Kh % 2 == 1) and (*steps,) == (1, 1, Kh // 2, Kw // 2)
 
 
 def _filtered(rows, weight, bias, H, W, P, sh, sw, ph, pw, prefix, backend):
-    if _is_plain(rows, weight, (sh, sw, ph, pw)):
+    if is_plain(rows, weight, (sh, sw, ph, pw)):
         return plain_function.convolve(rows, weight, bias, None, H, W, P, prefix, backend)
     return function.strided(rows, weight, bias, H, W, P, sh, sw, ph, pw, prefix, backend)
 
@@ -119,7 +123,7 @@ def explain(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend,
     before, after = _surroundings(*args[:2], prologue, epilogue)
     rows, request = args[0], args[-1]
     copies = ("x",) if not torchlib.channels_contiguous(rows) else ()
-    if _is_plain(rows, args[1], args[6:10]):
+    if is_plain(rows, args[1], args[6:10]):
         problem = plain.Problem(rows.device, rows.dtype, args[1].dtype, rows.shape[2], args[1].shape[2])
         ops = [(plain.fwd_op, problem, copies), (plain.bwd_dx_op, problem, ()), (plain.bwd_dw_op, problem, ())]
     else:
@@ -166,8 +170,7 @@ def token_dwconv_transpose(
     Raises ValueError, TypeError: as token_dwconv. Source: the local propagation of EdgeViT (arXiv 2205.03436, section 3.1).
     """
     args = _transposed(x, weight, bias, grid, num_prefix_tokens, prefix, stride, padding, output_padding, multiplier, backend)
-    y = function.transpose(*args)
-    return y if x.dim() == 3 else y.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+    return formed_as(x, function.transpose(*args))
 
 
 def explain_transpose(

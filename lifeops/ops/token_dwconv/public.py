@@ -42,15 +42,10 @@ def _is_square_and_odd(x, weight, stride, padding) -> bool:
 
 @torchlib.sizes_are_numbers
 def _general(x, weight, stride, padding) -> bool:
-    """Whether this is more than that."""
-    if _is_square_and_odd(x, weight, stride, padding) or not (is_dense(x) and is_dense(weight)):
+    """Whether this is more than that; what is refused is not."""
+    if not (is_dense(x) and is_dense(weight)) or weight.dim() != 4 or x.dim() not in (3, 4) or weight.shape[1] != 1:
         return False
-    if weight.dim() != 4 or x.dim() not in (3, 4) or weight.shape[1] != 1:
-        return False  # refused
-    channels, _, Kh, Kw = weight.shape
-    if x.dim() == 4 or channels != x.shape[2] or Kh != Kw or Kh % 2 == 0:
-        return True
-    return token_conv.steps(spec.NAME, (Kh, Kw), stride, padding) != (1, 1, Kh // 2, Kw // 2)
+    return x.dim() == 4 or not token_conv.is_plain(x, weight, token_conv.steps(spec.NAME, weight.shape[2:], stride, padding))
 
 
 def token_dwconv(

@@ -6,7 +6,7 @@ import torch
 
 from lifeops import config, geometry, registry, torchlib
 from lifeops.arguments import check_choice
-from lifeops.ops.token_conv.public import cast, rows_of
+from lifeops.ops.token_conv.public import cast, formed_as, rows_of
 from lifeops.ops.token_dwconv import spec as plain
 from lifeops.ops.token_dwconv.function import _fold, _unfold
 from lifeops.ops.token_pool import spec
@@ -124,8 +124,7 @@ def token_pool(
     Sources: MViT (arXiv 2104.11227, section 3.1), CvT (2103.15808), EdgeViT (2205.03436).
     """
     args = _arguments(x, kernel_size, mode, grid, num_prefix_tokens, prefix, stride, padding, ceil_mode, count_include_pad, backend)
-    y = torchlib.apply(TokenPool, _fwd, *args)
-    return y if x.dim() == 3 else y.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+    return formed_as(x, torchlib.apply(TokenPool, _fwd, *args))
 
 
 def explain(
