@@ -83,6 +83,13 @@ def tracing() -> bool:
     return not _is_compiling() and _tracing() is not None
 
 
+def calls_layers() -> bool:
+    """Whether a torch.func transform is at work or a program is written down, which have no place for Functions that are differentiable
+    once: modules call their layers.
+    """
+    return _functorch_active() or captured()
+
+
 def sizes_are_numbers(fn):
     """Decorates what looks at sizes that torch.jit.trace has tensors for: a program belongs to its grid, torch need not warn of that."""
 

@@ -28,14 +28,12 @@ def cvt(facts: Facts) -> nn.Module:
     stages = range(facts.count("stage"))
     dims = tuple(facts.shape(f"stage{s}.patch_embed.proj.weight", 4)[0] for s in stages)
     published = {v.embed_dims: v for v in VARIANTS.values()}.get(dims)
-    attention = "stage0.blocks.0.attn"
-    heads = facts.heads(dims[0], [attention], {dims[0]: dims[0] // _HEAD_DIM} if published else {})
-    metadata = getattr(facts.state, "_metadata", {})
-    known = [metadata.get(f"stage{s}.blocks.0.attn", {}).get("num_heads", dim * heads // dims[0]) for s, dim in enumerate(dims)]
+    attentions = [f"stage{s}.blocks.0.attn" for s in stages]
+    heads, attention = facts.stage_heads(dims, attentions, {dims[0]: dims[0] // _HEAD_DIM} if published else {}), attentions[0]
     strides = {name: facts.tell(name, [attention]) for name in ("stride_q", "stride_kv")}
     return CvT(
         facts.given.img_size or (published.img_size if published else 224), facts.shape("stage0.patch_embed.proj.weight", 4)[1],
-        facts.classes("head.weight", 0), dims, [facts.count(f"stage{s}.blocks.") for s in stages], known,
+        facts.classes("head.weight", 0), dims, [facts.count(f"stage{s}.blocks.") for s in stages], heads,
         *zip(*(_window(facts, s) for s in stages), strict=True),
         mlp_ratio=facts.shape("stage0.blocks.0.mlp.fc1.weight", 2)[0] / dims[0],
         class_token=f"stage{len(dims) - 1}.cls_token" in facts.state, qkv_bias=f"{attention}.proj_q.bias" in facts.state,

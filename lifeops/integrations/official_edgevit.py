@@ -17,13 +17,11 @@ def edgevit(facts: Facts) -> nn.Module:
     dims = tuple(facts.shape(f"patch_embed{s}.proj.weight", 4)[0] for s in stages)
     attentions = [f"blocks{s}.0.SelfAttn.attn" for s in stages]
     published = {v.embed_dims: v.num_heads[0] for v in VARIANTS.values()}.get(dims)
-    heads = facts.heads(dims[0], attentions[:1], {} if published is None else {dims[0]: published})
-    metadata = getattr(facts.state, "_metadata", {})
+    heads = facts.stage_heads(dims, attentions, {} if published is None else {dims[0]: published})
     spread = [f"{attention}.LocalProp.weight" for attention in attentions]
     return EdgeViT(
         facts.given.img_size or 224, facts.shape("patch_embed1.proj.weight", 4)[1], facts.classes("head.weight", 0), dims,
-        [facts.count(f"blocks{s}.") for s in stages],
-        [metadata.get(name, {}).get("num_heads", dim * heads // dims[0]) for name, dim in zip(attentions, dims, strict=True)],
+        [facts.count(f"blocks{s}.") for s in stages], heads,
         [facts.shape(name, 4)[-1] if name in facts.state else 1 for name in spread],
         [facts.shape(f"patch_embed{s}.proj.weight", 4)[-1] for s in stages],
         mlp_ratio=facts.shape("blocks1.0.SelfAttn.mlp.fc1.weight", 2)[0] / dims[0], qkv_bias=f"{attentions[0]}.qkv.bias" in facts.state,

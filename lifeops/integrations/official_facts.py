@@ -91,6 +91,13 @@ class Facts:
             raise CheckpointError(f"cannot tell the heads of a model of width {width}; pass num_heads=…, which divides it{got}")
         return heads
 
+    def stage_heads(self, widths: Sequence[int], attentions: Sequence[str], published: Mapping[int, int]) -> list[int]:
+        """Of every stage, whose ``attentions`` are named: what metadata does not tell is as wide as the first stage's."""
+        first = self.heads(widths[0], attentions[:1], published)
+        metadata = getattr(self.state, "_metadata", {})
+        assumed = [width * first // widths[0] for width in widths]
+        return [metadata.get(name, {}).get("num_heads", heads) for name, heads in zip(attentions, assumed, strict=True)]
+
     def warnings(self) -> list[str]:
         if not self.assumed:
             return self.notes

@@ -169,7 +169,7 @@ class EdgeViT(Fusible, NotScripted, nn.Module):
         return tokens
 
     def _normalised(self, x: Tensor) -> Tensor:
-        fast = x.numel() > 0 and not torch._C._are_functorch_transforms_active() and not torchlib.captured()
+        fast = x.numel() > 0 and not torchlib.calls_layers()
         if fast and is_fused(self):
             return normalise(NAME, self.norm, x, x.shape[1], requested_backend(NAME, None))
         return to_tokens(call(f"{NAME}: norm", self.norm, to_maps(x, (x.shape[1], 1)), batch_norm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -20,6 +21,12 @@ _FOLD = "fold_batch_norms_"
 def on_batch(norm: nn.Module) -> bool:
     """The norm takes its statistics from the batch: in training mode, or without running ones."""
     return norm.training or norm.running_mean is None
+
+
+def check_patches(op: str, layers: Iterable[nn.Module], x: torch.Tensor, grid: tuple[int, int]) -> None:
+    """Raise ValueError where a batch norm among ``layers`` would take its statistics from a grid without patches."""
+    if 0 in grid and any(on_batch(m) for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        raise ValueError(f"{op}: expected more than 1 value per channel when training, got {tuple(x.shape)}, no patches")
 
 
 def sync_group(norm: nn.Module):

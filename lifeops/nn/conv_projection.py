@@ -8,7 +8,7 @@ from torch import nn
 from lifeops import config, geometry, torchlib
 from lifeops.arguments import check_choice, check_factory, check_flags, check_int, check_rate
 from lifeops.nn.attend import DROPOUT, attend_keys
-from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, constants, folded, normalise, on_batch
+from lifeops.nn.batch_norm import Fusible, check_constant, check_patches, check_readable, constants, folded, normalise, on_batch
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_heads, check_input, check_kernel_size, check_like
 from lifeops.nn.maps import on_patches
@@ -121,8 +121,7 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
 
     def _by_layer(self, x, grid):
         """Every projection called on the map of the patches: by name its tokens behind the prefix."""
-        if 0 in grid and any(on_batch(m) for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            raise ValueError(f"{NAME}: expected more than 1 value per channel when training, got {tuple(x.shape)}, no patches")
+        check_patches(NAME, self.modules(), x, grid)
         P = self.num_prefix_tokens
         return {name: on_patches(f"{NAME}: {name}", layer, x, grid, P) for name, layer in self._projections().items()}
 
@@ -153,7 +152,7 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
 
     def projected(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, P + H*W, C) -> what the Linears of q, k and v read, each (B, P + H'*W', C) on its own grid."""
-        fast = x.shape[0] * grid[0] * grid[1] > 0 and not torch._C._are_functorch_transforms_active() and not torchlib.captured()
+        fast = x.shape[0] * grid[0] * grid[1] > 0 and not torchlib.calls_layers()
         step = {"dw_bn": self._convolved, "avg": self._averaged}.get(self.method, self._by_layer)
         found = (step if fast and is_fused(self) else self._by_layer)(x, grid)
         return tuple(found.get(f"conv_proj_{part}", x) for part in "qkv")

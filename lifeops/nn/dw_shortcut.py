@@ -45,7 +45,7 @@ def _fused_with_statistics(x, norm) -> bool | None:
         return False if isinstance(norm, (ChannelAffine, BorderBias)) else None
     if not on_batch(norm):
         return False
-    return True if x.numel() > 0 and not torch._C._are_functorch_transforms_active() and not torchlib.captured() else None
+    return True if x.numel() > 0 and not torchlib.calls_layers() else None
 
 
 def _train(x, y, pairs, group, grid, P, backend):

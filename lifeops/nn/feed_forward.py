@@ -37,8 +37,7 @@ class FeedForward(nn.Module):
         return [("fc1", exactly(nn.Linear)), ("act", act), ("fc2", exactly(nn.Linear))]
 
     def _fast(self, x: Tensor) -> bool:
-        transformed = torchlib.captured() or torch._C._are_functorch_transforms_active()
-        if transformed or x.dim() != 3 or not is_fused(self):
+        if torchlib.calls_layers() or x.dim() != 3 or not is_fused(self):
             return False
         wide = x.dtype in (torch.float32, torch.float64) and torchlib.autocast_dtype(x) is None
         return not isinstance(self.act, QuickGELU) or (wide and x.shape[0] * x.shape[1] >= 2 * x.shape[2])

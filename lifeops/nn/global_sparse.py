@@ -94,7 +94,7 @@ class GlobalSparseAttention(NotScripted, ToldInMetadata):
         if grid[0] % r or grid[1] % r:
             raise ValueError(f"{NAME}: grid must be a multiple of sr_ratio {r}, got {grid}")
         fused = is_fused(self)
-        fast = fused and not torch._C._are_functorch_transforms_active() and not torchlib.captured()
+        fast = fused and not torchlib.calls_layers()
         coarse = grid[0] // r, grid[1] // r
         s = self._picked(x, grid, fast) if r > 1 else x
         qkv = product(s, self.qkv) if fused else self.qkv(s)

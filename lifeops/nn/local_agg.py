@@ -7,7 +7,7 @@ from torch import nn
 
 from lifeops import config, geometry, torchlib
 from lifeops.arguments import check_factory, check_int, check_module
-from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, folded_into, normalise, on_batch
+from lifeops.nn.batch_norm import Fusible, check_constant, check_patches, check_readable, folded_into, normalise
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_kernel_size, check_like
 from lifeops.nn.localvit import hidden_width
@@ -80,8 +80,7 @@ class LocalAgg(Fusible, NotScripted, nn.Module):
 
     def _composed(self, x, grid):
         """Layer by layer on the map of the patches."""
-        if 0 in grid and any(map(on_batch, self._norms())):
-            raise ValueError(f"{NAME}: expected more than 1 value per channel when training, got {tuple(x.shape)}, no patches")
+        check_patches(NAME, self._norms(), x, grid)
         rules = dict(self.fused_layers())
 
         def run(t, *names):
@@ -115,7 +114,7 @@ class LocalAgg(Fusible, NotScripted, nn.Module):
         P = self.num_prefix_tokens
         grid = check_input(NAME, x, self.dim, self.grid_holder.of(NAME, grid), P)
         check_like(NAME, "x", x, self.pos_embed)
-        fast = x.shape[0] * grid[0] * grid[1] > 0 and not torch._C._are_functorch_transforms_active() and not torchlib.captured()
+        fast = x.shape[0] * grid[0] * grid[1] > 0 and not torchlib.calls_layers()
         y = (self._run if fast and is_fused(self) else self._composed)(x[:, P:], grid)
         return torch.cat((x[:, :P].to(y.dtype), y), 1) if P else y
 

@@ -7,7 +7,17 @@ from torch import nn
 
 from lifeops import config, geometry, torchlib
 from lifeops.arguments import LARGEST, check_choice, check_factory, check_flags, check_int, check_module, check_number
-from lifeops.nn.batch_norm import Fusible, check_constant, check_readable, folded, on_batch, sync_group, total_count, update_running
+from lifeops.nn.batch_norm import (
+    Fusible,
+    check_constant,
+    check_patches,
+    check_readable,
+    folded,
+    on_batch,
+    sync_group,
+    total_count,
+    update_running,
+)  # fmt: skip
 from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_like, check_sequence
@@ -97,8 +107,7 @@ class LocalityFeedForward(Fusible, NotScripted, ToldInMetadata):
     def _composed(self, x, grid):
         """Layer by layer: what transforms see, and what runs where a layer is not the one that the fast path computes."""
         P = self.num_prefix_tokens
-        if 0 in grid and any(on_batch(m) for m in self.conv if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            raise ValueError(f"LocalityFeedForward: expected more than 1 value per channel when training, got {tuple(x.shape)}, no patches")
+        check_patches("LocalityFeedForward", self.conv, x, grid)
         one_by_one = 1 in grid and is_plain(self.conv, exactly(nn.Sequential))  # each of them needs call()
         layers = [(f"conv.{name}", layer) for name, layer in self.conv.named_children()] if one_by_one else [("conv", self.conv)]
         maps = to_maps(x[:, P:], grid)
@@ -124,12 +133,7 @@ class LocalityFeedForward(Fusible, NotScripted, ToldInMetadata):
         return self.conv[1], self.conv[4], self.conv[-1]
 
     def _fast(self, x, grid) -> bool:
-        return (
-            x.shape[0] * grid[0] * grid[1] > 0
-            and not torch._C._are_functorch_transforms_active()
-            and not torchlib.captured()
-            and is_fused(self)
-        )  # fmt: skip
+        return x.shape[0] * grid[0] * grid[1] > 0 and not torchlib.calls_layers() and is_fused(self)
 
     def _config(self, dtype, grid, norms, backend) -> chain.Config:
         groups = tuple(sync_group(n) for n in norms)

@@ -58,6 +58,6 @@ def project_scales(parts, weight, bias):
     if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         parts = [o.to(dtype) for o in parts]
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torchlib.captured():
+    if torch.compiler.is_compiling() or torchlib.calls_layers():
         return F.linear(torch.cat(parts, -1), weight, bias)
     return torchlib.apply(ProjectScales, ProjectScales.forward, weight, bias, *parts)
