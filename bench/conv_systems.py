@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 import lifeops
-from bench import baselines
+from bench import baselines, whole
 from bench.block_systems import _on_grid, _xs
 from bench.case import Case, of_module
 from bench.op_systems import _view, _wide
@@ -104,7 +102,7 @@ class _EagerMlp(torch.nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-def _authors(module: torch.nn.Module) -> torch.nn.Module | None:
+def _authors(parent: torch.nn.Module, name: str, module: torch.nn.Module) -> torch.nn.Module | None:
     """The authors' counterpart of one of ours, with its weights; None for any other module."""
     P = getattr(module, "num_prefix_tokens", 0)
     if isinstance(module, FeedForward):
@@ -114,29 +112,21 @@ def _authors(module: torch.nn.Module) -> torch.nn.Module | None:
     elif isinstance(module, LGLBlock):
         attn, hidden = module.SelfAttn.attn, module.SelfAttn.mlp.fc1.out_features
         eager = EagerLGLBlock(attn.dim, attn.num_heads, attn.sr_ratio, attn.num_prefix_tokens, hidden / attn.dim)
+        eager.contiguous = name == "0"  # as a patch embedding leaves the maps
     else:
         return None
-    eager.to(next(module.parameters()).dtype).load_state_dict(module.state_dict())
-    return eager.train(module.training)
+    return whole.with_weights(eager, module)
 
 
 def as_authors(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of ``model`` with the authors' modules in the place of ours."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            eager = _authors(child)
-            if eager is not None:
-                setattr(parent, name, eager)
-            if isinstance(eager, EagerLGLBlock):
-                eager.contiguous = name == "0"  # as a patch embedding leaves the maps
-    return model
+    return whole.exchanged(model, _authors)
 
 
 def model(p: Problem, compile: bool) -> Case:
     """``K``: so many blocks in every stage, or the released depths."""
     build, variant = RELEASED[p.system]
-    dtype, side = getattr(torch, p.dtype), 16 * p.H
+    dtype = getattr(torch, p.dtype)
     full = build(variant, num_classes=CLASSES) if not p.K else None
     ours = full or build(variant, num_classes=CLASSES, depths=(p.K,) * (3 if p.system == "cvt_13" else 4))
     last = len(ours.stage2.blocks) - 1 if p.system == "cvt_13" else len(ours.blocks4) - 1
@@ -152,15 +142,7 @@ def model(p: Problem, compile: bool) -> Case:
     ours, eager = (_without(m, *dead) for m in (ours, as_authors(ours)))
     if not ours.training:
         lifeops.fuse_(ours)
-
-    def call(m, i):
-        return m(i["x"])
-
-    def draw():
-        return {"x": torch.randn(p.B, 3, side, side).to(dtype), "dy": torch.randn(p.B, CLASSES).to(dtype)}
-
-    oracle = of_module(copy.deepcopy(eager).double(), call, ())
-    return Case(p, draw, {name: of_module(m, call, (), truth=oracle) for name, m in (("lifeops", ours), ("eager", eager))})
+    return whole.case(p, ours, eager, CLASSES)
 
 
 BUILDERS = {"cvt_projections": projections, "cvt_attention": attention, "edgevit_local_agg": local_agg} | dict.fromkeys(RELEASED, model)

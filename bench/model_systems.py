@@ -6,7 +6,8 @@ import copy
 
 import torch
 
-from bench.case import Case, of_module
+from bench import whole
+from bench.case import Case
 from bench.problems import Problem
 from lifeops.models import deit, localvit
 from lifeops.nn import DWShortcut, LifeAttention, LocalityFeedForward
@@ -18,7 +19,7 @@ from lifeops.nn.shortcut_blocks import wrap
 CLASSES = 100
 
 
-def _authors(module: torch.nn.Module):
+def _authors(parent: torch.nn.Module, name: str, module: torch.nn.Module) -> torch.nn.Module | None:
     """The authors' counterpart of one of ours, with its weights; None for any other module."""
     P = getattr(module, "num_prefix_tokens", 0)
     if isinstance(module, LifeAttention):
@@ -31,19 +32,12 @@ def _authors(module: torch.nn.Module):
         eager = EagerDWShortcut(module.convs[0].out_channels, sizes, P)
     else:
         return None
-    eager.to(next(module.parameters()).dtype).load_state_dict(module.state_dict())
-    return eager.train(module.training)
+    return whole.with_weights(eager, module)
 
 
 def as_authors(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of ``model`` with the authors' modules in the place of ours."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            eager = _authors(child)
-            if eager is not None:
-                setattr(parent, name, eager)
-    return model
+    return whole.exchanged(model, _authors)
 
 
 def models(system: str, host: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -59,26 +53,13 @@ def models(system: str, host: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def model(p: Problem, compile: bool) -> Case:
-    dtype, side = getattr(torch, p.dtype), 16 * p.H
-    host = {"img_size": side, "patch_size": 16, "num_classes": CLASSES, "depth": p.K or 12}
+    dtype = getattr(torch, p.dtype)
+    host = {"img_size": 16 * p.H, "patch_size": 16, "num_classes": CLASSES, "depth": p.K or 12}
     ours, plain = (m.to(dtype).train(p.mode != "fwd") for m in models(p.system, host))
-    eager = as_authors(ours)
-
-    def call(m, i):
-        return m(i["x"])
-
-    def draw():
-        return {"x": torch.randn(p.B, 3, side, side).to(dtype), "dy": torch.randn(p.B, CLASSES).to(dtype)}
-
-    oracle = of_module(copy.deepcopy(eager).double(), call, ())
-    variants = {
-        "lifeops": of_module(ours, call, (), truth=oracle),
-        "eager": of_module(eager, call, (), truth=oracle),
-        "plain": of_module(plain, call, (), truth=of_module(copy.deepcopy(plain).double(), call, ())),
-    }
+    found = whole.case(p, ours, as_authors(ours), CLASSES, plain)
     if p.system == "vit_dw_shortcut" and dtype != torch.float32:
-        del variants["eager"]  # the authors' shortcut returns float32 tokens, which the next block does not take
-    return Case(p, draw, variants)
+        del found.variants["eager"]  # the authors' shortcut returns float32 tokens, which the next block does not take
+    return found
 
 
 BUILDERS = dict.fromkeys(("vit_life", "vit_localvit", "vit_dw_shortcut"), model)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
+from bench import whole
 from bench.case import Case, of_module
 from bench.op_systems import _view, _wide
 from bench.problems import Problem
@@ -55,33 +54,25 @@ def mvit_pool(p: Problem, compile: bool) -> Case:
     return Case(p, draw, {"lifeops": of_module(ours, call, truth=oracle), "eager": of_module(eager, call, truth=oracle)})
 
 
+def _authors(parent: nn.Module, name: str, child: nn.Module) -> nn.Module | None:
+    """The authors' counterpart of an attention or a shortcut; None for any other module."""
+    if isinstance(child, PoolingAttention):
+        return EagerPoolingAttention(child)
+    if isinstance(child, nn.MaxPool2d) and not isinstance(parent, PoolingAttention):
+        return EagerMaxPool(child.kernel_size, child.stride, child.padding)
+    return None
+
+
 def as_authors(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose attention and shortcuts run as the authors run them."""
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PoolingAttention):
-                setattr(parent, name, EagerPoolingAttention(child))
-            elif isinstance(child, nn.MaxPool2d) and not isinstance(parent, EagerPoolingAttention):
-                setattr(parent, name, EagerMaxPool(child.kernel_size, child.stride, child.padding))
-    return model
+    return whole.exchanged(model, _authors)
 
 
 def mvitv2_tiny(p: Problem, compile: bool) -> Case:
-    side = 16 * p.H
-    ours = mvitv2("tiny", img_size=side, num_classes=CLASSES).to(getattr(torch, p.dtype)).train(p.mode != "fwd")
+    ours = mvitv2("tiny", img_size=16 * p.H, num_classes=CLASSES).to(getattr(torch, p.dtype)).train(p.mode != "fwd")
     for name, parameter in ours.named_parameters():  # softmax takes what all keys have in common away: their gradient is rounding alone
         parameter.requires_grad_(not name.endswith("norm_k.bias"))
-    eager = as_authors(ours)
-
-    def call(m, i):
-        return m(i["x"])
-
-    def draw():
-        return {"x": torch.randn(p.B, 3, side, side), "dy": torch.randn(p.B, CLASSES)}
-
-    oracle = of_module(copy.deepcopy(eager).double(), call, ())
-    return Case(p, draw, {"lifeops": of_module(ours, call, (), truth=oracle), "eager": of_module(eager, call, (), truth=oracle)})
+    return whole.case(p, ours, as_authors(ours), CLASSES)
 
 
 BUILDERS = {"mvit_pool": mvit_pool, "mvitv2_tiny": mvitv2_tiny}

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from bench import whole
 from bench.case import Case, of_module
 from bench.op_systems import _view, _wide
 from bench.problems import Problem
@@ -50,36 +51,23 @@ def region_down(p: Problem, compile: bool) -> Case:
     return Case(p, draw, {"lifeops": of_module(ours, call, truth=oracle), "eager": of_module(eager, call, truth=oracle)})
 
 
+def _authors(parent: nn.Module, name: str, child: nn.Module) -> nn.Module | None:
+    """The authors' counterpart of a stage, or of a norm of the patch embedding; None for any other module."""
+    if isinstance(child, RegionStage):
+        return EagerRegionStage(child)
+    return whole.with_weights(EagerLayerNorm2d(child.weight.shape[1], child.eps), child) if type(child) is LayerNorm2d else None
+
+
 def as_authors(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose stages and norms run as the authors run them."""
-    model = copy.deepcopy(model)
-    for i, stage in enumerate(model.layers):
-        if isinstance(stage, RegionStage):
-            model.layers[i] = EagerRegionStage(stage)
-    for parent in list(model.patch_embed.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is LayerNorm2d:
-                norm = EagerLayerNorm2d(child.weight.shape[1], child.eps)
-                norm.load_state_dict(child.state_dict())
-                setattr(parent, name, norm.to(child.weight.dtype))
-    return model
+    return whole.exchanged(model, _authors)
 
 
 def regionvit_tiny(p: Problem, compile: bool) -> Case:
-    side = 16 * p.H
-    ours = regionvit("tiny", img_size=side, num_classes=CLASSES).to(getattr(torch, p.dtype)).train(p.mode != "fwd")
+    ours = regionvit("tiny", img_size=16 * p.H, num_classes=CLASSES).to(getattr(torch, p.dtype)).train(p.mode != "fwd")
     for name, parameter in ours.layers[-1].block[-1].named_parameters():  # the last block's patches reach nothing
         parameter.requires_grad_(name != "attn.rel_pos")
-    eager = as_authors(ours)
-
-    def call(m, i):
-        return m(i["x"])
-
-    def draw():
-        return {"x": torch.randn(p.B, 3, side, side), "dy": torch.randn(p.B, CLASSES)}
-
-    oracle = of_module(copy.deepcopy(eager).double(), call, ())
-    return Case(p, draw, {"lifeops": of_module(ours, call, (), truth=oracle), "eager": of_module(eager, call, (), truth=oracle)})
+    return whole.case(p, ours, as_authors(ours), CLASSES)
 
 
 BUILDERS = {"region_down": region_down, "regionvit_tiny": regionvit_tiny}
