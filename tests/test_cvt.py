@@ -4,6 +4,7 @@ import copy
 import re
 
 import pytest
+import system_checks
 import torch
 from torch import nn
 
@@ -106,16 +107,8 @@ def test_the_scale_is_that_of_all_channels():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
 def test_low_precision(dtype, training):
-    module = _module().train(training)
     x = torch.randn(4, 2 + 30, 12, dtype=torch.float64)
-    expected = copy.deepcopy(module)(x, (5, 6))
-    low = copy.deepcopy(module).to(dtype)
-    y = low(x.to(dtype), (5, 6))
-    assert y.dtype == dtype
-    y.sum().backward()
-    assert all(p.grad.dtype == dtype for p in low.parameters())
-    error = (y.double() - expected).abs().max() / expected.abs().max()
-    assert error < {torch.float32: 2e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    system_checks.low_precision(_module().train(training), x, (5, 6), dtype)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -358,25 +351,13 @@ def test_drop_path_rises():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_compiled(training):
-    torch._dynamo.reset()
-    model = tiny().train(training)
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(2, 3, 32, 32)
-    y, expected = compiled(x), twin(x)
-    torch.testing.assert_close(y, expected)
-    y.square().sum().backward(), expected.square().sum().backward()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+    system_checks.compiled(tiny().train(training), torch.randn(2, 3, 32, 32))
 
 
 def test_exported():
-    model = tiny()
-    x = torch.randn(2, 3, 32, 32)
-    program = torch.export.export(model, (x,))
-    assert not [n for n in program.graph.nodes if "lifeops" in str(n.target)]
-    torch.testing.assert_close(program.module()(x), model(x))
-    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+    model, x = tiny(), torch.randn(2, 3, 32, 32)
+    system_checks.exported(model, x)
+    system_checks.traced(model, x)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints

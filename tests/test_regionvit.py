@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import system_checks
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -302,9 +303,7 @@ def test_compile_export_and_state_dict(size, tmp_path):
     y = model(x)
     torch._dynamo.reset()  # of another size it would trace symbols, slowly
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), y)
-    program = torch.export.export(model, (x,))
-    torch.testing.assert_close(program.module()(x), y)
-    assert not any("lifeops" in str(node.target) for node in program.graph.nodes)
+    system_checks.exported(model, x)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     again = quiet(lifeops.load_official, tmp_path / "model.pt", img_size=size)
     assert torch.equal(again(x), y)
@@ -355,20 +354,9 @@ def test_both_names_of_the_step_are_stored_and_one_tensor():
 
 
 def test_gradients_of_each_image():
-    """Under torch.func as one by one."""
     torch.manual_seed(0)
     model, x = _randomised(RegionViT(**TINY, peg=True)).double(), torch.randn(2, 3, 32, 36, dtype=torch.float64)
-    parameters = dict(model.named_parameters())
-
-    def loss(parameters, image):
-        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
-    for i in range(2):
-        model.zero_grad()
-        model(x[i : i + 1]).square().sum().backward()
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(found[name][i], torch.zeros_like(p) if p.grad is None else p.grad, rtol=1e-9, atol=1e-9)
+    system_checks.gradients_of_each_image(model, x, 1e-9, unused=True)
 
 
 @pytest.mark.parametrize("training", [False, True])
