@@ -5,9 +5,6 @@ of their own. One check by hand: TRITON_INTERPRET=1 pytest -o "python_functions=
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,24 +13,18 @@ import torch
 pytest.importorskip("triton")
 
 from test_triton_budgets import python
+from test_triton_ops import _interpreted
 
 FILE = Path(__file__)
 SAMPLES = ("past_a_tile", "no_keys", "padding_and_mask", "life_scale")
 
 
-def _interpreted(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *arguments]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "LIFEOPS_TEST_BACKEND": "triton"}
-    done = subprocess.run(command, cwd=FILE.parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
 def test_in_the_interpreter():
-    _interpreted("-o", "python_functions=check_*", FILE.name)
+    _interpreted(FILE.name, "", "-o", "python_functions=check_*")
 
 
 def test_registry_cases_in_the_interpreter():
-    _interpreted("test_ops.py", "-k", f"local_attention and test_oracle and float32 and ({' or '.join(SAMPLES)})")
+    _interpreted("test_ops.py", f"local_attention and test_oracle and float32 and ({' or '.join(SAMPLES)})")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,6 @@ of their own. One check by hand: TRITON_INTERPRET=1 pytest -o "python_functions=
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from test_triton_budgets import python
+from test_triton_ops import _interpreted
 
 FILE = Path(__file__)
 SAMPLES = ("s8", "spare", "even_same", "rectangle", "wide_padding", "multiplied_zero", "average_inside", "max_up", "skip_s4")
@@ -37,20 +35,13 @@ CASES = (
 PLAIN = Case("plain", 3, 6, 7, 1, 5, 1, (3, 3), (2, 2), (1, 1))
 
 
-def _interpreted(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *arguments]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "LIFEOPS_TEST_BACKEND": "triton"}
-    done = subprocess.run(command, cwd=FILE.parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
 def test_in_the_interpreter():
-    _interpreted("-o", "python_functions=check_*", FILE.name)
+    _interpreted(FILE.name, "", "-o", "python_functions=check_*")
 
 
 def test_registry_cases_in_the_interpreter():
     ops = "strided or transpose or token_pool"
-    _interpreted("test_ops.py", "-k", f"test_oracle and float32 and ({ops}) and ({' or '.join(f'-{s}-' for s in SAMPLES)})")
+    _interpreted("test_ops.py", f"test_oracle and float32 and ({ops}) and ({' or '.join(f'-{s}-' for s in SAMPLES)})")
 
 
 def _draw(case, dtype=torch.float32, integers=False):

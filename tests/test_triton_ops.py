@@ -17,10 +17,11 @@ SAMPLES = "plain", "zero_residual", "drop_residual", "transposed_dy", "scalar_dy
 SELECTION = f"test_oracle and float32 and ({' or '.join(SAMPLES)})"
 
 
-def _interpreted(file: str, selection: str) -> int:
+def _interpreted(file: str, selection: str = "", *options: str) -> int:
     """How many of the tests chosen pass with every kernel interpreted; all must."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "LIFEOPS_TEST_BACKEND": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", file, "-k", selection]
+    chosen = ["-k", selection] if selection else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", file, *chosen, *options]
     done = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return int(done.stdout.split(" passed")[0].split()[-1])
