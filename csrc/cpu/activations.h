@@ -88,13 +88,18 @@ inline __attribute__((always_inline)) vec_t<float> fused(vec_t<float> a, vec_t<f
   return (vec_t<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
+// min(|v|, bound) in one instruction; the bound where v is NaN, which positive_part lets through.
+inline __attribute__((always_inline)) vec_t<float> bounded_abs_or_bound(vec_t<float> v, float bound) {
+  return (vec_t<float>)_mm512_range_ps((__m512)v, _mm512_set1_ps(bound), 0b1010);  // the smaller magnitude, its sign cleared
+}
+
 template <int N> struct TailPieces {
   __m512i k[N];
   vec_t<float> r[N];
   explicit inline __attribute__((always_inline)) TailPieces(const vec_t<float>* v) {
 #pragma GCC unroll 4
     for (int t = 0; t < N; ++t) {
-      const vec_t<float> a = bounded_abs<float>(v[t], kTableBound), shifted = a * (1 / kGeluStep) + 12582912.0f;  // as in exp2_negative
+      const vec_t<float> a = bounded_abs_or_bound(v[t], kTableBound), shifted = a * (1 / kGeluStep) + 12582912.0f;  // as in exp2_negative
       k[t] = _mm512_castps_si512((__m512)shifted);  // of which the permutation reads five bits
       r[t] = a * (1 / kGeluStep) - (shifted - 12582912.0f);
     }

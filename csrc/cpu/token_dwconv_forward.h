@@ -87,16 +87,16 @@ inline __attribute__((always_inline)) void sum_tile_at(At at, const A* const* ro
     for (int t = 0; t < kWidth; ++t) acc[r][t] = bias;
   if constexpr (kTaps > 0) K = kTaps;
   for (int k = k0; k < k1; ++k) {
-    const A *x = rows[k], *w = weight + k * K * kBlock, *w_below = w - K * kBlock;
-    const bool first = kRows == 1 || k == 0, last = kRows == 2 && k == K;
+    const A *w = weight + k * K * kBlock, *w_below = w - K * kBlock;
+    const bool first = kRows == 1 || k == 0, last = kRows == 2 && k == K;  // each reads rows[k] itself: gcc would load a whole row before it asks
     if constexpr (kTaps > 0) {
-      if (first) add_one_window<kWidth, kTaps, A>(acc[0], x, at, w);
-      else if (last) add_one_window<kWidth, kTaps, A>(acc[kRows - 1], x, at, w_below);
-      else add_two_window<kWidth, kTaps, A>(acc[0], acc[kRows - 1], x, at, w, w_below);
+      if (first) add_one_window<kWidth, kTaps, A>(acc[0], rows[k], at, w);
+      else if (last) add_one_window<kWidth, kTaps, A>(acc[kRows - 1], rows[k], at, w_below);
+      else add_two_window<kWidth, kTaps, A>(acc[0], acc[kRows - 1], rows[k], at, w, w_below);
     } else {
-      if (first) add_one<kWidth, A>(acc[0], x, at, w, K);
-      else if (last) add_one<kWidth, A>(acc[kRows - 1], x, at, w_below, K);
-      else add_two<kWidth, A>(acc[0], acc[kRows - 1], x, at, w, w_below, K);
+      if (first) add_one<kWidth, A>(acc[0], rows[k], at, w, K);
+      else if (last) add_one<kWidth, A>(acc[kRows - 1], rows[k], at, w_below, K);
+      else add_two<kWidth, A>(acc[0], acc[kRows - 1], rows[k], at, w, w_below, K);
     }
   }
 #pragma GCC unroll 2

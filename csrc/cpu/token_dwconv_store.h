@@ -155,7 +155,9 @@ inline __attribute__((always_inline)) void store_plainly(const vec_t<A>* acc, in
   *ahead = next;
 }
 
-template <class T, class A = typename AccOf<T>::type> void store_tile(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out, Ahead* ahead) {
+// Inlined by name, or gcc keeps `ahead` and `out` in memory.
+template <class T, class A = typename AccOf<T>::type>
+inline __attribute__((always_inline)) void store_tile(const vec_t<A>* acc, int rows, int width, const TileTarget<T>& out, Ahead* ahead) {
   const bool full = out.n >= Vec<A>::kLanes;
   if (!out.extras) {
     if (!full) return out.residual ? store_plainly<T, false, true>(acc, rows, width, out, ahead) : store_plainly<T, false, false>(acc, rows, width, out, ahead);
