@@ -358,3 +358,36 @@ def test_operators_under_autocast(name, backend):
         got = testing.tensors(torchlib.overload(op)(*args))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_torch_attends_where_no_kernel_is_built(monkeypatch):
+    """What no query sees does not reach it, NaN included; forward and backward as of the reference."""
+    from lifeops.ops.local_attention import cpu
+
+    monkeypatch.setattr(cpu, "_compiled", lambda seed: False)
+    attn_mask = torch.rand(1, 3, 1 + H * W, 1 + H * W) > 0.3
+    attn_mask[..., 5] = False
+    found = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(B, 3, 1 + H * W, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+        with torch.no_grad():
+            k[0, :, 5], v[1, :, 5] = torch.nan, torch.inf
+        y = lifeops.local_attention(q, k, v, grid=(H, W), num_prefix_tokens=1, attn_mask=attn_mask, backend=backend)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    assert found[0][0].isfinite().all()
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("act", ["gelu", "silu"])
+def test_feed_forward_on_another_device(act):
+    """Shapes and dtypes of what a device without kernels of ours computes, gradients too."""
+    from lifeops.ops.feed_forward import FeedForward
+
+    sizes = (B, H * W, C), (2 * C, C), (2 * C,), (C, 2 * C), (C,)
+    args = [torch.empty(size, device="meta", dtype=torch.bfloat16, requires_grad=True) for size in sizes]
+    y = FeedForward.apply(*args, act, None)
+    assert (y.shape, y.dtype) == (args[0].shape, torch.bfloat16)
+    y.sum().backward()
+    assert [(a.grad.shape, a.grad.dtype) for a in args] == [(a.shape, a.dtype) for a in args]

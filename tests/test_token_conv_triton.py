@@ -163,6 +163,22 @@ def check_the_largest(dtype, poison):
         assert torch.equal(token_pool_bwd(dy, x, *place), spec.reference_bwd(dy, x, *place))
 
 
+@pytest.mark.parametrize("count_include_pad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def check_the_mean(dtype, count_include_pad):
+    """Windows in the corners and, rounded up, past the padding: torch's divisors, forward and backward."""
+    from lifeops.kernels.token_pool import token_pool, token_pool_bwd
+    from lifeops.ops.token_pool import spec
+
+    x = torch.rand(2, 1 + 7 * 8, 5, dtype=dtype)
+    for window in ((3, 3, 7, 8, 1, 2, 2, 1, 1), (2, 5, 7, 8, 1, 1, 3, 1, 2), (4, 2, 7, 8, 1, 3, 2, 2, 0)):
+        place = *window, "keep", True, count_include_pad, "triton"
+        want = spec.reference(x, "avg", *place)
+        torch.testing.assert_close(token_pool(x, "avg", *place), want)
+        dy = torch.rand_like(want)
+        torch.testing.assert_close(token_pool_bwd(dy, None, "avg", *place), spec.reference_bwd(dy, None, "avg", *place))
+
+
 def check_reasons_against():
     from lifeops.kernels import token_conv, token_conv_grad, token_pool
     from lifeops.ops.token_conv.spec import Problem

@@ -19,13 +19,13 @@ _FOLD = "fold_batch_norms_"
 
 
 def on_batch(norm: nn.Module) -> bool:
-    """The norm takes its statistics from the batch: in training mode, or without running ones."""
-    return norm.training or norm.running_mean is None
+    """The norm takes its statistics from the batch: in training mode, or without running ones. What ``fuse_`` leaves of one never does."""
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and (norm.training or norm.running_mean is None)
 
 
 def check_patches(op: str, layers: Iterable[nn.Module], x: torch.Tensor, grid: tuple[int, int]) -> None:
     """Raise ValueError where a batch norm among ``layers`` would take its statistics from a grid without patches."""
-    if 0 in grid and any(on_batch(m) for m in layers if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+    if 0 in grid and any(map(on_batch, layers)):
         raise ValueError(f"{op}: expected more than 1 value per channel when training, got {tuple(x.shape)}, no patches")
 
 
