@@ -28,6 +28,7 @@ CPU_TESTS = (  # of the compiled kernels: one instruction set through everything
     ["test_ops.py", "test_nan.py", "-k", "{isa}"],
     ["test_ops.py", "test_edges.py", "test_errors.py", "test_build.py", "-k", "float32 or residual or refuses or message"],
     ["fuzz/test_operators.py", "-k", "not (image or attention or life_qkv)"],
+    ["test_token_conv.py", "test_local_attention.py", "test_attention_edges.py"],
 )
 
 

@@ -46,6 +46,8 @@ def samples() -> tuple[Sample, ...]:
         Sample("k1", "point-wise scaling: no halo", K=1),
         Sample("k7", "the largest tuned kernel", H=9, W=8, K=7, C=16),
         Sample("k9", "past the tuned kernels", H=6, W=7, K=9, bias=False),
+        Sample("k11", "filter gradients have code for every K", H=6, W=5, K=11, C=5),
+        Sample("k13", "filter gradients have code for every K", H=5, W=7, K=13, C=17, bias=False),
         Sample("k15", "the largest kernel promised", H=5, W=6, K=15, C=5),
         Sample("segments", "W past one column segment", H=3, W=35, C=16, K=5),
         Sample("w16", "exactly one segment of 16", H=3, W=16, C=8, K=7),
