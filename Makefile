@@ -8,11 +8,13 @@ PYTEST_ARGS ?= -n 2
 # quantised layers (torchao), offloading (accelerate), attributions (captum), counters (fvcore, thop, ptflops, torchinfo), exported
 # programs (onnx, onnxscript, onnxruntime, openvino).
 TOOLS = peft transformers torchao accelerate captum fvcore thop ptflops torchinfo onnx onnxscript onnxruntime openvino
+# What builds the documentation (mkdocs.yml); PyYAML reads what stands at the top of its pages.
+DOCS = mkdocs-material "mkdocstrings[python]" mkdocs-awesome-nav pyyaml
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants reliability hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants reliability hosts bench budgets readme docs clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -99,8 +101,13 @@ budgets: $(VENV)/test.ready
 	$(BIN)/python tests/cuda_budgets.py
 	$(BIN)/python tests/cuda_conv_budgets.py
 
+# Generated parts of README.md and docs/.
 readme: $(VENV)/test.ready
 	$(BIN)/python -m bench.readme
+
+# The documentation as a site, build/site/index.html, strictly and without a network; `make test` builds it, too.
+docs: $(VENV)/test.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/torch.ready:
 	$(PYTHON) -m venv $(VENV)
@@ -117,7 +124,7 @@ $(VENV)/demo.ready: $(VENV)/built.ready
 	touch $@
 
 $(VENV)/test.ready: $(VENV)/built.ready
-	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff $(TOOLS)
+	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff $(TOOLS) $(DOCS)
 	touch $@
 
 $(VENV)/coverage.ready: $(VENV)/test.ready

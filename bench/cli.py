@@ -16,10 +16,11 @@ from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, TIMM, Problem, compil
 from lifeops.cli.main import ended_plainly, told_plainly
 from lifeops.files import make_folder
 
-COMMANDS = ("accelerate", "compare", "module_check", "page", "scaling", "tune")
+COMMANDS = ("accelerate", "compare", "demo", "module_check", "page", "scaling", "tune")
 MORE = """commands:
   python -m bench accelerate     the modules that lifeops.accelerate takes, beside the originals
   python -m bench compare A B    two files of rows, problem by problem, with what changed by more than the quartiles
+  python -m bench demo           `lifeops demo`, its numbers stored and put into the pages and their picture
   python -m bench scaling        cost against grid, batch, channels and threads
   python -m bench module_check   what it costs a fused module to see that its layers are plain
   python -m bench page           docs/performance.md and its figures, from bench/results/

@@ -1,6 +1,7 @@
-"""The generated parts of README.md: tables of systems, of ops by backends and dtypes, of the environment. `make readme` writes them.
+"""The generated parts of README.md and docs/: systems, ops by backends and dtypes, the environment, the demo. `make readme` writes them.
 
-``--check`` exits 1 where README.md is not what would be written; a test runs it.
+A part lies between ``<!-- NAME ARGUMENTS -->`` and ``<!-- /NAME -->``, on any page. ``--check`` exits 1 where a page is not what would be
+written, and names it; a test runs it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,21 @@ import re
 import sys
 from pathlib import Path
 
-from bench.systems_table import systems_table
+from bench import demo
+from bench.systems_table import system_facts, systems_table
 from lifeops import config, registry
+from lifeops.cost.model_cost import model_cost
+from lifeops.demo.train import SYSTEMS
 from lifeops.files import written
+from lifeops.models.named import image_size, named, systems_of
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 NAMES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+LABELS = {name: system.label for name, system in SYSTEMS.items()}
 BACKENDS = {"reference": "PyTorch", "cpu": "CPU C++", "triton": "Triton", "cuda": "CUDA C++"}
 
 
-def op_table() -> str:
+def op_table(page: Path) -> str:
     """One row per op: what each backend implements. Read from the registry and the sources, not from this machine."""
     lines = ["| op | " + " | ".join(f"{name} (`{key}`)" for key, name in BACKENDS.items()) + " |", "|---" * (len(BACKENDS) + 1) + "|"]
     for op in registry.ops.values():
@@ -38,12 +44,12 @@ def _implements(op: str, backend: str) -> bool:
 
     if backend in ("cpu", "cuda") and op in native._IMPLEMENTATIONS:
         operator, _ = native._IMPLEMENTATIONS[op]
-        return any(f'm.impl("{operator}"' in path.read_text() for path in (README.parent / "csrc" / backend).glob("*.c*"))
+        return any(f'm.impl("{operator}"' in path.read_text() for path in (ROOT / "csrc" / backend).glob("*.c*"))
     registry.load(backend)
     return backend in registry.ops[op].impls
 
 
-def environment_table() -> str:
+def environment_table(page: Path) -> str:
     lines = ["| variable | values | what it does |", "|---|---|---|"]
     for s in config.SWITCHES:
         values = ", ".join(f"`{v}`" for v in s.values if v)
@@ -51,26 +57,44 @@ def environment_table() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"ops": op_table, "environment": environment_table, "systems": systems_table}
+def flops_table(page: Path, model: str) -> str:
+    """Of one model's systems, per image."""
+    columns = "parameters M", "GMACs", "trained", "saved MiB"
+    lines = [f"| `lifeops flops {model}` | {' | '.join(columns)} |", "|---" + "|---:" * len(columns) + "|"]
+    for system in systems_of(model):
+        cost = model_cost(lambda s=system: named(model, s, num_classes=1000), image_size(model, None), 1)
+        cells = f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e9:.3f}", f"{cost.train_macs / 1e9:.3f}", f"{cost.saved / 2**20:.1f}"
+        lines.append(f"| {LABELS.get(system, system)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def generated(text: str) -> str:
-    for name, make in PARTS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"README.md has no <!-- {name} --> … <!-- /{name} --> part")
-        text = pattern.sub(lambda m, make=make: m[1] + make() + "\n" + m[2], text)
-    return text
+PARTS = {
+    "ops": op_table, "environment": environment_table, "systems": systems_table, "system": system_facts, "choice": demo.choice_table,
+    "demo": demo.accuracy_table, "demo-cost": demo.cost_table,
+    "finetune": demo.finetune_table, "flops": flops_table,
+}  # fmt: skip
+"""Functions of the page's path and the arguments in the mark."""
+_PART = re.compile(rf"(<!-- ({'|'.join(PARTS)})((?: [\w-]+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """The README and every page of the documentation."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def generated(page: Path) -> str:
+    """The page's text as it should be."""
+    return _PART.sub(lambda m: m[1] + PARTS[m[2]](page, *m[3].split()) + "\n" + m[4], page.read_text())
 
 
 def main(argv: list[str]) -> int:
-    before = README.read_text()
-    after = generated(before)
-    if "--check" in argv:
-        return int(before != after)
-    with written(README) as part:
-        part.write_text(after)
-    return 0
+    stale = {page: text for page in pages() if (text := generated(page)) != page.read_text()}
+    for page, text in stale.items():
+        print(page.relative_to(ROOT))
+        if "--check" not in argv:
+            with written(page) as part:
+                part.write_text(text)
+    return int("--check" in argv and bool(stale))
 
 
 if __name__ == "__main__":

@@ -1,64 +1,49 @@
-"""README.md's table of the systems: what each is made of here, and how much faster that is than its authors' code.
+"""The tables of the systems: what each is made of here, and how much faster that is than its authors' code.
 
-What a row names is looked up: an op, module, model or test file that is gone is an error, and the speed is that of the stored rows.
+A system is a page in docs/systems/; what the tables say of it stands at the page's top, and adding a system is adding a page. What is
+named there is looked up: an op, module, model or test file that is gone is an error, and the speed is that of the stored rows.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 import lifeops
 from bench import rows, tables
 
 ROOT = Path(__file__).parent.parent
+PAGES = ROOT / "docs" / "systems"
 
 
 class System(NamedTuple):
     """``rows``: the benchmarks of its module and its model. ``loads``: whether load_official reads its authors' files."""
 
     name: str
-    ops: tuple[str, ...]
-    modules: tuple[str, ...]
-    models: tuple[str, ...]
-    loads: bool
-    tests: tuple[str, ...]
-    rows: tuple[str, ...]
+    source: str
+    ops: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    loads: bool = False
+    tests: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
 
 
-SYSTEMS = (
-    System(
-        "LIFE", ("life_qkv", "token_dwconv", "local_attention"), ("LifeQKV", "LifeAttention"), ("VisionTransformer",), True,
-        ("test_life", "test_official_sizes"), ("life_attention", "vit_life"),
-    ),
-    System(
-        "LocalViT", ("token_dwconv",), ("LocalityFeedForward", "LocalViTBlock"), ("localvit",), True, ("test_localvit",),
-        ("localvit_ffn", "vit_localvit"),
-    ),
-    System(
-        "DW shortcut", ("token_dwconv",), ("DWShortcut", "wrap"), ("dw_shortcut",), True, ("test_dw_shortcut",),
-        ("dw_shortcut_block", "vit_dw_shortcut"),
-    ),
-    System(
-        "CvT", ("token_dwconv_multi", "token_pool"), ("ConvProjectionAttention",), ("cvt",), True, ("test_cvt",),
-        ("cvt_projections", "cvt_attention", "cvt_13"),
-    ),
-    System(
-        "MViT", ("token_dwconv", "token_pool"), ("PoolingAttention",), ("mvitv2",), True, ("test_mvit",), ("mvit_pool", "mvitv2_tiny"),
-    ),
-    System(
-        "EdgeViT", ("token_dwconv", "token_dwconv_transpose", "token_pool"), ("LocalAgg", "GlobalSparseAttention"), ("edgevit",), True,
-        ("test_edgevit",), ("edgevit_local_agg", "edgevit_xs"),
-    ),
-    System(
-        "RegionViT", ("token_dwconv",), ("RegionalAttention", "TwoGridDownsampling"), ("regionvit",), True, ("test_regionvit",),
-        ("region_down", "regionvit_tiny"),
-    ),
-    System("attention roll-out", ("rollout", "rollout_step"), (), (), False, ("test_rollout",), ("rollout",)),
-    System("structured initialisation", ("init.structured_", "init.impulse_qk"), (), (), False, ("test_init",), ()),
-)  # fmt: skip
+def system_of(page: Path) -> System:
+    """What stands at the top of a page."""
+    _, top, _ = page.read_text().split("---\n", 2)
+    return System(**yaml.safe_load(top))
+
+
+def systems() -> dict[Path, System]:
+    """Every system by its page, by name."""
+    found = {page: system_of(page) for page in PAGES.glob("*.md") if page.name != "index.md"}
+    return dict(sorted(found.items(), key=lambda item: item[1].name.lower()))
 
 
 def _names(module, names: tuple[str, ...]) -> str:
@@ -70,8 +55,8 @@ def _names(module, names: tuple[str, ...]) -> str:
 def _tests(names: tuple[str, ...]) -> str:
     for name in names:
         if not (ROOT / "tests" / f"{name}.py").exists():
-            raise SystemExit(f"bench/systems_table.py: tests/{name}.py is gone")
-    return ", ".join(f"[{name}](tests/{name}.py)" for name in names)
+            raise SystemExit(f"docs/systems: tests/{name}.py is gone")
+    return ", ".join(f"`tests/{name}.py`" for name in names)
 
 
 def _speed(found: dict, system: str) -> str:
@@ -85,14 +70,34 @@ def _speed(found: dict, system: str) -> str:
     return ", ".join(parts)
 
 
-def systems_table() -> str:
+@functools.cache
+def _measured() -> dict:
     every = [row for path in sorted((ROOT / "bench" / "results").glob("cpu*.csv")) for row in rows.read(path)]
-    found = tables.ratios(tables.measured(every))
-    columns = "system", "ops", "`lifeops.nn`", "`lifeops.models`", "authors' files", "tests", "times as fast as its authors' code, fp32"
+    return tables.ratios(tables.measured(every))
+
+
+def _speeds(system: System) -> str:
+    return "; ".join(f"`{name}` {text}" for name in system.rows if (text := _speed(_measured(), name))) or "-"
+
+
+def systems_table(page: Path) -> str:
+    """One row per system."""
+    columns = "system", "ops", "`lifeops.nn`", "`lifeops.models`", "authors' files", "times as fast as its authors' code, fp32"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for s in SYSTEMS:
-        speed = "; ".join(f"`{name}` {text}" for name in s.rows if (text := _speed(found, name))) or "-"
+    for path, s in systems().items():
         ops, modules, models = _names(lifeops, s.ops), _names(lifeops.nn, s.modules), _names(lifeops.models, s.models)
-        cells = s.name, ops, modules, models, "yes" if s.loads else "-", _tests(s.tests), speed
+        cells = f"[{s.name}]({path.name})", ops, modules, models, "yes" if s.loads else "-", _speeds(s)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def system_facts(page: Path) -> str:
+    """The facts on a system's own page."""
+    s = system_of(page)
+    facts = {
+        "source": s.source, "ops": _names(lifeops, s.ops), "`lifeops.nn`": _names(lifeops.nn, s.modules),
+        "`lifeops.models`": _names(lifeops.models, s.models),
+        "authors' checkpoints": "`lifeops.load_official` reads them" if s.loads else "-",
+        "times as fast as its authors' code, fp32": _speeds(s), "tests": _tests(s.tests),
+    }  # fmt: skip
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items() if text != "-")])

@@ -1,4 +1,4 @@
-"""Draws docs/token_dwconv.svg, the README's picture."""
+"""Draws the pictures of docs/op.md: docs/token_dwconv.svg and docs/prefix.svg."""
 
 from pathlib import Path
 
@@ -44,8 +44,34 @@ def picture():
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="560" height="270" font-family="sans-serif">{body}</svg>\n'
 
 
+def rule(y, words, cells, note):
+    """One line of the rules: what stands in each row of the result."""
+    step, colours = CELL + GAP, {"c": COLORS["prefix"], "d": COLORS["prefix"], "0": "#c8c8c8"}
+    drawn = "".join(
+        square(120 + i * step, y, colours.get(cell, COLORS["tap"]), {"c": "cls", "d": "dist"}.get(cell, cell))
+        for i, cell in enumerate(cells)
+        if cell != " "
+    )
+    return text(10, y + 18, words) + drawn + text(380, y + 18, note, 11)
+
+
+def prefix_picture():
+    x = row(28, ["cls", "dist", *range(6)], x=120)
+    lines = (
+        rule(78, 'prefix="keep"', ["c", "d", *["y"] * 6], "prefix rows copied (+ residual)"),
+        rule(112, 'prefix="zero"', ["0", "0", *["y"] * 6], "prefix rows 0 (+ residual)"),
+        rule(146, 'prefix="drop"', [" ", " ", *["y"] * 6], "no prefix rows: y is (B, H·W, C)"),
+    )
+    read = text(380, 46, "x: no patch reads a prefix token", 11)
+    body = text(10, 46, "x") + x + read + "".join(lines) + text(10, 194, "y: convolved patches, with stride s fewer of them; the rules are the same", 11)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="206" font-family="sans-serif">{body}</svg>\n'
+
+
 NEAR = {(r, c) for r in range(3) for c in range(3)}
 TAPS = tuple(r * 4 + c for r, c in NEAR)
 
+PICTURES = {"token_dwconv.svg": picture, "prefix.svg": prefix_picture}
+
 if __name__ == "__main__":
-    (Path(__file__).parent / "token_dwconv.svg").write_text(picture())
+    for name, draw in PICTURES.items():
+        (Path(__file__).parent / name).write_text(draw())

@@ -105,7 +105,7 @@ def register(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:  # fmt: skip
     """Enter ``fn`` as ``backend``'s implementation of ``op``; ``supports(problem)`` returns every reason why not. ``dtypes`` are
-    those it has kernels for: what the tests run and the README's table lists.
+    those it has kernels for: what the tests run and the table in docs/backends.md lists.
     """
     config.check_backend("register", backend)
     if op not in ops:
