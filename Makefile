@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants reliability hosts bench budgets readme docs clean
+.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants reliability hosts bench again budgets readme docs clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -90,8 +90,16 @@ else
 	$(BIN)/python -m bench.rollout --skip-time --level layers --out $(dir $(ROWS))rollout_memory.json
 	$(BIN)/python -m bench module_check --out $(dir $(ROWS))module_check.json
 	$(BIN)/python -m bench scaling --repeats 2
+	-$(BIN)/python -m bench again
+	$(BIN)/python -m bench.readme
 	$(BIN)/python -m bench page
 endif
+
+# What the pages refuse to show (docs/performance.md), measured anew, and the pages: minutes instead of hours. Commit first.
+again: $(VENV)/test.ready
+	-$(BIN)/python -m bench again $(ARGS)
+	$(BIN)/python -m bench.readme
+	$(BIN)/python -m bench page
 
 # Registers, spills and instructions per element of every GPU kernel variant on sm_80, sm_90 and sm_100, without a GPU.
 budgets: $(VENV)/test.ready

@@ -16,9 +16,10 @@ from bench.problems import DTYPES, LEVELS, MODES, SYSTEMS, TIMM, Problem, compil
 from lifeops.cli.main import ended_plainly, told_plainly
 from lifeops.files import make_folder
 
-COMMANDS = ("accelerate", "compare", "demo", "module_check", "page", "scaling", "tune")
+COMMANDS = ("accelerate", "again", "compare", "demo", "module_check", "page", "scaling", "tune")
 MORE = """commands:
   python -m bench accelerate     the modules that lifeops.accelerate takes, beside the originals
+  python -m bench again          what the pages refuse, measured anew; --list names it
   python -m bench compare A B    two files of rows, problem by problem, with what changed by more than the quartiles
   python -m bench demo           `lifeops demo`, its numbers stored and put into the pages and their picture
   python -m bench scaling        cost against grid, batch, channels and threads
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--allocator", choices=("warm", "default", "both"), default="warm", help="glibc keeps freed memory, or as it comes")
     p.add_argument("--repeats", type=int, default=1, help="fresh processes per regime")
     p.add_argument("--seconds", type=float, help="per problem and cache (default: 0.3, quick 0.15)")
-    p.add_argument("--quick", action="store_true", help="a subset of the sizes, under two minutes on two cores")
+    p.add_argument("--quick", action="store_true", help="a subset, about two minutes on two cores; its last lines say what came of it")
     p.add_argument("--out", type=Path, action="append", default=[], help="CSV or JSON file; rows of the same problems are replaced")
     p.add_argument("--figures", type=Path, help="folder for pictures of these rows")
     return p
@@ -91,14 +92,15 @@ def options(args, todo: list[Problem]) -> Options:
 
 
 def header(console: Console, device: str) -> None:
-    here = "" if device == "cuda" else "; not measured on a GPU"
-    console.print(f"{rows.machine(device)}, torch {torch.__version__}, triton {rows.triton_version()}, commit {rows.commit()}{here}")
+    console.print(f"{rows.machine(device)}, torch {torch.__version__}, triton {rows.triton_version()}, commit {rows.commit()}")
+    if device != "cuda":
+        console.print("not measured on a GPU")
     for line in optional.missing():
         console.print(line)
 
 
 def measure(args) -> int:
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 80)
     todo = chosen(args)
     o = options(args, todo)
     for path in args.out:  # before an hour of measuring, not behind it
@@ -116,7 +118,7 @@ def measure(args) -> int:
 
         for path in figures.draw(found, args.figures):
             console.print(f"wrote {path}")
-    console.print(f"{time.perf_counter() - start:.0f} s")
+    console.print(tables.verdict(found, time.perf_counter() - start, args.quick), highlight=False)
     return int(any(row["note"] for row in found))
 
 

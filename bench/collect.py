@@ -32,16 +32,20 @@ class Options:
     compiled: tuple[Problem, ...] = ()
 
 
-def process(todo: list[Problem], o: Options, threads: int, allocator: str, repeat: int) -> Iterator[dict]:
-    """One fresh process over all problems; yields what the worker writes."""
+def process(todo: list[Problem], o: Options, threads: int, allocator: str, repeat: int) -> Iterator[list[dict]]:
+    """One fresh process over all problems; yields what the worker found of each, and gives it the next one when asked for more."""
     env = {**os.environ, **(WARM_ALLOCATOR if allocator == "warm" else {}), "OMP_NUM_THREADS": str(threads)}
     settings = {"threads": threads, "seconds": o.seconds, "seed": repeat + 1, "device": o.device, "cache": o.cache, "backend": o.backend}
     command = [sys.executable, "-m", "bench.worker", *(f"--{k}={v}" for k, v in settings.items())]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
     try:
-        worker.stdin.write(json.dumps({"problems": todo, "compiled": [p for p in todo if p in o.compiled]}))
+        for p in todo:
+            worker.stdin.write(json.dumps((p, p in o.compiled)) + "\n")
+            worker.stdin.flush()
+            if not (line := worker.stdout.readline()):
+                break
+            yield json.loads(line)
         worker.stdin.close()
-        yield from map(json.loads, worker.stdout)
         if worker.wait():
             raise SystemExit(f"bench: a worker process ended with code {worker.returncode}")
     finally:  # in a session of its own it does not hear the terminal's Ctrl-C
@@ -65,22 +69,33 @@ def rows_of(entry: dict, facts: dict) -> list[dict]:
     return made + [common | {"variant": variant, "note": note} for variant, note in entry["wrong"].items()]
 
 
+def line(rows: list[dict]) -> str:
+    """What a finished case is told by where there is no progress bar: at most 80 columns."""
+    ours = next((row for row in rows if row["variant"] == "lifeops" and row["median_ms"] is not None), None)
+    p = Problem(*(rows[0][name] for name in Problem._fields))
+    text = f"{p.system} {p.mode} {p.name}"
+    if ours is None:
+        return f"{text} WRONG"[:70]
+    eager = [row["ratio"] for row in rows if row["variant"] in ("eager", "naive") and row["ratio"] is not None]
+    told = f"{text} {ours['median_ms']:.2f} ms"
+    return (told + (f", eager x{eager[0]:.2f}" if eager and len(told) < 56 else ""))[:70]
+
+
 def collect(todo: list[Problem], o: Options, console: Console, each: Callable[[list[dict]], None] = lambda rows: None) -> list[dict]:
-    """Rows of every process. ``each`` gets all so far when a system is done: the worker then checks the next one and times nothing."""
+    """Rows of every process. ``each`` gets all so far whenever a problem is done, while the worker waits."""
     facts = {"machine": rows.machine(o.device), "torch": torch.__version__, "triton": rows.triton_version(), "commit": rows.commit()}
     runs = [(t, a, r) for t in o.threads for a in o.allocators for r in range(o.repeats)]
     found, shown = [], (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=console, transient=True, refresh_per_second=1) as progress:
-        bar = progress.add_task("timing", total=len(todo) * len(runs))
+    total, done = len(todo) * len(runs), 0
+    with Progress(*shown, console=console, transient=True, refresh_per_second=1, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("timing", total=total)
         for threads, allocator, repeat in runs:
-            done = set()
-            for entry in process(todo, o, threads, allocator, repeat):
-                done.add(tuple(entry["problem"]))
-                if found and found[-1]["system"] != Problem(*entry["problem"]).system:
-                    each(found)
-                new = rows_of(entry, facts | {"threads": threads, "allocator": allocator, "repeat": repeat})
-                progress.update(bar, completed=runs.index((threads, allocator, repeat)) * len(todo) + len(done))
-                progress.update(bar, description=f"{new[0]['system']} {new[0]['mode']}")
+            for entries in process(todo, o, threads, allocator, repeat):
+                done += 1
+                new = [row for e in entries for row in rows_of(e, facts | {"threads": threads, "allocator": allocator, "repeat": repeat})]
                 found += new
-            each(found)
+                progress.update(bar, completed=done, description=f"{new[0]['system']} {new[0]['mode']}")
+                if not console.is_terminal:
+                    console.print(f"{done:>4}/{total:<4} {line(new)}", highlight=False, soft_wrap=True)
+                each(found)
     return found

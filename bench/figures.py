@@ -9,7 +9,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from bench import rows as store
 from bench import scaling, tables
 from bench.baselines import does_same_work
 from lifeops.files import written
@@ -18,7 +17,8 @@ COLOURS = dict(zip(("eager", "onednn", "compiled", "compiled_shifts", "naive", "
 BOUND_COLOURS = {"bytes": "tab:blue", "flops": "tab:orange", "issue": "tab:green"}
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """The same bytes for the same picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as part:
         figure.savefig(part, dpi=90, format="png", metadata={"Software": None})
@@ -106,9 +106,10 @@ def draw(rows: list[dict], folder: Path, name: str = "bench") -> list[Path]:
     title = ", ".join(sorted({row["machine"] for row in rows}))
     for kind, figure in (("ratios", ratio_figure(rows, title)), ("share", share_figure(rows, title)), ("scaling", scaling_figure(rows))):
         if figure is not None and (kind == "scaling") == name.startswith("scaling"):
-            made.append(_save(figure, folder / f"{name}{'' if kind == 'scaling' else '_' + kind}.png"))
+            made.append(save(figure, folder / f"{name}{'' if kind == 'scaling' else '_' + kind}.png"))
     return made
 
 
-def draw_files(paths: list[Path], folder: Path) -> list[Path]:
-    return [made for path in paths for made in draw(store.read(path), folder, path.stem)]
+def draw_files(found: dict[str, list[dict]], folder: Path) -> list[Path]:
+    """Those of several files' rows, by the files' names."""
+    return [made for name, rows in found.items() for made in draw(rows, folder, name)]

@@ -68,7 +68,7 @@ Row `module_check`, {machine}, commit {commit}: at every call a fused module see
 
 
 def lines(found: dict) -> list[str]:
-    """The section of docs/performance.md."""
+    """The section of docs/performance/scaling.md."""
     empty = found["rows"][-1]["us"]
     body = [f"| {r['module']} | {r['layers']} | {r['us']:.2f} | {r['us'] / empty:.1f} |" for r in found["rows"]]
     return [_SECTION.format(machine=found["machine"], commit=found["commit"], promised=PROMISED) + "\n".join(body), ""]

@@ -1,4 +1,7 @@
-"""`python -m bench page`: writes docs/performance.md and its pictures from the rows in bench/results/ and from nothing else."""
+"""`python -m bench page`: writes docs/performance.md, the pages and pictures in docs/performance/, from the rows in bench/results/ alone.
+
+Rows that cannot be (bench/refused.py) are left out and named; then it ends with 1, and `python -m bench again` measures them anew.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,46 @@ import statistics
 from itertools import groupby
 from pathlib import Path
 
-from bench import module_check, scaling_page
+from bench import module_check, scaling_page, summary
 from bench import rows as store
 from bench.problems import targets
+from bench.refused import RESULTS, accepted, refused, shown, stored
+from bench.refused import lines as refused_lines
 from bench.tables import Key, faster, losing, measured, missed, ratios, spread, wrong
 from lifeops.files import written
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "performance.md"
-PICTURES = "performance"
-INTRO = """# Performance
+FOLDER = ROOT / "docs" / "performance"
+FIRST = """# Performance
+
+{facts}
+
+![times as fast as what people write, for each op, block and model](performance/summary.png)
+
+{message}
+
+How many times as fast as each, geometric mean over sizes (range): float32, inputs in the caches, two threads. "Inference" and "training
+step" are against what people write: the patches viewed as a map, conv2d, viewed back, cat; the authors' code; timm's blocks. The three
+columns behind them are inference / training step against the bare library convolution on a ready map, torch.compile of what people
+write, and the plain layer or model without its local part: below 1 there is the price of locality, which no kernel can remove. "Closest
+case": where a baseline of the same work comes nearest, or is ahead (below 1).
+
+{table}
+
+- [Every row](performance/tables.md): sizes, bfloat16, cold caches, gradients alone, memory, share of the machine's limit, promises kept.
+- [How cost grows with size](performance/scaling.md), memory of the roll-out, what it costs to look at the layers.
+- Measure it here: `python -m bench --quick` takes two minutes, `python -m bench op --system token_dwconv` one op; `python -m bench
+  compare A B` sets stored rows side by side; `pytest bench --benchmark-only` is the same as a pytest-benchmark suite.
+
+## Refused
+
+Rows that cannot be (more than 110 % of the machine's limit, a training step faster than its backward, K 5 taking 1.3 times as long as K 7,
+quartiles 1.5 apart) or that were measured with uncommitted changes are on no page until `python -m bench again` has measured them anew.
+
+{refused}
+"""
+INTRO = """# Every row
 
 Written by `python -m bench page` from the rows in `bench/results/`. A baseline's figure is how many times slower it is than lifeops
 in the same run, variants interleaved call by call, in an order drawn anew each round, on the same rotated random inputs: the median
@@ -30,7 +62,8 @@ tensors gets no number.
   training step.
 - Columns: GB/s of compulsory traffic (inputs and parameters once, results once), TFLOP/s of the registry's FLOPs (MAC = 2), the
   share of the speed of light (the larger of the two times that a copy of the same bytes and a large matrix product, measured in the
-  same run, would take) and which of them binds; peak memory of a call, what is saved for backward, operator calls dispatched.
+  same run in a quiet moment, would take) and which of them binds; peak memory of a call, what is saved for backward, operator calls
+  dispatched.
 - Baselines of the same work: `eager` is what people write (view as a map, conv2d, view back, cat; modules: the authors' code;
   timm's own blocks as they are), `onednn` the bare convolution on a ready channels-last map, `compiled` torch.compile of `eager`,
   `compiled_shifts` of an unrolled shift-and-add, `naive` roll-out with the matrices written out.
@@ -40,7 +73,7 @@ tensors gets no number.
   replaces, `sdpa` attention without a local term, `product` the scores alone, `clone` a copy of the same bytes.
 - "promise": whether the library's own target for that row was met.
 """
-NO_GPU = "**No GPU has been measured.** Until one is, the evidence for the GPU kernels is static: `make budgets`.\n"
+NO_GPU = "**No GPU has been measured.** Until one is, the evidence for the GPU kernels is static: `make budgets`."
 
 
 def _mb(size) -> str:
@@ -99,7 +132,7 @@ def _section(path: Path, rows: list[dict]) -> list[str]:
     where = "" if store.is_gpu(first) else " Measured on a CPU; not measured on a GPU."
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines = [f"## {first['machine']}", "", f"torch {first['torch']}, commit {commits}, `{path.name}`.{where}", ""]
-    lines += [f"![{kind}]({PICTURES}/{path.stem}_{kind}.png)" for kind in ("ratios", "share") if _has(kind, rows)]
+    lines += [f"![{kind}]({path.stem}_{kind}.png)" for kind in ("ratios", "share") if _has(kind, rows)]
     broken, slower = losing(rows)
     red = wrong(rows)
     summary = (
@@ -127,17 +160,41 @@ def _rollout_memory(path: Path) -> list[str]:
     return [*lines, ""]
 
 
-def page() -> str:
-    files = {path: store.read(path) for path in sorted(RESULTS.glob("*.csv"))}
+def _facts(rows: list[dict]) -> str:
+    """Where the first page's rows are from."""
+    machines = dict.fromkeys((row["machine"], row["torch"]) for row in rows)
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return f"Measured on {'; '.join(f'{m}, torch {t}' for m, t in machines)}; commit {commits}. Written by `python -m bench page`."
+
+
+def _first(files: dict[Path, list[dict]]) -> str:
+    kept = [row for rows in files.values() for row in accepted(rows)]
+    found, count = summary.lines(kept), sum(len(refused(rows)) for rows in files.values())
+    left = [f"- `{path.name}`: {line}" for path, rows in files.items() for line in refused_lines(rows)] or ["None."]
+    no_gpu = [] if any(store.is_gpu(row) for row in kept) else [NO_GPU]
+    return FIRST.format(
+        facts="\n\n".join([_facts(measured(kept)), *no_gpu]), message="\n".join(summary.message(found, count)),
+        table="\n".join(summary.table(found)), refused="\n".join(left),
+    )  # fmt: skip
+
+
+def _every(files: dict[Path, list[dict]]) -> str:
     lines = [INTRO]
-    if not any(store.is_gpu(row) for rows in files.values() for row in rows):
-        lines.append(NO_GPU)
     for path, rows in files.items():
-        if path.stem.startswith("scaling"):
-            lines += scaling_page.section(path, rows, PICTURES)
-            continue
-        for machine in dict.fromkeys(row["machine"] for row in rows):
-            lines += _section(path, [row for row in rows if row["machine"] == machine])
+        kept = accepted(rows)
+        for machine in dict.fromkeys(row["machine"] for row in kept):
+            lines += _section(path, [row for row in kept if row["machine"] == machine])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _growth() -> str:
+    lines = ["# How cost grows, and other costs", ""]
+    for path, rows in scaling_rows().items():
+        if kept := accepted(rows):
+            lines += scaling_page.section(path, kept)
+        if left := refused_lines(rows):
+            lines += [f"Of `{path.name}` are [refused](../performance.md#refused), until `python -m bench scaling` measures them anew:", ""]
+            lines += [*(f"- {line}" for line in left), ""]
     for path in sorted(RESULTS.glob("rollout_memory*.json")):
         lines += _rollout_memory(path)
     if module_check.RESULTS.exists():
@@ -145,13 +202,34 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def scaling_rows() -> dict[Path, list[dict]]:
+    return {path: store.read(path) for path in sorted(RESULTS.glob("scaling*.csv"))}
+
+
+def pages() -> dict[Path, str]:
+    """What the pages should say."""
+    files = stored()
+    return {PAGE: _first(files), FOLDER / "tables.md": _every(files), FOLDER / "scaling.md": _growth()}
+
+
+def stale() -> list[Path]:
+    """The pages that do not say what the rows do."""
+    return [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
+
+
 def main(argv: list[str] | None = None) -> int:
     from bench import figures
 
-    figures.draw_files(sorted(RESULTS.glob("*.csv")), PAGE.parent / PICTURES)
-    with written(PAGE) as part:
-        part.write_text(page())
-    return 0
+    files = {**stored(), **scaling_rows()}
+    figures.draw_files({path.stem: kept for path, rows in files.items() if (kept := accepted(rows))}, FOLDER)
+    figures.save(summary.figure(summary.lines(shown())), FOLDER / "summary.png")
+    for path, text in pages().items():
+        with written(path) as part:
+            part.write_text(text)
+    left = [f"{path.name}: {line}" for path, rows in files.items() for line in refused_lines(rows)]
+    for line in left:
+        print(f"refused: {line}")
+    return int(bool(left))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import re
 import sys
 from pathlib import Path
 
-from bench import demo
+from bench import demo, summary
+from bench.refused import shown
 from bench.systems_table import system_facts, systems_table
 from lifeops import config, registry
 from lifeops.cost.model_cost import model_cost
@@ -68,10 +69,15 @@ def flops_table(page: Path, model: str) -> str:
     return "\n".join(lines)
 
 
+def speed(page: Path) -> str:
+    """What the README says of the convolution's speed."""
+    return summary.sentence(summary.lines(shown()))
+
+
 PARTS = {
     "ops": op_table, "environment": environment_table, "systems": systems_table, "system": system_facts, "choice": demo.choice_table,
     "demo": demo.accuracy_table, "demo-cost": demo.cost_table,
-    "finetune": demo.finetune_table, "flops": flops_table,
+    "finetune": demo.finetune_table, "flops": flops_table, "speed": speed,
 }  # fmt: skip
 """Functions of the page's path and the arguments in the mark."""
 _PART = re.compile(rf"(<!-- ({'|'.join(PARTS)})((?: [\w-]+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)

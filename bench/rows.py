@@ -42,12 +42,19 @@ def machine(device: str = "cpu") -> str:
 
 
 def commit() -> str:
+    """HEAD, with "-dirty" where something else than what the benchmarks themselves write differs from it: rows stored a moment ago do
+    not spoil those of the next command.
+    """
+    written = ("bench/results", "docs", "README.md")
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        found = [
+            subprocess.run(("git", *command), cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+            for command in (("describe", "--always"), ("diff", "--quiet", "HEAD", "--", ".", *(f":(exclude){path}" for path in written)))
+        ]
     except OSError:  # no git
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    head, changed = found
+    return (head.stdout.strip() or "unknown") + ("-dirty" if changed.returncode == 1 else "")
 
 
 def triton_version() -> str:
@@ -109,7 +116,12 @@ def _order(row: dict) -> tuple:
 
 def save(rows: list[dict], path: Path) -> None:
     """Put ``rows`` into a CSV or JSON file, in the place of earlier ones of the same problems."""
-    rows = replaced(read(path) if path.exists() else [], rows)
+    replace(read(path) if path.exists() else [], rows, path)
+
+
+def replace(old: list[dict], rows: list[dict], path: Path) -> None:
+    """Write ``old`` to a CSV or JSON file, with ``rows`` in the place of those of the same problems."""
+    rows = replaced(old, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with written(path) as part:
         if path.suffix == ".json":

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bench import rows as store
 from bench import tables
+from bench.again import kept
 from bench.collect import Options, collect
 from bench.problems import Problem
 
@@ -111,6 +112,11 @@ def exponent(study: Study, here: list[tuple[Problem, dict]]) -> list[float | Non
     return out
 
 
+def _save(rows: list[dict], path: Path) -> None:
+    """In the place of earlier ones, and of what pages refuse of the same problems on another machine."""
+    store.replace(kept(store.read(path) if path.exists() else [], rows), rows, path)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench scaling", description=__doc__)
     systems = list(dict.fromkeys(s.problems[0].system for s in studies()))
@@ -122,12 +128,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--more", action="store_true", help="further repeats beside those in the file, not in their place")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling_cpu.csv")
     args = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 80)
     old = store.read(args.out) if args.more and args.out.exists() else []
     found: list[dict] = []
     for threads in THREADS:
         o = Options(threads=(threads,), cache="warm", repeats=args.repeats, seconds=args.seconds)
         wanted = todo(threads, args.system or systems, args.axis or axes)
-        found += collect(wanted, o, console, lambda so_far: store.save(continued(old, so_far), args.out))
+        found += collect(wanted, o, console, lambda so_far: _save(continued(old, so_far), args.out))
     tables.report(found, console)
     return int(any(row["note"] for row in found))

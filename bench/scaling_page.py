@@ -43,14 +43,14 @@ def _threads(rows: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
-def section(path: Path, rows: list[dict], pictures: str) -> list[str]:
+def section(path: Path, rows: list[dict]) -> list[str]:
     first = rows[0]
     where = "" if store.is_gpu(first) else " Measured on a CPU; not measured on a GPU."
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines = [f"## Scaling: {first['machine']}", "", f"torch {first['torch']}, commit {commits}, `{path.name}`.{where}", ""]
     lines += [
         INTRO.format(threads=max(THREADS), repeats=1 + max(row["repeat"] for row in rows)),
-        f"![scaling]({pictures}/{path.stem}.png)",
+        f"![scaling]({path.stem}.png)",
         "",
     ]
     note = path.with_suffix(".md")

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import yaml
 
 import lifeops
-from bench import rows, tables
+from bench import tables
+from bench.refused import shown
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "systems"
@@ -72,8 +73,7 @@ def _speed(found: dict, system: str) -> str:
 
 @functools.cache
 def _measured() -> dict:
-    every = [row for path in sorted((ROOT / "bench" / "results").glob("cpu*.csv")) for row in rows.read(path)]
-    return tables.ratios(tables.measured(every))
+    return tables.ratios(shown())
 
 
 def _speeds(system: System) -> str:

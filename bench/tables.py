@@ -12,7 +12,7 @@ from bench.baselines import does_same_work
 from bench.problems import Problem, targets
 from bench.systems import better_plain
 
-COLUMNS = ("problem", "variant", "ms", "quartiles", "GB/s", "TFLOP/s", "share", "bound", "peak MB", "saved MB", "calls", "ratio")
+COLUMNS = ("problem, variant", "ms", "quartiles", "share", "bound", "MB", "ratio")
 Key = tuple[Problem, str, str, str, int]
 
 
@@ -75,33 +75,38 @@ def _mb(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.2f}"
 
 
+def _ms(ms: float) -> str:
+    """Three digits, as many as a measurement has."""
+    return f"{ms:.{max(0, 2 - int(f'{ms:e}'.split('e')[1]))}f}"
+
+
 def cells(row: dict) -> tuple[str, ...]:
-    """One row's columns behind problem and variant."""
+    """One row's columns behind the variant."""
     if row["median_ms"] is None:
-        return ("WRONG", "see below", *"-" * 8)
+        return ("WRONG", "see below", *"-" * 4)
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-    if row["share"] is None:  # from before these columns
-        return (f"{row['median_ms']:.3f}", f"{row['q25_ms']:.3f}-{row['q75_ms']:.3f}", *"-" * 7, ratio)
-    calls = "-" if row["launches"] is None else str(row["launches"])
-    speed = f"{row['gbs']:.1f}", f"{row['tflops']:.3f}", f"{row['share']:.0%}", row["bound"]
-    memory = _mb(row["peak_bytes"]), _mb(row["saved_bytes"]), calls
-    return (f"{row['median_ms']:.3f}", f"{row['q25_ms']:.3f}-{row['q75_ms']:.3f}", *speed, *memory, ratio)
+    share = ("-", "-") if row["share"] is None else (f"{row['share']:.0%}", row["bound"])  # None: from before there was one
+    return (_ms(row["median_ms"]), f"{_ms(row['q25_ms'])}-{_ms(row['q75_ms'])}", *share, _mb(row["peak_bytes"]), ratio)
 
 
 def _table(title: str, members: list[dict]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for n, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if n < 2 else "right", no_wrap=True)
+        table.add_column(name, justify="right" if n else "left", no_wrap=True)
     last = None
     for row in members:
         p = store.problem(row)
-        table.add_row(p.name if p != last else "", row["variant"], *cells(row), style="red" if row["median_ms"] is None else None)
+        if p != last:
+            table.add_row(p.name, *[""] * (len(COLUMNS) - 1), style="bold")
+        table.add_row(f"  {row['variant']}", *cells(row), style="red" if row["median_ms"] is None else None)
         last = p
     return table
 
 
 def report(rows: list[dict], console: Console) -> None:
-    """All tables, the promises that were not kept and the cases that lose. ratio: a variant's time over lifeops'."""
+    """All tables, the promises that were not kept and the cases that lose; within 80 columns. MB: at the peak; ratio: a variant's time
+    over lifeops'.
+    """
     grouped: dict = {}
     for row in rows:
         title = f"{row['system']} {row['mode']}, {row['cache']} cache, {row['allocator']} allocator, {row['threads']} threads"
@@ -116,4 +121,15 @@ def report(rows: list[dict], console: Console) -> None:
     ):
         console.print(f"{len(lines)} {name}" + (":" if lines else ""))
         for line in lines:
-            console.print("  " + line, highlight=False, soft_wrap=True)
+            console.print("  " + line, highlight=False)
+
+
+def verdict(rows: list[dict], seconds: float, quick: bool) -> str:
+    """The last lines of a run: what they mean."""
+    broken, slower = losing(rows)
+    count = len({(store.key(row), row["cache"]) for row in rows})
+    bad = len(wrong(rows))
+    told = f"{count} cases in {seconds:.0f} s. ratio: a variant's time over lifeops', above 1 lifeops is faster.\n"
+    told += f"{'FAILED' if bad else 'ok'}: {bad} wrong results; {len(broken)} promises not kept and {len(slower)} faster baselines,"
+    told += " listed above."
+    return told + ("\nA quick run is a look: a neighbour on the machine moves its ratios by a tenth." if quick else "")

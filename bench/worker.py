@@ -1,4 +1,7 @@
-"""One fresh process of a benchmark run: times the problems it reads from stdin, writes one JSON line per problem and cache."""
+"""One fresh process of a benchmark run: times the problems it reads from stdin, one a line, and answers each with a line of JSON.
+
+It times nothing while it waits for the next line: meanwhile rows are saved.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,7 @@ def measured(p: Problem, args) -> list[dict]:
     for cache in args.cache.split(",") if args.cache != "auto" else ("warm", "cold") if cold_too(p) else ("warm",):
         times = timed(runs, args.device, cache, args.seconds, ROUNDS[level_of(p.system)])
         variants = {name: t._asdict() | costs[name] for name, t in times.items()}
-        rates = {"clone_gbs": moved / times["clone"].median / 1e6, "gemm_tflops": ceilings.gemm_tflops(p.dtype, args.device)}
+        rates = {"clone_gbs": moved / times["clone"].q25 / 1e6, "gemm_tflops": ceilings.gemm_tflops(p.dtype, args.device)}
         found.append(shared | {"cache": cache, "variants": variants} | rates)
     return found
 
@@ -88,11 +91,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    todo = json.load(sys.stdin)
-    args.compiled = {Problem(*fields) for fields in todo["compiled"]}
-    for fields in todo["problems"]:
-        for entry in measured(Problem(*fields), args):
-            print(json.dumps(entry), flush=True)
+    args.compiled = set()
+    for line in sys.stdin:
+        fields, compiles = json.loads(line)
+        p = Problem(*fields)
+        args.compiled |= {p} if compiles else set()
+        print(json.dumps(measured(p, args)), flush=True)
 
 
 if __name__ == "__main__":
