@@ -110,8 +110,8 @@ def sentence(found: list[Line]) -> str:
         values = line.values(mode, AUTHORS)
         told.append(f"{mean(values):.1f} times ({min(values):.1f} to {max(values):.1f})")
     return (
-        f"On two cores of {_short(line.machine)} in float32 it is {told[0]} as fast as the view-conv-cat path, with its gradients"
-        f" {told[1]}: [performance](docs/performance.md), losing cases included."
+        f"On two cores of an {_short(line.machine).split()[0]} CPU in float32 it is {told[0]} as fast as the view-conv-cat path, with its"
+        f" gradients {told[1]}: [performance](docs/performance.md), losing cases included."
     )
 
 
