@@ -254,7 +254,8 @@ def test_the_last_lines_say_what_they_mean():
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "RESULTS", tmp_path)
+    for name in ("RESULTS", "PICTURES"):
+        monkeypatch.setattr(demo, name, tmp_path)
     return tmp_path
 
 
@@ -287,8 +288,8 @@ def test_a_demo_is_stored_with_its_commit_and_shown(results):
     assert "| DeiT-Tiny, 224 x 224: lifeops | 1.50 | 1.10 |" in demo.cost_table(results, "life")
     assert "as the authors wrote it | 2.50 | 3.00 |" in demo.cost_table(results, "life")
     choice = demo.choice_table(results)
-    assert "| plain ViT | 50.0 | 1 | 1 |" in choice
-    assert "| LocalViT | 60.0 | 1.50 | 1.10 |" in choice
+    assert "| plain ViT | 50.0 | 1 | 1 | - |" in choice
+    assert "| LocalViT | 60.0 | 1.50 | 1.10 | all but the MLP's |" in choice
     assert len(demo.figure(demo.stored()).axes[0].get_lines()) == 4
 
 
@@ -306,6 +307,7 @@ def test_the_command_runs_stores_and_draws(results, monkeypatch):
         folder = Path(argv[argv.index("--out") + 1]) / argv[argv.index("--system") + 1]
         folder.mkdir()
         (folder / "table.csv").write_text(TABLE.format("life"))
+        (folder / "curves.png").write_bytes(b"picture")
         return 0
 
     drawn = []
@@ -313,6 +315,7 @@ def test_the_command_runs_stores_and_draws(results, monkeypatch):
     monkeypatch.setattr(demo, "draw", lambda: drawn.append(1))
     assert demo.main(["life", "--seeds", "2"]) == 0
     assert json.loads((results / "life.json").read_text())["seeds"] == 2
+    assert (results / "life.png").read_bytes() == b"picture"
     assert drawn
     with pytest.raises(SystemExit, match=r"systems must be of life, .*, got nonsense"):
         demo.main(["nonsense"])
