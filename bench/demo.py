@@ -152,7 +152,7 @@ def choice_table(page: Path) -> str:
         costs = (of.cost(name) for name in ("seconds per training step", "peak bytes of a training step"))
         cells = [f"{of.accuracy[size][of.system][0]:.1f}" for size in sizes] + [f"{cost:.2f}" for cost in costs]
         lines.append(f"| {_label(of.system)} | " + " | ".join([*cells, FIRST[of.system]]) + " |")
-    told = "Time and memory: a training step of DeiT-Tiny at 224 px on one thread, over the plain model's. Measured by `python -m bench demo`."
+    told = "Time and memory: a training step of DeiT-Tiny at 224 px, one thread, over the plain model's. Run: `python -m bench demo`."
     return "\n".join([*lines, "", f"Test accuracy in %, {_where(found)}", told])
 
 
