@@ -38,7 +38,7 @@ def measure(path: Path, console: Console, seconds: float) -> None:
     """One round over one file, which is saved as each system is done."""
     before = store.read(path)
     for problems, options in runs(before, seconds):
-        console.print(f"{path.name}: {len(problems)} problems, {options.threads[0]} threads, {options.allocators[0]} allocator")
+        console.print(f"{path.name}: {len(problems)} to measure, {options.threads[0]} threads, {options.allocators[0]} allocator")
 
         def save(found: list[dict]) -> None:
             store.replace(kept(store.read(path), found), found, path)

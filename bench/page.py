@@ -42,12 +42,13 @@ case": where a baseline of the same work comes nearest, or is ahead (below 1).
 - Measure it here: `python -m bench --quick` takes two minutes, `python -m bench op --system token_dwconv` one op; `python -m bench
   compare A B` sets stored rows side by side; `pytest bench --benchmark-only` is the same as a pytest-benchmark suite.
 
-## Refused
+"""
+REFUSED = """# Refused
 
 Rows that cannot be (more than 110 % of the machine's limit, a training step faster than its backward, K 5 taking 1.3 times as long as K 7,
-quartiles 1.5 apart) or that were measured with uncommitted changes are on no page until `python -m bench again` has measured them anew.
+quartiles 1.5 apart) or that were measured with uncommitted changes are on no page until `make again` has measured them anew, those of
+`scaling` until `python -m bench scaling` has.
 
-{refused}
 """
 INTRO = """# Every row
 
@@ -170,11 +171,10 @@ def _facts(rows: list[dict]) -> str:
 def _first(files: dict[Path, list[dict]]) -> str:
     kept = [row for rows in files.values() for row in accepted(rows)]
     found, count = summary.lines(kept), sum(len(refused(rows)) for rows in files.values())
-    left = [f"- `{path.name}`: {line}" for path, rows in files.items() for line in refused_lines(rows)] or ["None."]
     no_gpu = [] if any(store.is_gpu(row) for row in kept) else [NO_GPU]
     return FIRST.format(
         facts="\n\n".join([_facts(measured(kept)), *no_gpu]), message="\n".join(summary.message(found, count)),
-        table="\n".join(summary.table(found)), refused="\n".join(left),
+        table="\n".join(summary.table(found)),
     )  # fmt: skip
 
 
@@ -192,14 +192,18 @@ def _growth() -> str:
     for path, rows in scaling_rows().items():
         if kept := accepted(rows):
             lines += scaling_page.section(path, kept)
-        if left := refused_lines(rows):
-            lines += [f"Of `{path.name}` are [refused](../performance.md#refused), until `python -m bench scaling` measures them anew:", ""]
-            lines += [*(f"- {line}" for line in left), ""]
+        if left := refused(rows):
+            lines += [f"Nothing is said of {len(left)} problems of `{path.name}`, whose rows are [refused](refused.md).", ""]
     for path in sorted(RESULTS.glob("rollout_memory*.json")):
         lines += _rollout_memory(path)
     if module_check.RESULTS.exists():
         lines += module_check.lines(json.loads(module_check.RESULTS.read_text()))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _refused() -> str:
+    left = [f"- `{path.name}`: {line}" for path, rows in {**stored(), **scaling_rows()}.items() for line in refused_lines(rows)]
+    return REFUSED + "\n".join(left or ["None."]) + "\n"
 
 
 def scaling_rows() -> dict[Path, list[dict]]:
@@ -209,7 +213,7 @@ def scaling_rows() -> dict[Path, list[dict]]:
 def pages() -> dict[Path, str]:
     """What the pages should say."""
     files = stored()
-    return {PAGE: _first(files), FOLDER / "tables.md": _every(files), FOLDER / "scaling.md": _growth()}
+    return {PAGE: _first(files), FOLDER / "tables.md": _every(files), FOLDER / "scaling.md": _growth(), FOLDER / "refused.md": _refused()}
 
 
 def stale() -> list[Path]:

@@ -132,7 +132,7 @@ def message(found: list[Line], refused: int) -> list[str]:
     cells = [cell for line in found for of in line.cells.values() for _, cell in of]
     behind = [cell for cell in cells if any(does_same_work(b) and ratio < 1 for b, ratio in cell.items())]
     out.append(f"- **It loses** in {len(behind)} of {len(cells)} cases to something that does the same work.")
-    return [*out, f"- **Nothing is said** of {refused} problems whose rows are [refused](#refused)."] if refused else out
+    return [*out, f"- **Nothing is said** of {refused} problems whose rows are [refused](performance/refused.md)."] if refused else out
 
 
 def figure(found: list[Line]) -> Figure:

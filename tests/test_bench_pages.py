@@ -208,12 +208,23 @@ def test_every_system_has_words():
     assert set(summary.WORDS) == set(SYSTEMS)
 
 
-def test_the_page_names_what_it_refuses():
+def test_pages_name_what_they_refuse(monkeypatch):
     files = {Path("cpu.csv"): [*_three_sizes(), _row(p=PROBLEM._replace(C=32), share=2.0)]}
-    first, every = page._first(files), page._every(files)
-    assert "token_dwconv fwd b8_14x14_c32_k3_float32: lifeops: 200% of the speed of light" in first
+    monkeypatch.setattr(page, "stored", lambda: files)
+    monkeypatch.setattr(page, "scaling_rows", lambda: {Path("scaling_cpu.csv"): [_row(commit="abc-dirty")]})
+    first, every, growth, left = page.pages().values()
+    assert "**Nothing is said** of 1 problem" in first
+    assert "- `cpu.csv`: token_dwconv fwd b8_14x14_c32_k3_float32: lifeops: 200% of the speed of light" in left
+    assert f"- `scaling_cpu.csv`: token_dwconv fwd, 1 problem: {refused.DIRTY}" in left
+    assert "Nothing is said of 1 problems of `scaling_cpu.csv`" in growth
     assert "_c32_" not in every
     assert "_c24_" in every
+
+
+def test_a_page_without_refusals_says_so(monkeypatch):
+    monkeypatch.setattr(page, "stored", lambda: {Path("cpu.csv"): _three_sizes()})
+    monkeypatch.setattr(page, "scaling_rows", dict)
+    assert page.pages()[page.FOLDER / "refused.md"].endswith("\nNone.\n")
 
 
 # ------------------------------------------------------------------------------------------------ the terminal
