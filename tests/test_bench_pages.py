@@ -202,10 +202,10 @@ def test_the_figure_has_words_and_an_arrow():
     assert [label.get_text() for label in labels] == ["token convolution (here)", "token convolution (there)"]
 
 
-def test_every_system_has_words():
+def test_words_are_of_systems():
     from bench.problems import SYSTEMS
 
-    assert set(summary.WORDS) == set(SYSTEMS)
+    assert set(summary.WORDS) <= set(SYSTEMS)
 
 
 def test_pages_name_what_they_refuse(monkeypatch):
