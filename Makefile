@@ -6,15 +6,14 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 2
 # What people put on models, each tried on every system by tests/test_tools.py (docs/tools.md): adapters (peft, which needs transformers),
 # quantised layers (torchao), offloading (accelerate), attributions (captum), counters (fvcore, thop, ptflops, torchinfo), exported
-# programs (onnx, onnxscript, onnxruntime, openvino).
-TOOLS = peft transformers torchao accelerate captum fvcore thop ptflops torchinfo onnx onnxscript onnxruntime openvino
-# What builds the documentation (mkdocs.yml); PyYAML reads what stands at the top of its pages.
-DOCS = mkdocs-material "mkdocstrings[python]" mkdocs-awesome-nav pyyaml
+# programs (onnx, onnxscript, onnxruntime, openvino); and what builds the documentation (mkdocs.yml; PyYAML reads the tops of its pages).
+TOOLS = peft transformers torchao accelerate captum fvcore thop ptflops torchinfo onnx onnxscript onnxruntime openvino \
+  mkdocs-material "mkdocstrings[python]" mkdocs-awesome-nav pyyaml
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants reliability hosts bench again budgets readme docs clean
+.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants reliability hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -96,6 +95,7 @@ else
 endif
 
 # What the pages refuse to show (docs/performance.md), measured anew, and the pages: minutes instead of hours. Commit first.
+.PHONY: again
 again: $(VENV)/test.ready
 	-$(BIN)/python -m bench again $(ARGS)
 	$(BIN)/python -m bench.readme
@@ -114,6 +114,7 @@ readme: $(VENV)/test.ready
 	$(BIN)/python -m bench.readme
 
 # The documentation as a site, build/site/index.html, strictly and without a network; `make test` builds it, too.
+.PHONY: docs
 docs: $(VENV)/test.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
@@ -132,7 +133,7 @@ $(VENV)/demo.ready: $(VENV)/built.ready
 	touch $@
 
 $(VENV)/test.ready: $(VENV)/built.ready
-	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff $(TOOLS) $(DOCS)
+	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff $(TOOLS)
 	touch $@
 
 $(VENV)/coverage.ready: $(VENV)/test.ready
