@@ -11,6 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
+from lifeops import __version__
+
 # command -> (module whose ``main(argv)`` runs it, imported only then; what it does)
 COMMANDS = {
     "info": ("lifeops.cli.info", "versions, backends and why one is missing, environment variables"),
@@ -85,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="commands:\n" + "".join(f"  {name:<9}{text}\n" for name, (_, text) in COMMANDS.items()) + "\nlifeops COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"lifeops {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of: {', '.join(COMMANDS)}")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the command's own options")
     args = parser.parse_args(argv)
