@@ -28,7 +28,7 @@ if "clang" not in os.environ.get("CXX", ""):  # gcc would carry loaded columns o
     CXX[1:1] = ["-fno-predictive-commoning", "-ftree-vectorize", "-fvect-cost-model=dynamic"]  # the latter two: of -O3
 HOW = "pip install --no-build-isolation --force-reinstall --no-deps ."
 NONE = "LIFEOPS_BUILD=none installs without kernels"
-COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}  # sdist and others need neither torch nor compiler
+COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}  # sdist needs neither torch nor compiler
 
 
 def stop(sentence):
