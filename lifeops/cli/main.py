@@ -59,8 +59,8 @@ def ended_plainly(prog: str, command: Callable[[], object]) -> int:
         code = command()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{prog}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         _drop_output()
