@@ -28,7 +28,8 @@ CHECK = """
 import importlib.metadata, importlib.util, warnings, torch, lifeops
 from lifeops import registry
 warnings.simplefilter("ignore")
-assert not {"triton", "numpy"} & {d.name.lower() for d in importlib.metadata.distributions()} or importlib.util.find_spec("rich")
+brought = {"triton", "numpy"} & {d.name.lower() for d in importlib.metadata.distributions()}
+assert not brought or torch.version.cuda or importlib.util.find_spec("rich"), brought  # rich: by the extra
 x, w = torch.ones(1, 7, 8), torch.ones(8, 1, 3, 3)
 backend = None if registry.unavailable("cpu") else "cpu"
 y = lifeops.token_dwconv(x, w, grid=(2, 3), num_prefix_tokens=1, backend=backend)
@@ -50,7 +51,10 @@ class Place:
         for name in ("sh", "cat", "rm", *("g++", "gcc", "c++", "as", "ld") * with_compiler):
             (commands / name).symlink_to(shutil.which(name))
         self.env = {name: value for name, value in os.environ.items() if not name.startswith(("LIFEOPS_", "PYTHON", "VIRTUAL_ENV"))}
-        self.env |= {"PATH": f"{self.python.parent}{os.pathsep}{commands}", "VIRTUAL_ENV": str(folder / "env"), "CXX": compiler}
+        pin = folder / "constraints.txt"
+        pin.write_text(f"torch=={TORCH}\n")
+        self.env |= {"PATH": f"{self.python.parent}{os.pathsep}{commands}", "VIRTUAL_ENV": str(folder / "env")}
+        self.env |= {"PIP_CONSTRAINT": str(pin), "CXX": compiler}
 
     def type(self, command: str, **env: str) -> bool:
         """Whether a command, typed in the sources with the environment activated, succeeds."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lifeops.cli.main import told_plainly
+from lifeops.cli.main import Parser, told_plainly
 from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.demo.measure import compare
@@ -30,11 +28,10 @@ from lifeops.files import make_folder, save
 SIZES, QUICK_SIZES = (50, 100, 300, 1000), (50, 300)
 SMALL_ROUNDS, LARGE_ROUNDS = 30, 5  # timed steps of the demo's own model, and of one of a published size
 IMPULSE_SIZES = (50, 300)  # four models for each instead of two
-_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lifeops demo",
         description="Train a small DeiT from scratch on scikit-learn's digits, plain and with local structure (same seeds, data"
         " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
@@ -55,10 +52,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f"lifeops demo needs {', '.join(missing)}: pip install lifeops[demo]", file=sys.stderr)
-        return 1
     if any(n is not None and n < 1 for n in (args.seeds, args.epochs, args.jobs)):
         parser.error("--seeds, --epochs and --jobs must be at least 1")
     args.sizes = sorted(set(args.sizes or (QUICK_SIZES if args.quick else IMPULSE_SIZES if args.system == "impulse" else SIZES)))
