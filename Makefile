@@ -11,9 +11,10 @@ TOOLS = peft transformers torchao accelerate captum fvcore thop ptflops torchinf
   mkdocs-material "mkdocstrings[python]" mkdocs-awesome-nav pyyaml
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES = setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+SOURCES = build_backend.py setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+SAY = @echo "*** $(VENV):"
 
-.PHONY: demo test test-none lint fuzz longrun sanitize versions machines coverage mutants reliability hosts bench budgets readme clean
+.PHONY: demo test test-none lint fuzz longrun sanitize installs versions machines coverage mutants reliability hosts bench budgets readme clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/lifeops demo $(ARGS)
@@ -60,6 +61,11 @@ mutants: $(VENV)/coverage.ready
 # (docs/reliability.md). It needs Debian's qemu-user and g++-aarch64-linux-gnu; what it downloads stays below build/machines.
 machines: $(VENV)/test.ready
 	$(BIN)/python tests/machines.py $(ARGS)
+
+# Every way to install, each in a fresh environment, and what it says where it cannot: `make installs ARGS="--only uv --page"`
+# (docs/installing.md). A thinned set is part of `make test`. Nothing is set up before.
+installs:
+	$(PYTHON) tests/installs.py $(ARGS)
 
 # One compiled wheel on several releases of torch, builds from source on several Pythons, several releases of Triton:
 # `make versions ARGS="--torch 2.10.0 2.14.1 --python 3.10 3.13 --triton 3.6.0=2.3.5 3.9.0"` (docs/reliability.md). Nothing is set up before.
@@ -119,22 +125,27 @@ docs: $(VENV)/test.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 $(VENV)/torch.ready:
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -U pip "setuptools>=77" wheel pybind11 ninja numpy "$(TORCH)"
-	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $(VENV)/constraints.txt
-	touch $@
+	$(SAY) "installing $(TORCH), half a minute once it is downloaded"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -U pip "setuptools>=77" wheel pybind11 ninja numpy "$(TORCH)"
+	@$(BIN)/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $(VENV)/constraints.txt
+	@touch $@
 
 $(VENV)/built.ready: $(VENV)/torch.ready $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e .
-	touch $@
+	$(SAY) "building the kernels, two minutes on two cores"
+	@$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e .
+	@touch $@
 
 $(VENV)/demo.ready: $(VENV)/built.ready
-	$(PIP) install -c $(VENV)/constraints.txt scikit-learn matplotlib rich
-	touch $@
+	$(SAY) "installing what the demo draws and prints with"
+	@$(PIP) install -c $(VENV)/constraints.txt scikit-learn matplotlib numpy rich
+	@touch $@
 
 $(VENV)/test.ready: $(VENV)/built.ready
-	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff $(TOOLS)
-	touch $@
+	$(SAY) "installing what the tests need, a minute once it is downloaded"
+	@$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff mypy \
+	  triton $(TOOLS)
+	@touch $@
 
 $(VENV)/coverage.ready: $(VENV)/test.ready
 	$(PIP) install -c $(VENV)/constraints.txt pytest-cov gcovr cosmic-ray

@@ -1,7 +1,8 @@
 """Build switches of the compiled kernels. LIFEOPS_BUILD=auto|none|cpu|cuda; MAX_JOBS and TORCH_CUDA_ARCH_LIST as usual.
 
-auto builds what the machine can: the CPU kernels with a C++ compiler and torch's headers, the CUDA kernels with nvcc and a
-CUDA torch as well. What is left out, and why, is printed, kept in lifeops/_build.json and told again at run time.
+auto builds the CPU kernels, and the CUDA kernels where nvcc and a CUDA torch are; that these are left out, and why, is printed, kept in
+lifeops/_build.json and told again at run time. What cannot be built ends the build with a sentence that says what to type: an
+installation without kernels is made by LIFEOPS_BUILD=none alone.
 """
 
 import copy
@@ -26,10 +27,17 @@ CXX = ["-O2", "-std=c++17", "-ffp-contract=fast", "-fvisibility=hidden", "-fno-t
 if "clang" not in os.environ.get("CXX", ""):  # gcc would carry loaded columns over in registers and spill the sums for it
     CXX[1:1] = ["-fno-predictive-commoning", "-ftree-vectorize", "-fvect-cost-model=dynamic"]  # the latter two: of -O3
 HOW = "pip install --no-build-isolation --force-reinstall --no-deps ."
+NONE = "LIFEOPS_BUILD=none installs without kernels"
+COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}  # sdist needs neither torch nor compiler
+
+
+def stop(sentence):
+    """End the build, without a traceback."""
+    raise SystemExit(f"lifeops: {sentence}")
 
 
 def import_torch():
-    """torch of the environment that is installed into, also from within pip's isolated build environment."""
+    """torch of the environment that is installed into, also from within pip's isolated build environment. ImportError without one."""
     for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         if path not in sys.path:
             sys.path.append(path)
@@ -79,38 +87,68 @@ def default_archs(release):
 
 
 def plan():
-    """What to build, and why not the rest: ({"cpu", "cuda"}, {backend: reason})."""
+    """What to build, and why not the rest: ({"cpu", "cuda"}, {backend: reason}). Ends the build where that cannot be done."""
     if BUILD not in ("auto", "none", "cpu", "cuda"):
-        raise SystemExit(f"LIFEOPS_BUILD must be auto, none, cpu or cuda, got {BUILD!r}")
+        stop(f"LIFEOPS_BUILD must be auto, none, cpu or cuda, got {BUILD!r}")
     if BUILD == "none":
         return set(), dict.fromkeys(("cpu", "cuda"), "left out by LIFEOPS_BUILD=none")
+    torch, cpp_extension = torch_or_stop()
+    compiler_or_stop()
+    missing = {"cuda": why} if (why := without_cuda(torch, cpp_extension.CUDA_HOME)) else {}
+    if BUILD == "cuda" and missing:
+        stop(f"LIFEOPS_BUILD=cuda: {missing['cuda']}; LIFEOPS_BUILD=cpu builds the CPU kernels alone")
+    return {"cpu", "cuda"} - missing.keys(), missing
+
+
+def torch_or_stop():
     try:
-        torch, cpp_extension = import_torch()
+        return import_torch()
     except ImportError as error:
-        return set(), dict.fromkeys(("cpu", "cuda"), f"torch's headers were not found at build time ({error})")
-    missing = {}
+        found = "none is installed here" if isinstance(error, ModuleNotFoundError) else f"{error} here"
+        stop(
+            f"the kernels are compiled with torch 2.10 or newer, {found}: pip install torch ninja, then pip install --no-build-isolation ."
+            f" (`uv pip` and `python -m build --no-isolation` likewise; {NONE})"
+        )
+
+
+def compiler_or_stop():
+    """What beside torch compiles: a compiler and ninja."""
+    if sys.platform != "linux":
+        stop(f"the kernels are built on Linux alone: {NONE}")
     compiler = os.environ.get("CXX", "c++").split()[0]
     if not (shutil.which(compiler) or shutil.which("g++")):
-        missing["cpu"] = missing["cuda"] = f"no C++ compiler ({compiler} or g++) was found at build time"
-    elif os.name == "nt":
-        missing["cpu"] = missing["cuda"] = "the kernels need gcc or clang"
+        stop(f"no C++ compiler ({compiler} or g++) was found: apt install g++, or set CXX ({NONE})")
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # ninja's, where the environment is not activated
+    if not shutil.which("ninja"):
+        stop("building needs ninja, and there is none here: pip install ninja")
+
+
+def without_cuda(torch, home):
+    """Why the CUDA kernels are not built, or None."""
     if BUILD == "cpu":
-        missing["cuda"] = "left out by LIFEOPS_BUILD=cpu"
-    elif torch.version.cuda is None:
-        missing["cuda"] = f"torch {torch.__version__} is a build without CUDA"
-    elif cpp_extension.CUDA_HOME is None or not shutil.which("nvcc", path=f"{cpp_extension.CUDA_HOME}/bin"):
-        missing["cuda"] = "nvcc was not found at build time (set CUDA_HOME)"
-    elif (found := nvcc_release(cpp_extension.CUDA_HOME)).split(".")[0] != torch.version.cuda.split(".")[0]:
-        missing["cuda"] = f"nvcc is of CUDA {found}, torch {torch.__version__} of CUDA {torch.version.cuda} (set CUDA_HOME)"
-    return {"cpu", "cuda"} - missing.keys(), missing
+        return "left out by LIFEOPS_BUILD=cpu"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was a build without CUDA at build time"
+    if home is None or not shutil.which("nvcc", path=f"{home}/bin"):
+        return "nvcc was not found at build time (set CUDA_HOME)"
+    if (found := nvcc_release(home)).split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"at build time nvcc was of CUDA {found}, torch {torch.__version__} of CUDA {torch.version.cuda} (set CUDA_HOME)"
+    return None
+
+
+def pybind11_headers():
+    """The package's, which an isolated build fetches; else those that torch brings, which are on the path already."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        return []
+    return [pybind11.get_include()]
 
 
 def extensions(built):
     if not built:
         return [], {}
     torch, cpp = import_torch()
-    import pybind11
-
     files = [ROOT / "csrc/bindings.cpp", *(ROOT / "csrc/cpu").glob("*.cpp")]
     flags, make = {"cxx": CXX}, cpp.CppExtension
     archs = ""
@@ -125,7 +163,8 @@ def extensions(built):
     relative = sorted(str(f.relative_to(ROOT)) for f in files)
     ops = make("lifeops._ops", relative, extra_compile_args=flags, extra_link_args=["-Wl,--as-needed"])
     macros = [(name, f'"{value}"') for name, value in facts.items()]
-    info = Extension("lifeops._info", ["csrc/info.cpp"], include_dirs=[pybind11.get_include()], define_macros=macros, language="c++")
+    headers = [*pybind11_headers(), *cpp.include_paths()]
+    info = Extension("lifeops._info", ["csrc/info.cpp"], include_dirs=headers, define_macros=macros, language="c++")
     info.extra_compile_args = {"cxx": ["-O1", "-std=c++17", "-g0"]}  # BuildExtension's form
 
     class Build(cpp.BuildExtension):
@@ -142,14 +181,17 @@ def extensions(built):
             try:
                 super().run()
             except Exception as error:
-                if BUILD != "auto":
-                    raise
-                self.extensions = []  # nothing to copy back into the tree
-                MISSING.update(dict.fromkeys(built, f"the build failed: {str(error).splitlines()[0]}"))
-                report(MISSING)
-            keep(MISSING, ROOT if self.inplace or self.editable_mode else Path(self.build_lib), compiled=bool(self.extensions))
+                stop(f"the {' and '.join(sorted(built))} kernels did not compile: {not_compiled(error)} ({NONE})")
+            keep(MISSING, ROOT if self.inplace or self.editable_mode else Path(self.build_lib), compiled=True)
 
     return [ops, info], {"build_ext": Build}
+
+
+def not_compiled(error):
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").is_file():
+        return f"Python's headers are not in {headers}, apt install python3-dev"
+    return f"{str(error).splitlines()[0]}, the compiler's words are above"
 
 
 def report(missing):
@@ -183,9 +225,7 @@ class BuildPy(build_py):
             keep(MISSING, ROOT if self.editable_mode else Path(self.build_lib))
 
 
-BUILT, MISSING = plan()
-if BUILD in ("cpu", "cuda") and BUILD not in BUILT:
-    raise SystemExit(f"LIFEOPS_BUILD={BUILD}: cannot build the {BUILD} kernels: {MISSING[BUILD]}")
+BUILT, MISSING = plan() if COMPILING & set(sys.argv[1:]) else (set(), {})
 report(MISSING)
 EXTENSIONS, COMMANDS = extensions(BUILT)
 setup(

@@ -7,8 +7,9 @@ from lifeops import registry as _registry
 
 try:
     import triton as _triton  # noqa: F401
-except Exception as error:  # ImportError where there is none; an installation that is broken raises anything
-    _registry.set_unavailable("triton", f"triton cannot be imported: {_registry.one_line(error)}")
+except Exception as error:  # ModuleNotFoundError where there is none; an installation that is broken raises anything
+    _hint = "; pip install triton" if getattr(error, "name", None) == "triton" else ""
+    _registry.set_unavailable("triton", f"triton cannot be imported: {_registry.one_line(error)}{_hint}")
 else:
     for _module in pkgutil.iter_modules(__path__):
         if not _module.name.startswith("_"):

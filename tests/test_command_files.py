@@ -1,8 +1,10 @@
 """The command line's files: what cannot be read or written is one line and exit code 2, and what is written is whole and nobody else's."""
 
 import argparse
+import inspect
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import lifeops
 from conftest import declare_torchvision_ops
 from lifeops import cli
 from lifeops.cli import rollout as rollout_cli
-from lifeops.cli.main import told_plainly
+from lifeops.cli.main import COMMANDS, told_plainly
 from lifeops.files import distinct, make_folder, written
 from lifeops.integrations.convert import SYSTEMS
 from lifeops.models import dw_shortcut
@@ -191,12 +193,57 @@ def test_the_class_that_is_predicted(folder, monkeypatch):
     assert sorted(p.name for p in (folder / "out").iterdir()) == ["ok.npy", "ok_class-2.png"]
 
 
-@pytest.mark.parametrize(("command", "needs"), [("rollout", ["matplotlib", "pillow"]), ("flops", ["rich"])])
+@pytest.mark.parametrize(("command", "needs"), [("rollout", "pillow"), ("demo", "scikit-learn, rich")])
 def test_a_command_whose_packages_are_not_installed(command, needs, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    options = ["a.png", "--model", "lifeops", "--checkpoint", "a.pth", "--out", "out"] if command == "rollout" else []
-    assert cli.main([command, *options]) == 1
-    assert capsys.readouterr().err == f"lifeops {command} needs {', '.join(needs)}: pip install lifeops[demo]\n"
+    assert cli.main([command]) == 1
+    needs = f"matplotlib, numpy, {needs}"
+    assert capsys.readouterr().err == f"lifeops {command} needs {needs}: pip install {needs.replace(',', '')}\n"
+
+
+def test_the_commands_are_printed(capsys):
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name:<9}{command.does}\n" in said for name, command in COMMANDS.items())
+
+
+@pytest.mark.parametrize(
+    ("args", "prog"),
+    [
+        ("nonsense", "lifeops"),
+        ("rollout a.png", "lifeops rollout"),
+        ("flops --system", "lifeops flops"),
+        ("demo --nonsense", "lifeops demo"),
+        ("info more", "lifeops info"),
+    ],
+)
+def test_wrong_usage_is_one_line(args, prog, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args.split())
+    assert stop.value.code == 2
+    assert re.fullmatch(rf"{prog}: error: .+ \({prog} --help\)\n", capsys.readouterr().err)
+
+
+def test_defaults_are_those_of_the_function():
+    """But for ``classes``, of which a command draws one picture each."""
+    args = rollout_cli.make_parser().parse_args(["a.png", "--model", "lifeops"])
+    defaults = inspect.signature(lifeops.rollout).parameters
+    names = "head_fusion", "residual", "discard_ratio", "start_layer", "prefix"
+    assert {name: getattr(args, name) for name in names} == {name: defaults[name].default for name in names}
+
+
+def test_a_model_without_trained_weights_is_marked(folder, monkeypatch):
+    """In the title of each picture; not where a checkpoint is loaded."""
+    declare_torchvision_ops()
+    timm, titles = pytest.importorskip("timm"), []
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(rollout_cli, "draw", lambda part, picture, map_, title: titles.append(title) or part.touch())
+    options = ["--img-size", "32", "--num-classes", "4", "--convert", "dw_shortcut"]
+    assert run("ok.png", model="vit_tiny_patch16_224", checkpoint=None, options=options) == 0
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4)
+    torch.save(lifeops.convert(model, "dw_shortcut").state_dict(), "converted.pth")
+    assert run("ok.png", model="vit_tiny_patch16_224", checkpoint="converted.pth", options=options) == 0
+    assert [title.splitlines()[1:] for title in titles] == [["random weights: means nothing"], []]
 
 
 def test_labels_of_one_name(folder, monkeypatch):
@@ -337,7 +384,7 @@ def test_a_converted_transformers_model(system, folder, capsys, monkeypatch):
     torch.save(model.state_dict(), "converted.pth")
     torch.save(plain.state_dict(), "plain.pth")
     x = rollout_cli.read_image(folder / "ok.png", rollout_cli.Loaded(model, (3, 32, 32), (0.5,) * 3, (0.5,) * 3))[0]
-    expected = lifeops.rollout(model, x, prefix="normalize").maps[0].numpy()
+    expected = lifeops.rollout(model, x).maps[0].numpy()
     for name, checkpoint in (("saved", None), ("plain", "converted.pth")):
         assert run("ok.png", model=f"transformers:{name}", checkpoint=checkpoint, out=name, options=["--convert", system]) == 0
         assert "warning" not in capsys.readouterr().err

@@ -220,8 +220,11 @@ def test_fuse(act):
 def test_fuse_refuses_training_mode():
     with pytest.raises(ValueError, match=r"conv.1 takes its statistics from the batch: call .eval\(\) first"):
         lifeops.fuse_(_module().train())
-    with pytest.raises(ValueError, match="Linear has no LocalityFeedForward"):
-        lifeops.fuse_(nn.Linear(2, 2))
+
+
+def test_fuse_gives_back_what_holds_nothing_to_fold():
+    plain = nn.Linear(2, 2)
+    assert lifeops.fuse_(plain) is plain
 
 
 @pytest.mark.parametrize("options", [{"wo_dp_conv": True}, {"dp_first": True}])

@@ -145,7 +145,7 @@ def source(env: Environment) -> Path:
     for name in ("csrc", "kernels", "lifeops"):
         shutil.copytree(ROOT / name, folder / name, ignore=built, symlinks=True)
     (folder / "lifeops" / "kernels").unlink(missing_ok=True)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("build_backend.py", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 

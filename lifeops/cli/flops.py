@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 
-from lifeops.cli.main import image_pair, told_plainly
+from lifeops.cli.main import Parser, image_pair, told_plainly
 from lifeops.cost import published
 from lifeops.cost.model_cost import ModelCost, model_cost
 from lifeops.models.named import NAMES, SYSTEMS, image_size, named, systems_of
@@ -20,7 +19,7 @@ _NOTE = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lifeops flops",
         description="Parameters, multiply-accumulates and activation memory of a model with each system built in, beside published sizes."
         " Shapes alone are computed: seconds for any size. Without MODEL: the names, and every published size.",
@@ -75,18 +74,13 @@ def costs(args: argparse.Namespace, img_size: tuple[int, int] | None) -> dict[st
 
 
 def _print(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    widths = [max(map(len, cells)) for cells in zip(columns, *lines, strict=True)]
 
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 or column == "source" else "right")
-    for line in lines:
-        table.add_row(*line)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    console.print(table)
-    for note in notes:
-        console.print(note, markup=False)
+    def row(cells: Sequence[str]) -> str:
+        padded = (f"{cell:{'<' if i == 0 or columns[i] == 'source' else '>'}{widths[i]}}" for i, cell in enumerate(cells))
+        return f"│ {' │ '.join(padded)} │"
+
+    print(title, row(columns), f"├─{'─┼─'.join('─' * width for width in widths)}─┤", *map(row, lines), *notes, sep="\n")
 
 
 def print_costs(args: argparse.Namespace, img_size: tuple[int, int] | None) -> None:
@@ -113,9 +107,6 @@ def print_published() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if importlib.util.find_spec("rich") is None:
-        print("lifeops flops needs rich: pip install lifeops[demo]", file=sys.stderr)
-        return 1
     if args.model is None:
         print_published()
         return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lifeops import built, config, pointwise, registry
+from lifeops.cli.main import Parser
 
 
 def _version(package: str) -> str:
@@ -121,7 +122,7 @@ def text() -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return Parser(
         prog="lifeops info",
         description="Versions of lifeops, Python, torch, Triton and NumPy, and the devices; what was built, from which sources, with which"
         " compiler, and the CPU's instruction set; each backend's ops, or why it is missing; the environment variables that lifeops reads,"

@@ -5,18 +5,37 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
-# command -> (module whose ``main(argv)`` runs it, imported only then; what it does)
+from lifeops import __version__
+
+
+class Command(NamedTuple):
+    """``module``, whose ``main(argv)`` runs it, is imported only then, and if what it ``needs`` (import names to packages) is installed."""
+
+    module: str
+    does: str
+    needs: Mapping[str, str] = {}
+
+
+_PICTURES = {"matplotlib": "matplotlib", "numpy": "numpy"}
 COMMANDS = {
-    "info": ("lifeops.cli.info", "versions, backends and why one is missing, environment variables"),
-    "rollout": ("lifeops.cli.rollout", "which patches a model's output draws on: pictures and arrays"),
-    "flops": ("lifeops.cli.flops", "parameters, multiply-accumulates and activation memory of a model, beside published sizes"),
-    "demo": ("lifeops.demo.run", "train plain against LIFE, LocalViT, the DW shortcut or initialisations on small real images"),
+    "info": Command("lifeops.cli.info", "versions, backends and why one is missing, environment variables"),
+    "rollout": Command(
+        "lifeops.cli.rollout", "which patches a model's output draws on: pictures and arrays", _PICTURES | {"PIL": "pillow"}
+    ),
+    "flops": Command("lifeops.cli.flops", "parameters, multiply-accumulates and activation memory of a model, beside published sizes"),
+    "demo": Command(
+        "lifeops.demo.run",
+        "train plain against LIFE, LocalViT, the DW shortcut or initialisations on small real images",
+        _PICTURES | {"sklearn": "scikit-learn", "rich": "rich"},
+    ),
 }
 
 
@@ -30,6 +49,23 @@ def image_pair(given: Sequence[int] | None) -> tuple[int, int] | None:
     if len(given) > 2 or min(given) < 1:
         raise ValueError(f"--img-size must be one or two positive numbers, got {' '.join(map(str, given))}")
     return (given[0], given[-1])
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose complaint about wrong options is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help)\n")
+
+
+def _run(name: str, args: Sequence[str]) -> int:
+    """One command; without the packages that it needs one line that says what to type, and 1."""
+    command = COMMANDS[name]
+    missing = [package for module, package in command.needs.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"lifeops {name} needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
+        return 1
+    return importlib.import_module(command.module).main(args)
 
 
 @contextlib.contextmanager
@@ -57,8 +93,8 @@ def ended_plainly(prog: str, command: Callable[[], object]) -> int:
         code = command()
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"{prog}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
         _drop_output()
@@ -79,14 +115,18 @@ def _drop_output() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lifeops",
         description="Fused token ops that give Vision Transformers local structure.",
-        epilog="commands:\n" + "".join(f"  {name:<9}{text}\n" for name, (_, text) in COMMANDS.items()) + "\nlifeops COMMAND --help",
+        epilog="commands:\n" + "".join(f"  {name:<9}{command.does}\n" for name, command in COMMANDS.items()) + "\nlifeops COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"lifeops {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=f"one of: {', '.join(COMMANDS)}")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="...", help="the command's own options")
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser.print_help()
+        return 0
     args = parser.parse_args(argv)
-    module, _ = COMMANDS[args.command]
-    return ended_plainly(f"lifeops {args.command}", lambda: importlib.import_module(module).main(args.args))
+    return ended_plainly(f"lifeops {args.command}", lambda: _run(args.command, args.args))

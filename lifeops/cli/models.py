@@ -53,6 +53,7 @@ def load(
         loaded = loaded._replace(random=loaded.random or f"layers of {system!r} with random weights")
     if checkpoint is not None:
         load_into(loaded.model, checkpoint, key, "load")
+        loaded = loaded._replace(random="")
     elif loaded.random:
         hint = "" if folder or pretrained else "--pretrained or "
         warnings.warn(f"{name} has {loaded.random}, its maps mean nothing: give {hint}--checkpoint", stacklevel=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -14,17 +13,15 @@ import torch
 from torch import Tensor
 
 from lifeops.attention_maps.rollout import PREFIX, rollout
-from lifeops.cli.main import image_pair, told_plainly
+from lifeops.cli.main import Parser, image_pair, told_plainly
 from lifeops.cli.models import Loaded, load
 from lifeops.files import distinct, make_folder, written
 from lifeops.integrations.convert import SYSTEMS
 from lifeops.ops.rollout_step import FUSIONS
 
-_NEEDS = {"matplotlib": "matplotlib", "PIL": "pillow"}
-
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lifeops rollout",
         description="Which patches an image model's output draws on. For every image writes OUT/<image>.npy, the maps (R, H, W), and"
         " OUT/<image>_<label>.png, the image beside each map laid over it, as multiples of a patch's even share. Of images with equal"
@@ -46,13 +43,15 @@ def make_parser() -> argparse.ArgumentParser:
     sizes = "of a timm model, or of --model lifeops or official, if not the name's or the checkpoint's"
     parser.add_argument("--img-size", type=int, nargs="+", metavar="N", help=sizes)
     parser.add_argument("--target", default=None, help="cls, mean, pool, hard, soft, a token's index or a patch ROW,COLUMN (default: cls)")
-    parser.add_argument("--classes", type=int, nargs="+", help="of --target hard or soft (default: the class that the model predicts)")
+    parser.add_argument("--classes", type=int, nargs="+", help="of --target hard or soft (default: the class that the model predicts; in"
+                        " Python each that is predicted for a patch)")  # fmt: skip
     parser.add_argument("--class-names", type=Path, help="a text file with one name per line")
     parser.add_argument("--head-fusion", choices=FUSIONS, default="mean")
     parser.add_argument("--residual", type=float, default=0.5, help="share of the skip connection (default: 0.5)")
     parser.add_argument("--discard-ratio", type=float, default=0.0, help="share of each row, its smallest entries, dropped (default: 0)")
     parser.add_argument("--start-layer", type=int, default=0, help="first attention layer that counts (default: 0)")
-    parser.add_argument("--prefix", choices=PREFIX, default="normalize", help="maps sum to 1 (default) or to 1 minus the prefix's share")
+    sums = "keep: maps sum to 1 minus what fell on the prefix tokens (default); normalize: to 1"
+    parser.add_argument("--prefix", choices=PREFIX, default="keep", help=sums)
     parser.add_argument("--out", type=Path, default=Path("rollout"), help="folder to write to (default: rollout)")
     return parser
 
@@ -146,6 +145,7 @@ def run_image(path: Path, name: str, loaded: Loaded, args: argparse.Namespace) -
     found = rollout(loaded.model, x, target, classes=classes, **options)
     logits = _logits(found.output)
     predicted = "" if logits is None else f", predicted: {_named(f'class {int(logits.argmax())}', names)}"
+    untrained = f"\n{loaded.random}: means nothing" if loaded.random else ""
     maps, shown = found.maps[0].numpy(), [_named(label, names) for label in found.labels]
     slugs = [_slug(text) or _slug(label) for text, label in zip(shown, found.labels, strict=True)]
     inputs = {p.resolve() for p in (*args.images, args.checkpoint, args.class_names) if p is not None}
@@ -154,7 +154,7 @@ def run_image(path: Path, name: str, loaded: Loaded, args: argparse.Namespace) -
         np.save(file, maps)
     for target, text, map_ in zip(targets[1:], shown, maps, strict=True):
         with written(target) as part:
-            draw(part, picture, map_, f"{path.name}: {text}{predicted}")
+            draw(part, picture, map_, f"{path.name}: {text}{predicted}{untrained}")
     return targets
 
 
@@ -175,10 +175,6 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f"lifeops rollout needs {', '.join(missing)}: pip install lifeops[demo]", file=sys.stderr)
-        return 1
     with told_plainly(parser):
         run(args)
     return 0

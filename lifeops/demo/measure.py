@@ -41,23 +41,29 @@ def peak_memory(fn: Callable[[], object]) -> int:
     return peak
 
 
-def step_times(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function, called in turn so that a slow moment of the machine hits all of them."""
+def step_times(steps: Mapping[str, Callable[[], object]], rounds: int, count: Callable[[], object] = lambda: None) -> dict[str, float]:
+    """Median seconds of each function, called in turn so that a slow moment of the machine hits all of them; ``count`` after each call."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             times[name].append(time.perf_counter() - start)
+            count()
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def compare(models: Mapping[str, nn.Module], step: Callable[[nn.Module], object], image: torch.Tensor, rounds: int) -> dict[str, Cost]:
-    """The cost of every model. ``step(model)`` is one training step, ``image`` (1, C, H, W) is what MACs are counted for."""
+def compare(
+    models: Mapping[str, nn.Module], step: Callable[[nn.Module], object], image: torch.Tensor, rounds: int,
+    count: Callable[[], object] = lambda: None,
+) -> dict[str, Cost]:  # fmt: skip
+    """The cost of every model. ``step(model)`` is one training step, ``image`` (1, C, H, W) is what MACs are counted for; ``count`` is
+    called after each timed step.
+    """
     steps = {name: (lambda m=model: step(m)) for name, model in models.items()}
     for fn in steps.values():
         fn()  # lazy set-up (optimizer state, kernels) is no part of a step
-    times = step_times(steps, rounds)
+    times = step_times(steps, rounds, count)
     peaks = {name: peak_memory(fn) for name, fn in steps.items()}
     macs = {name: count_macs(lambda m=model: m(image)) for name, model in models.items()}
     return {name: Cost(count_params(models[name]), macs[name], times[name], peaks[name]) for name in models}

@@ -12,7 +12,9 @@ import numpy as np
 import rich.table
 from matplotlib.figure import Figure
 from rich.console import Console
+from torch import Tensor, nn
 
+from lifeops.attention_maps.rollout import rollout
 from lifeops.demo import data
 from lifeops.demo.attention import cls_attention, region_attention
 from lifeops.demo.measure import Cost
@@ -117,22 +119,41 @@ def plot_curves(path: Path, system: System, runs: Sequence[Run]) -> None:
         figure.savefig(part, dpi=120, format="png")
 
 
+def attention_maps(models: Mapping[str, nn.Module], x: Tensor) -> tuple[str, dict[str, Tensor]]:
+    """What the maps are, and each model's (n, H, W) for ``x``, as multiples of a patch's even share: roll-outs through all blocks, or,
+    where one of the models has none (keys of convolutions, attention by regions), a block's attention for all of them.
+    """
+    try:
+        maps = {label: rollout(model.eval(), x, prefix="normalize").maps[:, 0] for label, model in models.items()}
+        what = "What the class token draws on: attention roll-out through all blocks"
+    except ValueError:
+        regions = any(isinstance(model, RegionViT) for model in models.values())
+        look = {label: region_attention if isinstance(model, RegionViT) else cls_attention for label, model in models.items()}
+        maps = {label: look[label](model, x) for label, model in models.items()}
+        maps = {label: found / found.sum((1, 2), keepdim=True) for label, found in maps.items()}
+        what = "Attention of the class token, last block" + "; of RegionViT's region tokens, in its first stage" * regions
+    return what, {label: found * found[0].numel() for label, found in maps.items()}
+
+
 def plot_attention(path: Path, system: System, runs: Sequence[Run], recipe: Recipe, count: int = 6) -> None:
-    """A few test digits and, below each, where the class token of the two models looks; of RegionViT the tokens of its regions."""
+    """A few test digits and, below each, :func:`attention_maps` of the two models, each on its own scale of colours."""
     kept = {r.model: r for r in runs if r.weights is not None}
     x = data.load()[1].x[:count]
-    rows = {"digit": x[:, 0]}
-    for name in system.trained:
-        model = trained(kept[name], recipe)
-        look = region_attention if isinstance(model, RegionViT) else cls_attention
-        rows[system.label if name == system.name else name] = look(model, x)
-    figure = Figure(figsize=(1.3 * count, 1.4 * len(rows)), layout="constrained")  # no pyplot: nothing global, no display needed
-    axes = figure.subplots(len(rows), count, squeeze=False)
-    for line, (label, images) in zip(axes, rows.items(), strict=True):
+    labels = {name: system.label if name == system.name else name for name in system.trained}
+    what, maps = attention_maps({label: trained(kept[name], recipe) for name, label in labels.items()}, x)
+    figure = Figure(figsize=(1.3 * count + 0.8, 1.3 * (1 + len(maps)) + 0.9), layout="constrained")  # no pyplot: nothing global
+    axes = figure.subplots(1 + len(maps), count, squeeze=False)
+    for axis, image in zip(axes[0], x[:, 0], strict=True):
+        axis.imshow(image, cmap="gray")
+    for line, (label, images) in zip(axes[1:], maps.items(), strict=True):
         line[0].set_ylabel(label)
         for axis, image in zip(line, images, strict=True):
-            axis.imshow(image, cmap="gray" if label == "digit" else "viridis")
-            axis.set(xticks=[], yticks=[])
-    figure.suptitle(f"Attention of the class token, last block ({kept[system.name].size} training images)", fontsize=9)
+            heat = axis.imshow(image, cmap="viridis", vmin=0, vmax=float(images.max()))
+        figure.colorbar(heat, ax=line.tolist(), label="times the\neven share")
+    axes[0][0].set_ylabel("digit")
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    see = "Bright patches weigh most; one with 1 weighs as much as on average. Compare them with the strokes, and the two bars' ranges."
+    figure.suptitle(f"{what} ({kept[system.name].size} training images)\n{see}", fontsize=8)
     with written(path) as part:
         figure.savefig(part, dpi=120, format="png")

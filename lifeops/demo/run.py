@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import signal
-import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -19,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lifeops.cli.main import told_plainly
+from lifeops.cli.main import Parser, told_plainly
 from lifeops.demo import data
 from lifeops.demo.data import Images
 from lifeops.demo.measure import compare
@@ -28,12 +26,12 @@ from lifeops.demo.unfinished import Unfinished
 from lifeops.files import make_folder, save
 
 SIZES, QUICK_SIZES = (50, 100, 300, 1000), (50, 300)
+SMALL_ROUNDS, LARGE_ROUNDS = 30, 5  # timed steps of the demo's own model, and of one of a published size
 IMPULSE_SIZES = (50, 300)  # four models for each instead of two
-_NEEDS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lifeops demo",
         description="Train a small DeiT from scratch on scikit-learn's digits, plain and with local structure (same seeds, data"
         " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
@@ -54,10 +52,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    missing = [package for module, package in _NEEDS.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        print(f"lifeops demo needs {', '.join(missing)}: pip install lifeops[demo]", file=sys.stderr)
-        return 1
     if any(n is not None and n < 1 for n in (args.seeds, args.epochs, args.jobs)):
         parser.error("--seeds, --epochs and --jobs must be at least 1")
     args.sizes = sorted(set(args.sizes or (QUICK_SIZES if args.quick else IMPULSE_SIZES if args.system == "impulse" else SIZES)))
@@ -72,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from lifeops.demo import report
+    from lifeops.demo.progress import saying_where_it_stopped
 
     console = Console()
     recipe = replace(Recipe(), steps=Recipe().steps // 2 if args.quick else Recipe().steps, epochs=args.epochs)
@@ -83,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
     folder = make_folder(args.out / system.name)
     unfinished = Unfinished(folder / "unfinished", recipe)
     runs = train_all(console, system, args.sizes, args.seeds, recipe, args.jobs or _num_cores(), unfinished)
-    costs = measure_all(console, system, recipe, quick=args.quick)
+    with saying_where_it_stopped(lambda: f"stopped after training, while costs were measured; {_goes_on(unfinished)}"):
+        costs = measure_all(console, system, recipe, quick=args.quick)
     tables = [report.accuracy_table(system, runs), *(report.cost_table(system, setting, models) for setting, models in costs.items())]
     for table in tables:
         table.print(console)
@@ -99,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
 def train_all(console, system: System, sizes: Sequence[int], seeds: int, recipe: Recipe, jobs: int, unfinished: Unfinished) -> list[Run]:
     """Every run of the demo. Models this small gain nothing from threads, so runs go side by side with one thread each."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+    from lifeops.demo.progress import Finished, counter, saying_where_it_stopped
 
     # the weights of one pair are kept, for the attention maps
     todo = [(m, size, seed, recipe, size == sizes[-1] and seed == 0) for size in sizes for seed in range(seeds) for m in system.trained]
@@ -109,12 +105,22 @@ def train_all(console, system: System, sizes: Sequence[int], seeds: int, recipe:
     if len(left) < len(todo):
         text += f"; {len(todo) - len(left)} of them are done, in an earlier demo that did not end ({unfinished.folder})"
     console.print(text, highlight=False, soft_wrap=True)
-    columns = ("training", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        for run in progress.track(_results(left, min(jobs, len(left))), total=len(left)):
+    jobs, finished = min(jobs, len(left)), Finished(console, [size for _, size, *_ in left])
+
+    def stopped() -> str:
+        return f"stopped after {sum(run is not None for run in found.values())} of {len(todo)} runs; {_goes_on(unfinished)}"
+
+    with saying_where_it_stopped(stopped), counter(console, f"training, {jobs} at a time", len(left)) as count:
+        for run in _results(left, jobs):
             unfinished.keep(run)
             found[run.model, run.size, run.seed] = run
+            finished(run)
+            count()
     return list(found.values())
+
+
+def _goes_on(unfinished: Unfinished) -> str:
+    return f"the same command goes on from there ({unfinished.folder})"
 
 
 def _results(todo: list[tuple], jobs: int):
@@ -166,20 +172,22 @@ def _prepare_worker() -> None:
 
 def measure_all(console, system: System, recipe: Recipe, quick: bool) -> dict[str, dict]:
     """Setting to model to :class:`lifeops.demo.measure.Cost`: the demo's model and, unless ``quick``, DeiT-Tiny at 224."""
-    costs = {}
-    with console.status("measuring time and memory of a training step"):
+    from lifeops.demo.progress import counter
+
+    costs, small, large = {}, SMALL_ROUNDS, 0 if quick else LARGE_ROUNDS
+    with counter(console, "measuring time and memory of training steps", len(system.labels) * (small + large)) as count:
         models = {name: build(name, recipe) for name in system.labels}
         batch = data.load()[0].take(slice(recipe.batch_size))
         setting = f"a training step of the demo's model, batch {recipe.batch_size}, 1 thread"
-        costs[setting] = _measure(models, batch, recipe, rounds=30)
-        if not quick:
+        costs[setting] = _measure(models, batch, recipe, small, count)
+        if large:
             models = {name: tiny(name) for name in system.labels}
             batch = Images(torch.randn(2, 3, 224, 224), torch.arange(2))
-            costs[f"a training step of {system.tiny}, 224 x 224, batch 2, 1 thread"] = _measure(models, batch, recipe, rounds=5)
+            costs[f"a training step of {system.tiny}, 224 x 224, batch 2, 1 thread"] = _measure(models, batch, recipe, large, count)
     return costs
 
 
-def _measure(models, batch: Images, recipe: Recipe, rounds: int):
+def _measure(models, batch: Images, recipe: Recipe, rounds: int, count: Callable[[], object]):
     optimizers = {id(model): make_optimizer(model, recipe) for model in models.values()}
 
     def step(model) -> None:
@@ -190,7 +198,7 @@ def _measure(models, batch: Images, recipe: Recipe, rounds: int):
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # with more, a busy core stalls a whole step, and ratios say more about the neighbours than the model
     try:
-        return compare(models, step, batch.x[:1], rounds)
+        return compare(models, step, batch.x[:1], rounds, count)
     finally:
         torch.set_num_threads(before)
 
