@@ -85,15 +85,15 @@ def tiles(picture: Picture) -> tuple[Tensor, Tensor]:
 
 
 class Backbone(nn.Module):
-    """A ViT with a cls token and four registers, and its tokens as maps of strides 2, 4, 8 and 16: (B, 1, SIZE, SIZE) to four maps."""
+    """A ViT with a cls token and four registers, and its tokens as maps of several strides: (B, 1, SIZE, SIZE) to as many maps."""
 
-    def __init__(self, system: str, out_dim: int = 32, embed_dim: int = 96, depth: int = 4, num_heads: int = 3):
+    def __init__(self, system: str, out_dim: int = 32, strides=(2, 4, 8, 16), embed_dim: int = 96, depth: int = 4, num_heads: int = 3):
         super().__init__()
         attn = {"plain": None, "life": LifeAttention}[system]
         sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "num_classes": 0}
         self.vit = VisionTransformer(SIZE, PATCH, in_chans=1, num_reg_tokens=4, attn=attn, **sizes)
         place = {"num_prefix_tokens": self.vit.num_prefix_tokens, "grid": self.vit.patch_embed.grid_size}
-        self.pyramid = TokenPyramid(embed_dim, out_dim, patch_size=PATCH, strides=(2, 4, 8, 16), **place)
+        self.pyramid = TokenPyramid(embed_dim, out_dim, patch_size=PATCH, strides=strides, **place)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.pyramid(self.vit.forward_features(x))

@@ -1,4 +1,6 @@
-"""examples/segment_nuclei.py: the picture's parts, crops and classes, a short run that is broken off and goes on, and what it writes."""
+"""examples/segment_nuclei.py and detect_nuclei.py: the picture's parts, crops and classes, a short run that is broken off and goes on,
+what it writes, and DETR's loss written down anew.
+"""
 
 import importlib.util
 import json
@@ -8,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from conftest import declare_torchvision_ops
 
 for name in ("matplotlib", "rich", "PIL"):
     pytest.importorskip(name)
@@ -175,3 +179,92 @@ def test_the_packages_nuclei(examples):
     train, test = examples("nuclei").load()
     assert (train.mask.shape, test.mask.shape) == ((512, 384), (512, 128))
     assert len(torch.cat((train.mask, test.mask), 1).unique()) == 1 + 125
+
+
+# ------------------------------------------------------------------------------------------------ detection
+
+
+@pytest.fixture
+def detect(examples):
+    declare_torchvision_ops()
+    pytest.importorskip("transformers")
+    pytest.importorskip("scipy")
+    return examples("detect_nuclei")
+
+
+def test_boxes_of_a_mask(detect):
+    mask = torch.zeros(64, 64, dtype=torch.int64)
+    mask[8:16, 4:20], mask[40:48, 60:], mask[0, :15] = 3, 7, 9  # the last is too small
+    expected = torch.tensor([[12 / 64, 12 / 64, 16 / 64, 8 / 64], [62 / 64, 44 / 64, 4 / 64, 8 / 64]])
+    torch.testing.assert_close(detect.boxes_of(mask), expected)
+    assert detect.boxes_of(mask[:8, 32:]).shape == (0, 4)
+    torch.testing.assert_close(detect.corners(expected)[0] * 64, torch.tensor([4.0, 8, 20, 16]))
+
+
+def test_places_and_their_waves(detect):
+    """Row by row, as maps are flattened; near places are alike."""
+    x, y = detect.centres(4).T
+    assert x.tolist() == [0.125, 0.375, 0.625, 0.875] * 4
+    assert y.view(4, 4)[:, 0].tolist() == [0.125, 0.375, 0.625, 0.875]
+    alike = detect.waves(detect.centres(4), 16) @ detect.waves(detect.centres(4), 16).T
+    assert detect.waves(detect.centres(4), 16).shape == (16, 16)
+    assert torch.equal(alike.argmax(1), torch.arange(16))
+
+
+def test_f1(detect):
+    boxes = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0.7, 0.7, 0.2, 0.2]])
+    near, far = boxes + torch.tensor([0.02, 0, 0, 0]), boxes + torch.tensor([0.15, 0, 0, 0])
+    assert detect.f1([near], [boxes]) == 1
+    assert detect.f1([far], [boxes]) == 0
+    assert detect.f1([near[:1], boxes], [boxes, boxes[:0]]) == 2 * 1 / (3 + 2)
+    assert detect.f1([near[[0, 0]]], [boxes]) == 2 * 1 / (2 + 2)  # one to one
+    assert detect.f1([boxes[:0]], [boxes[:0]]) == 0
+
+
+@pytest.mark.parametrize("system", ["plain", "life"])
+def test_a_step_of_the_detector(detect, examples, own_picture, system):
+    """Forward, loss and one training step, in which all parts have gradients and which makes the loss smaller."""
+    nuclei = examples("nuclei")
+    picture, _ = nuclei.load(*own_picture)
+    torch.manual_seed(0)
+    model = detect.Detector(system)
+    images, masks = nuclei.random_crops(picture, 4, torch.Generator().manual_seed(0))
+    logits, boxes = model(images)
+    assert (logits.shape, boxes.shape) == ((4, 3, 25, 2), (4, 3, 25, 4))
+    assert 0 < boxes.min() < boxes.max() < 1
+    targets = detect.targets_of(masks)
+    assert sum(len(t["boxes"]) for t in targets) == 4
+    [loss] = detect.train(model, picture, 1, 4, 1e-3, 0)
+    assert loss == pytest.approx(_loss_by_hand(logits, boxes, targets), rel=1e-4)
+    assert detect.loss_of(model, images, targets).item() < loss
+    idle = {name for name, p in model.named_parameters() if not p.grad.any()}
+    assert {name for name in idle if not name.startswith("decoder.layers.0.self_attn")} == set()  # which attends among zeros
+    assert len(detect.detected(model, images)) == 4
+
+
+def _loss_by_hand(logits, boxes, targets):
+    """DETR's: every decoder layer is matched for itself, weights 1, 5 and 2; nothing counts a tenth."""
+    from scipy.optimize import linear_sum_assignment
+    from torchvision.ops import box_convert, generalized_box_iou
+
+    total, count = 0, sum(len(t["boxes"]) for t in targets)
+    for layer in range(logits.shape[1]):
+        classes, distances, overlaps = torch.ones(logits.shape[0], logits.shape[2], dtype=torch.int64), 0, 0
+        for i, target in enumerate(targets):
+            found, wanted = boxes[i, layer], target["boxes"]
+            distance = (found[:, None] - wanted).abs().sum(-1)
+            overlap = generalized_box_iou(*(box_convert(b, "cxcywh", "xyxy") for b in (found, wanted)))
+            cost = 5 * distance - 2 * overlap - logits[i, layer].softmax(-1)[:, :1]
+            rows, columns = linear_sum_assignment(cost.detach())
+            classes[i, rows] = 0
+            distances, overlaps = distances + distance[rows, columns].sum(), overlaps + (1 - overlap[rows, columns]).sum()
+        entropy = torch.nn.functional.cross_entropy(logits[:, layer].flatten(0, 1), classes.flatten(), torch.tensor([1, 0.1]))
+        total = total + entropy + (5 * distances + 2 * overlaps) / count
+    return total.item()
+
+
+def test_detect(detect, monkeypatch, own_picture, capsys):
+    image, mask = map(str, own_picture)
+    monkeypatch.setattr("sys.argv", ["detect_nuclei.py", "--steps", "2", "--batch-size", "2", "--image", image, "--mask", mask])
+    detect.main()
+    assert capsys.readouterr().out.startswith("step 2: loss ")
