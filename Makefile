@@ -116,8 +116,10 @@ $(VENV)/demo.ready: $(VENV)/built.ready
 	$(PIP) install -c $(VENV)/constraints.txt scikit-learn matplotlib rich
 	touch $@
 
+# stardist: for its picture of cell nuclei alone (examples/nuclei.py).
 $(VENV)/test.ready: $(VENV)/built.ready
 	$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff $(TOOLS)
+	$(PIP) install --no-deps stardist
 	touch $@
 
 $(VENV)/coverage.ready: $(VENV)/test.ready

@@ -56,6 +56,10 @@ SYSTEMS = (
         "RegionViT", ("token_dwconv",), ("RegionalAttention", "TwoGridDownsampling"), ("regionvit",), True, ("test_regionvit",),
         ("region_down", "regionvit_tiny"),
     ),
+    System(
+        "feature pyramid", ("token_dwconv", "token_dwconv_transpose"), ("TokenPyramid",), (), False, ("test_token_pyramid",),
+        ("token_pyramid",),
+    ),
     System("attention roll-out", ("rollout", "rollout_step"), (), (), False, ("test_rollout",), ("rollout",)),
     System("structured initialisation", ("init.structured_", "init.impulse_qk"), (), (), False, ("test_init",), ()),
 )  # fmt: skip
