@@ -141,10 +141,12 @@ $(VENV)/demo.ready: $(VENV)/built.ready
 	@$(PIP) install -c $(VENV)/constraints.txt scikit-learn matplotlib numpy rich
 	@touch $@
 
+# stardist: for its picture of cell nuclei alone (examples/nuclei.py).
 $(VENV)/test.ready: $(VENV)/built.ready
 	$(SAY) "installing what the tests need, a minute once it is downloaded"
 	@$(PIP) install -c $(VENV)/constraints.txt pytest pytest-xdist pytest-benchmark hypothesis timm safetensors scikit-learn matplotlib rich ruff mypy \
 	  triton $(TOOLS)
+	@$(PIP) install --no-deps stardist
 	@touch $@
 
 $(VENV)/coverage.ready: $(VENV)/test.ready

@@ -48,7 +48,7 @@ WINDOWS = ("token_dwconv_strided", "token_dwconv_multiplied", "token_dwconv_tran
 TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
 LEVELS = {
     "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout", *WINDOWS, "mvit_pool", "region_down"),
-    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", *TIMM, *STAGED),
+    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", "token_pyramid", *TIMM, *STAGED),
     "model": ("vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs", "mvitv2_tiny", "regionvit_tiny"),
 }
 WHOLE = ("mvitv2_tiny", "regionvit_tiny")  # models of their own, without a plain host

@@ -11,6 +11,7 @@ from bench import (
     mvit_systems,
     op_systems,
     optional,
+    pyramid_systems,
     regionvit_systems,
     timm_systems,
     window_systems,
@@ -21,6 +22,7 @@ from lifeops import registry
 
 _PARTS = (
     op_systems, block_systems, timm_systems, model_systems, conv_systems, window_systems, mvit_systems, regionvit_systems,
+    pyramid_systems,
 )  # fmt: skip
 BUILDERS = {name: build for part in _PARTS for name, build in part.BUILDERS.items()}
 

@@ -114,6 +114,12 @@ def filtered_grid(op: str, height, width, kernel, stride, padding, ceil_mode: bo
     return out
 
 
+def transposed_grid(grid, kernel, stride, padding, output_padding) -> tuple:
+    """The grid that a transposed convolution makes of ``grid``, pairs of ints all: (H - 1) s - 2 p + K + output padding, per axis."""
+    axes = zip(grid, kernel, stride, padding, output_padding, strict=True)
+    return tuple((size - 1) * s - 2 * p + k + more for size, k, s, p, more in axes)
+
+
 def channels_first(embed: torch.nn.Module, output: torch.Tensor) -> bool:
     """Whether the maps of a patch embedding are (B, C, H, W): as it says, or as the width of its last convolution shows; else NHWC."""
     told = getattr(embed, "output_fmt", None)

@@ -229,6 +229,10 @@ CASES = {
         "dim": "size", "num_heads": "size", "window_size": "size", "qkv_bias": "flag", **DD}),
     "RegionalAttention ": Case(_forward(lambda: lifeops.nn.RegionalAttention(9, 3, 2)), {"x": draw(2, 5, 9), "windows": True}, {
         "x": None, "windows": "flag", "mask": "other"}),
+    "TokenPyramid": Case(lifeops.nn.TokenPyramid, {"dim": 9, "patch_size": 4, "strides": (2, 4)}, {
+        "dim": "size", "out_dim": "size", "num_prefix_tokens": "count", "patch_size": "size", "strides": "ints", "grid": "grid",
+        "norm_eps": "number", **DD}),
+    "TokenPyramid ": Case(_forward(lambda: lifeops.nn.TokenPyramid(9, 6, 1)), {"x": X, "grid": (2, 3)}, TOKENS),
     "TwoGridDownsampling": Case(lifeops.nn.TwoGridDownsampling, {"dim": 9, "dim_out": 18}, {"dim": "size", "dim_out": "size"}),
     "TwoGridDownsampling ": Case(
         _forward(lambda: lifeops.nn.TwoGridDownsampling(9, 18)),

@@ -70,6 +70,7 @@ def test_every_parameter_has_a_case():
 
 
 CHECKED = "LifeQKV ", "LifeAttention ", "LocalAttention ", "LocalityFeedForward ", "LocalAgg ", "CvT ", "VisionTransformer ", "ViT "
+CHECKED += ("TokenPyramid ",)
 
 
 @pytest.mark.parametrize("name", CHECKED)

@@ -175,11 +175,11 @@ class Run:
     weights: dict[str, np.ndarray] | None = None  # NumPy: travels between processes by value
 
 
-def _regionvit(recipe: Recipe) -> RegionViT:
+def _regionvit(recipe: Recipe, **host) -> RegionViT:
     """As wide as the host with as many blocks, of regions of 2 x 2 patches; twice as wide on the coarser of its two grids."""
     dim, heads, depth = recipe.embed_dim, recipe.num_heads, recipe.depth - recipe.depth // 2
-    stages = (dim, 2 * dim), (depth, recipe.depth // 2), (heads, 2 * heads)
-    return RegionViT(data.IMG_SIZE, recipe.patch_size, 1, data.NUM_CLASSES, *stages, window_size=2, stem="1conv")
+    sizes = {"embed_dim": (dim, 2 * dim), "depths": (depth, recipe.depth // 2), "num_heads": (heads, 2 * heads)}
+    return RegionViT(patch_size=recipe.patch_size, **sizes, window_size=2, stem="1conv", **host)
 
 
 def tiny(model: str) -> nn.Module:
@@ -187,24 +187,16 @@ def tiny(model: str) -> nn.Module:
     return WHOLE[model](regionvit("tiny")) if model in WHOLE else VisionTransformer(dist_token=True, **MODELS[model])
 
 
-def build(model: str, recipe: Recipe, seed: int = 0) -> nn.Module:
+def build(model: str, recipe: Recipe, seed: int = 0, **host) -> nn.Module:
     """An untrained model of the demo, one of ``MODELS`` and ``WHOLE``: "plain", a system with lifeops or as its authors run it, an
-    initialisation.
+    initialisation. ``host``: for other images than the demo's (img_size, in_chans, num_classes), drop_path_rate.
     """
     torch.manual_seed(seed)
+    host = {"img_size": data.IMG_SIZE, "in_chans": 1, "num_classes": data.NUM_CLASSES, **host}
     if model in WHOLE:
-        return WHOLE[model](_regionvit(recipe))
-    vit = VisionTransformer(
-        data.IMG_SIZE,
-        recipe.patch_size,
-        in_chans=1,
-        num_classes=data.NUM_CLASSES,
-        embed_dim=recipe.embed_dim,
-        depth=recipe.depth,
-        num_heads=recipe.num_heads,
-        dist_token=True,
-        **MODELS[model],
-    )
+        return WHOLE[model](_regionvit(recipe, **host))
+    sizes = {"patch_size": recipe.patch_size, "embed_dim": recipe.embed_dim, "depth": recipe.depth, "num_heads": recipe.num_heads}
+    vit = VisionTransformer(**sizes, dist_token=True, **host, **MODELS[model])
     if model in INITIALISATIONS:
         structured_(vit, **INITIALISATIONS[model], generator=torch.Generator().manual_seed(seed))
     return vit

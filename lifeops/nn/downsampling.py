@@ -48,6 +48,11 @@ class TwoGridDownsampling(NotScripted, nn.Module):
 
     # a module under two names would do, but torch.func.functional_call (2.13) leaves its tensors behind in one
 
+    @property
+    def proj_cls(self) -> nn.Module:
+        """``proj``: torch.distributed.checkpoint looks up what the names in state dicts stand for."""
+        return self.proj
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self.proj.state_dict(destination=destination, prefix=f"{prefix}proj_cls.", keep_vars=keep_vars)

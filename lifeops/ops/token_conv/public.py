@@ -213,8 +213,7 @@ def _transposed(x, weight, bias, grid, num_prefix_tokens, prefix, stride, paddin
 def _fine_grid(op, g, kernel, stride, padding, spare):
     if g.num_patches == 0:
         return 0, 0
-    sizes = zip((g.height, g.width), kernel, stride, padding, spare, strict=True)
-    H, W = ((n - 1) * s - 2 * p + k + more for n, k, s, p, more in sizes)
+    H, W = geometry.transposed_grid((g.height, g.width), kernel, stride, padding, spare)
     if H < 1 or W < 1:
         raise ValueError(f"{op}: the result must have rows and columns, got {H} x {W}: the padding {tuple(padding)} takes all of them")
     return H, W
