@@ -273,6 +273,17 @@ CASES = {
         "qkv_bias": "flag", "norm_eps": "number?"}),
     "dw_shortcut": Case(lifeops.models.dw_shortcut, {}, {"variant": "name", **SHORTCUTS}),
     "named": Case(lifeops.models.named, {"name": "deit_tiny"}, {"name": "module", "system": "backend"}),
+    "RelativeLocalizationHead": Case(lifeops.losses.RelativeLocalizationHead, {"dim": 9, "mode": "ce", "grid": (2, 3)}, {
+        "dim": "size", "mode": "name", "signed": "flag", "grid": "grid", "hidden_dim": "size", **DD}),
+    "RelativeLocalizationHead ": Case(_forward(lambda: lifeops.losses.RelativeLocalizationHead(9)), {"pairs": draw(2, 18)},
+                                      {"pairs": None}),
+    "dense_relative_localization": Case(
+        lifeops.losses.dense_relative_localization,
+        {"tokens": X, **PLACE, "head": lifeops.losses.RelativeLocalizationHead(9)}, {
+            "tokens": None, "grid": "grid", "num_prefix_tokens": "count", "head": "module", "num_pairs": "size", "normalize": "backend",
+            "pairs": "other", "generator": "other"}),
+    "relative_localization_weight": Case(lifeops.losses.relative_localization_weight, {"epoch": 1, "epochs": 20}, {
+        "epoch": "number", "epochs": "size", "weight": "number", "warmup_epochs": "count"}),
     "head_offsets": Case(lifeops.init.head_offsets, {"num_heads": 3}, {"num_heads": "count", "kernel_size": "odd"}),
     "impulse_qk": Case(lifeops.init.impulse_qk, {**QK, "noise": draw(2, 12, 12)}, {
         "position_embedding": None, "grid": "grid", "num_heads": "size", "head_dim": "size", "noise": None, "generator": "other",
