@@ -234,6 +234,9 @@ CASES = {
         _forward(lambda: lifeops.nn.TwoGridDownsampling(9, 18)),
         {"regions": draw(2, 2, 9), "region_grid": (1, 2), "x": draw(2, 8, 9), "grid": (2, 4)},
         {"regions": None, "region_grid": "area", "x": None, "grid": "area"}),
+    "TokenSmoothing": Case(lifeops.nn.TokenSmoothing, {}, {
+        "sigma": "number", "kernel_size": "odd", "num_prefix_tokens": "count", "grid": "grid", "padding": "count?", "schedule": "other"}),
+    "TokenSmoothing ": Case(_forward(lambda: lifeops.nn.TokenSmoothing(1, 3, 1)), {"x": X, "grid": (2, 3)}, TOKENS),
     "wrap": Case(lifeops.nn.wrap, {"blocks": [nn.LayerNorm(9)]}, {
         "blocks": "module", "every": "size", "kernel_size": "odds", "num_prefix_tokens": "count", "dim": "size?", "grid": "grid"}),
     "VisionTransformer": Case(lifeops.models.VisionTransformer, VIT, {

@@ -18,6 +18,7 @@ FINE = {
     ("attn_mask", "bool"), ("attn_mask", "rank"), ("rope", "rank"), ("rollout", "targets", "int"),  # a token
     ("CvT ", "x", "sizes"), ("EdgeViT ", "x", "sizes"),  # images of any size
     ("RelativeLocalizationHead ", "pairs", "rank"),  # any leading sizes
+    ("TokenSmoothing ", "x", "sizes"), ("TokenSmoothing ", "x", "meta"),  # any number of channels; no weights
     ("MViT ", "x", "sizes"), ("RegionViT ", "x", "sizes"),  # any image size
     ("position_embedding", "sizes"), *((op, "weight", "meta") for op in CASES if op.strip() in lifeops.init.__all__),  # as torch.nn.init
 }  # fmt: skip

@@ -11,6 +11,7 @@ from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 from lifeops.nn.pooling_attention import PoolingAttention
 from lifeops.nn.regional_attention import RegionalAttention
 from lifeops.nn.shortcut_blocks import wrap
+from lifeops.nn.smoothing import TokenSmoothing
 
 __all__ = [
     "ConvProjectionAttention",
@@ -24,6 +25,7 @@ __all__ = [
     "LocalityFeedForward",
     "PoolingAttention",
     "RegionalAttention",
+    "TokenSmoothing",
     "TwoGridDownsampling",
     "wrap",
 ]
