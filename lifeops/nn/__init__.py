@@ -12,6 +12,7 @@ from lifeops.nn.pooling_attention import PoolingAttention
 from lifeops.nn.regional_attention import RegionalAttention
 from lifeops.nn.shortcut_blocks import wrap
 from lifeops.nn.smoothing import TokenSmoothing
+from lifeops.nn.token_slimming import ReverseTokenSlimming, TokenSlimming
 
 __all__ = [
     "ConvProjectionAttention",
@@ -25,6 +26,8 @@ __all__ = [
     "LocalityFeedForward",
     "PoolingAttention",
     "RegionalAttention",
+    "ReverseTokenSlimming",
+    "TokenSlimming",
     "TokenSmoothing",
     "TwoGridDownsampling",
     "wrap",
