@@ -259,6 +259,7 @@ def test_published_sizes_of_training():
         ({"img_size": 40}, "sit: SiT: img_size must be a multiple of patch_size (16, 16), got (40, 40)"),
         ({"keep_ratio": 2.0}, "sit: SiT: img_size and keep_ratio must leave every stage 1 to 196 patch tokens, got [196, 392, 784, 1568]"),
         ({"num_tokens": (3,)}, "sit: SiT: num_tokens must be 3 ints, one for each stage behind the first, got (3,)"),
+        ({"num_tokens": (9, 300, 4)}, "sit: SiT: num_tokens must be at most the 196 patches of images (224, 224), got (9, 300, 4)"),
         ({"stem": 5}, "sit: SiT: stem must be 4 or 6 convolutions, got 5"),
         ({"embed_dim": 36}, "sit: SiT: embed_dim must be a multiple of 8 and of num_heads 5, got 36"),
     ],

@@ -123,7 +123,7 @@ class SiT(ToldInMetadata):
         if distill:
             before = [K for K, count in zip(self.num_tokens, self.stage_blocks, strict=True) for _ in range(count)]
             behind = *before[1:], before[-1]
-            self.rtsm = nn.ModuleList(ReverseTokenSlimming(embed_dim, K, patches) if K < patches else nn.Identity() for K in behind)
+            self.rtsm = nn.ModuleList(ReverseTokenSlimming(embed_dim, K, patches) if patches > K else nn.Identity() for K in behind)
         self.norm = nn.LayerNorm(embed_dim)
         self.head, self.aux_head = (nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity() for _ in range(2))
         self.aux_head.requires_grad_(False)
@@ -182,6 +182,8 @@ def _tokens(img_size, patches: int, stages: int, keep_ratio: float, num_tokens) 
     if not isinstance(num_tokens, (tuple, list)) or len(num_tokens) != stages - 1:
         raise ValueError(f"{NAME}: num_tokens must be {stages - 1} ints, one for each stage behind the first, got {got(num_tokens)}")
     check_sizes(NAME, **{f"num_tokens[{i}]": n for i, n in enumerate(num_tokens)})
+    if max(num_tokens, default=0) > patches:
+        raise ValueError(f"{NAME}: num_tokens must be at most the {patches} patches of images {img_size}, got {got(num_tokens)}")
     return patches, *num_tokens
 
 
