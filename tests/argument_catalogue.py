@@ -133,6 +133,10 @@ def _forward(build, **options):
     return lambda **changes: module(**{**options, **changes})
 
 
+def _attention(dim, heads):
+    return lifeops.models.VisionTransformer(8, 4, embed_dim=dim, num_heads=heads, depth=1).blocks[0].attn
+
+
 ATTENTION = {"x": X, "grid": (2, 3), "attn_mask": draw(7, 7), "is_causal": False}
 ATTENDS = {**TOKENS, "attn_mask": None, "is_causal": "flag"}
 ROPE = {**ATTENTION, "rope": draw(6, 6)}
@@ -236,6 +240,14 @@ CASES = {
         _forward(lambda: lifeops.nn.TwoGridDownsampling(9, 18)),
         {"regions": draw(2, 2, 9), "region_grid": (1, 2), "x": draw(2, 8, 9), "grid": (2, 4)},
         {"regions": None, "region_grid": "area", "x": None, "grid": "area"}),
+    "SharedConvAttention": Case(lifeops.nn.SharedConvAttention, {"mhsa": _attention(9, 1)}, {
+        "mhsa": "module", "num_prefix_tokens": "count", "grid": "grid", "offsets": "blocks"}),
+    "SharedConvAttention ": Case(_forward(lambda: lifeops.nn.SharedConvAttention(_attention(9, 9), 1)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "FeatureHint": Case(lifeops.losses.FeatureHint, {"dim": 9}, {"dim": "size", "num_prefix_tokens": "count", "resample": "flag", **DD}),
+    "FeatureHint ": Case(_forward(lambda: lifeops.losses.FeatureHint(9, 0)), {"vit": X, "cnn": X}, {
+        "vit": None, "cnn": None, "teacher": "name"}),
+    "logit_distillation": Case(lifeops.losses.logit_distillation, {"student": draw(2, 3), "teacher": draw(2, 3)}, {
+        "student": None, "teacher": None, "temperature": "positive"}),
     "TokenSmoothing": Case(lifeops.nn.TokenSmoothing, {}, {
         "sigma": "number", "kernel_size": "odd", "num_prefix_tokens": "count", "grid": "grid", "padding": "count?", "schedule": "other"}),
     "TokenSmoothing ": Case(_forward(lambda: lifeops.nn.TokenSmoothing(1, 3, 1)), {"x": X, "grid": (2, 3)}, TOKENS),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lifeops.arguments import check_number, check_positive, check_tensor, got
-from lifeops.ops.channel.act import accumulate_dtype
+from lifeops.losses.distillation import logit_distillation, widened
 
 NAME = "feature_recycling_distillation"
 
@@ -36,13 +36,8 @@ def feature_recycling_distillation(
         shapes = [tuple(t.shape) for t in (logits, *tokens)], [tuple(t.shape) for t in (taught, *targets)]
         raise ValueError(f"{NAME}: teacher must have the student's logits and tokens {shapes[0]}, got {shapes[1]}")
     pairs = zip(tokens, targets, strict=True)
-    apart = sum(F.mse_loss(_wide(t), _wide(other.detach())) for t, other in pairs) / len(tokens)
-    said, known = ((_wide(t) / T).log_softmax(1) for t in (logits, taught.detach()))
-    return weights[0] * apart + weights[1] * T**2 * F.kl_div(said, known, reduction="batchmean", log_target=True)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(accumulate_dtype(t.dtype))
+    apart = sum(F.mse_loss(widened(t), widened(other.detach())) for t, other in pairs) / len(tokens)
+    return weights[0] * apart + weights[1] * logit_distillation(logits, taught, temperature=T)
 
 
 def _read(name: str, value) -> tuple[Tensor, Sequence[Tensor]]:

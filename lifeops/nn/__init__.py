@@ -10,6 +10,7 @@ from lifeops.nn.local_attention import LocalAttention
 from lifeops.nn.localvit import LocalityFeedForward, LocalViTBlock
 from lifeops.nn.pooling_attention import PoolingAttention
 from lifeops.nn.regional_attention import RegionalAttention
+from lifeops.nn.shared_conv import SharedConvAttention
 from lifeops.nn.shortcut_blocks import wrap
 from lifeops.nn.smoothing import TokenSmoothing
 from lifeops.nn.token_slimming import ReverseTokenSlimming, TokenSlimming
@@ -27,6 +28,7 @@ __all__ = [
     "PoolingAttention",
     "RegionalAttention",
     "ReverseTokenSlimming",
+    "SharedConvAttention",
     "TokenSlimming",
     "TokenSmoothing",
     "TwoGridDownsampling",
