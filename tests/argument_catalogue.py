@@ -217,6 +217,13 @@ CASES = {
         "dim": "size", "num_heads": "size", "num_prefix_tokens": "count", "grid": "grid", "method": "name", "kernel_size": "odd",
         "stride_q": "size?", "stride_kv": "size?", "qkv_bias": "flag", "attn_drop": "rate", "proj_drop": "rate", **DD}),
     "ConvProjectionAttention ": Case(_forward(lambda: lifeops.nn.ConvProjectionAttention(9, 3)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "ConvFeedForward": Case(lifeops.nn.ConvFeedForward, {"dim": 9}, {
+        "dim": "size", "mlp_ratio": "positive", "num_prefix_tokens": "count", "kernel_size": "odd", "grid": "grid", "extra_relu": "flag",
+        "drop": "rate", **DD}),
+    "ConvFeedForward ": Case(_forward(lambda: lifeops.nn.ConvFeedForward(9, 2.0, 1)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "OverlapPatchEmbed": Case(lifeops.nn.OverlapPatchEmbed, {}, {
+        "in_chans": "size", "embed_dim": "size", "patch_size": "size", "stride": "size", "padding": "count?", **DD}),
+    "OverlapPatchEmbed ": Case(_forward(lambda: lifeops.nn.OverlapPatchEmbed(3, 9, 3, 2)), {"maps": draw(2, 3, 8, 8)}, {"maps": None}),
     "LocalAgg": Case(lifeops.nn.LocalAgg, {"dim": 9}, {
         "dim": "size", "mlp_ratio": "positive", "num_prefix_tokens": "count", "grid": "grid", "kernel_size": "odd", "drop_path": "other",
         **DD}),

@@ -16,6 +16,7 @@ FINE = {
     ("token_pool", "x", "meta"), ("token_dwconv_transpose", "weight", "sizes"),
     *((op, "x", "sizes") for op in ("token_dwconv_transpose", "token_dwconv_multi", "token_pool")),  # shared filters
     ("attn_mask", "bool"), ("attn_mask", "rank"), ("rope", "rank"), ("rollout", "targets", "int"),  # a token
+    ("OverlapPatchEmbed ", "maps", "sizes"),
     ("CvT ", "x", "sizes"), ("EdgeViT ", "x", "sizes"),  # images of any size
     ("RelativeLocalizationHead ", "pairs", "rank"),  # any leading sizes
     ("TokenSmoothing ", "x", "sizes"), ("TokenSmoothing ", "x", "meta"),  # any number of channels; no weights

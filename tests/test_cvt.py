@@ -393,7 +393,7 @@ def test_official_strides():
     same(quiet(lifeops.load_official, model.state_dict()), model)
     with pytest.raises(ValueError, match=r"cannot tell the stride of stage0.patch_embed: .* 7 x 7 and 3 x 3, it is known, got \(5, 5\)"):
         lifeops.load_official(dict(model.state_dict()), num_heads=2)
-    with pytest.raises(RuntimeError, match=r"ConvEmbed stage0.patch_embed: .* saved with stride=3, this module has stride=4"):
+    with pytest.raises(RuntimeError, match=r"OverlapPatchEmbed stage0.patch_embed: .* saved with stride=3, this module has stride=4"):
         tiny().load_state_dict(model.state_dict())
 
 

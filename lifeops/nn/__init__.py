@@ -1,5 +1,6 @@
 """Modules: thin, state-dict compatible with the official checkpoints."""
 
+from lifeops.nn.conv_ffn import ConvFeedForward, OverlapPatchEmbed
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.downsampling import TwoGridDownsampling
 from lifeops.nn.dw_shortcut import DWShortcut
@@ -16,6 +17,7 @@ from lifeops.nn.smoothing import TokenSmoothing
 from lifeops.nn.token_slimming import ReverseTokenSlimming, TokenSlimming
 
 __all__ = [
+    "ConvFeedForward",
     "ConvProjectionAttention",
     "DWShortcut",
     "GlobalSparseAttention",
@@ -25,6 +27,7 @@ __all__ = [
     "LocalAttention",
     "LocalViTBlock",
     "LocalityFeedForward",
+    "OverlapPatchEmbed",
     "PoolingAttention",
     "RegionalAttention",
     "ReverseTokenSlimming",
