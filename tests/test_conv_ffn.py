@@ -159,12 +159,13 @@ def test_a_whole_timm_model():
 
 
 def test_segformers_layers():
+    declare_torchvision_ops()
     transformers = pytest.importorskip("transformers")
-    sizes = {"depths": [1], "hidden_sizes": [C], "num_attention_heads": [3], "mlp_ratios": [2.5], "num_encoder_blocks": 1}
+    sizes = {"depths": [1], "hidden_sizes": [C], "num_attention_heads": [3], "mlp_ratios": [2], "num_encoder_blocks": 1}
     options = {"sr_ratios": [1], "patch_sizes": [7], "strides": [4], "hidden_dropout_prob": 0.0}
     model = _randomised(transformers.SegformerModel(transformers.SegformerConfig(**sizes, **options)).double()).eval()
     theirs = next(m for m in model.modules() if hasattr(m, "dwconv") and not isinstance(m.dwconv, nn.Conv2d))
-    ours, names = ConvFeedForward(C, 2.5).double(), {"dense1": "fc1", "dense2": "fc2"}  # the second of transformers before 5
+    ours, names = ConvFeedForward(C, 2).double(), {"dense1": "fc1", "dense2": "fc2"}  # the second of transformers before 5
     ours.load_state_dict({names.get(k.split(".")[0], k.split(".")[0]) + k[k.index(".") :]: v for k, v in theirs.state_dict().items()})
     x = torch.randn(2, 24, C, dtype=torch.float64)
     _close(ours(x, GRID), theirs(x, *GRID), 1e-12)
