@@ -56,6 +56,20 @@ SYSTEMS = (
         "RegionViT", ("token_dwconv",), ("RegionalAttention", "TwoGridDownsampling"), ("regionvit",), True, ("test_regionvit",),
         ("region_down", "regionvit_tiny"),
     ),
+    System(
+        "self-slimmed ViT", (), ("TokenSlimming", "ReverseTokenSlimming"), ("sit",), True, ("test_token_slimming",),
+        ("token_slimming", "sit_tiny"),
+    ),
+    System(
+        "PVTv2's layers", ("token_dwconv",), ("ConvFeedForward", "OverlapPatchEmbed"), (), False, ("test_conv_ffn",),
+        ("conv_ffn", "patch_embed"),
+    ),
+    System("Bootstrapping ViTs", ("token_dwconv",), ("SharedConvAttention",), (), False, ("test_shared_conv",), ("shared_conv",)),
+    System("Curriculum by Smoothing", ("token_dwconv",), ("TokenSmoothing",), (), False, ("test_smoothing",), ("token_smoothing",)),
+    System(
+        "dense relative localisation", ("losses.dense_relative_localization",), (), (), False, ("test_relative_localization",),
+        ("relative_localization",),
+    ),
     System("attention roll-out", ("rollout", "rollout_step"), (), (), False, ("test_rollout",), ("rollout",)),
     System("structured initialisation", ("init.structured_", "init.impulse_qk"), (), (), False, ("test_init",), ()),
 )  # fmt: skip
