@@ -39,15 +39,9 @@ def build(name):
     return {**d, **{key: d[key].flatten(2).transpose(1, 2).contiguous() for key in ("x", "y", "g", "grad_x")}}, module
 
 
-def agrees(d, module, names):
+def agrees(d, module, call):
     x = d["x"].clone().requires_grad_()
-    y = module(x, tuple(d["grid"].tolist()))
-    y.backward(d["g"])
-    _close(y, d["y"])
-    _close(x.grad, d["grad_x"])
-    for key, parameter in names.items():
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        _close(found, d[f"grad.{key}"])
+    system_checks.agrees(d, module, x, call(x, tuple(d["grid"].tolist())))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -57,13 +51,13 @@ def test_golden(name, backend, fused):
     d, module = build(name)
     module = module if fused else layer_by_layer(module)
     with lifeops.use_backend(backend):
-        agrees(d, module, dict(module.named_parameters()))
+        agrees(d, module, module)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_eager_baseline_is_the_authors(name):
     d, module = build(name)
-    agrees(d, EagerSharedConv(module), dict(module.named_parameters()))
+    agrees(d, module, EagerSharedConv(module))
 
 
 # ------------------------------------------------------------------------------------------------ the module

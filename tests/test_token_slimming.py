@@ -28,14 +28,7 @@ TINY = {"img_size": (64, 96), "embed_dim": 24, "num_heads": 3, "stage_blocks": (
 
 def agrees(d, module):
     x = d["x"].clone().requires_grad_()
-    y = module(x)
-    y.backward(d["g"])
-    _close(y, d["y"])
-    _close(x.grad, d["grad_x"])
-    found = dict(module.named_parameters())
-    assert found.keys() == _state(d, "grad.").keys()
-    for key, parameter in found.items():
-        _close(parameter.grad, d[f"grad.{key}"])
+    system_checks.agrees(d, module, x, module(x))
 
 
 def build(name):
