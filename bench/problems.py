@@ -44,17 +44,26 @@ STAGED = {  # systems on the maps of several stages: (side, channels, prefix tok
     "cvt_attention": ((28, 192, 0), (14, 384, 1)),
     "edgevit_local_agg": ((56, 48, 0), (28, 96, 0), (14, 240, 0)),
 }
+FAMILY = {  # around the convolutions of related systems, at their models' sizes: the same
+    "token_smoothing": ((56, 64, 0), (28, 192, 0), (14, 384, 1)),
+    "token_slimming": ((14, 320, 1), (14, 512, 1)),
+    "relative_localization": ((14, 192, 1), (14, 384, 1)),
+    "shared_conv": ((28, 288, 0), (14, 288, 0)),
+    "conv_ffn": ((56, 64, 0), (28, 128, 0), (14, 320, 0)),
+    "patch_embed": ((28, 128, 0), (56, 64, 0)),
+}
 WINDOWS = ("token_dwconv_strided", "token_dwconv_multiplied", "token_dwconv_transpose", "token_pool", "pool_qkv")
 TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
 LEVELS = {
     "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout", *WINDOWS, "mvit_pool", "region_down"),
-    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", "token_pyramid", *TIMM, *STAGED),
-    "model": ("vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs", "mvitv2_tiny", "regionvit_tiny"),
+    "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", "token_pyramid", *TIMM, *STAGED, *FAMILY),
+    "model": ("vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs", "mvitv2_tiny", "regionvit_tiny", "sit_tiny"),
 }
-WHOLE = ("mvitv2_tiny", "regionvit_tiny")  # models of their own, without a plain host
+WHOLE = ("mvitv2_tiny", "regionvit_tiny", "sit_tiny")  # models of their own, without a plain host
 SYSTEMS = tuple(system for systems in LEVELS.values() for system in systems)
 NO_PREFIX = (
-    "pvt_mlp", "twins_pos_conv", "token_dwconv_multiplied", "token_dwconv_transpose", "mvit_pool", "region_down", *WHOLE,
+    "pvt_mlp", "twins_pos_conv", "token_dwconv_multiplied", "token_dwconv_transpose", "mvit_pool", "region_down", "shared_conv",
+    "conv_ffn", "patch_embed", *WHOLE,
 )  # fmt: skip
 MODES = {"fwd": "fwd", "infer": "fwd", "bwd": "bwd", "dw": "dw", "fwdbwd": "fwdbwd", "train": "fwdbwd"}
 SIZES = [(8, 14, 14), (32, 14, 14), (16, 16, 16), (8, 32, 32), (8, 37, 37)]
@@ -102,7 +111,8 @@ def _attention(system: str, modes, quick: bool):
 
 
 def _staged(system: str, modes, quick: bool):
-    sizes = STAGED[system][-1:] if quick else STAGED[system]
+    every = {**STAGED, **FAMILY}[system]
+    sizes = every[-1:] if quick else every
     for mode, dtype, (side, C, P) in product(modes, ("float32",) if quick else DTYPES, sizes):
         if dtype == "float32" or mode == "fwd":  # bfloat16's gradients are emulated on most CPUs
             yield Problem(system, mode, 16, side, side, C, 0, dtype, P)
@@ -171,7 +181,7 @@ def problems(system: str, modes: list[str] | None = None, *, quick: bool = False
         found = _dwconv_quick(modes) if quick else _dwconv(modes)
     elif level_of(system) == "model":
         found = _model(system, modes, quick)
-    elif system in STAGED:
+    elif system in STAGED or system in FAMILY:
         found = _staged(system, modes, quick)
     elif system in ("mvit_pool", "region_down"):
         found = (_pools if system == "mvit_pool" else _downs)(system, modes, quick)
@@ -242,6 +252,10 @@ def targets(p: Problem, allocator: str) -> list[Target]:
         return [Target("sdpa", {"fwd": 1.1 if window else 1.4, "bwd": 1.0, "fwdbwd": 1.0 if window else 1.25}[p.mode])]
     if p.mode == "bwd":
         return []
+    if p.system in ("token_smoothing", "shared_conv", "conv_ffn") and p.dtype == "float32" and allocator == "warm":
+        return [Target("eager", 1.3)]
+    if p.system in ("token_slimming", "relative_localization", "patch_embed") and p.dtype == "float32" and allocator == "warm":
+        return [Target("eager", 1.0)]
     if p.system == "life_attention" and p.C in (192, 384) and p.dtype == "float32" and allocator == "warm":
         return [Target("eager", 1.25 if p.mode == "fwd" else 1.2)]
     if p.system == "localvit_ffn" and p.dtype == "float32" and allocator == "warm":

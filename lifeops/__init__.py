@@ -1,7 +1,7 @@
 """lifeops: fused ops that give Vision Transformers local structure."""
 
 import lifeops.ops as _ops  # noqa: F401  (defines the torch operators)
-from lifeops import autograd, init, models, nn
+from lifeops import autograd, init, losses, models, nn
 from lifeops.attention_maps.rollout import Rollout, rollout
 from lifeops.config import use_backend
 from lifeops.cost.fvcore import fvcore_handles
@@ -40,6 +40,7 @@ __all__ = [
     "life_qkv",
     "load_official",
     "local_attention",
+    "losses",
     "models",
     "nn",
     "revert",

@@ -58,8 +58,9 @@ KINDS = {
     "flag?": {k: v for k, v in FLAGS.items() if v is not None}, "kinds": {"int": 3, "misspelt": "nope", "ints": [3], "numpy": np.ones(2)},
     "key": {"int": 3, "list": [1], "dict": {}, "numpy": np.ones(2), "tensor": torch.ones(2), "bytes": b"a"},
     "file": {"None": None, "int": 3, "list": [1], "numpy": np.ones(2), "tensor": torch.ones(2)},
-    "area": {"zero": 0, **MARGINS},
+    "area": {"zero": 0, **MARGINS}, "stem": {"None": None, "bool": True, "float": 4.5, "str": "4", "list": [], "three": 3},
     "step": {"None": None, "zero": 0, **MARGINS}, "margin": MARGINS,
+    "blocks": {"str": "3", "int": 3, "empty": (), "floats": (1.0, 2.0), "zero": (0, 1), "strings": ("a", "b")},
     "steps": {"str": "3", "floats": (1.0, 2.0), "three": (1, 2, 3), "negative": (-1, -1), "strings": ("a", "b")},
     "ints": {"int": 3, "str": "a", "None": None, "empty": (), "floats": (1.0, 2.0), "strings": ("a",), "negative": (-1, 2)},
 }  # fmt: skip
@@ -103,6 +104,7 @@ STAGES = {"img_size": "size", "in_chans": "size", "num_classes": "count", "mlp_r
 STAGES |= dict.fromkeys(("embed_dims", "depths", "num_heads", "patch_size"), "ints")
 MVIT = {"img_size": 8, "embed_dim": 6, "depths": (1, 1), "num_heads": 1}
 REGIONVIT = {"img_size": 8, "embed_dim": (4, 8), "depths": (1, 1), "num_heads": (1, 1), "window_size": 2}
+SIT = {"img_size": 32, "embed_dim": 8, "num_heads": 2, "stage_blocks": (1, 1)}
 SHORTCUTS = {"every": "size?", "kernel_sizes": "odds"}
 E = draw(12, 16)
 QK = {"position_embedding": E, "grid": (3, 4), "num_heads": 2, "head_dim": 4}
@@ -129,6 +131,10 @@ def _converts(system, **options):
 def _forward(build, **options):
     module = build()
     return lambda **changes: module(**{**options, **changes})
+
+
+def _attention(dim, heads):
+    return lifeops.models.VisionTransformer(8, 4, embed_dim=dim, num_heads=heads, depth=1).blocks[0].attn
 
 
 ATTENTION = {"x": X, "grid": (2, 3), "attn_mask": draw(7, 7), "is_causal": False}
@@ -173,7 +179,7 @@ CASES = {
     "describe": Case(lifeops.describe, {}, {"model": "module"}),
     "load_official": Case(lifeops.load_official, {"checkpoint": {}}, {
         "checkpoint": "file", "key": "key", "num_heads": "size?", "aux_key": "key", "act": "key", "img_size": "area",
-        "num_classes": "count?", "window_size": "size?"}),
+        "num_classes": "count?", "window_size": "size?", "stage_blocks": "blocks"}),
     "revert": Case(lifeops.revert, {"model": _vit()}, {"model": "module"}),
     "fuse_": Case(lifeops.fuse_, {}, {"module": "module"}),
     "convert ": Case(lambda **o: _converts("life", **o), {}, {
@@ -211,6 +217,13 @@ CASES = {
         "dim": "size", "num_heads": "size", "num_prefix_tokens": "count", "grid": "grid", "method": "name", "kernel_size": "odd",
         "stride_q": "size?", "stride_kv": "size?", "qkv_bias": "flag", "attn_drop": "rate", "proj_drop": "rate", **DD}),
     "ConvProjectionAttention ": Case(_forward(lambda: lifeops.nn.ConvProjectionAttention(9, 3)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "ConvFeedForward": Case(lifeops.nn.ConvFeedForward, {"dim": 9}, {
+        "dim": "size", "mlp_ratio": "positive", "num_prefix_tokens": "count", "kernel_size": "odd", "grid": "grid", "extra_relu": "flag",
+        "drop": "rate", **DD}),
+    "ConvFeedForward ": Case(_forward(lambda: lifeops.nn.ConvFeedForward(9, 2.0, 1)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "OverlapPatchEmbed": Case(lifeops.nn.OverlapPatchEmbed, {}, {
+        "in_chans": "size", "embed_dim": "size", "patch_size": "size", "stride": "size", "padding": "count?", **DD}),
+    "OverlapPatchEmbed ": Case(_forward(lambda: lifeops.nn.OverlapPatchEmbed(3, 9, 3, 2)), {"maps": draw(2, 3, 8, 8)}, {"maps": None}),
     "LocalAgg": Case(lifeops.nn.LocalAgg, {"dim": 9}, {
         "dim": "size", "mlp_ratio": "positive", "num_prefix_tokens": "count", "grid": "grid", "kernel_size": "odd", "drop_path": "other",
         **DD}),
@@ -238,6 +251,23 @@ CASES = {
         _forward(lambda: lifeops.nn.TwoGridDownsampling(9, 18)),
         {"regions": draw(2, 2, 9), "region_grid": (1, 2), "x": draw(2, 8, 9), "grid": (2, 4)},
         {"regions": None, "region_grid": "area", "x": None, "grid": "area"}),
+    "SharedConvAttention": Case(lifeops.nn.SharedConvAttention, {"mhsa": _attention(9, 1)}, {
+        "mhsa": "module", "num_prefix_tokens": "count", "grid": "grid", "offsets": "blocks"}),
+    "SharedConvAttention ": Case(_forward(lambda: lifeops.nn.SharedConvAttention(_attention(9, 9), 1)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "FeatureHint": Case(lifeops.losses.FeatureHint, {"dim": 9}, {"dim": "size", "num_prefix_tokens": "count", "resample": "flag", **DD}),
+    "FeatureHint ": Case(_forward(lambda: lifeops.losses.FeatureHint(9, 0)), {"vit": X, "cnn": X}, {
+        "vit": None, "cnn": None, "teacher": "name"}),
+    "logit_distillation": Case(lifeops.losses.logit_distillation, {"student": draw(2, 3), "teacher": draw(2, 3)}, {
+        "student": None, "teacher": None, "temperature": "positive"}),
+    "TokenSmoothing": Case(lifeops.nn.TokenSmoothing, {}, {
+        "sigma": "number", "kernel_size": "odd", "num_prefix_tokens": "count", "grid": "grid", "padding": "count?", "schedule": "other"}),
+    "TokenSmoothing ": Case(_forward(lambda: lifeops.nn.TokenSmoothing(1, 3, 1)), {"x": X, "grid": (2, 3)}, TOKENS),
+    "TokenSlimming": Case(lifeops.nn.TokenSlimming, {"dim": 9, "num_tokens": 2}, {
+        "dim": "size", "num_tokens": "size", "num_prefix_tokens": "count", "hidden_ratio": "positive", **DD}),
+    "TokenSlimming ": Case(_forward(lambda: lifeops.nn.TokenSlimming(9, 2)), {"x": X}, {"x": None}),
+    "ReverseTokenSlimming": Case(lifeops.nn.ReverseTokenSlimming, {"dim": 9, "num_tokens": 2, "num_patches": 4}, {
+        "dim": "size", "num_tokens": "size", "num_patches": "size", "ratio": "positive", **DD}),
+    "ReverseTokenSlimming ": Case(_forward(lambda: lifeops.nn.ReverseTokenSlimming(9, 7, 8)), {"x": X}, {"x": None}),
     "wrap": Case(lifeops.nn.wrap, {"blocks": [nn.LayerNorm(9)]}, {
         "blocks": "module", "every": "size", "kernel_size": "odds", "num_prefix_tokens": "count", "dim": "size?", "grid": "grid"}),
     "VisionTransformer": Case(lifeops.models.VisionTransformer, VIT, {
@@ -272,11 +302,30 @@ CASES = {
         "qkv_bias": "flag", "norm_eps": "number?", "drop_path_rate": "rate"}),
     "RegionViT ": Case(_forward(lambda: lifeops.models.RegionViT(**REGIONVIT)), IMAGES, {"x": None}),
     "regionvit": Case(lifeops.models.regionvit, {}, {"variant": "name", "w14": "flag", "peg": "flag"}),
+    "SiT": Case(lifeops.models.SiT, SIT, {
+        **{k: v for k, v in VIT_KINDS.items() if k not in ("patch_size", "depth")}, "stage_blocks": "blocks", "keep_ratio": "positive",
+        "num_tokens": "blocks", "stem": "stem", "skip": "positive", "qkv_bias": "flag", "drop_path_rate": "rate", "distill": "flag"}),
+    "SiT ": Case(_forward(lambda: lifeops.models.SiT(**SIT)), {"x": draw(2, 3, 32, 32)}, {"x": None}),
+    "sit": Case(lifeops.models.sit, {}, {"variant": "name"}),
+    "feature_recycling_distillation": Case(
+        lifeops.losses.feature_recycling_distillation, {"student": (draw(2, 3), [X]), "teacher": (draw(2, 3), [X])}, {
+            "student": "other", "teacher": "other", "token_weight": "number", "logit_weight": "number", "temperature": "positive"}),
     "localvit": Case(lifeops.models.localvit, {}, {
         "variant": "name", "embed_dim": "size?", "num_heads": "size?", "mlp_ratio": "number?", "act": "backend", "reduction": "size?",
         "qkv_bias": "flag", "norm_eps": "number?"}),
     "dw_shortcut": Case(lifeops.models.dw_shortcut, {}, {"variant": "name", **SHORTCUTS}),
     "named": Case(lifeops.models.named, {"name": "deit_tiny"}, {"name": "module", "system": "backend"}),
+    "RelativeLocalizationHead": Case(lifeops.losses.RelativeLocalizationHead, {"dim": 9, "mode": "ce", "grid": (2, 3)}, {
+        "dim": "size", "mode": "name", "signed": "flag", "grid": "grid", "hidden_dim": "size", **DD}),
+    "RelativeLocalizationHead ": Case(_forward(lambda: lifeops.losses.RelativeLocalizationHead(9)), {"pairs": draw(2, 18)},
+                                      {"pairs": None}),
+    "dense_relative_localization": Case(
+        lifeops.losses.dense_relative_localization,
+        {"tokens": X, **PLACE, "head": lifeops.losses.RelativeLocalizationHead(9)}, {
+            "tokens": None, "grid": "grid", "num_prefix_tokens": "count", "head": "module", "num_pairs": "size", "normalize": "backend",
+            "pairs": "other", "generator": "other"}),
+    "relative_localization_weight": Case(lifeops.losses.relative_localization_weight, {"epoch": 1, "epochs": 20}, {
+        "epoch": "number", "epochs": "size", "weight": "number", "warmup_epochs": "count"}),
     "head_offsets": Case(lifeops.init.head_offsets, {"num_heads": 3}, {"num_heads": "count", "kernel_size": "odd"}),
     "impulse_qk": Case(lifeops.init.impulse_qk, {**QK, "noise": draw(2, 12, 12)}, {
         "position_embedding": None, "grid": "grid", "num_heads": "size", "head_dim": "size", "noise": None, "generator": "other",

@@ -16,7 +16,10 @@ FINE = {
     ("token_pool", "x", "meta"), ("token_dwconv_transpose", "weight", "sizes"),
     *((op, "x", "sizes") for op in ("token_dwconv_transpose", "token_dwconv_multi", "token_pool")),  # shared filters
     ("attn_mask", "bool"), ("attn_mask", "rank"), ("rope", "rank"), ("rollout", "targets", "int"),  # a token
+    ("OverlapPatchEmbed ", "maps", "sizes"),
     ("CvT ", "x", "sizes"), ("EdgeViT ", "x", "sizes"),  # images of any size
+    ("RelativeLocalizationHead ", "pairs", "rank"),  # any leading sizes
+    ("TokenSmoothing ", "x", "sizes"), ("TokenSmoothing ", "x", "meta"),  # any number of channels; no weights
     ("MViT ", "x", "sizes"), ("RegionViT ", "x", "sizes"),  # any image size
     ("position_embedding", "sizes"), *((op, "weight", "meta") for op in CASES if op.strip() in lifeops.init.__all__),  # as torch.nn.init
 }  # fmt: skip
@@ -51,7 +54,7 @@ def test_bad_argument(name, parameter, what, value):
 
 def _public():
     """Every parameter that a user can give: of the callables, and of the modules' ``forward``."""
-    for module in (lifeops, lifeops.nn, lifeops.models, lifeops.init):
+    for module in (lifeops, lifeops.nn, lifeops.models, lifeops.init, lifeops.losses):
         for name in module.__all__:
             found = getattr(module, name)
             if callable(found) and not (isinstance(found, type) and issubclass(found, (Exception, lifeops.init.Report, tuple))):

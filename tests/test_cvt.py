@@ -31,19 +31,6 @@ def golden(name):
     return d, module
 
 
-def agrees(d, module, y, x):
-    """Outputs, gradients and running statistics to 1e-10."""
-    y.backward(d["g"])
-    _close(y, d["y"])
-    _close(x.grad, d["grad_x"])
-    found = dict(module.named_parameters())
-    assert found.keys() == _state(d, "grad.").keys()
-    for key, parameter in found.items():
-        _close(parameter.grad, d[f"grad.{key}"])
-    for key, value in _state(d, "after.").items():
-        _close(module.state_dict()[key], value)
-
-
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +41,7 @@ def test_golden(name, backend, fused):
     assert lifeops.explain(module)[0].fused == fused
     x = d["x"].requires_grad_()
     with lifeops.use_backend(backend):
-        agrees(d, module, module(x, tuple(d["grid"].tolist())), x)
+        system_checks.agrees(d, module, x, module(x, tuple(d["grid"].tolist())))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +50,7 @@ def test_eager_baseline_is_the_authors(name):
     module = EagerConvProjectionAttention(12, int(d["heads"]), int(d["prefix"]), method="avg" if "_avg_" in name else "dw_bn")
     module.double().train(bool(d["training"])).load_state_dict(_state(d, "param."))
     x = d["x"].requires_grad_()
-    agrees(d, module, module(x, tuple(d["grid"].tolist())), x)
+    system_checks.agrees(d, module, x, module(x, tuple(d["grid"].tolist())))
 
 
 # ------------------------------------------------------------------------------------------------ the module
@@ -393,7 +380,7 @@ def test_official_strides():
     same(quiet(lifeops.load_official, model.state_dict()), model)
     with pytest.raises(ValueError, match=r"cannot tell the stride of stage0.patch_embed: .* 7 x 7 and 3 x 3, it is known, got \(5, 5\)"):
         lifeops.load_official(dict(model.state_dict()), num_heads=2)
-    with pytest.raises(RuntimeError, match=r"ConvEmbed stage0.patch_embed: .* saved with stride=3, this module has stride=4"):
+    with pytest.raises(RuntimeError, match=r"OverlapPatchEmbed stage0.patch_embed: .* saved with stride=3, this module has stride=4"):
         tiny().load_state_dict(model.state_dict())
 
 

@@ -34,18 +34,8 @@ def build(name, agg, sparse, block):
 
 
 def agrees(d, module):
-    """Outputs, gradients and running statistics to 1e-10."""
     x = d["x"].contiguous().requires_grad_()
-    y = module(x, tuple(d["grid"].tolist()))
-    y.backward(d["g"])
-    _close(y, d["y"])
-    _close(x.grad, d["grad_x"])
-    found = dict(module.named_parameters())
-    assert found.keys() == _state(d, "grad.").keys()
-    for key, parameter in found.items():
-        _close(parameter.grad, d[f"grad.{key}"])
-    for key, value in _state(d, "after.").items():
-        _close(module.state_dict()[key], value)
+    system_checks.agrees(d, module, x, module(x, tuple(d["grid"].tolist())))
 
 
 def layer_by_layer(module):

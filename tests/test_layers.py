@@ -11,7 +11,7 @@ LAYERS = (
     {"native_args", "native_attention", "ops"},
     {"autograd", "native", "native_windows", "testing"},  # what implements the ops, and tests them
     {"nn"},
-    {"models"},
+    {"losses", "models"},
     {"attention_maps", "cost", "explain", "hosts", "init", "integrations", "model_cost"},
     {"cli", "demo"},
 )

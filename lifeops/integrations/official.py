@@ -15,6 +15,7 @@ from lifeops.integrations import official_dw_shortcut as shortcut
 from lifeops.integrations import official_edgevit as edgevit
 from lifeops.integrations import official_mvit as mvit
 from lifeops.integrations import official_regionvit as regionvit
+from lifeops.integrations import official_sit as sit
 from lifeops.integrations.checkpoint_states import choose, errors_of, load_strictly
 from lifeops.integrations.official_facts import Facts, Given
 from lifeops.integrations.official_fit import fit
@@ -39,6 +40,7 @@ class Family(NamedTuple):
 def load_official(
     checkpoint, *, key: str | None = None, num_heads: int | None = None, aux_key: str | None = None, act: str | None = None,
     img_size: int | tuple[int, int] | None = None, num_classes: int | None = None, window_size: int | None = None,
+    stage_blocks: tuple[int, ...] | None = None,
 ) -> nn.Module:  # fmt: skip
     """Build the model that an official checkpoint is for, at the sizes its tensors tell, and load it strictly; in eval mode.
 
@@ -58,6 +60,8 @@ def load_official(
         num_classes: of the model, if not the checkpoint's: then with a new, untrained head (truncated normal, std 0.02; zero bias).
         window_size: of Swin, if not the checkpoint's: tables are resampled. By default it stays, or where it does not divide every
             stage's grid at another ``img_size``, grows in proportion.
+        stage_blocks: of SiT, blocks before each slimming and behind the last, where neither metadata nor ``rtsm`` tells them: of published
+            models "xsmall" (1, 1, 1, 13) and "small" (9, 3, 2, 2) have the same tensors.
 
     Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``), LocalViT DeiT (``blocks.0.conv.conv.0.weight``), and the DW
     shortcut's ViT (``transformer.convs.0.weight``), CaiT (``patch_transformer.convs.0.weight``) and Swin
@@ -67,7 +71,8 @@ def load_official(
     ``relative_position_index``, ``num_batches_tracked``) may be missing.
 
     CvT (``stage0.blocks.0.attn.conv_proj_q.conv.weight``), with the authors' strides where metadata does not tell others, and EdgeViT
-    (``blocks1.0.SelfAttn.pos_embed.weight``); ``num_heads`` is the first stage's, those of the others are as wide.
+    (``blocks1.0.SelfAttn.pos_embed.weight``); ``num_heads`` is the first stage's, those of the others are as wide. Self-slimmed ViT
+    (``tsm.0.weight.1.weight``), with what training adds (``rtsm``) where the file has it.
 
     Warns (UserWarning) of every assumption: which of several state dicts, heads, ``aux_key``, activation, a new head.
 
@@ -76,14 +81,14 @@ def load_official(
         of no known family, missing or unexpected keys, sizes that do not fit, and what the checkpoint does not tell (the message
         names the argument). TypeError: neither a path nor a dict. FileNotFoundError: no such file.
     """
-    given = _given("load_official", key, num_heads, aux_key, act, img_size, num_classes, window_size)
+    given = _given("load_official", key, num_heads, aux_key, act, img_size, num_classes, window_size, stage_blocks)
     families = (
         Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", published=True)),
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),
         Family("DW shortcut CaiT", shortcut.CAIT_KEY, 4, shortcut.cait), Family("DW shortcut Swin", shortcut.SWIN_KEY, 4, shortcut.swin),
         Family("CvT", cvt.KEY, 4, cvt.cvt), Family("EdgeViT", edgevit.KEY, 4, edgevit.edgevit),
         Family("MViTv2", mvit.KEY, 1, mvit.mvit, mvit.timm_keys), Family("MViTv2", mvit.TIMM_KEY, 1, mvit.mvit),
-        Family("RegionViT", regionvit.KEY, 2, regionvit.regionvit),
+        Family("RegionViT", regionvit.KEY, 2, regionvit.regionvit), Family("SiT", sit.KEY, 2, sit.sit),
     )  # fmt: skip
     return _load("load_official", checkpoint, key, given, families)
 
@@ -105,9 +110,9 @@ def lifeops_deit(
     return _load("lifeops_deit", checkpoint, key, given, families)
 
 
-def _given(caller, key, num_heads, aux_key, act, img_size, num_classes, window_size=None) -> Given:
+def _given(caller, key, num_heads, aux_key, act, img_size, num_classes, window_size=None, stage_blocks=None) -> Given:
     """The arguments, checked."""
-    from lifeops.models.deit import to_pair
+    from lifeops.models.inputs import check_stages, to_pair
 
     names = {"key": key, "aux_key": aux_key, "act": act}
     for name, value in names.items():
@@ -118,8 +123,11 @@ def _given(caller, key, num_heads, aux_key, act, img_size, num_classes, window_s
         check_int(caller, name, value, least, optional=True)
     if img_size is not None and not isinstance(img_size, (int, tuple, list)):
         raise TypeError(f"{caller}: img_size must be an int or (height, width), got {img_size!r}")
+    if stage_blocks is not None:
+        check_stages(caller, stage_blocks=stage_blocks)
+        stage_blocks = tuple(stage_blocks)
     pair = None if img_size is None else to_pair(caller, "img_size", img_size)
-    return Given(num_heads, aux_key, act, pair, num_classes, window_size)
+    return Given(num_heads, aux_key, act, pair, num_classes, window_size, stage_blocks)
 
 
 def _load(caller: str, checkpoint, key: str | None, given: Given, families: tuple[Family, ...]) -> nn.Module:

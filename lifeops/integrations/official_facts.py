@@ -20,6 +20,7 @@ class Given(NamedTuple):
     img_size: tuple[int, int] | None = None
     num_classes: int | None = None
     window_size: int | None = None
+    stage_blocks: tuple[int, ...] | None = None
 
 
 class Facts:

@@ -15,7 +15,7 @@ from lifeops.nn.relative import resized as resized_axis
 _COMPUTED = "attn_mask", "relative_position_index", "num_batches_tracked"
 _POSITIONS = "pos_embed", "pos_embedding"
 _AXES = "rel_pos_h", "rel_pos_w"
-_HEADS = "head.", "head_dist.", "mlp_head.1."
+_HEADS = "head.", "head_dist.", "mlp_head.1.", "aux_head."
 
 
 def _resample(maps: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:

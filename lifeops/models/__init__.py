@@ -8,6 +8,7 @@ from lifeops.models.localvit import localvit
 from lifeops.models.mvit import MViT, mvitv2
 from lifeops.models.named import named
 from lifeops.models.regionvit import RegionViT, regionvit
+from lifeops.models.sit import SiT, sit
 from lifeops.models.swin import SwinTransformer
 from lifeops.models.vit_cait import CaiT, ViT
 
@@ -17,6 +18,7 @@ __all__ = [
     "EdgeViT",
     "MViT",
     "RegionViT",
+    "SiT",
     "SwinTransformer",
     "ViT",
     "VisionTransformer",
@@ -27,4 +29,5 @@ __all__ = [
     "mvitv2",
     "named",
     "regionvit",
+    "sit",
 ]

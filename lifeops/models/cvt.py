@@ -15,11 +15,11 @@ from lifeops import geometry
 from lifeops.arguments import check_choice, under
 from lifeops.models.deit import Block, DropPath, _init_linear
 from lifeops.models.inputs import check_counts, check_images, check_rates, check_sizes, to_pair
+from lifeops.nn.conv_ffn import OverlapPatchEmbed
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.embedded_grid import plain
 from lifeops.nn.feed_forward import quick_feed_forward
-from lifeops.nn.maps import to_maps, to_tokens
-from lifeops.told import ToldInMetadata
+from lifeops.nn.maps import to_maps
 
 NAME = "CvT"
 
@@ -38,27 +38,10 @@ VARIANTS = {
 }
 
 
-class ConvEmbed(ToldInMetadata):
-    """Maps (B, C_in, H, W) to normalised tokens (B, H'*W', C) of an overlapping convolution."""
-
-    told = "stride", "padding"
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, stride: int, padding: int):
-        super().__init__()
-        self.stride, self.padding = stride, padding
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, padding)
-        self.norm = nn.LayerNorm(embed_dim)
-
-    def forward(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The tokens and their grid."""
-        maps = self.proj(maps)
-        return self.norm(to_tokens(maps)), plain(maps.shape[2:])
-
-
 class Stage(nn.Module):
     """``patch_embed``, then ``blocks``, with a class token in front of the patches if there is one."""
 
-    def __init__(self, patch_embed: ConvEmbed, blocks, class_token: bool):
+    def __init__(self, patch_embed: OverlapPatchEmbed, blocks, class_token: bool):
         super().__init__()
         self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(torch.zeros(1, 1, patch_embed.proj.out_channels)) if class_token else None
@@ -110,7 +93,7 @@ class CvT(nn.Module):
             return Block(dim, attn, mlp_ratio, 1e-5, DropPath(next(rates)), quick_feed_forward)
 
         for s, (dim, depth, heads) in enumerate(zip(*stages.values(), strict=True)):
-            embed = ConvEmbed(embed_dims[s - 1] if s else in_chans, dim, *self.windows[s])
+            embed = OverlapPatchEmbed(embed_dims[s - 1] if s else in_chans, dim, *self.windows[s])
             prefix = int(class_token and s + 1 == self.num_stages)
             self.add_module(f"stage{s}", Stage(embed, [block(dim, heads, prefix) for _ in range(depth)], bool(prefix)))
         self.norm = nn.LayerNorm(embed_dims[-1])
@@ -120,7 +103,7 @@ class CvT(nn.Module):
             nn.init.trunc_normal_(self.stages[-1].cls_token, std=0.02)
 
     @property
-    def patch_embed(self) -> ConvEmbed:
+    def patch_embed(self) -> OverlapPatchEmbed:
         """What reads the images."""
         return self.stage0.patch_embed
 

@@ -21,6 +21,8 @@ from lifeops.models.mvit import VARIANTS as MVIT_VARIANTS
 from lifeops.models.mvit import mvitv2
 from lifeops.models.regionvit import VARIANTS as REGIONVIT_VARIANTS
 from lifeops.models.regionvit import regionvit
+from lifeops.models.sit import VARIANTS as SIT_VARIANTS
+from lifeops.models.sit import sit
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.dw_shortcut import ShortcutModule
 from lifeops.nn.global_sparse import GlobalSparseAttention
@@ -29,6 +31,7 @@ from lifeops.nn.localvit import LocalityFeedForward
 from lifeops.nn.pooling_attention import PoolingAttention
 from lifeops.nn.regional_attention import RegionalAttention
 from lifeops.nn.shortcut_blocks import wrap
+from lifeops.nn.token_slimming import TokenSlimming
 
 HOST_SYSTEMS = ("plain", "life", "localvit", "dw_shortcut")
 """What is built into a host, as far as the host takes it."""
@@ -40,6 +43,7 @@ WHOLE = {  # models that are a system of their own: the system, what builds it, 
     **{f"regionvit_{variant}_w14": ("regionvit", functools.partial(regionvit, w14=True), variant) for variant in ("small", "base")},
     **{f"regionvit_{variant}_w14_peg": ("regionvit", functools.partial(regionvit, w14=True, peg=True), variant)
        for variant in ("small", "base")},
+    **{f"sit_{variant}": ("sit", sit, variant) for variant in SIT_VARIANTS},
 }
 SYSTEMS = (*HOST_SYSTEMS, *dict.fromkeys(system for system, *_ in WHOLE.values()))
 DEIT = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}
@@ -72,6 +76,7 @@ def system_in(model: nn.Module) -> str:
         "edgevit": lambda m: isinstance(m, GlobalSparseAttention),
         "mvit": lambda m: isinstance(m, PoolingAttention),
         "regionvit": lambda m: isinstance(m, RegionalAttention),
+        "sit": lambda m: isinstance(m, TokenSlimming),
     }
     return " + ".join(name for name, has in built.items() if any(has(m) for m in model.modules())) or "plain"
 
@@ -144,7 +149,7 @@ def named(name: str, system: str | None = None, **host) -> nn.Module:
 
     Args:
         name: "deit_tiny", "deit_small", "deit_base"; "localvit_" and a variant of :func:`lifeops.models.localvit`; a variant of
-            :func:`lifeops.models.dw_shortcut`; "cvt_", "edgevit_", "mvitv2_", "regionvit_" and one of theirs ("regionvit_small" and
+            :func:`lifeops.models.dw_shortcut`; "cvt_", "edgevit_", "mvitv2_", "regionvit_", "sit_" and one of theirs ("regionvit_small" and
             "regionvit_base" with "_w14" or "_w14_peg" behind it, too); or a timm name, whose model :func:`lifeops.convert` then changes.
         system: "plain", "life", "localvit" (h-swish, squeeze and excitation to one channel, as the authors' tiny and small), "dw_shortcut";
             of a model that is a system of its own ("cvt", …), or of a timm model that comes with one, that. None: its own, else "plain".

@@ -21,15 +21,15 @@ class QuickGELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """``fc2(act(fc1(x)))`` on (B, N, C), ``act`` the exact GELU or, with ``quick``, QuickGELU.
+    """``fc2(act(fc1(x)))`` on (B, N, C), ``act`` the exact GELU or, with ``quick``, QuickGELU; ``dim_out`` channels come out, by default C.
 
     On the fast path the activated tokens are computed again in backward, not kept. QuickGELU's factors of SiLU(1.702 x) / 1.702 are
     multiplied into the weights, where those are fewer than the hidden values; half precision would round them: it calls its layers.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, quick: bool = False):
+    def __init__(self, dim: int, hidden_dim: int, quick: bool = False, dim_out: int | None = None, **dd):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim, **dd), nn.Linear(hidden_dim, dim if dim_out is None else dim_out, **dd)
         self.act = QuickGELU() if quick else nn.GELU()
 
     def fused_layers(self):

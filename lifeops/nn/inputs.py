@@ -44,11 +44,11 @@ def kernel_sizes(op: str, name: str, kernel_size) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------------------------ in forward
 
 
-def check_input(op: str, x, dim: int | None, grid, num_prefix_tokens: int) -> tuple[int, int]:
+def check_input(op: str, x, dim: int | None, grid, num_prefix_tokens: int, name: str = "x") -> tuple[int, int]:
     """The grid, if ``x`` is its tokens (B, P + H*W, dim)."""
-    check_sequence(op, "x", x, dim)
+    check_sequence(op, name, x, dim)
     g = geometry.to_grid(op, grid, num_prefix_tokens)
-    geometry.check_tokens(op, "x", x.shape[1], g.height, g.width, g.prefix)
+    geometry.check_tokens(op, name, x.shape[1], g.height, g.width, g.prefix)
     return g.height, g.width
 
 
