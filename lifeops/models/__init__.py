@@ -7,15 +7,21 @@ from lifeops.models.edgevit import EdgeViT, edgevit
 from lifeops.models.localvit import localvit
 from lifeops.models.mvit import MViT, mvitv2
 from lifeops.models.named import named
+from lifeops.models.pvt import PyramidVisionTransformer
 from lifeops.models.regionvit import RegionViT, regionvit
 from lifeops.models.swin import SwinTransformer
+from lifeops.models.t2t import T2T
+from lifeops.models.tnt import TNT
 from lifeops.models.vit_cait import CaiT, ViT
 
 __all__ = [
+    "T2T",
+    "TNT",
     "CaiT",
     "CvT",
     "EdgeViT",
     "MViT",
+    "PyramidVisionTransformer",
     "RegionViT",
     "SwinTransformer",
     "ViT",

@@ -17,6 +17,7 @@ from lifeops.models.edgevit import VARIANTS as EDGEVIT_VARIANTS
 from lifeops.models.edgevit import edgevit
 from lifeops.models.localvit import VARIANTS as LOCALVIT_VARIANTS
 from lifeops.models.localvit import localvit
+from lifeops.models.localvit import plain as plain_localvit
 from lifeops.models.mvit import VARIANTS as MVIT_VARIANTS
 from lifeops.models.mvit import mvitv2
 from lifeops.models.regionvit import VARIANTS as REGIONVIT_VARIANTS
@@ -89,22 +90,6 @@ def _deit(name: str, system: str, host: dict) -> nn.Module:
     return model
 
 
-def _localvit(name: str, system: str, host: dict) -> nn.Module:
-    if system == "localvit":
-        return localvit(LOCALVIT[name], **host)
-    v = LOCALVIT_VARIANTS[LOCALVIT[name]]
-    return VisionTransformer(embed_dim=v.embed_dim, num_heads=v.num_heads, mlp_ratio=v.mlp_ratio, **host)
-
-
-def _whole(name: str, host: dict) -> nn.Module:
-    _, build, variant = WHOLE[name]
-    try:
-        return build(variant, **host)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise ValueError(f"named: {name} does not take all of {', '.join(host)}: {error}") from error
-
 
 def _timm_model(name: str, host: dict) -> nn.Module:
     import timm
@@ -133,9 +118,10 @@ def _own(name: str, system: str, host: dict) -> nn.Module:
     if name in DEIT:
         return _deit(name, system, host)
     if name in LOCALVIT:
-        return _localvit(name, system, host)
+        return (localvit if system == "localvit" else plain_localvit)(LOCALVIT[name], **host)
     if name in WHOLE:
-        return _whole(name, host)
+        _, build, variant = WHOLE[name]
+        return build(variant, **host)
     return dw_shortcut(name, every=None if system == "plain" else 1, **host)
 
 
@@ -160,7 +146,14 @@ def named(name: str, system: str | None = None, **host) -> nn.Module:
         check_choice("named", "system", system, SYSTEMS)
     if name in NAMES and system not in systems_of(name):
         raise ValueError(f"named: the system of {name} must be one of {', '.join(map(repr, systems_of(name)))}, got {system!r}")
-    return _own(name, system, host) if name in NAMES else _timm(name, system, host)
+    if name not in NAMES:
+        return _timm(name, system, host)
+    try:
+        return _own(name, system, host)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ValueError(f"named: {name} does not take all of {', '.join(host)}: {error}") from error
 
 
 def _own_size(name: str) -> tuple[int, int]:
