@@ -253,6 +253,12 @@ CASES = {
         "conv": "other"}),
     "SwinTransformer ": Case(_forward(lambda: lifeops.models.SwinTransformer(**{**SWIN, "depths": (1,), "num_heads": (1,)})), IMAGES,
                              {"x": None}),
+    "SwinTransformerV2": Case(lifeops.models.SwinTransformerV2, SWIN, {
+        **{k: v for k, v in VIT_KINDS.items() if k not in ("depth", "num_heads")}, "depths": "ints", "num_heads": "ints",
+        "window_size": "size", "qkv_bias": "flag", "drop_path_rate": "rate", "life": "flag"}),
+    "SwinTransformerV2 ": Case(_forward(lambda: lifeops.models.SwinTransformerV2(**SWIN)), IMAGES, {"x": None}),
+    "life_swinv2": Case(lifeops.models.life_swinv2, {}, {"variant": "name"}),
+    "life_t2t": Case(lifeops.models.life_t2t, {}, {"variant": "name"}),
     "CvT": Case(lifeops.models.CvT, CVT, {**STAGES, "patch_stride": "ints", "patch_padding": "ints", "class_token": "flag"}),
     "CvT ": Case(_forward(lambda: lifeops.models.CvT(**CVT)), {"x": draw(2, 3, 16, 16)}, {"x": None}),
     "cvt": Case(lifeops.models.cvt, {}, {"variant": "name"}),

@@ -13,6 +13,7 @@ from lifeops.errors import CheckpointError
 from lifeops.integrations import official_cvt as cvt
 from lifeops.integrations import official_dw_shortcut as shortcut
 from lifeops.integrations import official_edgevit as edgevit
+from lifeops.integrations import official_life_swin as life_swin
 from lifeops.integrations import official_localvit as localvit
 from lifeops.integrations import official_mvit as mvit
 from lifeops.integrations import official_regionvit as regionvit
@@ -60,11 +61,11 @@ def load_official(
         window_size: of Swin, if not the checkpoint's: tables are resampled. By default it stays, or where it does not divide every
             stage's grid at another ``img_size``, grows in proportion.
 
-    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``); LocalViT DeiT (``blocks.0.conv.conv.0.weight``), PVT
-    (``block1.0.conv.conv.0.weight``), TNT (``blocks.0.norm_in.weight``), T2T-ViT (``tokens_to_token.attention1.conv.conv.0.weight``)
-    and Swin (``layers.0.blocks.0.conv.conv.0.weight``); the DW shortcut's ViT (``transformer.convs.0.weight``), CaiT
-    (``patch_transformer.convs.0.weight``) and Swin (``layers.0.convs.0.weight``); MViTv2 in the authors' layout
-    (``blocks.0.attn.norm_q.weight``; SlowFast's convolutions over one frame, too) and in timm's
+    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``) and Swin V2 (``layers.0.blocks.0.attn.qkv.scale1.weight``); LocalViT DeiT
+    (``blocks.0.conv.conv.0.weight``), PVT (``block1.0.conv.conv.0.weight``), TNT (``blocks.0.norm_in.weight``), T2T-ViT
+    (``tokens_to_token.attention1.conv.conv.0.weight``) and Swin (``layers.0.blocks.0.conv.conv.0.weight``); the DW shortcut's ViT
+    (``transformer.convs.0.weight``), CaiT (``patch_transformer.convs.0.weight``) and Swin (``layers.0.convs.0.weight``); MViTv2 in the
+    authors' layout (``blocks.0.attn.norm_q.weight``; SlowFast's convolutions over one frame, too) and in timm's
     (``stages.0.blocks.0.attn.norm_q.weight``); RegionViT (``layers.0.block.1.attn.rel_pos``), with the authors' mask of padded corners
     unless metadata tells another. Buffers that can be computed (``attn_mask``, ``relative_position_index``, ``num_batches_tracked``) may
     be missing.
@@ -82,6 +83,7 @@ def load_official(
     given = _given("load_official", key, num_heads, aux_key, act, img_size, num_classes, window_size)
     families = (
         Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", published=True)),
+        Family("LIFE Swin V2", life_swin.KEY, 2, life_swin.life_swinv2),
         Family("LocalViT PVT", localvit.PVT_KEY, 4, localvit.pvt), Family("LocalViT TNT", localvit.TNT_KEY, 1, localvit.tnt),
         Family("LocalViT T2T", localvit.T2T_KEY, 4, localvit.t2t), Family("LocalViT Swin", localvit.SWIN_KEY, 4, localvit.swin),
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),

@@ -69,7 +69,7 @@ def _side(facts: Facts, depths: list[int], windows: list[int]) -> int | None:
     return None
 
 
-def _window_size(facts: Facts, window: int, old: int | None, sides: tuple[int, int], stages: int) -> int:
+def window_size(facts: Facts, window: int, old: int | None, sides: tuple[int, int], stages: int) -> int:
     """The window at another image size of ``sides`` patches: the checkpoint's, or in proportion where that does not divide a stage."""
     if facts.given.window_size is not None:
         return facts.given.window_size
@@ -99,7 +99,7 @@ def swin_sizes(facts: Facts) -> dict:
         "img_size": img_size, "patch_size": tuple(patch), "in_chans": in_chans, "num_classes": facts.classes("head.weight", 0),
         "embed_dim": dim, "depths": depths,
         "num_heads": [facts.shape(f"layers.{s}.blocks.0.attn.relative_position_bias_table", 2)[1] for s in range(stages)],
-        "window_size": _window_size(facts, windows[0], old, sides, stages), "qkv_bias": f"{block}.attn.qkv.bias" in facts.state,
+        "window_size": window_size(facts, windows[0], old, sides, stages), "qkv_bias": f"{block}.attn.qkv.bias" in facts.state,
     }  # fmt: skip
 
 

@@ -6,6 +6,8 @@ patch merging. Source: Liu et al., "Swin Transformer: Hierarchical Vision Transf
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +32,7 @@ def from_windows(x: Tensor, size: int, H: int, W: int) -> Tensor:
     return x.view(-1, H // size, W // size, size, size, x.shape[-1]).transpose(2, 3).reshape(-1, H, W, x.shape[-1])
 
 
-def _relative_position_index(size: int) -> Tensor:
+def relative_position_index(size: int) -> Tensor:
     """(n, n) for n = size * size tokens: the row of the bias table for each pair, by its offset in rows and columns."""
     at = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).flatten(1)
     rows, columns = at[:, :, None] - at[:, None, :] + size - 1
@@ -54,7 +56,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * size - 1) ** 2, num_heads))
-        self.register_buffer("relative_position_index", _relative_position_index(size))
+        self.register_buffer("relative_position_index", relative_position_index(size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
@@ -70,51 +72,62 @@ class WindowAttention(nn.Module):
         return self.proj(x.flatten(0, -4).transpose(1, 2).flatten(2))
 
 
-class SwinBlock(nn.Module):
-    """Pre-norm block with attention in windows, shifted by ``shift`` where the map is larger than one.
+class WindowedBlock(nn.Module):
+    """What blocks with attention in windows, shifted by ``shift`` where the map is larger than one, have in common.
 
-    ``conv``: called as ``module(x, resolution)`` on the tokens of the whole map, instead of x + drop_path(mlp(norm2(x))).
+    ``attn``: called as ``attn(size)``, gives the attention for windows of size x size; ``model`` says what does not fit.
     """
 
-    def __init__(self, dim, resolution, num_heads, size, shift, mlp_ratio, qkv_bias, drop_path, conv=None):
+    def __init__(self, resolution: tuple[int, int], size: int, shift: int, attn: Callable[[int], nn.Module], model: str):
         super().__init__()
         if min(resolution) <= size:
             size, shift = min(resolution), 0
         if any(n % size for n in resolution):
-            raise ValueError(f"SwinTransformer: every stage's grid must be a multiple of its window {size}, got {resolution}")
+            raise ValueError(f"{model}: every stage's grid must be a multiple of its window {size}, got {resolution}")
         self.resolution, self.size, self.shift = resolution, size, shift
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, size, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim) if conv is None else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio)) if conv is None else None
-        self.conv, self.drop_path = conv, DropPath(drop_path)
+        self.attn = attn(size)
         self.register_buffer("attn_mask", _shift_mask(*resolution, size, shift) if shift else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def windowed(self, x: Tensor) -> Tensor:
+        """``attn`` of the tokens x (B, H*W, C) inside their windows."""
         (H, W), s = self.resolution, self.shift
-        t = self.norm1(x).unflatten(1, (H, W))
+        t = x.unflatten(1, (H, W))
         t = torch.roll(t, (-s, -s), (1, 2)) if s else t
         t = from_windows(self.attn(windows(t, self.size), self.attn_mask), self.size, H, W)
         t = torch.roll(t, (s, s), (1, 2)) if s else t
-        x = x + self.drop_path(t.flatten(1, 2))
-        return x + self.drop_path(self.mlp(self.norm2(x))) if self.conv is None else self.conv(x, (H, W))
+        return t.flatten(1, 2)
+
+
+class SwinBlock(WindowedBlock):
+    """Pre-norm block. ``conv``: called as ``module(x, resolution)`` on the tokens of the whole map, instead of x + mlp(norm2(x))."""
+
+    def __init__(self, dim, resolution, num_heads, size, shift, mlp_ratio, qkv_bias, drop_path, conv=None):
+        super().__init__(resolution, size, shift, lambda size: WindowAttention(dim, size, num_heads, qkv_bias), "SwinTransformer")
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim) if conv is None else None
+        self.mlp = Mlp(dim, int(dim * mlp_ratio)) if conv is None else None
+        self.conv, self.drop_path = conv, DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.windowed(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x))) if self.conv is None else self.conv(x, self.resolution)
 
 
 class PatchMerging(nn.Module):
-    """Tokens of an (H, W) map to those of an (H/2, W/2) map of twice the width."""
+    """Tokens of an (H, W) map to those of an (H/2, W/2) map of twice the width, normalised before the projection or (V2) behind it."""
 
-    def __init__(self, dim: int, resolution: tuple[int, int]):
+    def __init__(self, dim: int, resolution: tuple[int, int], model: str = "SwinTransformer", post_norm: bool = False):
         super().__init__()
         if any(n % 2 for n in resolution):
-            raise ValueError(f"SwinTransformer: the grid of a stage before the last must be even, got {resolution}")
-        self.resolution = resolution
+            raise ValueError(f"{model}: the grid of a stage before the last must be even, got {resolution}")
+        self.resolution, self.post_norm = resolution, post_norm
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = nn.LayerNorm((2 if post_norm else 4) * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, (H, W) = x.shape[0], self.resolution
         x = x.view(B, H // 2, 2, W // 2, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(B, H * W // 4, -1)  # column offset before row offset
-        return self.reduction(self.norm(x))
+        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
 
 
 class SwinStage(ShortcutModule):

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops import geometry, torchlib
-from lifeops.arguments import check_callable
+from lifeops.arguments import check_callable, check_choice, under
 from lifeops.models.blocks import ConvFactory, pre_norm_block
 from lifeops.models.deit import Attention, AttentionFactory, DropPath, _init_linear
 from lifeops.models.inputs import check_images, check_rates, check_sizes, to_pair
 from lifeops.nn.inputs import check_heads
+from lifeops.nn.life import LifeAttention
 from lifeops.nn.localvit import LocalityFeedForward
 from lifeops.nn.maps import to_maps
 from lifeops.ops.channel.act import accumulate_dtype
@@ -21,6 +22,12 @@ from lifeops.ops.channel.act import accumulate_dtype
 NAME = "T2T"
 _SPLITS = (7, 4, 2), (3, 2, 1), (3, 2, 1)  # kernel, stride and padding of the three unfoldings
 _EPS = 1e-8  # added to the sums that the performer divides by
+
+
+VARIANTS = {  # parameters with 100 classes, plain; 54,528 of them are not trained
+    "7": {"embed_dim": 256, "depth": 7, "num_heads": 4, "mlp_ratio": 2.0},  # 4,078,922
+    "12": {"embed_dim": 256, "depth": 12, "num_heads": 4, "mlp_ratio": 2.0},  # 6,710,602
+}
 
 
 class TokenPerformer(nn.Module):
@@ -38,9 +45,9 @@ class TokenPerformer(nn.Module):
         super().__init__()
         self.emb, m = emb, emb // 2
         self.kqv, self.proj, self.drop = nn.Linear(dim, 3 * emb), nn.Linear(emb, emb), nn.Dropout(proj_drop)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(emb)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(emb).requires_grad_(not local)
         self.conv = LocalityFeedForward(emb, 1.0, "hs", num_prefix_tokens=0) if local else None
-        self.mlp = None if local else nn.Sequential(nn.Linear(emb, emb), nn.GELU(), nn.Linear(emb, emb))
+        self.mlp = None if local else nn.Sequential(nn.Linear(emb, emb), nn.GELU(), nn.Linear(emb, emb), nn.Dropout(proj_drop))
         self.w = nn.Parameter(nn.init.orthogonal_(torch.empty(m, emb)) * math.sqrt(m), requires_grad=False)
 
     def _features(self, t: Tensor) -> Tensor:
@@ -96,7 +103,7 @@ class T2T(nn.Module):
 
     Args:
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: of the blocks behind the tokens' joining; token_dim: of the tokens inside it,
-            and token_drop the dropout of their projections (0.1 as the authors').
+            and token_drop the dropout behind their projections and MLPs (0.1 as the authors').
         attn: called as ``attn(dim, num_heads, 1)`` once per block, gives its attention; None: a plain one.
         conv: called as ``conv(dim, mlp_ratio, 1)`` once per block, gives what stands in the place of the second LayerNorm and the
             MLP (:class:`lifeops.nn.LocalityFeedForward`); the tokens' feed-forwards are then LocalViT's, too. None: they themselves.
@@ -156,3 +163,21 @@ class T2T(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+@under("life_t2t")
+def life_t2t(variant: str = "12", **options) -> T2T:
+    """T2T-ViT with LIFE (arXiv 2305.08551): :class:`lifeops.nn.LifeAttention` in every block behind the tokens' joining.
+
+    Our reading: the paper has a T2T-ViT-12 with LIFE (6.59 M parameters, 1.71 GMACs), its authors' repository has no code of it. Tokens
+    are joined as in the plain model; the 256 channels, no multiple of 3, are shared by the scales as 86, 85 and 85 (6.77 M trained
+    parameters; ``embed_dim=252`` is near the paper's).
+
+    Args:
+        variant: "7" or "12", the depth. options: everything :class:`lifeops.models.T2T` takes (img_size, num_classes, …), instead of the
+            variant's.
+
+    Raises ValueError for an unknown variant or sizes that do not fit.
+    """
+    check_choice("life_t2t", "variant", variant, VARIANTS)
+    return T2T(**{**VARIANTS[variant], "attn": LifeAttention, **options})
