@@ -7,6 +7,7 @@ import torch
 from bench import (
     block_systems,
     conv_systems,
+    host_systems,
     model_systems,
     mvit_systems,
     op_systems,
@@ -20,7 +21,7 @@ from bench.problems import Problem
 from lifeops import registry
 
 _PARTS = (
-    op_systems, block_systems, timm_systems, model_systems, conv_systems, window_systems, mvit_systems, regionvit_systems,
+    op_systems, block_systems, timm_systems, model_systems, conv_systems, window_systems, mvit_systems, regionvit_systems, host_systems,
 )  # fmt: skip
 BUILDERS = {name: build for part in _PARTS for name, build in part.BUILDERS.items()}
 
