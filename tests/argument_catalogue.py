@@ -62,6 +62,7 @@ KINDS = {
     "step": {"None": None, "zero": 0, **MARGINS}, "margin": MARGINS,
     "steps": {"str": "3", "floats": (1.0, 2.0), "three": (1, 2, 3), "negative": (-1, -1), "strings": ("a", "b")},
     "ints": {"int": 3, "str": "a", "None": None, "empty": (), "floats": (1.0, 2.0), "strings": ("a",), "negative": (-1, 2)},
+    "ratios": {"int": 3, "str": "a", "None": None, "empty": (), "strings": ("a",), "negative": (-1.0, 2.0), "zero": (0, 1)},
 }  # fmt: skip
 
 
@@ -278,7 +279,7 @@ CASES = {
         "qkv_bias": "flag", "norm_eps": "number?", "drop_path_rate": "rate"}),
     "RegionViT ": Case(_forward(lambda: lifeops.models.RegionViT(**REGIONVIT)), IMAGES, {"x": None}),
     "PyramidVisionTransformer": Case(lifeops.models.PyramidVisionTransformer, PVT, {
-        **{k: v for k, v in STAGES.items() if k not in ("mlp_ratio", "patch_size")}, "patch_size": "size", "mlp_ratios": "ints",
+        **{k: v for k, v in STAGES.items() if k not in ("mlp_ratio", "patch_size")}, "patch_size": "size", "mlp_ratios": "ratios",
         "sr_ratios": "ints", "qkv_bias": "flag", "norm_eps": "number?", "conv": "other"}),
     "PyramidVisionTransformer ": Case(_forward(lambda: lifeops.models.PyramidVisionTransformer(**PVT)), {"x": draw(2, 3, 16, 16)},
                                       {"x": None}),

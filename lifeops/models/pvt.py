@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifeops.arguments import check_callable
+from lifeops.arguments import check_callable, check_positive, got
 from lifeops.models.blocks import ConvFactory, pre_norm_block
 from lifeops.models.deit import DropPath, NormedPatchEmbed, _init_linear
 from lifeops.models.inputs import check_counts, check_rates, check_sizes, to_pair
@@ -67,7 +67,11 @@ class PyramidVisionTransformer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes)
-        check_counts(NAME, embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios)
+        check_counts(NAME, embed_dims=embed_dims, depths=depths, num_heads=num_heads, sr_ratios=sr_ratios)
+        if not isinstance(mlp_ratios, (tuple, list)) or len(mlp_ratios) != len(depths):
+            raise ValueError(f"{NAME}: mlp_ratios must be one number for each of the {len(depths)} stages, got {got(mlp_ratios)}")
+        for s, ratio in enumerate(mlp_ratios):
+            check_positive(NAME, f"mlp_ratios[{s}]", ratio)
         check_rates(NAME, mlp_ratio=mlp_ratios[0], drop=("drop_path_rate", drop_path_rate), eps=norm_eps, qkv_bias=qkv_bias)
         check_callable(NAME, "conv", conv)
         self.num_classes, self.num_stages, self.img_size = num_classes, len(depths), to_pair(NAME, "img_size", img_size)

@@ -78,6 +78,8 @@ class WindowedBlock(nn.Module):
     ``attn``: called as ``attn(size)``, gives the attention for windows of size x size; ``model`` says what does not fit.
     """
 
+    no_rollout = "whose windows are not known there: it reads those of timm's and transformers' Swin"
+
     def __init__(self, resolution: tuple[int, int], size: int, shift: int, attn: Callable[[int], nn.Module], model: str):
         super().__init__()
         if min(resolution) <= size:
