@@ -54,12 +54,15 @@ FAMILY = {  # around the convolutions of related systems, at their models' sizes
 }
 WINDOWS = ("token_dwconv_strided", "token_dwconv_multiplied", "token_dwconv_transpose", "token_pool", "pool_qkv")
 TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
+HOSTS = ("localvit_pvt_tiny", "localvit_tnt_t", "localvit_t2t_7", "localvit_swin_tiny", "life_swinv2_tiny")
 LEVELS = {
     "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout", *WINDOWS, "mvit_pool", "region_down"),
     "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", "token_pyramid", *TIMM, *STAGED, *FAMILY),
-    "model": ("vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs", "mvitv2_tiny", "regionvit_tiny", "sit_tiny"),
-}
-WHOLE = ("mvitv2_tiny", "regionvit_tiny", "sit_tiny")  # models of their own, without a plain host
+    "model": (
+        "vit_life", "vit_localvit", "vit_dw_shortcut", "cvt_13", "edgevit_xs", "mvitv2_tiny", "regionvit_tiny", "sit_tiny", *HOSTS,
+    ),
+}  # fmt: skip
+WHOLE = ("mvitv2_tiny", "regionvit_tiny", "sit_tiny", *HOSTS)  # models of their own, without a plain host
 SYSTEMS = tuple(system for systems in LEVELS.values() for system in systems)
 NO_PREFIX = (
     "pvt_mlp", "twins_pos_conv", "token_dwconv_multiplied", "token_dwconv_transpose", "mvit_pool", "region_down", "shared_conv",
@@ -134,7 +137,8 @@ def _pools(system: str, modes, quick: bool):
 
 def _model(system: str, modes, quick: bool):
     if system in WHOLE:
-        sizes = (2, 7, 7) if quick else (8, 14, 14)
+        side = {"life_swinv2_tiny": 16, "localvit_swin_tiny": 14}.get(system, (8 if system in HOSTS else 7) if quick else 14)
+        sizes = (2 if quick else 8, side, side)
         yield from (Problem(system, mode, *sizes, 96, 0, "float32", 0) for mode in modes)
         return
     if not system.startswith("vit_"):

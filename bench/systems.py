@@ -8,6 +8,7 @@ from bench import (
     block_systems,
     conv_systems,
     family_systems,
+    host_systems,
     model_systems,
     mvit_systems,
     op_systems,
@@ -23,7 +24,7 @@ from lifeops import registry
 
 _PARTS = (
     op_systems, block_systems, timm_systems, model_systems, conv_systems, window_systems, mvit_systems, regionvit_systems,
-    pyramid_systems, family_systems,
+    pyramid_systems, family_systems, host_systems,
 )  # fmt: skip
 BUILDERS = {name: build for part in _PARTS for name, build in part.BUILDERS.items()}
 

@@ -63,6 +63,7 @@ KINDS = {
     "blocks": {"str": "3", "int": 3, "empty": (), "floats": (1.0, 2.0), "zero": (0, 1), "strings": ("a", "b")},
     "steps": {"str": "3", "floats": (1.0, 2.0), "three": (1, 2, 3), "negative": (-1, -1), "strings": ("a", "b")},
     "ints": {"int": 3, "str": "a", "None": None, "empty": (), "floats": (1.0, 2.0), "strings": ("a",), "negative": (-1, 2)},
+    "ratios": {"int": 3, "str": "a", "None": None, "empty": (), "strings": ("a",), "negative": (-1.0, 2.0), "zero": (0, 1)},
 }  # fmt: skip
 
 
@@ -102,6 +103,9 @@ CVT |= {"patch_padding": (1, 1)}
 EDGEVIT = {"img_size": 16, "embed_dims": (6, 6), "depths": (1, 1), "num_heads": (1, 2), "patch_size": (2, 2), "sr_ratios": (2, 1)}
 STAGES = {"img_size": "size", "in_chans": "size", "num_classes": "count", "mlp_ratio": "positive", "drop_path_rate": "rate"}
 STAGES |= dict.fromkeys(("embed_dims", "depths", "num_heads", "patch_size"), "ints")
+PVT = {"img_size": 16, "embed_dims": (6, 6), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
+TNT = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "in_dim": 4, "depth": 1, "num_heads": 3, "in_num_heads": 2}
+T2T = {"img_size": 32, "embed_dim": 12, "depth": 1, "num_heads": 3, "token_dim": 4}
 MVIT = {"img_size": 8, "embed_dim": 6, "depths": (1, 1), "num_heads": 1}
 REGIONVIT = {"img_size": 8, "embed_dim": (4, 8), "depths": (1, 1), "num_heads": (1, 1), "window_size": 2}
 SIT = {"img_size": 32, "embed_dim": 8, "num_heads": 2, "stage_blocks": (1, 1)}
@@ -280,9 +284,16 @@ CASES = {
     "CaiT ": Case(_forward(lambda: lifeops.models.CaiT(**VIT)), IMAGES, {"x": None}),
     "SwinTransformer": Case(lifeops.models.SwinTransformer, SWIN, {
         **{k: v for k, v in VIT_KINDS.items() if k not in ("depth", "num_heads")}, "depths": "ints", "num_heads": "ints",
-        "window_size": "size", "qkv_bias": "flag", "drop_path_rate": "rate", **SHORTCUTS, "grad_checkpointing": "flag"}),
+        "window_size": "size", "qkv_bias": "flag", "drop_path_rate": "rate", **SHORTCUTS, "grad_checkpointing": "flag",
+        "conv": "other"}),
     "SwinTransformer ": Case(_forward(lambda: lifeops.models.SwinTransformer(**{**SWIN, "depths": (1,), "num_heads": (1,)})), IMAGES,
                              {"x": None}),
+    "SwinTransformerV2": Case(lifeops.models.SwinTransformerV2, SWIN, {
+        **{k: v for k, v in VIT_KINDS.items() if k not in ("depth", "num_heads")}, "depths": "ints", "num_heads": "ints",
+        "window_size": "size", "qkv_bias": "flag", "drop_path_rate": "rate", "life": "flag"}),
+    "SwinTransformerV2 ": Case(_forward(lambda: lifeops.models.SwinTransformerV2(**SWIN)), IMAGES, {"x": None}),
+    "life_swinv2": Case(lifeops.models.life_swinv2, {}, {"variant": "name"}),
+    "life_t2t": Case(lifeops.models.life_t2t, {}, {"variant": "name"}),
     "CvT": Case(lifeops.models.CvT, CVT, {**STAGES, "patch_stride": "ints", "patch_padding": "ints", "class_token": "flag"}),
     "CvT ": Case(_forward(lambda: lifeops.models.CvT(**CVT)), {"x": draw(2, 3, 16, 16)}, {"x": None}),
     "cvt": Case(lifeops.models.cvt, {}, {"variant": "name"}),
@@ -301,6 +312,19 @@ CASES = {
         "depths": "ints", "num_heads": "ints", "window_size": "size", "stem": "name", "peg": "flag", "corner_mask": "name",
         "qkv_bias": "flag", "norm_eps": "number?", "drop_path_rate": "rate"}),
     "RegionViT ": Case(_forward(lambda: lifeops.models.RegionViT(**REGIONVIT)), IMAGES, {"x": None}),
+    "PyramidVisionTransformer": Case(lifeops.models.PyramidVisionTransformer, PVT, {
+        **{k: v for k, v in STAGES.items() if k not in ("mlp_ratio", "patch_size")}, "patch_size": "size", "mlp_ratios": "ratios",
+        "sr_ratios": "ints", "qkv_bias": "flag", "norm_eps": "number?", "conv": "other"}),
+    "PyramidVisionTransformer ": Case(_forward(lambda: lifeops.models.PyramidVisionTransformer(**PVT)), {"x": draw(2, 3, 16, 16)},
+                                      {"x": None}),
+    "TNT": Case(lifeops.models.TNT, TNT, {
+        **VIT_KINDS, "in_dim": "size", "in_num_heads": "size", "qkv_bias": "flag", "norm_eps": "number?", "drop_path_rate": "rate",
+        "conv": "other"}),
+    "TNT ": Case(_forward(lambda: lifeops.models.TNT(**TNT)), IMAGES, {"x": None}),
+    "T2T": Case(lifeops.models.T2T, T2T, {
+        **{k: v for k, v in VIT_KINDS.items() if k != "patch_size"}, "token_dim": "size", "qkv_bias": "flag", "norm_eps": "number?",
+        "token_drop": "rate", "drop_path_rate": "rate", "attn": "other", "conv": "other"}),
+    "T2T ": Case(_forward(lambda: lifeops.models.T2T(**T2T)), {"x": draw(2, 3, 32, 32)}, {"x": None}),
     "regionvit": Case(lifeops.models.regionvit, {}, {"variant": "name", "w14": "flag", "peg": "flag"}),
     "SiT": Case(lifeops.models.SiT, SIT, {
         **{k: v for k, v in VIT_KINDS.items() if k not in ("patch_size", "depth")}, "stage_blocks": "blocks", "keep_ratio": "positive",

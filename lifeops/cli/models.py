@@ -72,8 +72,10 @@ def _check_told(name: str, given: dict) -> None:
 
 def _image_shape(model: nn.Module) -> tuple[int, int, int]:
     """(channels, height, width) of the images of a model of this library."""
-    if hasattr(model, "patch_embed"):
-        return (model.patch_embed.proj.in_channels, *getattr(model.patch_embed, "img_size", getattr(model, "img_size", ())))
+    embed = getattr(model, "patch_embed", getattr(model, "pixel_embed", None))
+    if embed is not None:
+        in_chans = embed.in_chans if hasattr(embed, "in_chans") else embed.proj.in_channels
+        return (in_chans, *getattr(embed, "img_size", getattr(model, "img_size", ())))
     patches = model.to_patch_embedding[0]
     return (patches.in_chans, *patches.img_size)
 

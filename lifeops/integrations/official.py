@@ -13,6 +13,8 @@ from lifeops.errors import CheckpointError
 from lifeops.integrations import official_cvt as cvt
 from lifeops.integrations import official_dw_shortcut as shortcut
 from lifeops.integrations import official_edgevit as edgevit
+from lifeops.integrations import official_life_swin as life_swin
+from lifeops.integrations import official_localvit as localvit
 from lifeops.integrations import official_mvit as mvit
 from lifeops.integrations import official_regionvit as regionvit
 from lifeops.integrations import official_sit as sit
@@ -63,12 +65,14 @@ def load_official(
         stage_blocks: of SiT, blocks before each slimming and behind the last, where neither metadata nor ``rtsm`` tells them: of published
             models "xsmall" (1, 1, 1, 13) and "small" (9, 3, 2, 2) have the same tensors.
 
-    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``), LocalViT DeiT (``blocks.0.conv.conv.0.weight``), and the DW
-    shortcut's ViT (``transformer.convs.0.weight``), CaiT (``patch_transformer.convs.0.weight``) and Swin
-    (``layers.0.convs.0.weight``), and MViTv2 in the authors' layout (``blocks.0.attn.norm_q.weight``; SlowFast's convolutions over
-    one frame, too) and in timm's (``stages.0.blocks.0.attn.norm_q.weight``); RegionViT (``layers.0.block.1.attn.rel_pos``), with the
-    authors' mask of padded corners unless metadata tells another. Buffers that can be computed (``attn_mask``,
-    ``relative_position_index``, ``num_batches_tracked``) may be missing.
+    Recognised: LIFE DeiT (``blocks.0.attn.qkv.scale1.weight``) and Swin V2 (``layers.0.blocks.0.attn.qkv.scale1.weight``); LocalViT DeiT
+    (``blocks.0.conv.conv.0.weight``), PVT (``block1.0.conv.conv.0.weight``), TNT (``blocks.0.norm_in.weight``), T2T-ViT
+    (``tokens_to_token.attention1.conv.conv.0.weight``) and Swin (``layers.0.blocks.0.conv.conv.0.weight``); the DW shortcut's ViT
+    (``transformer.convs.0.weight``), CaiT (``patch_transformer.convs.0.weight``) and Swin (``layers.0.convs.0.weight``); MViTv2 in the
+    authors' layout (``blocks.0.attn.norm_q.weight``; SlowFast's convolutions over one frame, too) and in timm's
+    (``stages.0.blocks.0.attn.norm_q.weight``); RegionViT (``layers.0.block.1.attn.rel_pos``), with the authors' mask of padded corners
+    unless metadata tells another. Buffers that can be computed (``attn_mask``, ``relative_position_index``, ``num_batches_tracked``) may
+    be missing.
 
     CvT (``stage0.blocks.0.attn.conv_proj_q.conv.weight``), with the authors' strides where metadata does not tell others, and EdgeViT
     (``blocks1.0.SelfAttn.pos_embed.weight``); ``num_heads`` is the first stage's, those of the others are as wide. Self-slimmed ViT
@@ -84,6 +88,9 @@ def load_official(
     given = _given("load_official", key, num_heads, aux_key, act, img_size, num_classes, window_size, stage_blocks)
     families = (
         Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", published=True)),
+        Family("LIFE Swin V2", life_swin.KEY, 2, life_swin.life_swinv2),
+        Family("LocalViT PVT", localvit.PVT_KEY, 4, localvit.pvt), Family("LocalViT TNT", localvit.TNT_KEY, 1, localvit.tnt),
+        Family("LocalViT T2T", localvit.T2T_KEY, 4, localvit.t2t), Family("LocalViT Swin", localvit.SWIN_KEY, 4, localvit.swin),
         Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),
         Family("DW shortcut CaiT", shortcut.CAIT_KEY, 4, shortcut.cait), Family("DW shortcut Swin", shortcut.SWIN_KEY, 4, shortcut.swin),
         Family("CvT", cvt.KEY, 4, cvt.cvt), Family("EdgeViT", edgevit.KEY, 4, edgevit.edgevit),
@@ -200,21 +207,11 @@ def _life_deit(facts: Facts, aux_key: str, published: bool) -> nn.Module:
     return _deit(facts, num_heads, attention)
 
 
-def _localvit_act(facts: Facts) -> str:
-    """Of SE there is one activation among the authors' models, of ECA and of none there are two."""
-    if "blocks.0.conv.conv.6.fc.0.weight" in facts.state:
-        return facts.tell("act", ["blocks.0.conv"]) or "hs+se"
-    eca = "blocks.0.conv.conv.6.conv.weight" in facts.state
-    return facts.tell("act", ["blocks.0.conv"], "hs+eca" if eca else "relu6")
-
-
 def _localvit_deit(facts: Facts) -> nn.Module:
-    from lifeops.models.localvit import VARIANTS, localvit
+    from lifeops.models import localvit as build
+    from lifeops.models.localvit import DEIT_VARIANTS
 
-    dim = facts.shape("patch_embed.proj.weight", 4)[0]
-    hidden, squeeze = facts.shape(_LOCALVIT_KEY, 4)[0], "blocks.0.conv.conv.6.fc.0.weight"
-    reduction = hidden // facts.shape(squeeze, 2)[0] if squeeze in facts.state else 1
-    heads = facts.heads(dim, ["blocks.0.attn", "blocks.0"], {v.embed_dim: v.num_heads for v in VARIANTS.values()})
-    qkv_bias = "blocks.0.attn.qkv.bias" in facts.state
-    sizes = _sizes(facts, heads)
-    return localvit(mlp_ratio=hidden / dim, act=_localvit_act(facts), reduction=reduction, qkv_bias=qkv_bias, **sizes)
+    dim, mlp_ratio, reduction = localvit.feed_forward(facts, "blocks.0")
+    heads = facts.heads(dim, ["blocks.0.attn", "blocks.0"], {v.embed_dim: v.num_heads for v in DEIT_VARIANTS.values()})
+    qkv_bias, act = "blocks.0.attn.qkv.bias" in facts.state, localvit.activation(facts, "blocks.0")
+    return build(mlp_ratio=mlp_ratio, act=act, reduction=reduction, qkv_bias=qkv_bias, **_sizes(facts, heads))

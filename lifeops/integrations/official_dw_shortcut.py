@@ -69,7 +69,7 @@ def _side(facts: Facts, depths: list[int], windows: list[int]) -> int | None:
     return None
 
 
-def _window_size(facts: Facts, window: int, old: int | None, sides: tuple[int, int], stages: int) -> int:
+def window_size(facts: Facts, window: int, old: int | None, sides: tuple[int, int], stages: int) -> int:
     """The window at another image size of ``sides`` patches: the checkpoint's, or in proportion where that does not divide a stage."""
     if facts.given.window_size is not None:
         return facts.given.window_size
@@ -82,10 +82,8 @@ def _window_size(facts: Facts, window: int, old: int | None, sides: tuple[int, i
     return window * sides[0] // old
 
 
-def swin(facts: Facts) -> nn.Module:
-    """Its bias tables tell heads and windows."""
-    from lifeops.models.swin import SwinTransformer
-
+def swin_sizes(facts: Facts) -> dict:
+    """Of a Swin without its MLPs, whose bias tables tell heads and windows."""
     dim, in_chans, *patch = facts.shape("patch_embed.proj.weight", 4)
     stages = facts.count("layers.")
     depths = [facts.count(f"layers.{s}.blocks.") for s in range(stages)]
@@ -97,10 +95,17 @@ def swin(facts: Facts) -> nn.Module:
             raise CheckpointError(f"cannot tell the image size of a {facts.family} model from {what}; pass img_size=…")
         img_size = (old * patch[0], old * patch[1])
     block, sides = "layers.0.blocks.0", (img_size[0] // patch[0], img_size[1] // patch[1])
-    return SwinTransformer(
-        img_size=img_size, patch_size=tuple(patch), in_chans=in_chans, num_classes=facts.classes("head.weight"), embed_dim=dim,
-        depths=depths, num_heads=[facts.shape(f"layers.{s}.blocks.0.attn.relative_position_bias_table", 2)[1] for s in range(stages)],
-        window_size=_window_size(facts, windows[0], old, sides, stages),
-        mlp_ratio=facts.shape(f"{block}.mlp.fc1.weight", 2)[0] / dim, qkv_bias=f"{block}.attn.qkv.bias" in facts.state,
-        kernel_sizes=facts.shape(SWIN_KEY, 4)[-1],
-    )  # fmt: skip
+    return {
+        "img_size": img_size, "patch_size": tuple(patch), "in_chans": in_chans, "num_classes": facts.classes("head.weight", 0),
+        "embed_dim": dim, "depths": depths,
+        "num_heads": [facts.shape(f"layers.{s}.blocks.0.attn.relative_position_bias_table", 2)[1] for s in range(stages)],
+        "window_size": window_size(facts, windows[0], old, sides, stages), "qkv_bias": f"{block}.attn.qkv.bias" in facts.state,
+    }  # fmt: skip
+
+
+def swin(facts: Facts) -> nn.Module:
+    from lifeops.models.swin import SwinTransformer
+
+    sizes = swin_sizes(facts)
+    mlp_ratio = facts.shape("layers.0.blocks.0.mlp.fc1.weight", 2)[0] / sizes["embed_dim"]
+    return SwinTransformer(**sizes, mlp_ratio=mlp_ratio, kernel_sizes=facts.shape(SWIN_KEY, 4)[-1])

@@ -64,17 +64,24 @@ def _new_head(state: dict, model: nn.Module, classes: int) -> bool:
     return bool(own)
 
 
+def _position_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The grid of every position embedding that is resampled."""
+    if hasattr(model, "position_grids"):
+        return model.position_grids()
+    return dict.fromkeys(_POSITIONS, getattr(getattr(model, "patch_embed", model), "grid_size", None))
+
+
 def fit(facts: Facts, model: nn.Module) -> OrderedDict[str, Tensor]:
     """The state dict of ``facts`` as ``model`` takes it; whatever else does not fit stays, for load_state_dict to name."""
     state, own = OrderedDict(facts.state), model.state_dict()
     resized = facts.given.img_size is not None or facts.given.window_size is not None
+    grids = _position_grids(model) if resized else {}
     for name, t in own.items():
         last = name.rpartition(".")[2]
         if last in _COMPUTED and (name not in state or (resized and state[name].shape != t.shape)):
             state[name] = t
-        elif resized and last in _POSITIONS and name in state:
-            grid = model.patch_embed.grid_size if hasattr(model, "patch_embed") else model.grid_size
-            state[name] = _positions(state[name], t, grid)
+        elif name in grids and name in state:
+            state[name] = _positions(state[name], t, grids[name])
         elif resized and last == "relative_position_bias_table" and _is_table(state.get(name), t.shape[1]):
             state[name] = resample_table(state[name], t.shape[0])
         elif resized and last in _AXES and name in state and state[name].shape[1:] == t.shape[1:]:

@@ -36,6 +36,17 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+class NormedPatchEmbed(PatchEmbed):
+    """The same with a LayerNorm behind it."""
+
+    def __init__(self, img_size: tuple[int, int], patch_size: tuple[int, int], in_chans: int, embed_dim: int, model: str):
+        super().__init__(img_size, patch_size, in_chans, embed_dim, model)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
 class Attention(ToldInMetadata):
     """Multi-head self-attention over all tokens: softmax(q k^T / sqrt(C / h)) v, then ``proj``. (B, N, C) -> (B, N, C)."""
 

@@ -17,12 +17,17 @@ from lifeops.models.edgevit import VARIANTS as EDGEVIT_VARIANTS
 from lifeops.models.edgevit import edgevit
 from lifeops.models.localvit import VARIANTS as LOCALVIT_VARIANTS
 from lifeops.models.localvit import localvit
+from lifeops.models.localvit import plain as plain_localvit
 from lifeops.models.mvit import VARIANTS as MVIT_VARIANTS
 from lifeops.models.mvit import mvitv2
 from lifeops.models.regionvit import VARIANTS as REGIONVIT_VARIANTS
 from lifeops.models.regionvit import regionvit
 from lifeops.models.sit import VARIANTS as SIT_VARIANTS
 from lifeops.models.sit import sit
+from lifeops.models.swin_v2 import VARIANTS as SWINV2_VARIANTS
+from lifeops.models.swin_v2 import life_swinv2
+from lifeops.models.t2t import VARIANTS as T2T_VARIANTS
+from lifeops.models.t2t import life_t2t
 from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.dw_shortcut import ShortcutModule
 from lifeops.nn.global_sparse import GlobalSparseAttention
@@ -47,14 +52,21 @@ WHOLE = {  # models that are a system of their own: the system, what builds it, 
 }
 SYSTEMS = (*HOST_SYSTEMS, *dict.fromkeys(system for system, *_ in WHOLE.values()))
 DEIT = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12)}
-LOCALVIT = {f"localvit_{variant}": variant for variant in LOCALVIT_VARIANTS}
-NAMES = (*DEIT, *LOCALVIT, *SHORTCUT_VARIANTS, *WHOLE)
+HOSTED = {  # hosts of one system: what builds each, by the systems it can have
+    **{f"localvit_{variant}": {"plain": functools.partial(plain_localvit, variant), "localvit": functools.partial(localvit, variant)}
+       for variant in LOCALVIT_VARIANTS},
+    **{f"swinv2_{variant}": {"plain": functools.partial(life_swinv2, variant, life=False), "life": functools.partial(life_swinv2, variant)}
+       for variant in SWINV2_VARIANTS},
+    **{f"t2t_{variant}": {"plain": functools.partial(life_t2t, variant, attn=None), "life": functools.partial(life_t2t, variant)}
+       for variant in T2T_VARIANTS},
+}  # fmt: skip
+NAMES = (*DEIT, *HOSTED, *SHORTCUT_VARIANTS, *WHOLE)
 
 
 def systems_of(name: str, **host) -> tuple[str, ...]:
     """The systems that the model ``name`` can have; of a timm model all are tried, but only its own where it comes with one."""
-    if name in LOCALVIT:
-        return "plain", "localvit"
+    if name in HOSTED:
+        return tuple(HOSTED[name])
     if name in SHORTCUT_VARIANTS:
         return "plain", "dw_shortcut"
     if name in WHOLE:
@@ -94,22 +106,6 @@ def _deit(name: str, system: str, host: dict) -> nn.Module:
     return model
 
 
-def _localvit(name: str, system: str, host: dict) -> nn.Module:
-    if system == "localvit":
-        return localvit(LOCALVIT[name], **host)
-    v = LOCALVIT_VARIANTS[LOCALVIT[name]]
-    return VisionTransformer(embed_dim=v.embed_dim, num_heads=v.num_heads, mlp_ratio=v.mlp_ratio, **host)
-
-
-def _whole(name: str, host: dict) -> nn.Module:
-    _, build, variant = WHOLE[name]
-    try:
-        return build(variant, **host)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise ValueError(f"named: {name} does not take all of {', '.join(host)}: {error}") from error
-
 
 def _timm_model(name: str, host: dict) -> nn.Module:
     import timm
@@ -137,10 +133,11 @@ def _timm(name: str, system: str, host: dict) -> nn.Module:
 def _own(name: str, system: str, host: dict) -> nn.Module:
     if name in DEIT:
         return _deit(name, system, host)
-    if name in LOCALVIT:
-        return _localvit(name, system, host)
+    if name in HOSTED:
+        return HOSTED[name][system](**host)
     if name in WHOLE:
-        return _whole(name, host)
+        _, build, variant = WHOLE[name]
+        return build(variant, **host)
     return dw_shortcut(name, every=None if system == "plain" else 1, **host)
 
 
@@ -148,7 +145,8 @@ def named(name: str, system: str | None = None, **host) -> nn.Module:
     """The model ``name`` with ``system`` built in, on the current default device.
 
     Args:
-        name: "deit_tiny", "deit_small", "deit_base"; "localvit_" and a variant of :func:`lifeops.models.localvit`; a variant of
+        name: "deit_tiny", "deit_small", "deit_base"; "localvit_" and a variant of :func:`lifeops.models.localvit`, "swinv2_" and one of
+            :func:`lifeops.models.life_swinv2`, "t2t_" and one of :func:`lifeops.models.life_t2t`; a variant of
             :func:`lifeops.models.dw_shortcut`; "cvt_", "edgevit_", "mvitv2_", "regionvit_", "sit_" and one of theirs ("regionvit_small" and
             "regionvit_base" with "_w14" or "_w14_peg" behind it, too); or a timm name, whose model :func:`lifeops.convert` then changes.
         system: "plain", "life", "localvit" (h-swish, squeeze and excitation to one channel, as the authors' tiny and small), "dw_shortcut";
@@ -165,14 +163,21 @@ def named(name: str, system: str | None = None, **host) -> nn.Module:
         check_choice("named", "system", system, SYSTEMS)
     if name in NAMES and system not in systems_of(name):
         raise ValueError(f"named: the system of {name} must be one of {', '.join(map(repr, systems_of(name)))}, got {system!r}")
-    return _own(name, system, host) if name in NAMES else _timm(name, system, host)
+    if name not in NAMES:
+        return _timm(name, system, host)
+    try:
+        return _own(name, system, host)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ValueError(f"named: {name} does not take all of {', '.join(host)}: {error}") from error
 
 
 def _own_size(name: str) -> tuple[int, int]:
-    if name not in WHOLE:
+    if name not in WHOLE and name not in HOSTED:
         return 224, 224
     with torch.device("meta"):
-        return named(name).img_size
+        return getattr(named(name), "img_size", (224, 224))
 
 
 def image_size(name: str, img_size: tuple[int, int] | None = None) -> tuple[int, int, int]:

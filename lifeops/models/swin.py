@@ -6,11 +6,15 @@ patch merging. Source: Liu et al., "Swin Transformer: Hierarchical Vision Transf
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lifeops.models.deit import DropPath, Mlp, PatchEmbed
+from lifeops.arguments import check_callable
+from lifeops.models.blocks import ConvFactory
+from lifeops.models.deit import DropPath, Mlp, NormedPatchEmbed
 from lifeops.models.inputs import check_rates, check_sizes, check_stages, to_pair
 from lifeops.nn.attend import attend_biased
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
@@ -28,7 +32,7 @@ def from_windows(x: Tensor, size: int, H: int, W: int) -> Tensor:
     return x.view(-1, H // size, W // size, size, size, x.shape[-1]).transpose(2, 3).reshape(-1, H, W, x.shape[-1])
 
 
-def _relative_position_index(size: int) -> Tensor:
+def relative_position_index(size: int) -> Tensor:
     """(n, n) for n = size * size tokens: the row of the bias table for each pair, by its offset in rows and columns."""
     at = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")).flatten(1)
     rows, columns = at[:, :, None] - at[:, None, :] + size - 1
@@ -52,7 +56,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * size - 1) ** 2, num_heads))
-        self.register_buffer("relative_position_index", _relative_position_index(size))
+        self.register_buffer("relative_position_index", relative_position_index(size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
@@ -68,48 +72,64 @@ class WindowAttention(nn.Module):
         return self.proj(x.flatten(0, -4).transpose(1, 2).flatten(2))
 
 
-class SwinBlock(nn.Module):
-    """Pre-norm block with attention in windows, shifted by ``shift`` where the map is larger than one."""
+class WindowedBlock(nn.Module):
+    """What blocks with attention in windows, shifted by ``shift`` where the map is larger than one, have in common.
 
-    def __init__(self, dim, resolution, num_heads, size, shift, mlp_ratio, qkv_bias, drop_path):
+    ``attn``: called as ``attn(size)``, gives the attention for windows of size x size; ``model`` says what does not fit.
+    """
+
+    no_rollout = "whose windows are not known there: it reads those of timm's and transformers' Swin"
+
+    def __init__(self, resolution: tuple[int, int], size: int, shift: int, attn: Callable[[int], nn.Module], model: str):
         super().__init__()
         if min(resolution) <= size:
             size, shift = min(resolution), 0
         if any(n % size for n in resolution):
-            raise ValueError(f"SwinTransformer: every stage's grid must be a multiple of its window {size}, got {resolution}")
+            raise ValueError(f"{model}: every stage's grid must be a multiple of its window {size}, got {resolution}")
         self.resolution, self.size, self.shift = resolution, size, shift
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, size, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
+        self.attn = attn(size)
         self.register_buffer("attn_mask", _shift_mask(*resolution, size, shift) if shift else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def windowed(self, x: Tensor) -> Tensor:
+        """``attn`` of the tokens x (B, H*W, C) inside their windows."""
         (H, W), s = self.resolution, self.shift
-        t = self.norm1(x).unflatten(1, (H, W))
+        t = x.unflatten(1, (H, W))
         t = torch.roll(t, (-s, -s), (1, 2)) if s else t
         t = from_windows(self.attn(windows(t, self.size), self.attn_mask), self.size, H, W)
         t = torch.roll(t, (s, s), (1, 2)) if s else t
-        x = x + self.drop_path(t.flatten(1, 2))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return t.flatten(1, 2)
+
+
+class SwinBlock(WindowedBlock):
+    """Pre-norm block. ``conv``: called as ``module(x, resolution)`` on the tokens of the whole map, instead of x + mlp(norm2(x))."""
+
+    def __init__(self, dim, resolution, num_heads, size, shift, mlp_ratio, qkv_bias, drop_path, conv=None):
+        super().__init__(resolution, size, shift, lambda size: WindowAttention(dim, size, num_heads, qkv_bias), "SwinTransformer")
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim) if conv is None else None
+        self.mlp = Mlp(dim, int(dim * mlp_ratio)) if conv is None else None
+        self.conv, self.drop_path = conv, DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.windowed(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x))) if self.conv is None else self.conv(x, self.resolution)
 
 
 class PatchMerging(nn.Module):
-    """Tokens of an (H, W) map to those of an (H/2, W/2) map of twice the width."""
+    """Tokens of an (H, W) map to those of an (H/2, W/2) map of twice the width, normalised before the projection or (V2) behind it."""
 
-    def __init__(self, dim: int, resolution: tuple[int, int]):
+    def __init__(self, dim: int, resolution: tuple[int, int], model: str = "SwinTransformer", post_norm: bool = False):
         super().__init__()
         if any(n % 2 for n in resolution):
-            raise ValueError(f"SwinTransformer: the grid of a stage before the last must be even, got {resolution}")
-        self.resolution = resolution
+            raise ValueError(f"{model}: the grid of a stage before the last must be even, got {resolution}")
+        self.resolution, self.post_norm = resolution, post_norm
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = nn.LayerNorm((2 if post_norm else 4) * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, (H, W) = x.shape[0], self.resolution
         x = x.view(B, H // 2, 2, W // 2, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(B, H * W // 4, -1)  # column offset before row offset
-        return self.reduction(self.norm(x))
+        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
 
 
 class SwinStage(ShortcutModule):
@@ -135,15 +155,6 @@ class SwinStage(ShortcutModule):
         return x if self.downsample is None else self.downsample(x)
 
 
-class SwinPatchEmbed(PatchEmbed):
-    def __init__(self, img_size, patch_size, in_chans: int, embed_dim: int):
-        super().__init__(img_size, patch_size, in_chans, embed_dim, "SwinTransformer")
-        self.norm = nn.LayerNorm(embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
-
-
 class SwinTransformer(nn.Module):
     """Images (B, in_chans, H, W) to logits (B, num_classes).
 
@@ -151,13 +162,16 @@ class SwinTransformer(nn.Module):
         depths, num_heads: blocks and heads of each stage. window_size: one number; stages no larger than it have one window.
         every, kernel_sizes: a shortcut around every so many blocks of a stage (None: no shortcuts), its kernel sizes.
         grad_checkpointing: blocks are run again in backward; the shortcuts, which keep next to nothing, are not.
+        conv: called as ``conv(dim, mlp_ratio, 0)`` once per block, gives what stands in the place of the second LayerNorm and the MLP
+            (:class:`lifeops.nn.LocalityFeedForward`, on the whole map); None: they themselves.
 
-    Raises ValueError where sizes do not fit each other.
+    ``num_classes=0`` leaves the head out: the features (B, C) come out. Raises ValueError where sizes do not fit each other.
     """
 
     def __init__(
         self, img_size=224, patch_size=4, in_chans=3, num_classes=1000, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
         window_size=7, mlp_ratio=4.0, qkv_bias=True, drop_path_rate=0.0, every=1, kernel_sizes=3, grad_checkpointing=False,
+        conv: ConvFactory | None = None,
     ):  # fmt: skip
         super().__init__()
         name = type(self).__name__
@@ -165,11 +179,11 @@ class SwinTransformer(nn.Module):
         check_stages(name, depths=depths, num_heads=num_heads)
         flags = {"qkv_bias": qkv_bias, "grad_checkpointing": grad_checkpointing}
         check_rates(name, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), **flags)
-        check_kernel_sizes(name, "kernel_sizes", kernel_sizes)
+        check_kernel_sizes(name, "kernel_sizes", kernel_sizes), check_callable(name, "conv", conv)
         if len(depths) != len(num_heads):
             raise ValueError(f"{name}: depths and num_heads must have one number per stage, got {depths} and {num_heads}")
         sizes = to_pair(name, "img_size", img_size), to_pair(name, "patch_size", patch_size)
-        self.patch_embed = SwinPatchEmbed(*sizes, in_chans, embed_dim)
+        self.patch_embed = NormedPatchEmbed(*sizes, in_chans, embed_dim, name)
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
 
         def stage(s, depth, heads):
@@ -177,13 +191,16 @@ class SwinTransformer(nn.Module):
             if dim % heads:
                 raise ValueError(f"{name}: the width {dim} of stage {s} must be a multiple of its {heads} heads")
             shifts = [window_size // 2 * (i % 2) for i in range(depth)]
-            blocks = [SwinBlock(dim, resolution, heads, window_size, shift, mlp_ratio, qkv_bias, next(rates)) for shift in shifts]
+            sizes = dim, resolution, heads, window_size
+            convs = [None if conv is None else conv(dim, mlp_ratio, 0) for _ in shifts]
+            parts = zip(shifts, convs, strict=True)
+            blocks = [SwinBlock(*sizes, shift, mlp_ratio, qkv_bias, next(rates), feed_forward) for shift, feed_forward in parts]
             return SwinStage(blocks, dim, resolution, s + 1 < len(depths), every, kernel_sizes, grad_checkpointing)
 
         self.layers = nn.ModuleList(stage(s, *sizes) for s, sizes in enumerate(zip(depths, num_heads, strict=True)))
         width = embed_dim * 2 ** (len(depths) - 1)
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes)
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)

@@ -67,9 +67,9 @@ def _by_layer(drop, q, k, v, attn_mask, scale=None):
     return drop(s.softmax(-1).to(v.dtype)) @ v
 
 
-def split_heads(qkv, num_heads: int):
-    """q, k, v (B, h, N, d), views of a projection (B, N, 3 h d): split so that their gradients are joined by one copy."""
-    return (t.transpose(1, 2) for t in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))
+def split_heads(qkv, num_heads: int, parts: int = 3):
+    """q, k, v (B, h, N, d), views of a projection (B, N, 3 h d) (two of ``parts`` 2): their gradients are joined by one copy."""
+    return (t.transpose(1, 2) for t in qkv.unflatten(2, (parts, num_heads, -1)).unbind(2))
 
 
 def attend_biased(q, k, v, bias, scale: float):
