@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import lifeops
 from bench import demo, summary
 from bench.refused import shown
 from bench.systems_table import system_facts, systems_table
@@ -69,6 +70,11 @@ def flops_table(page: Path, model: str) -> str:
     return "\n".join(lines)
 
 
+def names(page: Path, module: str) -> str:
+    """What mkdocstrings shows of a public module: everything."""
+    return "\n\n".join(f"::: lifeops.{module}.{name}" for name in getattr(lifeops, module).__all__)
+
+
 def speed(page: Path) -> str:
     """What the README says of the convolution's speed."""
     return summary.sentence(summary.lines(shown()))
@@ -77,7 +83,7 @@ def speed(page: Path) -> str:
 PARTS = {
     "ops": op_table, "environment": environment_table, "systems": systems_table, "system": system_facts, "choice": demo.choice_table,
     "demo": demo.accuracy_table, "demo-cost": demo.cost_table,
-    "finetune": demo.finetune_table, "flops": flops_table, "speed": speed,
+    "finetune": demo.finetune_table, "flops": flops_table, "speed": speed, "names": names,
 }  # fmt: skip
 """Functions of the page's path and the arguments in the mark."""
 _PART = re.compile(rf"(<!-- ({'|'.join(PARTS)})((?: [\w-]+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
