@@ -26,7 +26,11 @@ WORDS = {
     "coat_pos_enc": "CoaT's position encoding", "pvt_mlp": "PVT v2's feed-forward", "twins_pos_conv": "Twins' position encoding",
     "cvt_projections": "CvT: projections", "cvt_attention": "CvT: attention", "edgevit_local_agg": "EdgeViT: local aggregation",
     "vit_life": "DeiT-Tiny with LIFE", "vit_localvit": "LocalViT-T", "vit_dw_shortcut": "DeiT-Tiny with shortcuts", "cvt_13": "CvT-13",
-    "edgevit_xs": "EdgeViT-XS", "mvitv2_tiny": "MViTv2-T", "regionvit_tiny": "RegionViT-Ti",
+    "token_pyramid": "feature pyramid", "token_smoothing": "smoothing", "token_slimming": "token slimming",
+    "relative_localization": "relative localisation", "shared_conv": "Bootstrapping ViTs' agent", "conv_ffn": "PVTv2: feed-forward",
+    "patch_embed": "PVTv2: patch embedding", "sit_tiny": "SiT-Ti", "localvit_pvt_tiny": "LocalViT in PVT-T",
+    "localvit_tnt_t": "LocalViT in TNT-T", "localvit_t2t_7": "LocalViT in T2T-7", "localvit_swin_tiny": "LocalViT in Swin-T",
+    "life_swinv2_tiny": "LIFE in Swin V2-T", "edgevit_xs": "EdgeViT-XS", "mvitv2_tiny": "MViTv2-T", "regionvit_tiny": "RegionViT-Ti",
 }  # fmt: skip
 
 
