@@ -6,6 +6,7 @@ written, and names it; a test runs it.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -75,6 +76,16 @@ def names(page: Path, module: str) -> str:
     return "\n\n".join(f"::: lifeops.{module}.{name}" for name in getattr(lifeops, module).__all__)
 
 
+def examples(page: Path) -> str:
+    """The scripts, by the first line of what they say of themselves."""
+    lines = ["| script | what it shows |", "|---|---|"]
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        source = path.read_text()
+        if "__main__" in source:  # others are parts of scripts
+            lines.append(f"| `{path.name}` | {ast.get_docstring(ast.parse(source)).splitlines()[0]} |")
+    return "\n".join(lines)
+
+
 def speed(page: Path) -> str:
     """What the README says of the convolution's speed."""
     return summary.sentence(summary.lines(shown()))
@@ -83,7 +94,7 @@ def speed(page: Path) -> str:
 PARTS = {
     "ops": op_table, "environment": environment_table, "systems": systems_table, "system": system_facts, "choice": demo.choice_table,
     "demo": demo.accuracy_table, "demo-cost": demo.cost_table,
-    "finetune": demo.finetune_table, "flops": flops_table, "speed": speed, "names": names,
+    "finetune": demo.finetune_table, "flops": flops_table, "speed": speed, "names": names, "examples": examples,
 }  # fmt: skip
 """Functions of the page's path and the arguments in the mark."""
 _PART = re.compile(rf"(<!-- ({'|'.join(PARTS)})((?: [\w-]+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
