@@ -83,9 +83,10 @@ class TokenPyramid(NotScripted, nn.Module):
     Our design: maps resampled from a plain ViT's last tokens are ViTDet's (arXiv 2203.16527), whose convolutions are dense; a depth-wise
     one between two dense layers is MobileNet's.
 
-    >>> pyramid = lifeops.nn.TokenPyramid(192, 64, num_prefix_tokens=1)
-    >>> [tuple(m.shape) for m in pyramid(torch.randn(2, 1 + 14 * 14, 192), (14, 14))]
-    [(2, 64, 56, 56), (2, 64, 28, 28), (2, 64, 14, 14), (2, 64, 7, 7)]
+    Examples:
+        >>> pyramid = lifeops.nn.TokenPyramid(192, 64, num_prefix_tokens=1)
+        >>> [tuple(m.shape) for m in pyramid(torch.randn(2, 1 + 14 * 14, 192), (14, 14))]
+        [(2, 64, 56, 56), (2, 64, 28, 28), (2, 64, 14, 14), (2, 64, 7, 7)]
     """
 
     needs_grid = True
