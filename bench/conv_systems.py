@@ -71,19 +71,21 @@ def projections(p: Problem, compile: bool) -> Case:
 def local_agg(p: Problem, compile: bool) -> Case:
     """The authors' module runs on contiguous maps, as their patch embedding leaves them."""
     eager, ours = _pair(p, EagerLocalAgg(p.C), LocalAgg(p.C))
+    return on_maps(p, ours, eager, lambda m, i: m.on_maps(i["map"]))
+
+
+def on_maps(p: Problem, ours: torch.nn.Module, eager: torch.nn.Module, call) -> Case:
+    """``ours`` on tokens beside ``call(eager, inputs)`` on contiguous maps."""
 
     def draw():
         x, dy = (torch.randn(p.B, p.H * p.W, p.C).to(getattr(torch, p.dtype)) for _ in range(2))
         return {"x": x, "dy": dy, **{name: baselines.to_map(t, p._replace(P=0)).contiguous() for name, t in (("map", x), ("d_map", dy))}}
 
-    def on_maps(m, i):
-        return m.on_maps(i["map"])
-
     oracle = _wide(eager, _on_grid(p))
-    maps = _wide(eager, on_maps, ("map",), dy=lambda i: i["d_map"])
+    maps = _wide(eager, call, ("map",), dy=lambda i: i["d_map"])
     variants = {
         "lifeops": of_module(ours, _on_grid(p), truth=oracle),
-        "eager": of_module(eager, on_maps, ("map",), truth=maps, dy=lambda i: i["d_map"]),
+        "eager": of_module(eager, call, ("map",), truth=maps, dy=lambda i: i["d_map"]),
     }
     return Case(p, draw, variants)
 

@@ -10,6 +10,7 @@ from torch import nn
 from bench import whole
 from bench.block_systems import _on_grid, _xs
 from bench.case import Case, of_module
+from bench.conv_systems import on_maps
 from bench.op_systems import _view, _wide, tokens
 from bench.problems import Problem
 from lifeops.losses import RelativeLocalizationHead, dense_relative_localization
@@ -34,7 +35,11 @@ def _beside(p: Problem, ours: nn.Module, eager: nn.Module, call, draw=None) -> C
 
 
 def smoothing(p: Problem, compile: bool) -> Case:
-    return _beside(p, TokenSmoothing(1.0, 3, p.P), EagerSmoothing(p.C, 1.0, 3, p.P), _on_grid(p))
+    """The authors' networks smooth contiguous maps; behind a prefix token the maps have to be made of tokens."""
+    ours, eager = TokenSmoothing(1.0, 3, p.P), EagerSmoothing(p.C, 1.0, 3, p.P)
+    if p.P:
+        return _beside(p, ours, eager, _on_grid(p))
+    return on_maps(p, ours, eager.to(getattr(torch, p.dtype)), lambda m, i: m.conv(i["map"]))
 
 
 def slimming(p: Problem, compile: bool) -> Case:
