@@ -91,7 +91,7 @@ def plan():
     if BUILD not in ("auto", "none", "cpu", "cuda"):
         stop(f"LIFEOPS_BUILD must be auto, none, cpu or cuda, got {BUILD!r}")
     if BUILD == "none":
-        return set(), dict.fromkeys(("cpu", "cuda"), "left out by LIFEOPS_BUILD=none")
+        return set(), dict.fromkeys(("cpu", "cuda"), "left out by LIFEOPS_BUILD=none at build time")
     torch, cpp_extension = torch_or_stop()
     compiler_or_stop()
     missing = {"cuda": why} if (why := without_cuda(torch, cpp_extension.CUDA_HOME)) else {}
@@ -126,7 +126,7 @@ def compiler_or_stop():
 def without_cuda(torch, home):
     """Why the CUDA kernels are not built, or None."""
     if BUILD == "cpu":
-        return "left out by LIFEOPS_BUILD=cpu"
+        return "left out by LIFEOPS_BUILD=cpu at build time"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was a build without CUDA at build time"
     if home is None or not shutil.which("nvcc", path=f"{home}/bin"):

@@ -1,5 +1,21 @@
 """Errors and warnings of the library that are more than a ValueError or TypeError."""
 
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import torch
+
+_OWN = os.path.dirname(__file__) + os.sep
+_OTHERS = (  # where torch, timm and their like lie, the standard library, and code that torch wrote
+    os.path.dirname(os.path.dirname(torch.__file__)) + os.sep,
+    os.path.dirname(os.__file__) + os.sep,
+    "<eval_with_key>",
+    "<frozen ",
+)
+
 
 class NotSupported(RuntimeError):
     """No implementation of ``op`` can run this problem on the backend that was asked for.
@@ -25,3 +41,14 @@ class FallbackWarning(UserWarning):
 
 class CheckpointError(ValueError, RuntimeError):
     """A checkpoint that cannot be read or does not fit: a ValueError as for other bad input, and load_state_dict's RuntimeError."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """``warnings.warn`` at the line of the user's that led here: the innermost that is neither the library's nor an installed package's;
+    where there is none, at the innermost that is not the library's.
+    """
+    frame, level, beyond = sys._getframe(1), 2, None
+    while frame is not None and (file := frame.f_code.co_filename).startswith((_OWN, *_OTHERS)):
+        beyond = level if beyond is None and not file.startswith(_OWN) else beyond
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level if frame is not None else beyond or 2)

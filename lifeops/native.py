@@ -6,12 +6,12 @@ compared with the ones this file was written for; that also finds a stale librar
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 
 from lifeops import built, native_attention, native_windows, registry
+from lifeops.errors import warn
 from lifeops.native_args import contiguous as _contiguous
 from lifeops.native_args import isa as _isa
 from lifeops.native_args import mode as _mode
@@ -94,7 +94,7 @@ def _load() -> str | None:
         return f"{error}: {error.__cause__}" if error.__cause__ else str(error)  # torch's own message lacks the loader's reason
     stale = _stale(path)
     if stale is None and built.changed_sources():
-        warnings.warn(f"lifeops: csrc/ has changed since {path.name} was built; {built.REBUILD}", stacklevel=2)
+        warn(f"lifeops: csrc/ has changed since {path.name} was built; {built.REBUILD}")
     return stale
 
 

@@ -12,7 +12,7 @@ import torch
 
 from lifeops import config
 from lifeops.arguments import FLOATS
-from lifeops.errors import FallbackWarning, NotSupported
+from lifeops.errors import FallbackWarning, NotSupported, warn
 
 
 class Cost(NamedTuple):
@@ -208,7 +208,7 @@ def _fall_back(op: Op, best: Impl, missed: dict[str, list[str]]) -> None:
         raise NotSupported(op.name, "/".join(missed), [f"{why} (LIFEOPS_STRICT=1 forbids to fall back to {best.backend})"])
     if (op.name, why) not in _warned:
         _warned[op.name, why] = True
-        warnings.warn(f"lifeops: {op.name} runs on the slower {best.backend!r} backend. {why}", FallbackWarning, stacklevel=3)
+        warn(f"lifeops: {op.name} runs on the slower {best.backend!r} backend. {why}", FallbackWarning)
 
 
 class Explanation(NamedTuple):

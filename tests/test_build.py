@@ -253,8 +253,8 @@ def test_blackwell_is_built_for_where_nvcc_knows_it(monkeypatch):
     ("says", "reason"),
     [
         ("Cuda compilation tools, release 12.4, V12.4.99", None),
-        ("Cuda compilation tools, release 13.0, V13.0.48", r"nvcc is of CUDA 13\.0, torch .* of CUDA 12\.8"),
-        ("nothing", "nvcc is of CUDA an unknown release"),
+        ("Cuda compilation tools, release 13.0, V13.0.48", r"at build time nvcc was of CUDA 13\.0, torch .* of CUDA 12\.8"),
+        ("nothing", "at build time nvcc was of CUDA an unknown release"),
     ],
 )
 def test_an_nvcc_that_does_not_fit_torch_costs_the_cuda_kernels_alone(says, reason, tmp_path, monkeypatch):

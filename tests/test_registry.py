@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lifeops
-from lifeops import config, registry, torchlib
+from lifeops import config, errors, registry, torchlib
 
 
 @pytest.fixture
@@ -48,6 +48,36 @@ def test_a_large_kernel_falls_back_and_warns_once(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _run(K=17)
+
+
+LAYER = """
+import lifeops, torch
+
+class Layer(torch.nn.Module):
+    def forward(self, x, weight):
+        return lifeops.token_dwconv(x, weight, grid=(3, 4))
+"""
+
+
+@pytest.mark.parametrize(("where", "compiled"), [("mine.py", False), ("installed", False), ("installed", True)])
+def test_a_warning_points_at_the_line_of_the_user(where, compiled, settings):
+    """Not at the library's nor torch's, nor at an installed package's that holds the module."""
+    settings()
+    registry.forget_choices()
+    file, names = where.replace("installed", f"{errors._OTHERS[0]}package.py"), {}
+    exec(compile(LAYER, file, "exec"), names)
+    layer = names["Layer"]()
+    layer = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    with pytest.warns(lifeops.FallbackWarning) as seen:
+        layer(torch.ones(1, 12, 4), torch.ones(4, 1, 17, 17))
+    assert seen[0].filename == (where if where == "mine.py" else __file__)
+
+
+def test_a_warning_without_a_line_of_the_user_points_behind_the_library(monkeypatch):
+    monkeypatch.setattr(errors, "_OTHERS", ("/", "<"))  # as where a command of an installed package runs
+    with pytest.warns(UserWarning, match="^said$") as seen:
+        errors.warn("said")
+    assert seen[0].filename == __file__
 
 
 def test_strict_makes_a_fallback_an_error(settings):

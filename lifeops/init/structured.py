@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from lifeops import geometry
 from lifeops.arguments import check_choice, check_flags, check_int, check_number, got
+from lifeops.errors import warn
 from lifeops.init import positions, projections
 from lifeops.init.closed_form import (
     check_embedding,
@@ -173,10 +173,9 @@ def _embedding(model, layers: list[Projections], method, version, grid, given) -
 def _warn_if_scaled(embedding: Positions, scale: float) -> None:
     std = embedding.used.float().std().item()
     if scale != 1 and std > _EXPECTED_STD:
-        warnings.warn(
+        warn(
             f"{OP}: the position embedding has std {std:.2g} before it is multiplied by {scale:g} (0.02 is usual): initialised before?"
-            f" position_scale={0.36 / std:.2g} leads to the authors' 0.36",
-            stacklevel=5,  # past the decorator, to the caller
+            f" position_scale={0.36 / std:.2g} leads to the authors' 0.36"
         )
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lifeops.errors import CheckpointError
+from lifeops.errors import CheckpointError, warn
 from lifeops.integrations.checkpoint_files import Inert, read
 from lifeops.integrations.converted_states import converted_differently
 
@@ -151,4 +150,4 @@ def load_into(model: nn.Module, checkpoint, key: str | None, caller: str) -> Non
         chosen = choose(checkpoint, [anchor], f"{type(model).__name__} ({anchor!r})", key, names)
         load_strictly(model, chosen.state)
     for note in chosen.notes:
-        warnings.warn(f"{caller}: {note}", stacklevel=2)
+        warn(f"{caller}: {note}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
 from lifeops.arguments import check_int
-from lifeops.errors import CheckpointError
+from lifeops.errors import CheckpointError, warn
 from lifeops.integrations import official_cvt as cvt
 from lifeops.integrations import official_dw_shortcut as shortcut
 from lifeops.integrations import official_edgevit as edgevit
@@ -151,7 +150,7 @@ def _load(caller: str, checkpoint, key: str | None, given: Given, families: tupl
         model = family.build(facts).to(chosen.state[family.key].dtype)
         load_strictly(model, fit(facts, model))
     for note in (*chosen.notes, *facts.warnings()):
-        warnings.warn(f"{caller}: {note}", stacklevel=3)
+        warn(f"{caller}: {note}")
     return model.eval()
 
 
