@@ -19,6 +19,7 @@ from lifeops.models import sit
 from lifeops.models.deit import Attention
 from lifeops.models.sit import ScaledBlock
 from lifeops.nn import ConvFeedForward, OverlapPatchEmbed, SharedConvAttention, TokenSlimming, TokenSmoothing
+from lifeops.nn.eager_conv_ffn import EagerConvFeedForward
 from lifeops.nn.eager_shared_conv import EagerSharedConv
 from lifeops.nn.eager_smoothing import EagerSmoothing
 from lifeops.nn.eager_token_slimming import EagerBlock, EagerTokenSlimming
@@ -87,22 +88,11 @@ def shared_conv(p: Problem, compile: bool) -> Case:
     return _beside(p, ours, EagerSharedConv(copy.deepcopy(ours)), _on_grid(p))
 
 
-class _EagerFeedForward(nn.Module):
-    """PVTv2's, with the layers of ours: to a map and back around the convolution."""
-
-    def __init__(self, ours: ConvFeedForward):
-        super().__init__()
-        self.fc1, self.dwconv, self.act, self.fc2 = ours.fc1, ours.dwconv, ours.act, ours.fc2
-
-    def forward(self, x, grid):
-        h = self.fc1(x)
-        h = self.dwconv(h.transpose(1, 2).view(h.shape[0], -1, *grid)).flatten(2).transpose(1, 2)
-        return self.fc2(self.act(h))
-
-
 def conv_ffn(p: Problem, compile: bool) -> Case:
-    ours = ConvFeedForward(p.C, 8 if p.C <= 128 else 4, p.P)
-    return _beside(p, ours, _EagerFeedForward(copy.deepcopy(ours)), _on_grid(p))
+    ratio = 8 if p.C <= 128 else 4
+    ours, eager = ConvFeedForward(p.C, ratio, p.P), EagerConvFeedForward(p.C, ratio, p.P)
+    ours.load_state_dict(eager.state_dict())
+    return _beside(p, ours, eager, _on_grid(p))
 
 
 class _EagerEmbed(nn.Module):

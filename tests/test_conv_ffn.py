@@ -11,7 +11,10 @@ from torch import nn
 import lifeops
 from conftest import declare_torchvision_ops
 from lifeops.cost.model_cost import count_macs, saved_bytes
+from lifeops.models import VisionTransformer
+from lifeops.models.deit import Attention, Block
 from lifeops.nn import ConvFeedForward, OverlapPatchEmbed
+from lifeops.nn.eager_conv_ffn import EagerConvFeedForward
 from test_edgevit import layer_by_layer
 from test_localvit import _close, _randomised
 
@@ -48,6 +51,30 @@ def test_both_paths(P, options, backend):
     for y, dx in out[1:]:
         _close(y, out[0][0], 1e-11)
         _close(dx, out[0][1], 1e-10)
+
+
+@pytest.mark.parametrize("P", [0, 2])
+def test_eager_baseline(P):
+    m = module(P)
+    eager = EagerConvFeedForward(C, 2.5, P).double()
+    eager.load_state_dict(m.state_dict())
+    x = torch.randn(3, P + 24, C, dtype=torch.float64)
+    _close(eager(x, GRID), m(x, GRID), 1e-12)
+
+
+def test_in_a_vit():
+    """As the feed-forward of a host's block, which hands it the grid."""
+
+    def block(dim, num_heads, num_prefix_tokens, drop_path):
+        return Block(dim, Attention(dim, num_heads), 2.0, 1e-6, drop_path, lambda dim, hidden: ConvFeedForward(dim, hidden / dim, 1))
+
+    vit = VisionTransformer((16, 24), 4, embed_dim=C, depth=2, num_heads=3, num_classes=5, block=block).double()
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    x = torch.cat((vit.cls_token.expand(2, -1, -1), vit.patch_embed(images)), 1) + vit.pos_embed
+    for b in vit.blocks:
+        x = x + b.attn(b.norm1(x))
+        x = x + plainly(b.mlp, b.norm2(x))
+    _close(vit(images), vit.head(vit.norm(x)[:, 0]), 1e-12)
 
 
 def test_parameter_gradients():

@@ -61,6 +61,7 @@ def test_every_system_is_tried():
 
 OTHERS = {
     "localvit": "LocalViT", "dw_shortcut": "DW shortcut", "cvt": "CvT", "edgevit": "EdgeViT", "mvit": "MViT", "regionvit": "RegionViT",
+    "conv_ffn": "PVTv2's feed-forward",
 }  # fmt: skip
 
 
@@ -209,7 +210,7 @@ def test_command_line_errors(capsys):
 @pytest.mark.parametrize(
     ("eager", "system"),
     [("eager", "life"), ("eager_dw_shortcut", "dw_shortcut"), ("eager_cvt", "cvt"), ("eager_edgevit", "edgevit"),
-     ("eager_mvit", "mvit"), ("eager_regionvit", "regionvit")],
+     ("eager_mvit", "mvit"), ("eager_regionvit", "regionvit"), ("eager_conv_ffn", "conv_ffn")],
 )
 def test_eager_and_lifeops_train_alike(eager, system):
     pytest.importorskip("sklearn")

@@ -32,7 +32,16 @@ from lifeops.init import structured_
 from lifeops.models.deit import Attention, Block, VisionTransformer
 from lifeops.models.edgevit import LGLBlock
 from lifeops.models.regionvit import RegionViT, regionvit
-from lifeops.nn import ConvProjectionAttention, DWShortcut, LifeAttention, LocalityFeedForward, LocalViTBlock, PoolingAttention
+from lifeops.nn import (
+    ConvFeedForward,
+    ConvProjectionAttention,
+    DWShortcut,
+    LifeAttention,
+    LocalityFeedForward,
+    LocalViTBlock,
+    PoolingAttention,
+)
+from lifeops.nn.eager_conv_ffn import EagerConvFeedForward
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_edgevit import EagerLGLBlock
@@ -59,6 +68,18 @@ def _shortcut_block(shortcut):
     def block(dim, num_heads, num_prefix_tokens, drop_path):
         plain = Block(dim, Attention(dim, num_heads), 4.0, 1e-6, drop_path)
         return ShortcutBlocks([plain], shortcut(dim, num_prefix_tokens=num_prefix_tokens))
+
+    return block
+
+
+def _conv_ffn_block(feed_forward):
+    """A block factory for the host: a plain block with PVTv2's feed-forward, or the authors'."""
+
+    def block(dim, num_heads, num_prefix_tokens, drop_path):
+        def mlp(dim, hidden_dim):
+            return feed_forward(dim, hidden_dim / dim, num_prefix_tokens)
+
+        return Block(dim, Attention(dim, num_heads), 4.0, 1e-6, drop_path, mlp)
 
     return block
 
@@ -110,6 +131,7 @@ SYSTEMS = {
         System("edgevit", "EdgeViT", "eager_edgevit"),
         System("mvit", "MViT", "eager_mvit"),
         System("regionvit", "RegionViT", "eager_regionvit"),
+        System("conv_ffn", "PVTv2's feed-forward", "eager_conv_ffn"),
     )
 }
 
@@ -135,6 +157,8 @@ MODELS = {
     "edgevit": {"block": _sparse_block(LGLBlock)},
     "eager_mvit": {"attn": lambda *sizes: EagerPoolingAttention(_pooling_attention(*sizes))},
     "mvit": {"attn": _pooling_attention},
+    "eager_conv_ffn": {"block": _conv_ffn_block(EagerConvFeedForward)},
+    "conv_ffn": {"block": _conv_ffn_block(ConvFeedForward)},
     **{name: {} for name in INITIALISATIONS},
 }
 """What makes each model, as options of the host."""

@@ -89,7 +89,10 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block: x + attn(norm1(x)), then x + mlp(norm2(x)). ``mlp``: called as ``mlp(dim, hidden_dim)``."""
+    """Pre-norm block: x + attn(norm1(x)), then x + mlp(norm2(x)), each given the grid too where it has ``needs_grid``.
+
+    ``mlp``: called as ``mlp(dim, hidden_dim)``.
+    """
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, norm_eps: float, drop_path: nn.Module, mlp=Mlp):
         super().__init__()
@@ -100,10 +103,12 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        y = self.norm1(x)
-        y = self.attn(y, grid) if getattr(self.attn, "needs_grid", False) else self.attn(y)
-        x = x + self.drop_path(y)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(_on_grid(self.attn, self.norm1(x), grid))
+        return x + self.drop_path(_on_grid(self.mlp, self.norm2(x), grid))
+
+
+def _on_grid(module: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    return module(x, grid) if getattr(module, "needs_grid", False) else module(x)
 
 
 class VisionTransformer(nn.Module):
