@@ -121,6 +121,16 @@ def test_weights_are_shared():
     assert twin[1].mhsa is twin[0].blocks[0].attn
 
 
+def test_without_memory():
+    """Built on the meta device, given memory and a state dict."""
+    module, x = SharedConvAttention(attention().float()), torch.randn(2, 24, 18)
+    with torch.device("meta"):
+        bare = SharedConvAttention(Attention(18, 9))
+    assert bare.taps.is_meta
+    bare.to_empty(device="cpu").load_state_dict(module.state_dict())
+    assert torch.equal(bare(x, GRID), module(x, GRID))
+
+
 def test_what_was_done_to_a_layer_counts():
     module = SharedConvAttention(attention())
     x = torch.randn(2, 24, 18, dtype=torch.float64)

@@ -106,6 +106,26 @@ def test_autocast_compile_export_and_transforms():
     torch.testing.assert_close(torch.func.vmap(module)(xs), torch.stack([module(t) for t in xs]))
 
 
+def test_one_program_for_every_sigma():
+    """And one more for none at all; moved, cast and built without memory the filter is what sigma says."""
+    module, x, programs = TokenSmoothing(1.0, 3, 1, grid=GRID), torch.randn(2, 1 + 24, 8), []
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=lambda graph, args: programs.append(graph) or graph.forward)
+    for epoch in range(12):
+        module.sigma = 0.9**epoch
+        torch.testing.assert_close(compiled(x), module(x))
+    assert len(programs) == 1
+    module.sigma = 0
+    assert torch.equal(compiled(x), x)
+    module.sigma = 0.7
+    expected = module.filter(torch.float64)
+    assert torch.equal(copy.deepcopy(module).bfloat16().filter(torch.float64), expected)
+    with torch.device("meta"):
+        bare = nn.Sequential(TokenSmoothing(0.7, 3, 1))
+    assert torch.equal(bare.to_empty(device="cpu")[0].filter(torch.float64), expected)
+    assert not bare[0].taps.requires_grad
+
+
 def test_cost():
     x = torch.randn(2, 1 + 24, 8)
     assert count_macs(lambda: TokenSmoothing(1, 5, 1)(x, GRID)) == 2 * 24 * 8 * 25

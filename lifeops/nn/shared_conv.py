@@ -73,6 +73,13 @@ class SharedConvAttention(NotScripted, nn.Module):
     def fused_layers(self):
         return [(f"mhsa.{name}", exactly(nn.Linear)) for name in self.layers]
 
+    def _apply(self, fn, recurse=True):
+        """The shifts are filled anew: ``to_empty`` loses their values."""
+        super()._apply(fn, recurse)
+        with torch.no_grad():
+            self.taps.copy_(_taps(self.offsets, self.taps.shape[0], "cpu"))
+        return self
+
     def _values(self, x: Tensor, fused: bool) -> Tensor:
         """x W_Vᵀ (B, P + N, h d), without a bias."""
         width = self.taps.shape[0]
@@ -117,7 +124,7 @@ def _is_offset(value) -> bool:
 def _taps(offsets: tuple[tuple[int, int], ...], width: int, device) -> Tensor:
     """(h d, 1, K, K): of each channel the one tap that its head looks through."""
     reach = max(max(abs(dy), abs(dx)) for dy, dx in offsets)
-    taps = torch.zeros(len(offsets), 2 * reach + 1, 2 * reach + 1)
+    taps = torch.zeros(len(offsets), 2 * reach + 1, 2 * reach + 1, device="cpu")
     for head, (dy, dx) in enumerate(offsets):
         taps[head, reach + dy, reach + dx] = 1
     return taps.repeat_interleave(width // len(offsets), 0)[:, None].to(device)

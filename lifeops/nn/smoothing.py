@@ -26,9 +26,9 @@ class TokenSmoothing(NotScripted, nn.Module):
 
         w[i, j] = g_i g_j, g_i = exp(-(i - (K - 1) / 2)² / (2 σ²)) / Σ exp(…)           zero padding, K // 2 unless told otherwise
 
-    The filter is computed from σ at every call, in the precision that sums have, is no parameter and is not in the state dict, so that a
-    model that was trained with it is loaded without. Only x has a gradient. With σ = 0 the tokens come back as they are, the very
-    tensor, and no kernel runs.
+    The filter is kept in float64 whatever the model is cast to, is no parameter and is not in the state dict, so that a model that was
+    trained with it is loaded without. Only x has a gradient. A compiled program takes every σ but 0. With σ = 0 the tokens come back as
+    they are, the very tensor, and no kernel runs.
 
     :meth:`step` after an epoch sets σ to ``schedule(epoch)``; ``step(epoch)`` says which epoch comes, as after a resumed training. By
     default ``sigma * 0.9 ** (epoch // 5)``, as the authors have it. σ holds in evaluation, too, as there.
@@ -61,6 +61,7 @@ class TokenSmoothing(NotScripted, nn.Module):
         padding = check_int(NAME, "padding", padding, 0, optional=True)
         check_callable(NAME, "schedule", schedule)
         self.padding = self.kernel_size // 2 if padding is None else padding
+        self.register_buffer("taps", self._room(None), persistent=False)
         self.sigma, self.epoch = sigma, 0
         self.schedule = functools.partial(faded, self.sigma) if schedule is None else schedule
         self.grid_holder = GridHolder(geometry.fixed_grid(NAME, grid, num_prefix_tokens))
@@ -73,6 +74,25 @@ class TokenSmoothing(NotScripted, nn.Module):
     @sigma.setter
     def sigma(self, value: float) -> None:
         self._sigma = check_number(NAME, "sigma", value, "finite and not negative", lambda v: v >= 0)
+        self._smooths = self._sigma > 0
+        half = self.kernel_size // 2
+        line = [math.exp(-(i / self._sigma) * (i / self._sigma) / 2) if self._smooths else float(i == 0) for i in range(-half, half + 1)]
+        line = [tap / math.fsum(line) for tap in line]
+        with torch.no_grad():  # in place: captured programs read this memory
+            self.taps.copy_(torch.tensor([[[[a * b for b in line] for a in line]]], dtype=self.taps.dtype, device="cpu"))
+
+    def _room(self, device) -> Tensor:
+        """For the filter; Apple's GPUs have no float64."""
+        wide = torch.float32 if torch.empty(0, device=device).device.type == "mps" else torch.float64
+        return torch.empty(1, 1, self.kernel_size, self.kernel_size, dtype=wide, device=device)
+
+    def _apply(self, fn, recurse=True):
+        """To another device, but not to another dtype; filled anew, as ``to_empty`` loses the values."""
+        old = self._buffers.pop("taps")
+        super()._apply(fn, recurse)
+        self._buffers["taps"] = self._room(fn(old.new_empty(0, dtype=torch.float32)).device)
+        self.sigma = self._sigma
+        return self
 
     def step(self, epoch: int | None = None) -> float:
         """Go to ``epoch``, by default the next, and return its σ."""
@@ -82,10 +102,7 @@ class TokenSmoothing(NotScripted, nn.Module):
 
     def filter(self, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
         """(1, 1, K, K), of sum 1."""
-        half = self.kernel_size // 2
-        taps = [math.exp(-(i / self.sigma) * (i / self.sigma) / 2) if self.sigma else float(i == 0) for i in range(-half, half + 1)]
-        line = [tap / math.fsum(taps) for tap in taps]
-        return torch.tensor([[[[a * b for b in line] for a in line]]], dtype=dtype, device=device)
+        return self.taps.to(device, dtype)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """x (B, P + H*W, C), grid (H, W) -> (B, P + H'*W', C)."""
@@ -93,7 +110,7 @@ class TokenSmoothing(NotScripted, nn.Module):
         grid = check_input(NAME, x, None, self.grid_holder.of(NAME, grid), P)
         geometry.filtered_grid(NAME, *grid, (self.kernel_size,) * 2, (1, 1), (self.padding,) * 2)
         same = self.padding == self.kernel_size // 2
-        if not self.sigma and same:
+        if same and not self._smooths:
             return x
         weight = self.filter(accumulate_dtype(torchlib.autocast_dtype(x) or x.dtype), x.device).repeat(x.shape[2], 1, 1, 1)
         return token_dwconv(x, weight, grid=grid, num_prefix_tokens=P, padding=None if same else self.padding)
