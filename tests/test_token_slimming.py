@@ -10,6 +10,7 @@ from torch import nn
 
 import lifeops
 from lifeops import cli
+from lifeops.cost.model_cost import count_macs
 from lifeops.losses import feature_recycling_distillation
 from lifeops.models import sit
 from lifeops.models.sit import ScaledBlock
@@ -144,6 +145,13 @@ def test_autocast_compile_export_and_transforms():
     system_checks.exported(slim, x)
     system_checks.traced(slim, x)
     system_checks.gradients_of_each_image(slim, torch.randn(3, 2 + 24, 12), 1e-4)
+
+
+def test_cost():
+    slim, x = module().float(), torch.randn(2, 2 + 24, 12)
+    assert count_macs(lambda: slim(x)) == 2 * 24 * (12 * 9 + 9 * 5 + 5 * 12)
+    reverse = ReverseTokenSlimming(12, 5, 24, 2.0)
+    assert count_macs(lambda: reverse(x[:, :5])) == 2 * (12 * (5 * 48 + 48 * 24) + 24 * 2 * 12 * 24)
 
 
 @pytest.mark.parametrize(
