@@ -6,6 +6,9 @@ The agent (arXiv 2112.03552) is a second way through the same model: lifeops.nn.
 attention looks at all patches, the feed-forwards are the ViT's, norms and head are its own. Both are given the labels, each is taught
 by the other's logits, and the ViT's layers by the agent's, less and less; only the ViT is kept. scikit-learn's 8 x 8 digits, on
 2 x 2 patches: real images, no download. Needs scikit-learn and rich.
+
+Test accuracy in % of 3 seeds after 300 steps: of 50 labelled images 30.6 ± 4.2 (ViT alone), 34.1 ± 2.1 (with its agent) and 67.0 ± 3.4
+(the agent), of 100 44.8 ± 5.0, 48.5 ± 5.9 and 83.5 ± 1.9: so early the ViT gains little, the agent learns much faster.
 """
 
 import argparse
@@ -111,7 +114,7 @@ def accuracy(model, images):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[50, 100, 300], help="labelled images")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[50, 100], help="labelled images")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
