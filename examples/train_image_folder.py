@@ -1,10 +1,11 @@
-"""Train a small ViT from scratch on a folder of images with one sub-folder per class, plain or with any of lifeops' systems.
+"""Train a ViT from scratch on a folder of images with one sub-folder per class, plain or with any of lifeops' systems.
 
     python examples/train_image_folder.py path/to/images --system life
     torchrun --nproc-per-node 4 examples/train_image_folder.py path/to/images --amp --resume checkpoint.pt
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint first-machine:29400 examples/train_image_folder.py \
-        path/to/images --fsdp --amp --accumulate 4 --system mvit --output shared/run --resume shared/run
+        path/to/images --fsdp --amp --accumulate 4 --model cvt_13 --output shared/run --resume shared/run
 
+The model is a ViT of the sizes that are given with --system in it, or --model by its name, of this library or of timm.
 With sub-folders ``train`` and ``val`` those are used; otherwise every fifth image is kept for validation. Of several processes each has
 the whole model (DistributedDataParallel) or, with --fsdp, a part of every block (FSDP2), on one machine or many.
 
@@ -18,7 +19,9 @@ import contextlib
 import csv
 import math
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from lifeops.cli.main import ended_plainly
 from lifeops.demo.train import SYSTEMS, Recipe, build
 from lifeops.files import make_folder, save, written
+from lifeops.models import named
+from lifeops.models.named import SYSTEMS as NAMED
 
 try:
     from torchvision import transforms as T
@@ -86,14 +91,20 @@ def load_data(args, rank, world_size):
 # ------------------------------------------------------------------------------------------------ one model, several processes
 
 
+def blocks_of(model):
+    """What is in the innermost lists of blocks, whatever stages they are in."""
+    named = {name: m for name, m in model.named_modules() if re.fullmatch(r"blocks?\d*", name.rpartition(".")[2])}
+    innermost = [m for name, m in named.items() if not any(other.startswith(f"{name}.") for other in named)]
+    return [block for m in innermost for block in m]
+
+
 def shard(model, device, world_size, amp):
     """``model`` with parameters, gradients and optimizer state of every block in ``world_size`` parts; with ``amp`` it computes in
     bfloat16 and adds gradients up in float32.
     """
     mesh = init_device_mesh(device.type, (world_size,))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if amp else MixedPrecisionPolicy()
-    blocks = model.blocks if hasattr(model, "blocks") else [block for stage in model.layers for block in stage.block]
-    for part in (*blocks, model):
+    for part in (*blocks_of(model), model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
 
@@ -142,21 +153,24 @@ class Training:
             if rank == 0:
                 save(self._state(), output)
             return
-        before, now = newest(output), output / f"epoch-{self.epoch:06}"
-        dcp.save(self._state(), checkpoint_id=now)
-        if rank == 0 and before not in (None, now):
-            shutil.rmtree(before)
+        now = output / f"epoch-{self.epoch:06}"
+        dcp.save(self._state(), checkpoint_id=now)  # comes back when all processes have written
+        for before in output.glob("epoch-*") if rank == 0 else ():
+            if before != now:
+                shutil.rmtree(before)
 
-    def load(self, given, device):
+    def load(self, given, device, rank):
         if not self.sharded:
             state = torch.load(given, map_location=device, weights_only=True)
             self.model.load_state_dict(state["model"]), self.optimizer.load_state_dict(state["optimizer"])
-        elif (folder := newest(given)) is not None:  # else it was killed in its first epoch
+        elif (folder := newest(given)) is None:  # killed in its first epoch, or not begun
+            if rank == 0:
+                print(f"no whole checkpoint in {given}: starting anew", file=sys.stderr)
+            return
+        else:
             state = self._state()
             dcp.load(state, checkpoint_id=folder)
             set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        else:
-            return
         self.schedule.load_state_dict(state["schedule"])
         self.epoch, self.losses = state["epoch"], state["losses"]
 
@@ -206,8 +220,9 @@ def evaluate(model, loader, num_images, device, autocast):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of images: data/<class>/*.jpg or data/{train,val}/<class>/*.jpg")
-    parser.add_argument("--system", choices=("plain", *SYSTEMS), default="life", help="what is built into the ViT (default: life)")
-    parser.add_argument("--output", type=Path, default="checkpoint.pt", help="written after every epoch; a folder with --fsdp")
+    parser.add_argument("--system", choices=NAMED, help="what is built into the ViT (default: life; of --model its own)")
+    parser.add_argument("--model", help="a model by its name (deit_tiny, cvt_13, …, or timm's) instead of --patch-size to --num-heads")
+    parser.add_argument("--output", type=Path, help="written after every epoch (default: checkpoint.pt; with --fsdp the folder checkpoint)")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")
     parser.add_argument("--losses", type=Path, help="CSV file of every step's loss, written after every epoch")
     parser.add_argument("--fsdp", action="store_true", help="share every block's parameters among torchrun's processes")
@@ -220,15 +235,24 @@ def parse(argv):
         parser.error("--fsdp needs torchrun: torchrun --nproc-per-node 2 examples/train_image_folder.py …")
     if args.accumulate < 1:
         parser.error("--accumulate must be at least 1")
+    args.system = args.system if args.model else args.system or "life"
+    if not args.model and args.system not in ("plain", *SYSTEMS):
+        parser.error(f"--system {args.system} is a model of its own: give --model")
+    args.output = args.output or Path("checkpoint" if args.fsdp else "checkpoint.pt")
     return args
 
 
 def set_up(args, rank, world_size, device):
     """(what is trained, the model as it is called in training, training and validation loader, number of validation images)."""
     loader, val_loader, num_val, num_classes = load_data(args, rank, world_size)
-    recipe = Recipe(patch_size=args.patch_size, embed_dim=args.embed_dim, depth=args.depth, num_heads=args.num_heads)
-    host = {"img_size": args.img_size, "in_chans": 3, "num_classes": num_classes, "drop_path_rate": args.drop_path}
-    model = build(args.system, recipe, args.seed, **host).to(device)
+    torch.manual_seed(args.seed)
+    if args.model:
+        model = named(args.model, args.system, img_size=args.img_size, num_classes=num_classes)
+    else:
+        recipe = Recipe(patch_size=args.patch_size, embed_dim=args.embed_dim, depth=args.depth, num_heads=args.num_heads)
+        host = {"img_size": args.img_size, "in_chans": 3, "num_classes": num_classes, "drop_path_rate": args.drop_path}
+        model = build(args.system, recipe, args.seed, **host)
+    model.to(device)
     if args.fsdp:
         shard(model, device, world_size, args.amp)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
@@ -236,12 +260,12 @@ def set_up(args, rank, world_size, device):
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / (0.05 * steps), (1 + math.cos(math.pi * step / steps)) / 2))
     training = Training(model, optimizer, schedule, args.fsdp)
     if args.resume:
-        training.load(args.resume, device)
+        training.load(args.resume, device, rank)
     called = DistributedDataParallel(model) if world_size > 1 and not args.fsdp else model
     if rank == 0:
         make_folder(args.output if args.fsdp else args.output.parent, "--output")
-        kind = f"{args.system} {'ViT' if args.system != 'regionvit' else 'RegionViT'}"
-        print(f"{kind}, {num_classes} classes, {world_size} x {device.type}, images read by {'torchvision' if T else 'PIL'}")
+        what = f"{args.model or 'ViT'}, {args.system or 'its own system'}, {num_classes} classes"
+        print(f"{what}, {world_size} x {device.type}, images read by {'torchvision' if T else 'PIL'}")
     return training, called, loader, val_loader, num_val
 
 
@@ -249,6 +273,8 @@ def main(argv=None):
     args = parse(argv)
     rank, local_rank, world_size = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     own_group = (world_size > 1 or args.fsdp) and not dist.is_initialized()
     if own_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)

@@ -35,8 +35,10 @@ weights = whole_weights(model)
 if rank == 0:
     torch.save(weights, out / "weights.pt")
 
-for system in ("plain", *example["SYSTEMS"]):
-    more = f"--system={system}", "--epochs=1"
+models = {"deit_tiny": ("--model=deit_tiny", "--system=life", "--img-size=32", "--lr=0.0001")}
+models |= {system: (f"--system={system}",) for system in ("plain", *example["SYSTEMS"])}
+for system, more in models.items():
+    more += ("--epochs=1",)
     whole, model = losses_of(f"{system}-whole", *more)
     shared, trained = losses_of(f"{system}-shared", *more, "--fsdp")
     low, _ = losses_of(f"{system}-low", *more, "--fsdp", "--amp")

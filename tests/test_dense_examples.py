@@ -4,6 +4,7 @@ what it writes, and DETR's loss written down anew.
 
 import importlib.util
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -268,3 +269,15 @@ def test_detect(detect, monkeypatch, own_picture, capsys):
     monkeypatch.setattr("sys.argv", ["detect_nuclei.py", "--steps", "2", "--batch-size", "2", "--image", image, "--mask", mask])
     detect.main()
     assert capsys.readouterr().out.startswith("step 2: loss ")
+
+
+def test_the_pages_snippets():
+    """docs/dense.md: the pyramid, and a detector of torchvision's on it, whose losses reach every layer."""
+    declare_torchvision_ops()
+    pytest.importorskip("torchvision")
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "dense.md").read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(code, "docs/dense.md", "exec"), names)
+    assert set(names["losses"]) == {"classification", "bbox_regression", "bbox_ctrness"}
+    idle = [name for name, p in names["detector"].named_parameters() if p.grad is None]
+    assert [name for name in idle if not name.startswith("backbone.vit.head.")] == []  # of the classifier, which is not called

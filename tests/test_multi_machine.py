@@ -66,8 +66,8 @@ def losses(path):
 @needs_gloo
 @on_cpu
 def test_every_system_is_shared_out(undisturbed):
-    assert all(f"trained: {system}" in undisturbed[0] for system in NAMED)
-    assert set(NAMED) <= {"plain", *SYSTEMS}
+    assert all(f"trained: {system}\n" in undisturbed[0] for system in ("plain", *SYSTEMS, "deit_tiny"))
+    assert set(SYSTEMS) < set(NAMED)
 
 
 def child(process, rank):
@@ -87,9 +87,10 @@ def test_a_killed_process(images, undisturbed, tmp_path):
     assert "2 x cpu" in process.stdout.readline()
     assert "epoch 1/3" in process.stdout.readline()
     os.kill(child(process, 1), signal.SIGKILL)
-    out, _ = process.communicate(timeout=TIMEOUT)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     assert "epoch 3/3" not in out
+    assert err.count(f"no whole checkpoint in {run}: starting anew") == 1
     assert "epoch 1/3" not in ended(started(*command))
     expected = losses(undisturbed[1] / "undisturbed.csv")
     assert len(expected) == 3 * 3
@@ -126,10 +127,19 @@ def test_accumulation_is_a_larger_batch(images, tmp_path):
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("options", "message"), [(["--fsdp"], "--fsdp needs torchrun"), (["--accumulate=0"], "must be at least 1")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fsdp"], "--fsdp needs torchrun"),
+        (["--accumulate=0"], "must be at least 1"),
+        (["--system=mvit"], "--system mvit is a model of its own: give --model"),
+    ],
+)
 def test_wrong_options(images, options, message, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
+    example = runpy.run_path(str(EXAMPLE))
+    monkeypatch.delitem(example["SYSTEMS"], "mvit")  # as are systems that no ViT takes in
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(EXAMPLE))["main"]([str(images), *options])
+        example["main"]([str(images), *options])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
