@@ -8,6 +8,7 @@ import system_checks
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 import lifeops
 from lifeops.errors import CheckpointError
@@ -348,6 +349,7 @@ def test_both_names_of_the_step_are_stored_and_one_tensor():
     first, second = (f"layers.1.block.0.{name}.2.weight" for name in ("proj", "proj_cls"))
     assert state[first].data_ptr() == state[second].data_ptr() == model.get_parameter(first).data_ptr()
     assert not any(name.startswith("layers.0.block.0") for name in state)
+    assert get_model_state_dict(model).keys() == state.keys()  # which looks every name up as an attribute
     RegionViT(**TINY).load_state_dict(state)
     with pytest.raises(RuntimeError, match=r"proj_cls\.2\.weight must be the tensor that proj has there, too"):
         RegionViT(**TINY).load_state_dict({**state, second: state[second] + 1})
