@@ -30,7 +30,9 @@ def whole_weights(model):
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
-_, model = losses_of("undisturbed", "--fsdp", "--epochs=3", "--accumulate=2", "--drop-path=0.3")
+accumulated = "--epochs=3", "--accumulate=2", "--drop-path=0.3"
+undisturbed, model = losses_of("undisturbed", "--fsdp", *accumulated)
+torch.testing.assert_close(undisturbed, losses_of("accumulated", *accumulated)[0], rtol=1e-5, atol=1e-5)
 weights = whole_weights(model)
 if rank == 0:
     torch.save(weights, out / "weights.pt")
