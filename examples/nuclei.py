@@ -2,8 +2,7 @@
 with a feature pyramid.
 
 The picture (512 x 512 pixels, 125 nuclei) comes with the package stardist (BSD-3-Clause; pip install --no-deps stardist: nothing of it is
-imported). It is one of the Data Science Bowl 2018's (Caicedo et al., Nature Methods 16, 2019), which are in the public domain (CC0).
-Its right quarter is for tests alone.
+imported), which has it from the 2018 Data Science Bowl (Caicedo et al., Nature Methods 16, 2019). Its right quarter is for tests alone.
 """
 
 import importlib.util

@@ -128,6 +128,17 @@ def test_segment(examples, monkeypatch, tmp_path, own_picture, capsys):
     assert "columns trained on" in capsys.readouterr().out
 
 
+def test_the_page_is_what_the_results_say(examples):
+    """docs/dense.md has the table of docs/dense.json."""
+    segment, docs = examples("segment_nuclei"), EXAMPLES.parent / "docs"
+    runs = []
+    for r in json.loads((docs / "dense.json").read_text())["runs"]:
+        at, values = zip(*r["mIoU"], strict=True)
+        runs.append(segment.Run(r["model"], r["columns"], r["seed"], at=[*at], accuracies=[value / 100 for value in values]))
+    assert len(runs) == 2 * 2 * 3
+    assert segment.table(runs).markdown() in (docs / "dense.md").read_text(encoding="utf-8")
+
+
 def test_maps_of_classes(examples, own_picture):
     """A class's soft target is its pixels' mean probability over its share; the hard one the patches where that is the largest."""
     nuclei, segment = examples("nuclei"), examples("segment_nuclei")
