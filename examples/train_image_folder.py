@@ -98,12 +98,11 @@ def blocks_of(model):
     return [block for m in innermost for block in m]
 
 
-def shard(model, device, world_size, amp):
-    """``model`` with parameters, gradients and optimizer state of every block in ``world_size`` parts; with ``amp`` it computes in
-    bfloat16 and adds gradients up in float32.
+def shard(model, device, world_size, gathered):
+    """``model`` with parameters, gradients and optimizer state of every block in ``world_size`` parts, which come together in the dtype
+    ``gathered``, None for their own; gradients are added up in float32.
     """
-    mesh = init_device_mesh(device.type, (world_size,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if amp else MixedPrecisionPolicy()
+    mesh, policy = init_device_mesh(device.type, (world_size,)), MixedPrecisionPolicy(gathered, gathered and torch.float32)
     for part in (*blocks_of(model), model):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
@@ -175,9 +174,6 @@ class Training:
         self.epoch, self.losses = state["epoch"], state["losses"]
 
 
-# ------------------------------------------------------------------------------------------------ training
-
-
 def train_epoch(model, training, loader, accumulate, device, autocast):
     """One pass over this process's share of the images, a step for every ``accumulate`` batches; the mean loss of the steps."""
     model.train()
@@ -243,7 +239,7 @@ def parse(argv):
 
 
 def set_up(args, rank, world_size, device):
-    """(what is trained, the model as it is called in training, training and validation loader, number of validation images)."""
+    """(what is trained, the model as it is called in training, autocast, training and validation loader, number of validation images)."""
     loader, val_loader, num_val, num_classes = load_data(args, rank, world_size)
     torch.manual_seed(args.seed)
     if args.model:
@@ -253,8 +249,11 @@ def set_up(args, rank, world_size, device):
         host = {"img_size": args.img_size, "in_chans": 3, "num_classes": num_classes, "drop_path_rate": args.drop_path}
         model = build(args.system, recipe, args.seed, **host)
     model.to(device)
+    # FSDP2 leaves buffers as they are, and torch's batch norm takes no bfloat16 weights beside float32 statistics
+    gathered = args.fsdp and args.amp and not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if args.fsdp:
-        shard(model, device, world_size, args.amp)
+        shard(model, device, world_size, torch.bfloat16 if gathered else None)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp and not gathered)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     steps = args.epochs * -(-len(loader) // args.accumulate)  # a twentieth of them warm up, then half a cosine down to 0
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / (0.05 * steps), (1 + math.cos(math.pi * step / steps)) / 2))
@@ -266,7 +265,7 @@ def set_up(args, rank, world_size, device):
         make_folder(args.output if args.fsdp else args.output.parent, "--output")
         what = f"{args.model or 'ViT'}, {args.system or 'its own system'}, {num_classes} classes"
         print(f"{what}, {world_size} x {device.type}, images read by {'torchvision' if T else 'PIL'}")
-    return training, called, loader, val_loader, num_val
+    return training, called, autocast, loader, val_loader, num_val
 
 
 def main(argv=None):
@@ -278,8 +277,7 @@ def main(argv=None):
     own_group = (world_size > 1 or args.fsdp) and not dist.is_initialized()
     if own_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
-    training, called, loader, val_loader, num_val = set_up(args, rank, world_size, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp and not args.fsdp)
+    training, called, autocast, loader, val_loader, num_val = set_up(args, rank, world_size, device)
     for epoch in range(training.epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
         torch.manual_seed(args.seed + rank + world_size * (epoch + 1))  # augmentation, drop path: as if a resumed run had not ended
@@ -291,6 +289,7 @@ def main(argv=None):
                 with written(args.losses) as part, part.open("w", newline="") as file:
                     csv.writer(file).writerows([("step", "loss"), *enumerate(training.losses, start=1)])
             print(f"epoch {epoch + 1}/{args.epochs}: loss {loss:.3f}, validation accuracy {100 * accuracy:.1f} %", flush=True)
+    del called  # before the group: else its reducer may wait for gloo's thread, which waits for the interpreter's lock (torch 2.13)
     if own_group:
         dist.destroy_process_group()
     return training.model

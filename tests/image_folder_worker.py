@@ -37,7 +37,7 @@ weights = whole_weights(model)
 if rank == 0:
     torch.save(weights, out / "weights.pt")
 
-models = {"deit_tiny": ("--model=deit_tiny", "--system=life", "--img-size=32", "--lr=0.0001")}
+models = {"sit": ("--model=sit_tiny", "--img-size=64", "--lr=0.0001")}  # no ViT takes it in
 models |= {system: (f"--system={system}",) for system in ("plain", *example["SYSTEMS"])}
 for system, more in models.items():
     more += ("--epochs=1",)

@@ -96,6 +96,7 @@ for module, run in modules.items():
     run(parallel, x[rank]).backward(g[rank])
     run(single, x[rank]).backward(g[rank])
     close_all([p.grad for p in parallel.parameters()], [mean(p.grad) for p in single.parameters()])
+    del parallel  # before the group: else its reducer may wait for gloo's thread, which waits for the interpreter's lock (torch 2.13)
 dist.destroy_process_group()
 """
 
