@@ -55,6 +55,7 @@ FAMILY = {  # around the convolutions of related systems, at their models' sizes
 WINDOWS = ("token_dwconv_strided", "token_dwconv_multiplied", "token_dwconv_transpose", "token_pool", "pool_qkv")
 TIMM = ("coat_pos_enc", "pvt_mlp", "twins_pos_conv")
 HOSTS = ("localvit_pvt_tiny", "localvit_tnt_t", "localvit_t2t_7", "localvit_swin_tiny", "life_swinv2_tiny")
+KINKED = ("localvit_ffn", "vit_localvit", *HOSTS[:4])  # h-swish has kinks
 LEVELS = {
     "op": ("token_dwconv", "life_qkv", "local_attention", "dw_shortcut", "rollout", *WINDOWS, "mvit_pool", "region_down"),
     "block": ("life_attention", "localvit_ffn", "dw_shortcut_block", "token_pyramid", *TIMM, *STAGED, *FAMILY),

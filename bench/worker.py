@@ -16,7 +16,7 @@ import torch
 from bench import ceilings, columns, device, systems
 from bench.case import Case, Inputs, check, inputs_of, runner
 from bench.measure import Timing, interleaved
-from bench.problems import Problem, cold_too, level_of
+from bench.problems import KINKED, Problem, cold_too, level_of
 
 SETS = 2  # of inputs, used in turn
 ROUNDS = {"op": 5, "block": 15, "model": 5}  # at least: what a block costs with an op and without lies a few hundredths apart
@@ -39,7 +39,7 @@ def checked(case: Case, seed: int, where: str) -> tuple[list[Inputs], dict[str, 
     LocalViT's h-swish has kinks: where a value lies within rounding of one, the right gradient in float32 is not that in float64 (seen
     in one of six draws of vit_localvit). Those inputs are drawn anew, twice at most; what is wrong on all three is wrong.
     """
-    kinked = case.problem.system in ("localvit_ffn", "vit_localvit") and case.problem.mode != "fwd"
+    kinked = case.problem.system in KINKED and case.problem.mode != "fwd"
     sets, wrong = [], {}
     for n in range(SETS):
         for attempt in range(3 if kinked else 1):

@@ -131,7 +131,7 @@ def bench():
 
 SMALL = {  # grids that are no square
     "pvt_tiny": {
-        "img_size": (32, 48), "patch_size": 2, "embed_dims": (12, 24), "depths": (1, 2), "num_heads": (1, 2), "mlp_ratios": (2.5, 2),
+        "img_size": (32, 48), "patch_size": 2, "embed_dims": (12, 24), "depths": (1, 2), "num_heads": (1, 2), "mlp_ratios": (4.5, 2),
         "sr_ratios": (4, 1),
     },
     "tnt_t": {"img_size": (32, 48), "patch_size": 8, "embed_dim": 24, "in_dim": 6, "depth": 2, "num_heads": 4, "in_num_heads": 2},

@@ -16,7 +16,7 @@ from lifeops.arguments import check_callable
 from lifeops.models.blocks import ConvFactory
 from lifeops.models.deit import DropPath, Mlp, NormedPatchEmbed
 from lifeops.models.inputs import check_rates, check_sizes, check_stages, to_pair
-from lifeops.nn.attend import attend_biased
+from lifeops.nn.attend import attend_tokens
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
 
@@ -54,7 +54,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int, size: int, num_heads: int, qkv_bias: bool):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * size - 1) ** 2, num_heads))
         self.register_buffer("relative_position_index", relative_position_index(size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -65,11 +65,8 @@ class WindowAttention(nn.Module):
         """x (B * nW, n, C), mask (nW, n, n) or None."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]  # (1, h, n, n)
-        if mask is not None:
-            q, k, v = (t.unflatten(0, (-1, mask.shape[0])) for t in (q, k, v))
-            bias = bias + mask[:, None].to(bias.dtype)
-        x = attend_biased(q, k, v, bias, q.shape[-1] ** -0.5)
-        return self.proj(x.flatten(0, -4).transpose(1, 2).flatten(2))
+        bias = bias if mask is None else bias + mask[:, None].to(bias.dtype)
+        return self.proj(attend_tokens(q, k, v, self.scale, bias))
 
 
 class WindowedBlock(nn.Module):

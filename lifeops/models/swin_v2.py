@@ -16,7 +16,7 @@ from lifeops.arguments import check_choice, check_flags, under
 from lifeops.models.deit import DropPath, Mlp, NormedPatchEmbed, _init_linear
 from lifeops.models.inputs import check_counts, check_rates, check_sizes, to_pair
 from lifeops.models.swin import PatchMerging, WindowedBlock, relative_position_index
-from lifeops.nn.attend import attend_biased
+from lifeops.nn.attend import attend_tokens
 from lifeops.nn.inputs import check_heads
 from lifeops.nn.life import LifeQKV
 
@@ -70,12 +70,8 @@ class CosineWindowAttention(nn.Module):
         """x (B * nW, n, C), mask (nW, n, n) or None."""
         q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self._projected(x))
         q, k = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100)).exp(), F.normalize(k, dim=-1)
-        bias = self.bias()
-        if mask is not None:
-            q, k, v = (t.unflatten(0, (-1, mask.shape[0])) for t in (q, k, v))
-            bias = bias + mask[:, None].to(bias.dtype)
-        x = attend_biased(q, k, v, bias, 1.0)
-        return self.proj(x.flatten(0, -4).transpose(1, 2).flatten(2))
+        bias = self.bias() if mask is None else self.bias() + mask[:, None].to(k.dtype)
+        return self.proj(attend_tokens(q, k, v, 1.0, bias))
 
 
 class SwinV2Block(WindowedBlock):

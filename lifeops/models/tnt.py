@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.arguments import check_callable
@@ -11,7 +10,7 @@ from lifeops.models.blocks import ConvFactory
 from lifeops.models.deit import DropPath, Mlp, _init_linear
 from lifeops.models.inputs import check_images, check_rates, check_sizes, grid_of, to_pair
 from lifeops.models.swin import windows
-from lifeops.nn.attend import split_heads
+from lifeops.nn.attend import attend_tokens, split_heads
 from lifeops.nn.inputs import check_heads
 from lifeops.told import ToldInMetadata
 
@@ -27,6 +26,7 @@ class SplitAttention(ToldInMetadata):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False):
         super().__init__()
         dim, self.num_heads = check_heads(NAME, dim, num_heads)
+        self.scale = (dim // num_heads) ** -0.5
         self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -34,7 +34,7 @@ class SplitAttention(ToldInMetadata):
     def forward(self, x: Tensor) -> Tensor:
         q, k = split_heads(self.qk(x), self.num_heads, 2)
         v = self.v(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend_tokens(q, k, v, self.scale))
 
 
 class TNTBlock(nn.Module):
