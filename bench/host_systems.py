@@ -10,7 +10,8 @@ from bench import whole
 from bench.case import Case
 from bench.problems import Problem
 from lifeops.models import life_swinv2, localvit
-from lifeops.models.deit import Attention
+from lifeops.models.blocks import TokenAttention
+from lifeops.models.deit import Mlp
 from lifeops.models.pvt import SpatialReductionAttention
 from lifeops.models.swin import WindowAttention
 from lifeops.models.swin_v2 import CosineWindowAttention
@@ -19,10 +20,11 @@ from lifeops.models.tnt import SplitAttention
 from lifeops.nn import LocalityFeedForward
 from lifeops.nn import eager_hosts as eager
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
+from lifeops.nn.feed_forward import FeedForward
 
 CLASSES = 1000
 _ATTENTIONS = {
-    Attention: eager.EagerAttention, SpatialReductionAttention: eager.EagerSpatialReductionAttention,
+    TokenAttention: eager.EagerAttention, SpatialReductionAttention: eager.EagerSpatialReductionAttention,
     SplitAttention: eager.EagerSplitAttention, WindowAttention: eager.EagerWindowAttention,
     CosineWindowAttention: eager.EagerCosineWindowAttention, TokenPerformer: eager.EagerTokenPerformer,
 }  # fmt: skip
@@ -41,6 +43,8 @@ def _authors(parent: nn.Module, name: str, child: nn.Module) -> nn.Module | None
     """The authors' counterpart of one of ours, with its weights; None for any other module."""
     if isinstance(child, LocalityFeedForward):
         return _feed_forward(child)
+    if isinstance(child, FeedForward):
+        return whole.with_weights(Mlp(child.fc1.in_features, child.fc1.out_features), child)
     made = _ATTENTIONS.get(type(child))
     return None if made is None else made(child)
 

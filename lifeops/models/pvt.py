@@ -11,6 +11,7 @@ from lifeops.models.blocks import ConvFactory, pre_norm_block
 from lifeops.models.deit import DropPath, NormedPatchEmbed, _init_linear
 from lifeops.models.inputs import check_counts, check_rates, check_sizes, to_pair
 from lifeops.nn.attend import split_heads
+from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.inputs import check_heads
 from lifeops.nn.maps import on_patches, to_maps
 from lifeops.told import ToldInMetadata
@@ -38,13 +39,16 @@ class SpatialReductionAttention(ToldInMetadata):
             self.norm = nn.LayerNorm(dim)
         self.no_rollout = None if sr_ratio == 1 else "whose keys and values lie on a coarser grid: convolutions of the tokens, not tokens"
 
+    def fused_layers(self):
+        return linears("q", "kv", "proj")
+
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        keys = x
+        keys, multiply = x, multiplier(self)
         if self.sr_ratio > 1:
             keys = self.norm(on_patches(f"{NAME}: sr", self.sr, x, grid, self.num_prefix_tokens))
-        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        k, v = split_heads(self.kv(keys), self.num_heads, 2)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q = multiply(x, self.q).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = split_heads(multiply(keys, self.kv), self.num_heads, 2)
+        return multiply(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), self.proj)
 
 
 class PyramidVisionTransformer(nn.Module):

@@ -17,6 +17,7 @@ from lifeops.models.blocks import ConvFactory
 from lifeops.models.deit import DropPath, Mlp, NormedPatchEmbed
 from lifeops.models.inputs import check_rates, check_sizes, check_stages, to_pair
 from lifeops.nn.attend import attend_tokens
+from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
 
@@ -61,12 +62,16 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
+    def fused_layers(self):
+        return linears("qkv", "proj")
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B * nW, n, C), mask (nW, n, n) or None."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        multiply = multiplier(self)
+        q, k, v = multiply(x, self.qkv).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]  # (1, h, n, n)
         bias = bias if mask is None else bias + mask[:, None].to(bias.dtype)
-        return self.proj(attend_tokens(q, k, v, self.scale, bias))
+        return multiply(attend_tokens(q, k, v, self.scale, bias), self.proj)
 
 
 class WindowedBlock(nn.Module):

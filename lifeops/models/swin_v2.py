@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.arguments import check_choice, check_flags, under
-from lifeops.models.deit import DropPath, Mlp, NormedPatchEmbed, _init_linear
+from lifeops.models.deit import DropPath, NormedPatchEmbed, _init_linear
 from lifeops.models.inputs import check_counts, check_rates, check_sizes, to_pair
 from lifeops.models.swin import PatchMerging, WindowedBlock, relative_position_index
 from lifeops.nn.attend import attend_tokens
+from lifeops.nn.dense import linears, multiplier
+from lifeops.nn.feed_forward import FeedForward
 from lifeops.nn.inputs import check_heads
 from lifeops.nn.life import LifeQKV
 
@@ -60,10 +62,13 @@ class CosineWindowAttention(nn.Module):
         table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
         return 16 * table.sigmoid()[self.relative_position_index].permute(2, 0, 1)[None]
 
+    def fused_layers(self):
+        return linears("proj") if self.life else linears("qkv", "proj")
+
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.life:
             return self.qkv(x, self.grid)
-        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = multiplier(self)(x, self.qkv).chunk(3, -1)
         return (q, k, v) if self.q_bias is None else (q + self.q_bias, k, v + self.v_bias)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -71,7 +76,7 @@ class CosineWindowAttention(nn.Module):
         q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self._projected(x))
         q, k = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100)).exp(), F.normalize(k, dim=-1)
         bias = self.bias() if mask is None else self.bias() + mask[:, None].to(k.dtype)
-        return self.proj(attend_tokens(q, k, v, 1.0, bias))
+        return multiplier(self)(attend_tokens(q, k, v, 1.0, bias), self.proj)
 
 
 class SwinV2Block(WindowedBlock):
@@ -80,7 +85,7 @@ class SwinV2Block(WindowedBlock):
     def __init__(self, dim, resolution, num_heads, size, shift, mlp_ratio, qkv_bias, drop_path, life):
         super().__init__(resolution, size, shift, lambda size: CosineWindowAttention(dim, size, num_heads, qkv_bias, life), NAME)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mlp, self.drop_path = Mlp(dim, int(dim * mlp_ratio)), DropPath(drop_path)
+        self.mlp, self.drop_path = FeedForward(dim, int(dim * mlp_ratio)), DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.norm1(self.windowed(x)))

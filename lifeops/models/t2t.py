@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lifeops import geometry, torchlib
 from lifeops.arguments import check_callable, check_choice, under
-from lifeops.models.blocks import ConvFactory, pre_norm_block
-from lifeops.models.deit import Attention, AttentionFactory, DropPath, _init_linear
+from lifeops.models.blocks import ConvFactory, TokenAttention, pre_norm_block
+from lifeops.models.deit import AttentionFactory, DropPath, _init_linear
 from lifeops.models.inputs import check_images, check_rates, check_sizes, to_pair
+from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.inputs import check_heads
 from lifeops.nn.life import LifeAttention
 from lifeops.nn.localvit import LocalityFeedForward
@@ -50,6 +51,9 @@ class TokenPerformer(nn.Module):
         self.mlp = None if local else nn.Sequential(nn.Linear(emb, emb), nn.GELU(), nn.Linear(emb, emb), nn.Dropout(proj_drop))
         self.w = nn.Parameter(nn.init.orthogonal_(torch.empty(m, emb)) * math.sqrt(m), requires_grad=False)
 
+    def fused_layers(self):
+        return linears("kqv", "proj")
+
     def _features(self, t: Tensor) -> Tensor:
         w = self.w.to(t.dtype)
         return torch.exp(t @ w.T - t.square().sum(-1, keepdim=True) / 2) / math.sqrt(w.shape[0])
@@ -62,8 +66,9 @@ class TokenPerformer(nn.Module):
             return (q @ (k.transpose(1, 2) @ values) / (total + _EPS)).to(v.dtype)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        k, q, v = self.kqv(self.norm1(x)).chunk(3, -1)
-        x = v + self.drop(self.proj(self._performer(k, q, v)))
+        multiply = multiplier(self)
+        k, q, v = multiply(self.norm1(x), self.kqv).chunk(3, -1)
+        x = v + self.drop(multiply(self._performer(k, q, v), self.proj))
         return x + self.mlp(self.norm2(x)) if self.conv is None else self.conv(x, grid)
 
 
@@ -131,7 +136,7 @@ class T2T(nn.Module):
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
 
         def block(rate):
-            attention = Attention(embed_dim, num_heads, qkv_bias) if attn is None else attn(embed_dim, num_heads, 1)
+            attention = TokenAttention(embed_dim, num_heads, qkv_bias) if attn is None else attn(embed_dim, num_heads, 1)
             return pre_norm_block(embed_dim, attention, mlp_ratio, norm_eps, DropPath(rate), conv, 1)
 
         self.blocks = nn.ModuleList(map(block, rates))

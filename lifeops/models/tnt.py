@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from lifeops.arguments import check_callable
 from lifeops.models.blocks import ConvFactory
-from lifeops.models.deit import DropPath, Mlp, _init_linear
+from lifeops.models.deit import DropPath, _init_linear
 from lifeops.models.inputs import check_images, check_rates, check_sizes, grid_of, to_pair
 from lifeops.models.swin import windows
 from lifeops.nn.attend import attend_tokens, split_heads
+from lifeops.nn.dense import linears, multiplier
+from lifeops.nn.feed_forward import FeedForward
 from lifeops.nn.inputs import check_heads
 from lifeops.told import ToldInMetadata
 
@@ -31,10 +33,14 @@ class SplitAttention(ToldInMetadata):
         self.v = nn.Linear(dim, dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
+    def fused_layers(self):
+        return linears("qk", "v", "proj")
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k = split_heads(self.qk(x), self.num_heads, 2)
-        v = self.v(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        return self.proj(attend_tokens(q, k, v, self.scale))
+        multiply = multiplier(self)
+        q, k = split_heads(multiply(x, self.qk), self.num_heads, 2)
+        v = multiply(x, self.v).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return multiply(attend_tokens(q, k, v, self.scale), self.proj)
 
 
 class TNTBlock(nn.Module):
@@ -53,12 +59,12 @@ class TNTBlock(nn.Module):
             return nn.LayerNorm(width, eps=norm_eps)
 
         self.norm_in, self.attn_in = norm(in_dim), SplitAttention(in_dim, in_num_heads, qkv_bias)
-        self.norm_mlp_in, self.mlp_in = norm(in_dim), Mlp(in_dim, 4 * in_dim)
+        self.norm_mlp_in, self.mlp_in = norm(in_dim), FeedForward(in_dim, 4 * in_dim)
         self.norm1_proj, self.proj = norm(in_dim), nn.Linear(in_dim * num_pixels, dim)
         self.norm_out, self.attn_out = norm(dim), SplitAttention(dim, num_heads, qkv_bias)
         self.conv = None if conv is None else conv(dim, mlp_ratio, num_prefix_tokens)
         self.norm_mlp = norm(dim) if conv is None else None
-        self.mlp = Mlp(dim, int(dim * mlp_ratio)) if conv is None else None
+        self.mlp = FeedForward(dim, int(dim * mlp_ratio)) if conv is None else None
         self.drop_path = DropPath(drop_path)
 
     def forward(self, pixels: Tensor, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

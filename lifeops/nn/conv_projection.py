@@ -9,6 +9,7 @@ from lifeops import config, geometry, torchlib
 from lifeops.arguments import check_choice, check_factory, check_flags, check_int, check_rate
 from lifeops.nn.attend import DROPOUT, attend_keys
 from lifeops.nn.batch_norm import Fusible, check_constant, check_patches, check_readable, constants, folded, normalise, on_batch
+from lifeops.nn.dense import multiplier
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_heads, check_input, check_kernel_size, check_like
 from lifeops.nn.maps import on_patches
@@ -18,7 +19,6 @@ from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.local_attention.formula import heads
 from lifeops.ops.token_conv.multi import token_dwconv_multi
 from lifeops.ops.token_pool.function import token_pool
-from lifeops.pointwise import product
 from lifeops.told import ToldInMetadata
 
 METHODS = ("dw_bn", "avg", "linear")
@@ -163,8 +163,7 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
         """x (B, P + H*W, C), grid (H, W) -> (B, P + H'*W', C), H' x W' the grid of the queries: with stride_q 1 that of x."""
         grid = check_input(NAME, x, self.dim, self.grid_holder.of(NAME, grid), self.num_prefix_tokens)
         check_like(NAME, "x", x, self.proj_q)
-        fused = is_fused(self)
-        multiply = product if fused else _call
+        fused, multiply = is_fused(self), multiplier(self)
         layers = self.proj_q, self.proj_k, self.proj_v
         q, k, v = (heads(multiply(t, layer), self.num_heads) for t, layer in zip(self.projected(x, grid), layers, strict=True))
         if k.shape[2] != v.shape[2]:
@@ -192,10 +191,6 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
     def extra_repr(self) -> str:
         strides = f"stride_q={self.stride_q}, stride_kv={self.stride_kv}"
         return f"num_heads={self.num_heads}, num_prefix_tokens={self.num_prefix_tokens}, method={self.method!r}, {strides}"
-
-
-def _call(x, layer):
-    return layer(x)
 
 
 def _stride(name: str, stride, default: int, method: str, projected: bool) -> int:

@@ -36,7 +36,7 @@ class _OfLayers(nn.Module):
 
 
 class EagerAttention(_OfLayers):
-    """Of a :class:`lifeops.models.deit.Attention`."""
+    """Of a :class:`lifeops.models.blocks.TokenAttention`."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._split(self.qkv(x), 3)
