@@ -62,6 +62,7 @@ def test_every_system_is_tried():
 OTHERS = {
     "localvit": "LocalViT", "dw_shortcut": "DW shortcut", "cvt": "CvT", "edgevit": "EdgeViT", "mvit": "MViT", "regionvit": "RegionViT",
     "conv_ffn": "PVTv2's feed-forward",
+    "life_swinv2": "LIFE in Swin V2",
 }  # fmt: skip
 
 

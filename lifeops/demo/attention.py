@@ -1,4 +1,4 @@
-"""Where the class token, or those of regions, look: attention of a trained demo model, computed explicitly from its q and k."""
+"""Where the class token, those of regions or windows look: attention of a trained demo model, computed explicitly from its q and k."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from lifeops.geometry import conv_grid
 from lifeops.models.deit import Attention, VisionTransformer
 from lifeops.models.regionvit import RegionViT, from_windows
+from lifeops.models.swin import from_windows as windows_on_map
+from lifeops.models.swin_v2 import SwinTransformerV2
 from lifeops.nn import ConvProjectionAttention, GlobalSparseAttention, PoolingAttention
 from lifeops.ops.token_pool.function import token_pool
 
@@ -28,6 +30,22 @@ def region_attention(model: RegionViT, x: Tensor) -> Tensor:
     q, k = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in attn.qkv(seen[-1]).chunk(3, -1)[:2])
     weights = (q[:, :, :1] @ k.transpose(-2, -1) * attn.scale + attn.bias()[:, :1]).softmax(-1).mean(1)  # (B * regions, 1, 1 + w * w)
     return from_windows(weights.transpose(1, 2), regions, grid, stage.window_size)[1][..., 0].unflatten(1, grid)
+
+
+@torch.no_grad()
+def window_attention(model: SwinTransformerV2, x: Tensor) -> Tensor:
+    """Images (B, 1, H, W) to what a patch gets of the attention in its window (B, H/p, W/p), mean over heads and tokens, in the first
+    block: Swin V2 has no class token.
+    """
+    block, seen = model.layers[0].blocks[0], []
+    handle = block.attn.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        model.eval()(x)
+    finally:
+        handle.remove()
+    q, k, _ = block.attn.heads(seen[0])
+    weights = (q @ k.transpose(-2, -1) + block.attn.bias()).softmax(-1).mean((1, 2))  # (B * windows, tokens)
+    return windows_on_map(weights[..., None], block.size, *block.resolution)[..., 0]
 
 
 @torch.no_grad()

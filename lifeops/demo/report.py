@@ -16,12 +16,17 @@ from torch import Tensor, nn
 
 from lifeops.attention_maps.rollout import rollout
 from lifeops.demo import data
-from lifeops.demo.attention import cls_attention, region_attention
+from lifeops.demo.attention import cls_attention, region_attention, window_attention
 from lifeops.demo.measure import Cost
 from lifeops.demo.train import Recipe, Run, System, trained
 from lifeops.files import written
 from lifeops.models.regionvit import RegionViT
+from lifeops.models.swin_v2 import SwinTransformerV2
 
+_LOOKS = {  # of models without a class token: what looks, and how that is said
+    RegionViT: (region_attention, "; of RegionViT's region tokens, in its first stage"),
+    SwinTransformerV2: (window_attention, "; of the patches of a window to each of them, in Swin V2's first block"),
+}
 _COLORS = "tab:gray", "tab:orange", "tab:green", "tab:blue"
 
 
@@ -127,11 +132,10 @@ def attention_maps(models: Mapping[str, nn.Module], x: Tensor) -> tuple[str, dic
         maps = {label: rollout(model.eval(), x, prefix="normalize").maps[:, 0] for label, model in models.items()}
         what = "What the class token draws on: attention roll-out through all blocks"
     except ValueError:
-        regions = any(isinstance(model, RegionViT) for model in models.values())
-        look = {label: region_attention if isinstance(model, RegionViT) else cls_attention for label, model in models.items()}
-        maps = {label: look[label](model, x) for label, model in models.items()}
+        looks = {label: _LOOKS.get(type(model), (cls_attention, "")) for label, model in models.items()}
+        maps = {label: looks[label][0](model, x) for label, model in models.items()}
         maps = {label: found / found.sum((1, 2), keepdim=True) for label, found in maps.items()}
-        what = "Attention of the class token, last block" + "; of RegionViT's region tokens, in its first stage" * regions
+        what = "Attention of the class token, last block" + "".join(said for _, said in looks.values())
     return what, {label: found * found[0].numel() for label, found in maps.items()}
 
 

@@ -32,6 +32,7 @@ from lifeops.init import structured_
 from lifeops.models.deit import Attention, Block, VisionTransformer
 from lifeops.models.edgevit import LGLBlock
 from lifeops.models.regionvit import RegionViT, regionvit
+from lifeops.models.swin_v2 import SwinTransformerV2, life_swinv2
 from lifeops.nn import (
     ConvFeedForward,
     ConvProjectionAttention,
@@ -45,6 +46,7 @@ from lifeops.nn.eager_conv_ffn import EagerConvFeedForward
 from lifeops.nn.eager_cvt import EagerConvProjectionAttention
 from lifeops.nn.eager_dw_shortcut import EagerDWShortcut
 from lifeops.nn.eager_edgevit import EagerLGLBlock
+from lifeops.nn.eager_hosts import EagerCosineWindowAttention
 from lifeops.nn.eager_life import EagerLifeAttention
 from lifeops.nn.eager_localvit import EagerLocalityFeedForward
 from lifeops.nn.eager_mvit import EagerPoolingAttention
@@ -99,6 +101,12 @@ def _stages_as_authors(model):
     return model
 
 
+def _windows_as_authors(model):
+    for block in (block for stage in model.layers for block in stage.blocks):
+        block.attn = EagerCosineWindowAttention(block.attn)
+    return model
+
+
 class System(NamedTuple):
     """What the demo compares with the plain model: ``name``, and ``eager``, the same as its authors run it."""
 
@@ -113,7 +121,7 @@ class System(NamedTuple):
     @property
     def tiny(self) -> str:
         """The models of published sizes."""
-        return "RegionViT-Ti and DeiT-Tiny" if self.name in WHOLE else "DeiT-Tiny"
+        return f"{WHOLE[self.name].published} and DeiT-Tiny" if self.name in WHOLE else "DeiT-Tiny"
 
     @property
     def labels(self) -> dict[str, str]:
@@ -132,6 +140,7 @@ SYSTEMS = {
         System("mvit", "MViT", "eager_mvit"),
         System("regionvit", "RegionViT", "eager_regionvit"),
         System("conv_ffn", "PVTv2's feed-forward", "eager_conv_ffn"),
+        System("life_swinv2", "LIFE in Swin V2", "eager_life_swinv2"),
     )
 }
 
@@ -162,9 +171,6 @@ MODELS = {
     **{name: {} for name in INITIALISATIONS},
 }
 """What makes each model, as options of the host."""
-
-WHOLE = {"regionvit": lambda model: model, "eager_regionvit": _stages_as_authors}
-"""What makes a RegionViT ours or its authors': it has no place in the host, and is one of its own."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,17 @@ class Run:
     weights: dict[str, np.ndarray] | None = None  # NumPy: travels between processes by value
 
 
+class Whole(NamedTuple):
+    """A model of its own: one of the demo's size, for images of ``host``, and one of the size that is ``published`` under a name."""
+
+    small: Callable[..., nn.Module]
+    tiny: Callable[[], nn.Module]
+    published: str
+
+    def changed(self, change: Callable[[nn.Module], nn.Module]) -> Whole:
+        return Whole(lambda recipe, **host: change(self.small(recipe, **host)), lambda: change(self.tiny()), self.published)
+
+
 def _regionvit(recipe: Recipe, **host) -> RegionViT:
     """As wide as the host with as many blocks, of regions of 2 x 2 patches; twice as wide on the coarser of its two grids."""
     dim, heads, depth = recipe.embed_dim, recipe.num_heads, recipe.depth - recipe.depth // 2
@@ -206,9 +223,26 @@ def _regionvit(recipe: Recipe, **host) -> RegionViT:
     return RegionViT(patch_size=recipe.patch_size, **sizes, window_size=2, stem="1conv", **host)
 
 
+def _life_swinv2(recipe: Recipe, **host) -> SwinTransformerV2:
+    """As wide as the host with as many blocks, on patches half as wide, in windows of 4 x 4; every second block's are shifted."""
+    sizes = {"embed_dim": recipe.embed_dim, "depths": (recipe.depth,), "num_heads": (recipe.num_heads,)}
+    return SwinTransformerV2(patch_size=max(1, recipe.patch_size // 2), **sizes, window_size=4, life=True, **host)
+
+
+_REGIONVIT = Whole(_regionvit, lambda: regionvit("tiny"), "RegionViT-Ti")
+_LIFE_SWINV2 = Whole(_life_swinv2, lambda: life_swinv2("tiny", img_size=224, window_size=7), "Swin V2-T with LIFE")
+WHOLE = {
+    "regionvit": _REGIONVIT,
+    "eager_regionvit": _REGIONVIT.changed(_stages_as_authors),
+    "life_swinv2": _LIFE_SWINV2,
+    "eager_life_swinv2": _LIFE_SWINV2.changed(_windows_as_authors),
+}
+"""What has no place in the host, and is a model of its own."""
+
+
 def tiny(model: str) -> nn.Module:
-    """The model at a published size: DeiT-Tiny with what makes it, or RegionViT-Ti."""
-    return WHOLE[model](regionvit("tiny")) if model in WHOLE else VisionTransformer(dist_token=True, **MODELS[model])
+    """The model at a published size: DeiT-Tiny with what makes it, or the tiny one of ``WHOLE``."""
+    return WHOLE[model].tiny() if model in WHOLE else VisionTransformer(dist_token=True, **MODELS[model])
 
 
 def build(model: str, recipe: Recipe, seed: int = 0, **host) -> nn.Module:
@@ -218,7 +252,7 @@ def build(model: str, recipe: Recipe, seed: int = 0, **host) -> nn.Module:
     torch.manual_seed(seed)
     host = {"img_size": data.IMG_SIZE, "in_chans": 1, "num_classes": data.NUM_CLASSES, **host}
     if model in WHOLE:
-        return WHOLE[model](_regionvit(recipe, **host))
+        return WHOLE[model].small(recipe, **host)
     sizes = {"patch_size": recipe.patch_size, "embed_dim": recipe.embed_dim, "depth": recipe.depth, "num_heads": recipe.num_heads}
     vit = VisionTransformer(**sizes, dist_token=True, **host, **MODELS[model])
     if model in INITIALISATIONS:
@@ -227,7 +261,7 @@ def build(model: str, recipe: Recipe, seed: int = 0, **host) -> nn.Module:
 
 
 def training_loss(model: nn.Module, images: Images) -> Tensor:
-    """Mean of the heads' cross-entropies: of two, or of RegionViT's one."""
+    """Mean of the heads' cross-entropies: of two, or of the one that models of their own have."""
     logits = model(images.x)
     losses = [F.cross_entropy(t, images.y) for t in (logits if isinstance(logits, tuple) else (logits,))]
     return sum(losses) / len(losses)

@@ -71,10 +71,14 @@ class CosineWindowAttention(nn.Module):
         q, k, v = multiplier(self)(x, self.qkv).chunk(3, -1)
         return (q, k, v) if self.q_bias is None else (q + self.q_bias, k, v + self.v_bias)
 
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B * nW, n, C) to q, k, v (B * nW, h, n, d): the scores are q kᵀ and the bias."""
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self._projected(x))
+        return F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100)).exp(), F.normalize(k, dim=-1), v
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B * nW, n, C), mask (nW, n, n) or None."""
-        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self._projected(x))
-        q, k = F.normalize(q, dim=-1) * self.logit_scale.clamp(max=math.log(100)).exp(), F.normalize(k, dim=-1)
+        q, k, v = self.heads(x)
         bias = self.bias() if mask is None else self.bias() + mask[:, None].to(k.dtype)
         return multiplier(self)(attend_tokens(q, k, v, 1.0, bias), self.proj)
 
