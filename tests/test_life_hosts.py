@@ -135,6 +135,13 @@ def test_compiled_and_exported(name):
     system_checks.traced(model, x)
 
 
+@pytest.mark.parametrize("name", ["swinv2", "t2t"])
+def test_gradients_of_each_image(name):
+    build, size = MODELS[name]
+    model = build().double().requires_grad_()  # biases without use, and tables: gradients of zero
+    system_checks.gradients_of_each_image(model, torch.randn(2, 3, *size, dtype=torch.float64), 1e-8, unused=True)
+
+
 def test_low_precision_and_autocast():
     model, x = swin(), torch.randn(2, 3, 32, 32)
     expected = model(x)

@@ -202,6 +202,23 @@ def test_exported(variant):
 
 
 @pytest.mark.parametrize("variant", SMALL)
+def test_gradients_of_each_image(variant):
+    system_checks.gradients_of_each_image(tiny(variant).double().requires_grad_(), images(variant).double(), 1e-8, unused=True)
+
+
+@pytest.mark.parametrize("variant", SMALL)
+def test_hooked_layers_are_called(variant):
+    """A hook on any dense layer of an attention sees it: the same numbers."""
+    model, x, seen = tiny(variant).double(), images(variant).double(), []
+    y = model(x)
+    for name, m in model.named_modules():
+        if "attn" in name and name.endswith(".proj"):
+            m.register_forward_hook(lambda *_: seen.append(1))
+    _close(model(x), y)
+    assert len(seen) == sum("attn" in name and name.endswith(".proj") for name, _ in model.named_modules()) > 1
+
+
+@pytest.mark.parametrize("variant", SMALL)
 def test_low_precision_and_autocast(variant):
     model, x = tiny(variant), images(variant)
     expected = model(x)
