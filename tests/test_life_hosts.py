@@ -80,10 +80,12 @@ def test_convert_of_timms_model_is_the_authors():
     assert reverted(x).shape == before.shape
 
 
-def test_plain_is_timms():
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_plain_is_timms(qkv_bias):
     declare_torchvision_ops()
     timm = pytest.importorskip("timm")
-    theirs, ours = timm.models.SwinTransformerV2(**SWIN).double().eval(), swin(life=False).double()
+    sizes = {**SWIN, "qkv_bias": qkv_bias}
+    theirs, ours = timm.models.SwinTransformerV2(**sizes).double().eval(), swin(life=False, qkv_bias=qkv_bias).double()
     own = {name.replace("layers.0.downsample.", "layers.1.downsample."): t for name, t in ours.state_dict().items()}
     theirs.load_state_dict({name.replace("head.", "head.fc."): t for name, t in own.items() if not name.endswith("attn_mask")})
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)

@@ -17,8 +17,8 @@ import lifeops
 from conftest import declare_torchvision_ops
 from lifeops import cli
 from lifeops.models import localvit
-from lifeops.models.blocks import pre_norm_block
-from lifeops.models.deit import Attention, DropPath
+from lifeops.models.blocks import TokenAttention, pre_norm_block
+from lifeops.models.deit import DropPath
 from lifeops.models.localvit import _feed_forwards, plain
 from lifeops.models.pvt import SpatialReductionAttention
 from lifeops.models.swin import SwinBlock
@@ -40,7 +40,7 @@ def _tnt(d, conv):
 
 
 def _t2t(d, conv):
-    attn = Attention(12, int(d["heads"]), "param.attn.qkv.bias" in d)
+    attn = TokenAttention(12, int(d["heads"]), "param.attn.qkv.bias" in d)
     return pre_norm_block(12, attn, float(d["mlp_ratio"]), 1e-5, DropPath(0.0), conv, int(d["prefix"]))
 
 

@@ -88,10 +88,9 @@ class PixelEmbed(nn.Module):
         self.side = patch_size // _STRIDE
         self.proj = nn.Conv2d(in_chans, in_dim, 7, stride=_STRIDE, padding=3)
 
-    def forward(self, x: Tensor, pixel_pos: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         check_images(NAME, x, self.proj.in_channels, self.img_size, self.proj)
-        pixels = windows(self.proj(x).permute(0, 2, 3, 1), self.side)
-        return pixels + pixel_pos.flatten(2).transpose(1, 2)
+        return windows(self.proj(x).permute(0, 2, 3, 1), self.side)
 
 
 class TNT(nn.Module):
@@ -142,7 +141,7 @@ class TNT(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the patches' normalised tokens (B, 1 + H*W, C)."""
         grid = self.pixel_embed.grid_size
-        pixels = self.pixel_embed(x, self.pixel_pos)
+        pixels = self.pixel_embed(x) + self.pixel_pos.flatten(2).transpose(1, 2)
         patches = self.norm2_proj(self.proj(self.norm1_proj(pixels.reshape(x.shape[0], grid[0] * grid[1], -1))))
         patches = torch.cat((self.cls_token.expand(x.shape[0], -1, -1).to(patches.dtype), patches), 1) + self.patch_pos
         for block in self.blocks:

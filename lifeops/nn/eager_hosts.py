@@ -66,7 +66,7 @@ class EagerSplitAttention(_OfLayers):
 
 
 class EagerTokenPerformer(_OfLayers):
-    """Of a :class:`lifeops.models.t2t.TokenPerformer`."""
+    """Of a :class:`lifeops.models.t2t.TokenPerformer` with LocalViT's feed-forward."""
 
     def _features(self, t: Tensor) -> Tensor:
         m = self.w.shape[0]
@@ -78,8 +78,7 @@ class EagerTokenPerformer(_OfLayers):
         kp, qp = self._features(k), self._features(q)
         total = torch.einsum("bti,bi->bt", qp, kp.sum(1)).unsqueeze(2)
         y = torch.einsum("bti,bni->btn", qp, torch.einsum("bin,bim->bnm", v, kp)) / (total.repeat(1, 1, self.emb) + 1e-8)
-        x = v + self.drop(self.proj(y))
-        return x + self.mlp(self.norm2(x)) if self.conv is None else self.conv(x, grid)
+        return self.conv(v + self.drop(self.proj(y)), grid)
 
 
 class _Windows(_OfLayers):
