@@ -216,7 +216,8 @@ def evaluate(model, loader, num_images, device, autocast):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of images: data/<class>/*.jpg or data/{train,val}/<class>/*.jpg")
-    parser.add_argument("--system", choices=NAMED, help="what is built into the ViT (default: life; of --model its own)")
+    systems = tuple(dict.fromkeys((*NAMED, *SYSTEMS)))
+    parser.add_argument("--system", choices=systems, help="what is built into the ViT (default: life; of --model its own)")
     parser.add_argument("--model", help="a model by its name (deit_tiny, cvt_13, …, or timm's) instead of --patch-size to --num-heads")
     parser.add_argument("--output", type=Path, help="written after every epoch (default: checkpoint.pt; with --fsdp the folder checkpoint)")
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from")

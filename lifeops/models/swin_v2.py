@@ -59,7 +59,7 @@ class CosineWindowAttention(nn.Module):
 
     def bias(self) -> Tensor:
         """(1, h, n, n), for n tokens of a window."""
-        table = self.cpb_mlp(self.relative_coords_table).flatten(0, 2)
+        table = self.cpb_mlp(self.relative_coords_table.to(self.cpb_mlp[0].weight.dtype)).flatten(0, 2)  # FSDP2 casts no buffers
         return 16 * table.sigmoid()[self.relative_position_index].permute(2, 0, 1)[None]
 
     def fused_layers(self):
