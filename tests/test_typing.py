@@ -15,7 +15,7 @@ from lifeops import config, options
 from lifeops.attention_maps import rollout
 from lifeops.init import structured
 from lifeops.integrations.convert import SYSTEMS
-from lifeops.models import regionvit
+from lifeops.models.regionvit import CORNER_MASKS, STEMS
 from lifeops.nn import conv_projection, localvit, pooling_attention, relative
 from lifeops.ops import rollout_step
 from lifeops.ops.channel import activations
@@ -51,8 +51,8 @@ CHECKED = {
     "System": tuple(SYSTEMS),
     "Initialisation": structured.METHODS,
     "Resize": relative.RESIZES,
-    "Stem": regionvit.STEMS,
-    "CornerMask": regionvit.CORNER_MASKS,
+    "Stem": STEMS,
+    "CornerMask": CORNER_MASKS,
 }
 
 
@@ -71,7 +71,7 @@ def callables():
                 yield f"{module.__name__}.{name}", found
 
 
-@pytest.mark.parametrize(("name", "function"), callables())
+@pytest.mark.parametrize(("name", "function"), tuple(callables()))
 def test_everything_public_is_annotated(name, function):
     signature = inspect.signature(function)
     parameters = [p.name for p in signature.parameters.values() if p.annotation is p.empty and p.name != "self"]
