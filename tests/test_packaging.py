@@ -120,7 +120,7 @@ assert y[0, 1].eq(4).all() and y[0, 2].eq(6).all()
 
 @pytest.mark.skipif(not shutil.which("g++") or not shutil.which("ninja"), reason="needs g++ and ninja")
 def test_a_wheel_with_kernels_out_of_the_source_distribution(source, fresh, tmp_path):
-    """Without pybind11, whose headers torch brings too; unoptimised, which takes a fifth of the time."""
+    """Without pybind11, whose headers torch brings too; unoptimised, which is quicker."""
     compiler = script(tmp_path / "c++", UNOPTIMISED)
     done = hook(fresh, source, "build_wheel('.')", CXX=str(compiler), LIFEOPS_BUILD="cpu")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
