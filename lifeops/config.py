@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lifeops.arguments import got
+from lifeops.options import Backend
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -88,7 +89,7 @@ def requested_backend(op: str, backend: str | None) -> str:
     return check_backend(op, backend)
 
 
-def use_backend(backend: str | None) -> contextlib.AbstractContextManager[None]:
+def use_backend(backend: Backend | None) -> contextlib.AbstractContextManager[None]:
     """Run every op inside the ``with`` on ``backend`` ("reference", "cpu", "cuda", "triton"; None: automatic).
 
     The choice is kept with each forward call, so its backward uses it also after the ``with``. An op that the backend

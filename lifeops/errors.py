@@ -47,8 +47,10 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """``warnings.warn`` at the line of the user's that led here: the innermost that is neither the library's nor an installed package's;
     where there is none, at the innermost that is not the library's.
     """
-    frame, level, beyond = sys._getframe(1), 2, None
+    frame, behind = sys._getframe(1), None
     while frame is not None and (file := frame.f_code.co_filename).startswith((_OWN, *_OTHERS)):
-        beyond = level if beyond is None and not file.startswith(_OWN) else beyond
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level if frame is not None else beyond or 2)
+        behind = frame if behind is None and not file.startswith((_OWN, "<frozen ")) else behind
+        frame = frame.f_back
+    frame = frame or behind or sys._getframe(1)
+    seen = frame.f_globals.setdefault("__warningregistry__", {})  # not stacklevel=, which does not count importlib's frames
+    warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__", "<string>"), seen)

@@ -56,7 +56,7 @@ def _explain_module(module: nn.Module) -> Report:
     return Report(Path(path, type(m).__name__, not why, why) for path, m, why in found)
 
 
-def explain(op: str | nn.Module, *args, **kwargs) -> Report:
+def explain(op: str | nn.Module, *args: object, **kwargs: object) -> Report:
     """Explain ``lifeops.<op>(*args, **kwargs)`` without running it: forward and backward operators, chosen backend, reasons
     against each other one, copies that would be made. Of a module: which of lifeops' modules in it run fused, and which call their
     layers one by one, and why (exchanged layers, hooks, adapters, other paddings, quantised weights).

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lifeops.arguments import LARGEST, check_flags, check_int, got
+from lifeops.options import Pair
 
 
 class Grid(NamedTuple):
@@ -24,7 +25,7 @@ class Grid(NamedTuple):
         return f"{self.prefix} + {self.height}*{self.width}"
 
 
-def to_grid(op: str, grid, num_prefix_tokens) -> Grid:
+def to_grid(op: str, grid, num_prefix_tokens) -> tuple[int, int]:
     """``grid=(H, W)`` and ``num_prefix_tokens=P`` as users write them, checked."""
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
         raise TypeError(f"{op}: grid must be two ints (H, W), got {got(grid)}")
@@ -84,7 +85,9 @@ def conv_size(size, kernel, stride, padding, ceil_mode: bool = False):
     return count - 1 if (count - 1) * stride >= size + padding else count
 
 
-def conv_grid(grid, kernel_size, stride=1, padding=None, ceil_mode: bool = False) -> tuple[int, int]:
+def conv_grid(
+    grid: tuple[int, int], kernel_size: Pair, stride: Pair = 1, padding: Pair | None = None, ceil_mode: bool = False
+) -> tuple[int, int]:
     """The grid that a convolution or a pooling makes of ``grid``: ``floor((H + 2 p - K) / s) + 1``, per axis.
 
     Args:

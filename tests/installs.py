@@ -1,6 +1,6 @@
 """`make installs`: every way to install, each in a fresh environment, and what it says where it cannot. Needs nothing but Python.
 
-What is compiled is not optimised (``--optimised``: as users have it): 14 ways take 20 minutes on two cores instead of an hour.
+What is compiled is not optimised, which is quicker (``--optimised``: as users have it).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The choice of a backend: order, insisting, falling back, strict mode, explanations."""
 
 import copy
+import importlib
 import pickle
 import warnings
 
@@ -71,6 +72,16 @@ def test_a_warning_points_at_the_line_of_the_user(where, compiled, settings):
     with pytest.warns(lifeops.FallbackWarning) as seen:
         layer(torch.ones(1, 12, 4), torch.ones(4, 1, 17, 17))
     assert seen[0].filename == (where if where == "mine.py" else __file__)
+
+
+def test_a_warning_of_an_import_points_at_the_line_that_imports(tmp_path, monkeypatch):
+    """As that of sources which have changed: the backend is imported at the first call."""
+    (tmp_path / "warns_as_it_is_imported.py").write_text("from lifeops import errors\nerrors.warn('said')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(errors, "_OWN", str(tmp_path))
+    with pytest.warns(UserWarning, match="^said$") as seen:
+        importlib.import_module("warns_as_it_is_imported")
+    assert seen[0].filename == __file__
 
 
 def test_a_warning_without_a_line_of_the_user_points_behind_the_library(monkeypatch):

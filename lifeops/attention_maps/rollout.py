@@ -30,6 +30,7 @@ from lifeops.config import requested_backend
 from lifeops.hosts.attention import LOOKED_FOR
 from lifeops.hosts.layouts import called_attention
 from lifeops.ops.rollout_step import _check_options
+from lifeops.options import Backend, HeadFusion, MapPrefix
 
 PREFIX = ("keep", "normalize")
 
@@ -137,9 +138,10 @@ def _back_alone(records: list, image: int, weights: Tensor, tokens: OutputTokens
 
 
 def rollout(
-    model: nn.Module, images, targets=None, *, classes: Sequence[int] | None = None, token_logits: Tensor | Callable | None = None,
-    head_fusion: str = "mean", residual: float = 0.5, discard_ratio: float = 0.0, start_layer: int = 0, prefix: str = "keep",
-    num_prefix_tokens: int | None = None, verify: bool = True, backend: str | None = None,
+    model: nn.Module, images: Tensor | Mapping[str, Tensor], targets: str | int | tuple[int, int] | Tensor | None = None, *,
+    classes: Sequence[int] | None = None, token_logits: Tensor | Callable | None = None, head_fusion: HeadFusion = "mean",
+    residual: float = 0.5, discard_ratio: float = 0.0, start_layer: int = 0, prefix: MapPrefix = "keep",
+    num_prefix_tokens: int | None = None, verify: bool = True, backend: Backend | None = None,
 ) -> Rollout:  # fmt: skip
     """Which patches the output tokens of a Vision Transformer draw on: M = πᵀ Â_L … Â_1 on the patch grid, one map per π.
 

@@ -107,7 +107,7 @@ def solve_impulse(
 
 @one_thread()
 def impulse_qk(
-    position_embedding: Tensor, *, grid, num_heads: int, head_dim: int, noise: Tensor | None = None,
+    position_embedding: Tensor, *, grid: tuple[int, int], num_heads: int, head_dim: int, noise: Tensor | None = None,
     generator: torch.Generator | None = None, kernel_size: int = 3,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Query and key matrices whose attention on the position embedding alone is a shift by a few patches, one per head.

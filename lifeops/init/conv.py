@@ -12,20 +12,23 @@ Filters are drawn at random, one for every channel, or ``num_filters`` of them t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lifeops.arguments import check_choice, check_flags, check_floating, check_int, check_positive, check_tensor, got
 from lifeops.init.closed_form import check_generator
+from lifeops.options import Assign
 
 DEFAULT_NORM = 3**-0.5
+W = TypeVar("W", bound=Tensor | nn.Module)
 
 
 def impulse_conv_(
-    weight, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: str = "random", frozen: bool = False,
+    weight: W, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: Assign = "random", frozen: bool = False,
     generator: torch.Generator | None = None,
-):  # fmt: skip
+) -> W:  # fmt: skip
     """One tap per filter, anywhere in the K x K window with equal chance. ``weight``: (C, 1, K, K), or a module (see ``random_conv_``)."""
 
     def draw(count: int, K: int) -> Tensor:
@@ -36,9 +39,9 @@ def impulse_conv_(
 
 
 def box_(
-    weight, taps: int, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: str = "random", frozen: bool = False,
+    weight: W, taps: int, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: Assign = "random", frozen: bool = False,
     generator: torch.Generator | None = None,
-):  # fmt: skip
+) -> W:  # fmt: skip
     """``taps`` different random taps of equal value norm / √taps, 1 <= taps <= K². Otherwise as :func:`impulse_conv_`."""
 
     def draw(count: int, K: int) -> Tensor:
@@ -53,9 +56,9 @@ def box_(
 
 
 def gaussian_(
-    weight, variance: float, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: str = "random",
+    weight: W, variance: float, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: Assign = "random",
     frozen: bool = False, generator: torch.Generator | None = None,
-):  # fmt: skip
+) -> W:  # fmt: skip
     """exp(-r² / 2 variance) around a random tap. ``norm`` is the root mean square over the filters: those at the border have less.
 
     Otherwise as :func:`impulse_conv_`.
@@ -72,9 +75,9 @@ def gaussian_(
 
 
 def random_conv_(
-    weight, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: str = "random", frozen: bool = False,
+    weight: W, *, norm: float = DEFAULT_NORM, num_filters: int | None = None, assign: Assign = "random", frozen: bool = False,
     generator: torch.Generator | None = None,
-):  # fmt: skip
+) -> W:  # fmt: skip
     """Uniform in ±norm √3 / K (with the default norm ±1/K, PyTorch's own default for depth-wise convolutions).
 
     Args:

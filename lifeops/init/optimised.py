@@ -62,7 +62,7 @@ def impulse_loss(X: Tensor, Q: Tensor, K: Tensor, S: Tensor) -> Tensor:
 
 @one_thread()
 def optimised_qk(
-    position_embedding: Tensor, *, grid, num_heads: int, head_dim: int, kernel_size: int = 3, num_layers: int = 1,
+    position_embedding: Tensor, *, grid: tuple[int, int], num_heads: int, head_dim: int, kernel_size: int = 3, num_layers: int = 1,
     offsets: Sequence[Sequence[tuple[int, int]]] | None = None, steps: int = STEPS, lr: float = 1e-4, warm_start: bool = True,
     generator: torch.Generator | None = None, progress: bool = False,
 ) -> OptimisedQK:  # fmt: skip

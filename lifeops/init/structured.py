@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lifeops import geometry
 from lifeops.arguments import check_choice, check_flags, check_int, check_number, got
@@ -29,6 +30,7 @@ from lifeops.init.projections import OP, Projections
 from lifeops.init.report import Report, add_layer
 from lifeops.init.threads import one_thread
 from lifeops.init.verified import taken, verified
+from lifeops.options import Initialisation
 
 METHODS = ("impulse", "mimetic", "default")
 VERSIONS = (2024, 2025)
@@ -46,10 +48,10 @@ _AUTHORS = {"impulse": Scales(18.0, 7.0, 1.0), "mimetic": Scales(1.0, 1.0, 1.0),
 
 @one_thread()
 def structured_(
-    model_or_blocks, method: str = "impulse", *, version: int = 2025, kernel_size: int = 3, generator: torch.Generator | None = None,
-    position_scale: float | None = None, qk_scale: float | None = None, value_scale: float | None = None,
-    position_embedding: Tensor | None = None, grid=None, shared: bool | None = None, steps: int = STEPS, progress: bool = True,
-    verify: bool = True,
+    model_or_blocks: nn.Module | Iterable[nn.Module], method: Initialisation = "impulse", *, version: Literal[2024, 2025] = 2025,
+    kernel_size: int = 3, generator: torch.Generator | None = None, position_scale: float | None = None, qk_scale: float | None = None,
+    value_scale: float | None = None, position_embedding: Tensor | None = None, grid: tuple[int, int] | None = None,
+    shared: bool | None = None, steps: int = STEPS, progress: bool = True, verify: bool = True,
 ) -> Report:  # fmt: skip
     """Initialise the attention of every block in place and say what came of it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from lifeops.nn.plain import LEFT, forget
 
 NAME = "accelerate"
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2}  # bfloat16: 4e-2
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def _layout(module: TokenConv) -> str | None:
@@ -80,7 +83,7 @@ def _kinds(kinds) -> tuple[str, ...]:
     return asked
 
 
-def accelerate(model: nn.Module, *, kinds: str | Iterable[str] | None = None, verify: bool = True) -> nn.Module:
+def accelerate(model: M, *, kinds: str | Iterable[str] | None = None, verify: bool = True) -> M:
     """Run the depth-wise convolutions that a model of timm or transformers has over its tokens on :func:`lifeops.token_dwconv`, in place;
     returns ``model``. :func:`lifeops.revert` undoes it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.shortcut_blocks import ShortcutBlocks
+from lifeops.options import AuxKey, GateAct, System
 
+M = TypeVar("M", bound=nn.Module)
 SYSTEMS = {"life": convert_life, "localvit": convert_localvit, "dw_shortcut": convert_dw_shortcut}
 _NO_IDENTITY = {
     "life": "LIFE's cascade of q, k and v cannot express a pretrained projection",
@@ -126,7 +128,24 @@ def _check_not_compiled(model: nn.Module) -> None:
             raise ValueError(f"convert: {path or 'the model'} is compiled; convert the model as it was before, then torch.compile it")
 
 
-def convert(model: nn.Module, system: str = "life", *, probe: bool = True, start: str | None = None, **options) -> nn.Module:
+@overload
+def convert(
+    model: M, system: Literal["life"] = "life", *, probe: bool = True, start: None = None, num_prefix_tokens: int | None = None,
+    qkv_norm: bool = False, aux_key: AuxKey = "multiscale", recompute: bool = False,
+) -> M: ...  # fmt: skip
+@overload
+def convert(
+    model: M, system: Literal["localvit"], *, probe: bool = True, start: None = None, num_prefix_tokens: int | None = None,
+    act: GateAct = "hs+se", reduction: int | None = None, expand_ratio: float | None = None,
+) -> M: ...  # fmt: skip
+@overload
+def convert(
+    model: M, system: Literal["dw_shortcut"], *, probe: bool = True, start: Literal["identity"] | None = None,
+    num_prefix_tokens: int | None = None, every: int = 1, kernel_sizes: int | tuple[int, ...] = 3,
+) -> M: ...  # fmt: skip
+@overload
+def convert(model: M, system: System, *, probe: bool = True, start: None = None, num_prefix_tokens: int | None = None) -> M: ...
+def convert(model: M, system: System = "life", *, probe: bool = True, start: str | None = None, **options: Any) -> M:
     """Give a ViT of timm, transformers or lifeops local structure, in place; returns ``model``. :func:`revert` undoes it exactly.
 
     The model is found inside whatever holds it, and its parts by :func:`lifeops.describe`. Any prefix tokens, none, and images of
@@ -226,7 +245,7 @@ def _without_shortcuts(model: nn.Module, record: Conversion) -> dict[int, nn.Mod
     return instead
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: M) -> M:
     """Put back the modules that ``convert`` replaced, the very same objects, and remove its hooks; undo ``accelerate``. Returns ``model``.
 
     What was done to the model meanwhile stays done: mode, dtype, device, freezing, hooks, blocks taken out. The weights are those of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from lifeops.integrations import official_sit as sit
 from lifeops.integrations.checkpoint_states import choose, errors_of, load_strictly
 from lifeops.integrations.official_facts import Facts, Given
 from lifeops.integrations.official_fit import fit
+from lifeops.options import AuxKey, GateAct
 
 _LIFE_KEY = "blocks.0.attn.qkv.scale1.weight"
 _LOCALVIT_KEY = "blocks.0.conv.conv.0.weight"
@@ -39,9 +41,9 @@ class Family(NamedTuple):
 
 
 def load_official(
-    checkpoint, *, key: str | None = None, num_heads: int | None = None, aux_key: str | None = None, act: str | None = None,
-    img_size: int | tuple[int, int] | None = None, num_classes: int | None = None, window_size: int | None = None,
-    stage_blocks: tuple[int, ...] | None = None,
+    checkpoint: str | os.PathLike[str] | Mapping[str, object], *, key: str | None = None, num_heads: int | None = None,
+    aux_key: AuxKey | None = None, act: GateAct | None = None, img_size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None, window_size: int | None = None, stage_blocks: tuple[int, ...] | None = None,
 ) -> nn.Module:  # fmt: skip
     """Build the model that an official checkpoint is for, at the sizes its tensors tell, and load it strictly; in eval mode.
 

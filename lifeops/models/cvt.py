@@ -20,6 +20,7 @@ from lifeops.nn.conv_projection import ConvProjectionAttention
 from lifeops.nn.embedded_grid import plain
 from lifeops.nn.feed_forward import quick_feed_forward
 from lifeops.nn.maps import to_maps
+from lifeops.options import Pair
 
 NAME = "CvT"
 
@@ -72,10 +73,11 @@ class CvT(nn.Module):
     """
 
     def __init__(
-        self, img_size=224, in_chans=3, num_classes=1000, embed_dims=(64, 192, 384), depths=(1, 2, 10), num_heads=(1, 3, 6),
-        patch_size=(7, 3, 3), patch_stride=(4, 2, 2), patch_padding=(2, 1, 1), mlp_ratio=4.0, class_token=True, drop_path_rate=0.0,
-        **attention,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, in_chans: int = 3, num_classes: int = 1000, embed_dims: tuple[int, ...] = (64, 192, 384),
+        depths: tuple[int, ...] = (1, 2, 10), num_heads: tuple[int, ...] = (1, 3, 6), patch_size: tuple[int, ...] = (7, 3, 3),
+        patch_stride: tuple[int, ...] = (4, 2, 2), patch_padding: tuple[int, ...] = (2, 1, 1), mlp_ratio: float = 4.0,
+        class_token: bool = True, drop_path_rate: float = 0.0, **attention: object,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes)
         check_rates(NAME, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), class_token=class_token)
@@ -137,7 +139,7 @@ class CvT(nn.Module):
 
 
 @under("cvt")
-def cvt(variant: str = "13", **options) -> CvT:
+def cvt(variant: str = "13", **options: object) -> CvT:
     """CvT by its authors' sizes: "13", "21", or "w24", which is made for images of 384 x 384.
 
     Args:

@@ -19,7 +19,7 @@ VARIANTS = {  # parameters with 10 classes, without and with shortcuts
 
 
 @under("dw_shortcut")
-def dw_shortcut(variant: str = "vit_tiny", *, every: int | None = 1, kernel_sizes: int | tuple[int, ...] = 3, **host) -> nn.Module:
+def dw_shortcut(variant: str = "vit_tiny", *, every: int | None = 1, kernel_sizes: int | tuple[int, ...] = 3, **host: object) -> nn.Module:
     """A Transformer with depth-wise convolution shortcuts around its blocks.
 
     Args:

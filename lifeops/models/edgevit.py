@@ -25,6 +25,7 @@ from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.token_dwconv.public import token_dwconv
+from lifeops.options import Pair
 
 NAME = "EdgeViT"
 
@@ -115,9 +116,10 @@ class EdgeViT(Fusible, NotScripted, nn.Module):
     """
 
     def __init__(
-        self, img_size=224, in_chans=3, num_classes=1000, embed_dims=(48, 96, 240, 384), depths=(1, 1, 3, 1), num_heads=(1, 2, 5, 8),
-        sr_ratios=(4, 2, 2, 1), patch_size=(4, 2, 2, 2), mlp_ratio=4.0, qkv_bias=True, drop_path_rate=0.0,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, in_chans: int = 3, num_classes: int = 1000, embed_dims: tuple[int, ...] = (48, 96, 240, 384),
+        depths: tuple[int, ...] = (1, 1, 3, 1), num_heads: tuple[int, ...] = (1, 2, 5, 8), sr_ratios: tuple[int, ...] = (4, 2, 2, 1),
+        patch_size: tuple[int, ...] = (4, 2, 2, 2), mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_path_rate: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes)
         check_rates(NAME, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), qkv_bias=qkv_bias)
@@ -192,7 +194,7 @@ class EdgeViT(Fusible, NotScripted, nn.Module):
 
 
 @under("edgevit")
-def edgevit(variant: str = "xs", **options) -> EdgeViT:
+def edgevit(variant: str = "xs", **options: object) -> EdgeViT:
     """EdgeViT by its authors' sizes: "xxs", "xs" or "s".
 
     Args:

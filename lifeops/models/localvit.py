@@ -15,6 +15,7 @@ from lifeops.models.swin import SwinTransformer
 from lifeops.models.t2t import T2T
 from lifeops.models.tnt import TNT
 from lifeops.nn.localvit import ACTS, LocalityFeedForward
+from lifeops.options import GateAct
 
 
 class Variant(NamedTuple):
@@ -58,7 +59,9 @@ def plain(variant: str, **host) -> nn.Module:
 
 
 @under("localvit")
-def localvit(variant: str = "tiny_mlp4_act3_r192", *, act: str | None = None, reduction: int | None = None, **host) -> nn.Module:
+def localvit(
+    variant: str = "tiny_mlp4_act3_r192", *, act: GateAct | None = None, reduction: int | None = None, **host: object
+) -> nn.Module:
     """LocalViT: a host whose blocks end in :class:`lifeops.nn.LocalityFeedForward` instead of LayerNorm and MLP.
 
     Args:

@@ -16,6 +16,7 @@ from lifeops.nn.plain import is_fused, pool
 from lifeops.nn.pooling import pool_tokens
 from lifeops.nn.pooling_attention import PoolingAttention
 from lifeops.nn.scripting import NotScripted
+from lifeops.options import Pair, Pooling, Resize
 
 
 def _skip(stride: tuple[int, int]) -> nn.MaxPool2d | None:
@@ -105,10 +106,12 @@ class MViT(nn.Module):
     """
 
     def __init__(
-        self, img_size=224, in_chans=3, num_classes=1000, embed_dim=96, depths=(1, 2, 5, 2), num_heads=1, mlp_ratio=4.0, class_token=False,
-        expand_attn=True, mode="conv", kernel=3, stride_kv=4, residual_pooling=True, residual_prefix=True, rel_pos=True,
-        rel_pos_resize="interpolate", qkv_bias=True, norm_eps=1e-6, drop_rate=0.0, drop_path_rate=0.0,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 96, depths: tuple[int, ...] = (1, 2, 5, 2),
+        num_heads: int = 1, mlp_ratio: float = 4.0, class_token: bool = False, expand_attn: bool = True, mode: Pooling = "conv",
+        kernel: int = 3, stride_kv: int = 4, residual_pooling: bool = True, residual_prefix: bool = True, rel_pos: bool = True,
+        rel_pos_resize: Resize = "interpolate", qkv_bias: bool = True, norm_eps: float = 1e-6, drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         name = "MViT"
         check_sizes(name, in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim, num_heads=num_heads, stride_kv=stride_kv)
@@ -183,7 +186,7 @@ VARIANTS = {
 
 
 @under("mvitv2")
-def mvitv2(variant: str = "tiny", **host) -> MViT:
+def mvitv2(variant: str = "tiny", **host: object) -> MViT:
     """MViTv2 of the authors' sizes "tiny", "small", "base" or "large"; timm's state dicts of ``mvitv2_<variant>`` are its own.
 
     ``host``: what :class:`lifeops.models.MViT` takes (img_size, num_classes, class_token, drop_path_rate, …), instead of the variant's own.

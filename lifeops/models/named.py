@@ -141,7 +141,7 @@ def _own(name: str, system: str, host: dict) -> nn.Module:
     return dw_shortcut(name, every=None if system == "plain" else 1, **host)
 
 
-def named(name: str, system: str | None = None, **host) -> nn.Module:
+def named(name: str, system: str | None = None, **host: object) -> nn.Module:
     """The model ``name`` with ``system`` built in, on the current default device.
 
     Args:

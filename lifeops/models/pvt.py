@@ -14,6 +14,7 @@ from lifeops.nn.attend import split_heads
 from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.inputs import check_heads
 from lifeops.nn.maps import on_patches, to_maps
+from lifeops.options import Pair
 from lifeops.told import ToldInMetadata
 
 NAME = "PyramidVisionTransformer"
@@ -65,10 +66,11 @@ class PyramidVisionTransformer(nn.Module):
     """
 
     def __init__(
-        self, img_size=224, patch_size=4, in_chans=3, num_classes=1000, embed_dims=(64, 128, 320, 512), depths=(2, 2, 2, 2),
-        num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1), qkv_bias=True, norm_eps=1e-6, drop_path_rate=0.0,
-        conv: ConvFactory | None = None,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000,
+        embed_dims: tuple[int, ...] = (64, 128, 320, 512), depths: tuple[int, ...] = (2, 2, 2, 2),
+        num_heads: tuple[int, ...] = (1, 2, 5, 8), mlp_ratios: tuple[float, ...] = (8, 8, 4, 4), sr_ratios: tuple[int, ...] = (8, 4, 2, 1),
+        qkv_bias: bool = True, norm_eps: float = 1e-6, drop_path_rate: float = 0.0, conv: ConvFactory | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes)
         check_counts(NAME, embed_dims=embed_dims, depths=depths, num_heads=num_heads, sr_ratios=sr_ratios)

@@ -18,6 +18,7 @@ from lifeops.nn.plain import depthwise, is_fused
 from lifeops.nn.regional_attention import CORNER_MASKS, RegionalAttention, padding_mask
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.token_dwconv.public import token_dwconv
+from lifeops.options import CornerMask, Pair, Stem
 from lifeops.told import ToldInMetadata
 
 STEMS = ("3conv", "1conv")
@@ -151,10 +152,11 @@ class RegionViT(ToldInMetadata):
     told = ("corner_mask",)
 
     def __init__(
-        self, img_size=224, patch_size=4, in_chans=3, num_classes=1000, embed_dim=(64, 128, 256, 512), depths=(2, 2, 8, 2),
-        num_heads=(2, 4, 8, 16), window_size=7, mlp_ratio=4.0, stem="3conv", peg=False, corner_mask="fixed", qkv_bias=True,
-        norm_eps=1e-6, drop_path_rate=0.0,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000,
+        embed_dim: int | tuple[int, ...] = (64, 128, 256, 512), depths: tuple[int, ...] = (2, 2, 8, 2),
+        num_heads: tuple[int, ...] = (2, 4, 8, 16), window_size: int = 7, mlp_ratio: float = 4.0, stem: Stem = "3conv", peg: bool = False,
+        corner_mask: CornerMask = "fixed", qkv_bias: bool = True, norm_eps: float = 1e-6, drop_path_rate: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         name = "RegionViT"
         check_sizes(name, in_chans=in_chans, num_classes=num_classes, window_size=window_size, patch_size=patch_size)
@@ -226,7 +228,7 @@ VARIANTS = {
 
 
 @under("regionvit")
-def regionvit(variant: str = "tiny", *, w14: bool = False, peg: bool = False, **host) -> RegionViT:
+def regionvit(variant: str = "tiny", *, w14: bool = False, peg: bool = False, **host: object) -> RegionViT:
     """RegionViT of the authors' sizes "tiny", "small", "medium" or "base".
 
     ``w14``: regions of 14 x 14 patches instead of 7 x 7; ``peg``: convolutions as position encoding (the authors have both of "small" and

@@ -18,6 +18,7 @@ from lifeops.models.inputs import check_images, check_rates, check_sizes, check_
 from lifeops.nn.feed_forward import FeedForward
 from lifeops.nn.maps import to_tokens
 from lifeops.nn.token_slimming import ReverseTokenSlimming, TokenSlimming
+from lifeops.options import Pair
 from lifeops.told import ToldInMetadata
 
 NAME = "SiT"
@@ -98,9 +99,11 @@ class SiT(ToldInMetadata):
     told = "stage_blocks", "skip"
 
     def __init__(
-        self, img_size=224, in_chans=3, num_classes=1000, embed_dim=320, num_heads=5, stage_blocks=(1, 1, 1, 11), mlp_ratio=3.0,
-        keep_ratio=0.5, num_tokens=None, stem=4, skip=2.0, qkv_bias=False, drop_path_rate=0.0, distill=False,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 320, num_heads: int = 5,
+        stage_blocks: tuple[int, ...] = (1, 1, 1, 11), mlp_ratio: float = 3.0, keep_ratio: float = 0.5,
+        num_tokens: tuple[int, ...] | None = None, stem: int = 4, skip: float = 2.0, qkv_bias: bool = False, drop_path_rate: float = 0.0,
+        distill: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim, num_heads=num_heads)
         check_rates(NAME, mlp_ratio=mlp_ratio, drop=("drop_path_rate", drop_path_rate), qkv_bias=qkv_bias)
@@ -188,7 +191,7 @@ def _tokens(img_size, patches: int, stages: int, keep_ratio: float, num_tokens) 
 
 
 @under("sit")
-def sit(variant: str = "tiny", **options) -> SiT:
+def sit(variant: str = "tiny", **options: object) -> SiT:
     """Self-slimmed ViT by its authors' sizes: "tiny", "xsmall", "small", "medium", or "large", which is made for 288 x 288 images.
 
     Args:

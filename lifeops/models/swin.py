@@ -20,6 +20,7 @@ from lifeops.nn.attend import attend_tokens
 from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
+from lifeops.options import Pair
 
 
 def windows(x: Tensor, size: int) -> Tensor:
@@ -171,10 +172,11 @@ class SwinTransformer(nn.Module):
     """
 
     def __init__(
-        self, img_size=224, patch_size=4, in_chans=3, num_classes=1000, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
-        window_size=7, mlp_ratio=4.0, qkv_bias=True, drop_path_rate=0.0, every=1, kernel_sizes=3, grad_checkpointing=False,
-        conv: ConvFactory | None = None,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 96,
+        depths: tuple[int, ...] = (2, 2, 6, 2), num_heads: tuple[int, ...] = (3, 6, 12, 24), window_size: int = 7, mlp_ratio: float = 4.0,
+        qkv_bias: bool = True, drop_path_rate: float = 0.0, every: int | None = 1, kernel_sizes: int | tuple[int, ...] = 3,
+        grad_checkpointing: bool = False, conv: ConvFactory | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         name = type(self).__name__
         check_sizes(name, in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim, window_size=window_size)

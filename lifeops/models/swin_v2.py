@@ -21,6 +21,7 @@ from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.feed_forward import FeedForward
 from lifeops.nn.inputs import check_heads
 from lifeops.nn.life import LifeQKV
+from lifeops.options import Pair
 
 NAME = "SwinTransformerV2"
 VARIANTS = {  # parameters with 100 classes, plain and with LIFE
@@ -122,9 +123,10 @@ class SwinTransformerV2(nn.Module):
     """
 
     def __init__(
-        self, img_size=256, patch_size=4, in_chans=3, num_classes=1000, embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24),
-        window_size=8, mlp_ratio=4.0, qkv_bias=True, drop_path_rate=0.0, life=False,
-    ):  # fmt: skip
+        self, img_size: Pair = 256, patch_size: int = 4, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 96,
+        depths: tuple[int, ...] = (2, 2, 6, 2), num_heads: tuple[int, ...] = (3, 6, 12, 24), window_size: int = 8, mlp_ratio: float = 4.0,
+        qkv_bias: bool = True, drop_path_rate: float = 0.0, life: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim, window_size=window_size)
         check_counts(NAME, depths=depths, num_heads=num_heads)
@@ -168,7 +170,7 @@ class SwinTransformerV2(nn.Module):
 
 
 @under("life_swinv2")
-def life_swinv2(variant: str = "tiny", **options) -> SwinTransformerV2:
+def life_swinv2(variant: str = "tiny", **options: object) -> SwinTransformerV2:
     """Swin V2 with LIFE by its authors' sizes: "tiny" or "small", by default for 256 x 256 pixels in patches of 4, windows of 8 x 8.
 
     Args:

@@ -19,6 +19,7 @@ from lifeops.nn.life import LifeAttention
 from lifeops.nn.localvit import LocalityFeedForward
 from lifeops.nn.maps import to_maps
 from lifeops.ops.channel.act import accumulate_dtype
+from lifeops.options import Pair
 
 NAME = "T2T"
 _SPLITS = (7, 4, 2), (3, 2, 1), (3, 2, 1)  # kernel, stride and padding of the three unfoldings
@@ -118,10 +119,10 @@ class T2T(nn.Module):
     """
 
     def __init__(
-        self, img_size=224, in_chans=3, num_classes=1000, embed_dim=256, depth=7, num_heads=4, mlp_ratio=2.0, token_dim=64,
-        qkv_bias=False, norm_eps=1e-5, token_drop=0.1, drop_path_rate=0.0, attn: AttentionFactory | None = None,
-        conv: ConvFactory | None = None,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 256, depth: int = 7, num_heads: int = 4,
+        mlp_ratio: float = 2.0, token_dim: int = 64, qkv_bias: bool = False, norm_eps: float = 1e-5, token_drop: float = 0.1,
+        drop_path_rate: float = 0.0, attn: AttentionFactory | None = None, conv: ConvFactory | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes, embed_dim=embed_dim, depth=depth, token_dim=token_dim)
         check_heads(NAME, embed_dim, num_heads)
@@ -171,7 +172,7 @@ class T2T(nn.Module):
 
 
 @under("life_t2t")
-def life_t2t(variant: str = "12", **options) -> T2T:
+def life_t2t(variant: str = "12", **options: object) -> T2T:
     """T2T-ViT with LIFE (arXiv 2305.08551): :class:`lifeops.nn.LifeAttention` in every block behind the tokens' joining.
 
     Our reading: the paper has a T2T-ViT-12 with LIFE (6.59 M parameters, 1.71 GMACs), its authors' repository has no code of it. Tokens

@@ -14,6 +14,7 @@ from lifeops.nn.attend import attend_tokens, split_heads
 from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.feed_forward import FeedForward
 from lifeops.nn.inputs import check_heads
+from lifeops.options import Pair
 from lifeops.told import ToldInMetadata
 
 NAME = "TNT"
@@ -105,9 +106,10 @@ class TNT(nn.Module):
     """
 
     def __init__(
-        self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=192, in_dim=12, depth=12, num_heads=3, in_num_heads=3,
-        mlp_ratio=4.0, qkv_bias=False, norm_eps=1e-5, drop_path_rate=0.0, conv: ConvFactory | None = None,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, patch_size: int = 16, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 192,
+        in_dim: int = 12, depth: int = 12, num_heads: int = 3, in_num_heads: int = 3, mlp_ratio: float = 4.0, qkv_bias: bool = False,
+        norm_eps: float = 1e-5, drop_path_rate: float = 0.0, conv: ConvFactory | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         sizes = {"embed_dim": embed_dim, "in_dim": in_dim, "depth": depth, "num_heads": num_heads, "in_num_heads": in_num_heads}
         check_sizes(NAME, in_chans=in_chans, num_classes=num_classes, patch_size=patch_size, **sizes)

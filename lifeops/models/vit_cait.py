@@ -18,6 +18,7 @@ from lifeops.models.inputs import check_images, check_rates, check_sizes, grid_o
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 from lifeops.nn.inputs import check_like
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
+from lifeops.options import Pair
 from lifeops.told import ToldInMetadata
 
 
@@ -200,9 +201,10 @@ class ViT(_Host):
     """
 
     def __init__(
-        self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=192, depth=12, num_heads=3, head_dim=None, mlp_ratio=4.0,
-        drop_rate=0.0, every=1, kernel_sizes=3,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, patch_size: Pair = 16, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 192,
+        depth: int = 12, num_heads: int = 3, head_dim: int | None = None, mlp_ratio: float = 4.0, drop_rate: float = 0.0,
+        every: int | None = 1, kernel_sizes: int | tuple[int, ...] = 3,
+    ) -> None:  # fmt: skip
         super().__init__(img_size, patch_size, in_chans, num_classes, embed_dim, num_heads, head_dim, drop_rate, 1)
         _check_stack(self, {"depth": depth}, mlp_ratio, every, kernel_sizes)
         hidden = round(embed_dim * mlp_ratio)
@@ -226,9 +228,10 @@ class CaiT(_Host):
     """
 
     def __init__(
-        self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=192, depth=12, cls_depth=2, num_heads=4, head_dim=None,
-        mlp_ratio=4.0, drop_rate=0.0, every=1, kernel_sizes=3,
-    ):  # fmt: skip
+        self, img_size: Pair = 224, patch_size: Pair = 16, in_chans: int = 3, num_classes: int = 1000, embed_dim: int = 192,
+        depth: int = 12, cls_depth: int = 2, num_heads: int = 4, head_dim: int | None = None, mlp_ratio: float = 4.0,
+        drop_rate: float = 0.0, every: int | None = 1, kernel_sizes: int | tuple[int, ...] = 3,
+    ) -> None:  # fmt: skip
         super().__init__(img_size, patch_size, in_chans, num_classes, embed_dim, num_heads, head_dim, drop_rate, 0)
         _check_stack(self, {"depth": depth, "cls_depth": cls_depth}, mlp_ratio, every, kernel_sizes)
         hidden = round(embed_dim * mlp_ratio)

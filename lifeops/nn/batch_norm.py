@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from lifeops.ops.channel.norm_function import Config, TokenBatchNorm
 from lifeops.ops.token_dwconv.act_function import ChannelAct, activated
 
 _FOLD = "fold_batch_norms_"
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def on_batch(norm: nn.Module) -> bool:
@@ -127,7 +130,7 @@ def check_readable(name: str, layer: nn.Module, rule: Rule) -> None:
         raise ValueError(f"fuse_: {name} cannot be folded: {'; '.join(wrong)} (merge adapters, remove parametrizations and hooks first)")
 
 
-def fuse_(module: nn.Module) -> nn.Module:
+def fuse_(module: M) -> M:
     """Fold the batch norms of lifeops' modules in ``module`` into their convolutions, in place, for inference; returns ``module``,
     as it is where it holds none.
 

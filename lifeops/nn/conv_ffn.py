@@ -54,8 +54,9 @@ class ConvFeedForward(NotScripted, nn.Module):
     needs_grid = True
 
     def __init__(
-        self, dim, mlp_ratio=4.0, num_prefix_tokens=0, *, kernel_size=3, grid=None, extra_relu=False, drop=0.0, device=None, dtype=None
-    ):  # fmt: skip
+        self, dim: int, mlp_ratio: float = 4.0, num_prefix_tokens: int = 0, *, kernel_size: int = 3, grid: tuple[int, int] | None = None,
+        extra_relu: bool = False, drop: float = 0.0, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim, hidden = hidden_width(NAME, dim, mlp_ratio, "mlp_ratio")
         kernel_size, num_prefix_tokens = check_kernel_size(NAME, kernel_size), check_int(NAME, "num_prefix_tokens", num_prefix_tokens, 0)
@@ -114,7 +115,10 @@ class OverlapPatchEmbed(ToldInMetadata):
 
     told = "stride", "padding"
 
-    def __init__(self, in_chans=3, embed_dim=64, patch_size=7, stride=4, padding=None, *, device=None, dtype=None):
+    def __init__(
+        self, in_chans: int = 3, embed_dim: int = 64, patch_size: int = 7, stride: int = 4, padding: int | None = None, *,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         sizes = {"in_chans": in_chans, "embed_dim": embed_dim, "patch_size": patch_size, "stride": stride}
         in_chans, embed_dim, patch_size, stride = (check_int(EMBED, name, n, 1) for name, n in sizes.items())

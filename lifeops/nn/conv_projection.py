@@ -19,6 +19,7 @@ from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.local_attention.formula import heads
 from lifeops.ops.token_conv.multi import token_dwconv_multi
 from lifeops.ops.token_pool.function import token_pool
+from lifeops.options import Projection
 from lifeops.told import ToldInMetadata
 
 METHODS = ("dw_bn", "avg", "linear")
@@ -80,9 +81,11 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
     told = "num_heads", "method", "stride_q", "stride_kv"
 
     def __init__(
-        self, dim, num_heads=8, num_prefix_tokens=1, *, grid=None, method="dw_bn", kernel_size=3, stride_q=None, stride_kv=None,
-        qkv_bias=True, attn_drop=0.0, proj_drop=0.0, device=None, dtype=None,
-    ):  # fmt: skip
+        self, dim: int, num_heads: int = 8, num_prefix_tokens: int = 1, *, grid: tuple[int, int] | None = None,
+        method: Projection = "dw_bn", kernel_size: int = 3, stride_q: int | None = None, stride_kv: int | None = None,
+        qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim, num_heads = check_heads(NAME, dim, num_heads)
         num_prefix_tokens, kernel_size = check_int(NAME, "num_prefix_tokens", num_prefix_tokens, 0), check_kernel_size(NAME, kernel_size)

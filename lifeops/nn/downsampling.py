@@ -37,7 +37,7 @@ class TwoGridDownsampling(NotScripted, nn.Module):
     One set of weights, ``proj``, which state dicts hold twice, as ``proj_cls``, too: the authors' do.
     """
 
-    def __init__(self, dim: int, dim_out: int):
+    def __init__(self, dim: int, dim_out: int) -> None:
         super().__init__()
         name = "TwoGridDownsampling"
         self.dim, self.dim_out = dim, dim_out = check_int(name, "dim", dim, 1), check_int(name, "dim_out", dim_out, 1)
@@ -78,7 +78,9 @@ class TwoGridDownsampling(NotScripted, nn.Module):
         y = token_dwconv(F.gelu(norm.of_tokens(x)), conv.weight, conv.bias, grid=grid, **place)
         return y, geometry.conv_grid(grid, conv.kernel_size, **place)
 
-    def forward(self, regions: Tensor, region_grid: tuple[int, int], x: Tensor, grid: tuple[int, int]):
+    def forward(
+        self, regions: Tensor, region_grid: tuple[int, int], x: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, tuple[int, int], Tensor, tuple[int, int]]:
         """regions (B, gh * gw, dim), x (B, H * W, dim) and their grids -> the same, coarser, with dim_out channels."""
         name, first = "TwoGridDownsampling", next(self.proj.children(), None)
         region_grid, grid = geometry.pair(name, "region_grid", region_grid, 1), geometry.pair(name, "grid", grid, 1)

@@ -195,7 +195,10 @@ class DWShortcut(ShortcutModule):
 
     needs_grid = True
 
-    def __init__(self, dim, kernel_size=3, num_prefix_tokens=1, *, grid=None, device=None, dtype=None):
+    def __init__(
+        self, dim: int, kernel_size: int | tuple[int, ...] = 3, num_prefix_tokens: int = 1, *, grid: tuple[int, int] | None = None,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         dim, num_prefix_tokens = check_int("DWShortcut", "dim", dim, 1), check_int("DWShortcut", "num_prefix_tokens", num_prefix_tokens, 0)
         grid = geometry.fixed_grid("DWShortcut", grid, num_prefix_tokens)
         super().__init__(dim, 1, kernel_size, **check_factory("DWShortcut", device, dtype))

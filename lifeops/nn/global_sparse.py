@@ -48,9 +48,10 @@ class GlobalSparseAttention(NotScripted, ToldInMetadata):
     )
 
     def __init__(
-        self, dim, num_heads=8, sr_ratio=1, num_prefix_tokens=0, *, grid=None, qkv_bias=True, attn_drop=0.0, proj_drop=0.0, device=None,
-        dtype=None,
-    ):  # fmt: skip
+        self, dim: int, num_heads: int = 8, sr_ratio: int = 1, num_prefix_tokens: int = 0, *, grid: tuple[int, int] | None = None,
+        qkv_bias: bool = True, attn_drop: float = 0.0, proj_drop: float = 0.0, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim, num_heads = check_heads(NAME, dim, num_heads)
         sr_ratio, num_prefix_tokens = check_int(NAME, "sr_ratio", sr_ratio, 1), check_int(NAME, "num_prefix_tokens", num_prefix_tokens, 0)

@@ -17,6 +17,7 @@ from lifeops.nn.scripting import NotScripted
 from lifeops.ops.life_qkv.function import join_scales, life_qkv
 from lifeops.ops.life_qkv.project_scales import project_scales
 from lifeops.ops.life_qkv.spec import AUX_KEYS, scale1_keys, scale_dims
+from lifeops.options import AuxKey
 from lifeops.told import ToldInMetadata
 
 
@@ -63,8 +64,9 @@ class LifeQKV(NotScripted, ToldInMetadata):
     told = "num_heads", "aux_key"
 
     def __init__(
-        self, dim, num_heads, num_prefix_tokens=1, qkv_norm=False, aux_key="multiscale", *, recompute=False, device=None, dtype=None
-    ):
+        self, dim: int, num_heads: int, num_prefix_tokens: int = 1, qkv_norm: bool = False, aux_key: AuxKey = "multiscale", *,
+        recompute: bool = False, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         options = num_prefix_tokens, qkv_norm, aux_key, recompute
         dim, num_heads, num_prefix_tokens = _check_options("LifeQKV", dim, num_heads, *options)
@@ -89,7 +91,7 @@ class LifeQKV(NotScripted, ToldInMetadata):
         layers = [(f"{scale}.{name}", rule) for scale in scales for name, rule in steps]
         return [("scale1", exactly(nn.Linear)), *((scale, exactly(_Scale)) for scale in scales), *layers]
 
-    def scales(self, x, grid):
+    def scales(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, ...]:
         """z1, z2, z3, each (B, N, 3·d_s) holding q|k|v of its scale; before any qkv_norm."""
         if not is_fused(self):
             return self._composed(x, grid)
@@ -146,9 +148,10 @@ class LifeAttention(NotScripted, nn.Module):
     by_scale = True  # False where something goes over all heads before they attend
 
     def __init__(
-        self, dim, num_heads=8, num_prefix_tokens=1, *, grid=None, qkv_norm=False, aux_key="multiscale", attn_drop=0.0, proj_drop=0.0,
-        proj_bias=True, recompute=False, device=None, dtype=None,
-    ):  # fmt: skip
+        self, dim: int, num_heads: int = 8, num_prefix_tokens: int = 1, *, grid: tuple[int, int] | None = None, qkv_norm: bool = False,
+        aux_key: AuxKey = "multiscale", attn_drop: float = 0.0, proj_drop: float = 0.0, proj_bias: bool = True, recompute: bool = False,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         options = num_prefix_tokens, qkv_norm, aux_key, recompute
         dim, num_heads, num_prefix_tokens = _check_options("LifeAttention", dim, num_heads, *options)
@@ -188,7 +191,7 @@ class LifeAttention(NotScripted, nn.Module):
         """The heads' outputs, of one scale each or all together, through ``proj``."""
         return self.proj(parts[0]) if len(parts) == 1 else project_scales(parts, self.proj.weight, self.proj.bias)
 
-    def qkv_heads(self, x: torch.Tensor, grid: tuple[int, int] | None = None):
+    def qkv_heads(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> tuple[torch.Tensor, ...]:
         """q, k, v as (B, h, N, d): what an attention map is computed from."""
         return tuple(self._heads(t) for t in self.qkv(x, self.grid_holder.of("LifeAttention", grid)))
 

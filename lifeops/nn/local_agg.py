@@ -55,8 +55,9 @@ class LocalAgg(Fusible, NotScripted, nn.Module):
     needs_grid = True
 
     def __init__(
-        self, dim, mlp_ratio=4.0, num_prefix_tokens=0, *, grid=None, kernel_size=5, drop_path=None, device=None, dtype=None
-    ):  # fmt: skip
+        self, dim: int, mlp_ratio: float = 4.0, num_prefix_tokens: int = 0, *, grid: tuple[int, int] | None = None, kernel_size: int = 5,
+        drop_path: nn.Module | None = None, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim, hidden = hidden_width(NAME, dim, mlp_ratio, "mlp_ratio")
         kernel_size, num_prefix_tokens = check_kernel_size(NAME, kernel_size), check_int(NAME, "num_prefix_tokens", num_prefix_tokens, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -31,10 +33,12 @@ class LocalAttention(NotScripted, nn.Module):
     needs_grid = True
 
     def __init__(
-        self, dim, num_heads=8, kernel_size=3, num_prefix_tokens=1, *, grid=None, attn_head_dim=None, dim_out=None, qkv_bias=False,
-        qk_norm=False, scale_norm=False, proj_bias=True, gated=False, attn_drop=0.0, proj_drop=0.0, norm_layer=None, local_bias=True,
-        device=None, dtype=None,
-    ):  # fmt: skip
+        self, dim: int, num_heads: int = 8, kernel_size: int = 3, num_prefix_tokens: int = 1, *, grid: tuple[int, int] | None = None,
+        attn_head_dim: int | None = None, dim_out: int | None = None, qkv_bias: bool = False, qk_norm: bool = False,
+        scale_norm: bool = False, proj_bias: bool = True, gated: bool = False, attn_drop: float = 0.0, proj_drop: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] | None = None, local_bias: bool = True, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         name = "LocalAttention"
         attn_head_dim, dim_out = (check_int(name, n, v, 1, True) for n, v in (("attn_head_dim", attn_head_dim), ("dim_out", dim_out)))

@@ -27,6 +27,7 @@ from lifeops.nn.scripting import NotScripted
 from lifeops.ops import locality_ffn as chain
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.channel.gate import GATES
+from lifeops.options import GateAct
 from lifeops.told import ToldInMetadata
 
 ACTS = {"relu6": ("relu6", "")} | {"hs" + f"+{kind}" * bool(kind): ("hardswish", kind) for kind in GATES}
@@ -67,9 +68,10 @@ class LocalityFeedForward(Fusible, NotScripted, ToldInMetadata):
     told = ("act",)
 
     def __init__(
-        self, dim, expand_ratio=4.0, act="hs+se", reduction=4, wo_dp_conv=False, dp_first=False, num_prefix_tokens=1, *, grid=None,
-        device=None, dtype=None,
-    ):  # fmt: skip
+        self, dim: int, expand_ratio: float = 4.0, act: GateAct = "hs+se", reduction: int = 4, wo_dp_conv: bool = False,
+        dp_first: bool = False, num_prefix_tokens: int = 1, *, grid: tuple[int, int] | None = None,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         name = "LocalityFeedForward"
         check_choice(name, "act", act, ACTS)
@@ -191,7 +193,10 @@ class LocalViTBlock(ToldInMetadata):
     timm's ``attn_mask``, go to it too.
     """
 
-    def __init__(self, norm1: nn.Module, attn: nn.Module, conv: LocalityFeedForward, drop_path1=None, ls1=None):
+    def __init__(
+        self, norm1: nn.Module, attn: nn.Module, conv: LocalityFeedForward, drop_path1: nn.Module | None = None,
+        ls1: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         for name, module in (("norm1", norm1), ("attn", attn), ("conv", conv)):
             check_module("LocalViTBlock", name, module)

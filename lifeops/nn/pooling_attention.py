@@ -16,6 +16,7 @@ from lifeops.nn.pooling import pool_tokens, pooled_grid
 from lifeops.nn.relative import RESIZES, relative_bias, table_rows
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.local_attention.formula import heads
+from lifeops.options import Pair, Pooling, Resize
 from lifeops.told import ToldInMetadata
 
 MODES = ("conv", "max", "avg", "conv_unshared")
@@ -64,10 +65,12 @@ class PoolingAttention(NotScripted, ToldInMetadata):
     told = "num_heads", "stride_kv", "residual_pooling", "residual_prefix"
 
     def __init__(
-        self, dim, num_heads=8, num_prefix_tokens=0, *, dim_out=None, grid=None, mode="conv", kernel_q=3, kernel_kv=3, stride_q=1,
-        stride_kv=1, pool_first=False, residual_pooling=True, residual_prefix=False, rel_pos=None, rel_pos_resize="interpolate",
-        qkv_bias=True, norm_eps=1e-6, device=None, dtype=None,
-    ):  # fmt: skip
+        self, dim: int, num_heads: int = 8, num_prefix_tokens: int = 0, *, dim_out: int | None = None, grid: tuple[int, int] | None = None,
+        mode: Pooling = "conv", kernel_q: int = 3, kernel_kv: int = 3, stride_q: Pair = 1, stride_kv: Pair = 1, pool_first: bool = False,
+        residual_pooling: bool = True, residual_prefix: bool = False, rel_pos: tuple[int, int] | None = None,
+        rel_pos_resize: Resize = "interpolate", qkv_bias: bool = True, norm_eps: float = 1e-6,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         name = "PoolingAttention"
         dim, num_heads = check_int(name, "dim", dim, 1), check_int(name, "num_heads", num_heads, 1)

@@ -59,7 +59,10 @@ class RegionalAttention(NotScripted, ToldInMetadata):
         dim, num_heads: C and h. window_size: w. qkv_bias: as usual.
     """
 
-    def __init__(self, dim, num_heads, window_size, qkv_bias=True, *, device=None, dtype=None):
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, qkv_bias: bool = True, *, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         name = "RegionalAttention"
         dim, num_heads = check_heads(name, dim, num_heads)

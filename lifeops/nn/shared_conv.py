@@ -46,7 +46,10 @@ class SharedConvAttention(NotScripted, nn.Module):
 
     needs_grid = True
 
-    def __init__(self, mhsa: nn.Module, num_prefix_tokens: int = 0, *, grid=None, offsets: Sequence[tuple[int, int]] | None = None):
+    def __init__(
+        self, mhsa: nn.Module, num_prefix_tokens: int = 0, *, grid: tuple[int, int] | None = None,
+        offsets: Sequence[tuple[int, int]] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_module(NAME, "mhsa", mhsa)
         self.layers = next((names for names in LAYERS if all(isinstance(getattr(mhsa, n, None), nn.Module) for n in names)), None)

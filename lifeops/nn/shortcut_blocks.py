@@ -142,7 +142,10 @@ def _checked_blocks(blocks) -> list[nn.Module]:
     return found
 
 
-def wrap(blocks, every=1, *, kernel_size=3, num_prefix_tokens=1, dim=None, grid=None) -> nn.ModuleList:
+def wrap(
+    blocks: Iterable[nn.Module], every: int = 1, *, kernel_size: int | tuple[int, ...] = 3, num_prefix_tokens: int = 1,
+    dim: int | None = None, grid: tuple[int, int] | None = None,
+) -> nn.ModuleList:  # fmt: skip
     """One :class:`DWShortcut` around every ``every`` consecutive ``blocks``: a list of len(blocks) / every :class:`ShortcutBlocks`.
 
     The blocks are the same objects as before; the shortcuts take device, dtype and mode from them.

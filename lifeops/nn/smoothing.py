@@ -52,9 +52,9 @@ class TokenSmoothing(NotScripted, nn.Module):
     needs_grid = True
 
     def __init__(
-        self, sigma: float = 1.0, kernel_size: int = 3, num_prefix_tokens: int = 0, *, grid=None, padding: int | None = None,
-        schedule: Callable[[int], float] | None = None,
-    ):  # fmt: skip
+        self, sigma: float = 1.0, kernel_size: int = 3, num_prefix_tokens: int = 0, *, grid: tuple[int, int] | None = None,
+        padding: int | None = None, schedule: Callable[[int], float] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.kernel_size = check_kernel_size(NAME, kernel_size)
         self.num_prefix_tokens = check_int(NAME, "num_prefix_tokens", num_prefix_tokens, 0)

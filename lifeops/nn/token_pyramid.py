@@ -92,9 +92,10 @@ class TokenPyramid(NotScripted, nn.Module):
     needs_grid = True
 
     def __init__(
-        self, dim, out_dim=256, num_prefix_tokens=0, *, patch_size=16, strides=(4, 8, 16, 32), grid=None, norm_eps=1e-6, device=None,
-        dtype=None,
-    ):  # fmt: skip
+        self, dim: int, out_dim: int = 256, num_prefix_tokens: int = 0, *, patch_size: int = 16, strides: tuple[int, ...] = (4, 8, 16, 32),
+        grid: tuple[int, int] | None = None, norm_eps: float = 1e-6, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim, out_dim = check_int(NAME, "dim", dim, 1), check_int(NAME, "out_dim", out_dim, 1)
         num_prefix_tokens = check_int(NAME, "num_prefix_tokens", num_prefix_tokens, 0)

@@ -41,7 +41,10 @@ class TokenSlimming(NotScripted, nn.Module):
 
     no_rollout = "behind which a token is a sum of patches with weights of its own: the maps that follow are not of patches"
 
-    def __init__(self, dim: int, num_tokens: int, num_prefix_tokens: int = 1, *, hidden_ratio: float = 0.5, device=None, dtype=None):
+    def __init__(
+        self, dim: int, num_tokens: int, num_prefix_tokens: int = 1, *, hidden_ratio: float = 0.5,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim, hidden = hidden_width(NAME, dim, hidden_ratio, "hidden_ratio")
         self.dim, self.num_tokens = dim, check_int(NAME, "num_tokens", num_tokens, 1)
@@ -92,7 +95,10 @@ class ReverseTokenSlimming(NotScripted, nn.Module):
     Raises ValueError for sizes that do not fit.
     """
 
-    def __init__(self, dim: int, num_tokens: int, num_patches: int, ratio: float = 4.0, *, device=None, dtype=None):
+    def __init__(
+        self, dim: int, num_tokens: int, num_patches: int, ratio: float = 4.0, *, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dim, num_tokens = check_int(REVERSE, "dim", dim, 1), check_int(REVERSE, "num_tokens", num_tokens, 1)
         num_patches, ratio = check_int(REVERSE, "num_patches", num_patches, 1), check_positive(REVERSE, "ratio", ratio)

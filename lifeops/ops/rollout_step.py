@@ -20,6 +20,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lifeops import config, registry, torchlib
 from lifeops.arguments import check_choice, check_number, check_tensors
@@ -27,6 +28,7 @@ from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.full_precision import full_precision
 from lifeops.ops.token_dwconv.samples import Maker, lay_out
 from lifeops.ops.token_dwconv.spec import DTYPES
+from lifeops.options import Backend, HeadFusion
 from lifeops.registry import Op
 
 NAME = "rollout_step"
@@ -221,7 +223,10 @@ def _arguments(r, q, k, scale, head_fusion, residual, discard_ratio, backend):
     return r, q, k, scale, head_fusion, residual, discard_ratio, config.requested_backend(NAME, backend)
 
 
-def rollout_step(r, q, k, *, scale=None, head_fusion="mean", residual=0.5, discard_ratio=0.0, backend=None):
+def rollout_step(
+    r: Tensor, q: Tensor, k: Tensor, *, scale: float | None = None, head_fusion: HeadFusion = "mean", residual: float = 0.5,
+    discard_ratio: float = 0.0, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """One layer of attention roll-out: r Â with Â = (1 - residual) fuse_h(softmax(scale q kᵀ)) + residual I, rows summing to 1.
 
     Args:

@@ -7,8 +7,11 @@ and for scale 1 dW1 = Gᵀ x, dx = G W1. The last sum is one token_dwconv with a
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lifeops import config, geometry, registry, torchlib
 from lifeops.arguments import check_choice, check_flags, check_floating, check_tensors
@@ -16,6 +19,7 @@ from lifeops.ops.life_qkv import spec
 from lifeops.ops.token_dwconv import spec as dwconv
 from lifeops.ops.token_dwconv.function import TokenDWConv, TokenDWConvWeightGrad
 from lifeops.ops.token_dwconv.public import token_dwconv
+from lifeops.options import AuxKey, Backend
 from lifeops.pointwise import pointwise_bwd_dw, pointwise_bwd_dx
 
 _op = torchlib.caller(spec.op)
@@ -172,8 +176,10 @@ def _check_weights(x, w1, b1, dw2, pw2, dw3, pw3):
 
 
 def life_qkv(
-    x, w1, b1, dw2, pw2, dw3, pw3, *, grid, num_prefix_tokens=1, aux_key="multiscale", layout="qkv", recompute=False, backend=None
-):
+    x: Tensor, w1: Tensor, b1: Tensor | None, dw2: Tensor, pw2: Tensor, dw3: Tensor, pw3: Tensor, *, grid: tuple[int, int],
+    num_prefix_tokens: int = 1, aux_key: AuxKey = "multiscale", layout: Literal["qkv", "scales"] = "qkv", recompute: bool = False,
+    backend: Backend | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """LIFE's multi-scale query, key and value: local structure put into attention's inputs, prefix tokens included.
 
     ``z1 = x w1ᵀ + b1; z2 = DW3(z1) pw2ᵀ; z3 = DW5(z2) pw3ᵀ``; scale s holds q|k|v thirds of d_s = C//3 + (s < C%3) channels

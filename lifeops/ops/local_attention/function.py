@@ -6,6 +6,7 @@ Kept for backward: q, k, v (views, no copies), the attention without its local t
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lifeops import config, geometry, registry, torchlib
 from lifeops.arguments import check_generator, check_number, check_rate, check_tensors
@@ -16,6 +17,7 @@ from lifeops.ops.local_attention.formula import kept, log_sum_exp, scores, seque
 from lifeops.ops.token_dwconv import spec as dwconv
 from lifeops.ops.token_dwconv.function import _bwd_db, _bwd_dw
 from lifeops.ops.token_dwconv.public import token_dwconv
+from lifeops.options import Backend
 
 _fwd, _bwd = torchlib.caller(spec.fwd_op), torchlib.caller(spec.bwd_op)
 
@@ -148,9 +150,10 @@ def _existing(t, key_mask):
 
 
 def local_attention(
-    q, k, v, weight=None, bias=None, *, grid, num_prefix_tokens=0, scale=None, attn_mask=None, key_mask=None, dropout_p=0.0,
-    generator=None, backend=None,
-):  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, grid: tuple[int, int],
+    num_prefix_tokens: int = 0, scale: float | None = None, attn_mask: Tensor | None = None, key_mask: Tensor | None = None,
+    dropout_p: float = 0.0, generator: torch.Generator | None = None, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """Multi-head attention plus a depth-wise convolution of its values over the patch grid.
 
     ``softmax(scale q kᵀ + attn_mask) v + [0 for the prefix ; DW_K(v_patch) + bias]``, head by head: channel c of ``weight`` is

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from lifeops.arguments import check_tensor, got, under
 from lifeops.geometry import pair
 from lifeops.ops.token_dwconv.public import token_dwconv
+from lifeops.options import Backend, Pair, Prefix
 
 
-def token_dwconv_multi(x, weights, biases=None, *, grid, num_prefix_tokens=0, prefix="keep", strides=1, paddings=None, backend=None):
+def token_dwconv_multi(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None, *, grid: tuple[int, int],
+    num_prefix_tokens: int = 0, prefix: Prefix = "keep", strides: int | Sequence[Pair] = 1,
+    paddings: int | Sequence[Pair | None] | None = None, backend: Backend | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Several depth-wise convolutions of one input: CvT's q, k and v.
 
     ``tuple(token_dwconv(x, w, b, stride=s, padding=p, …) for w, b, s, p in zip(weights, biases, strides, paddings))``

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lifeops import config, geometry, registry, torchlib
 from lifeops.arguments import check_int, check_tensor, check_tensors
@@ -12,6 +13,7 @@ from lifeops.ops.token_conv import function, spec
 from lifeops.ops.token_dwconv import act_function
 from lifeops.ops.token_dwconv import function as plain_function
 from lifeops.ops.token_dwconv import spec as plain
+from lifeops.options import Backend, Pair, Prefix
 
 
 def rows_of(op: str, x):
@@ -149,8 +151,9 @@ def _residual(residual, y):
 
 
 def token_dwconv_transpose(
-    x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", stride, padding=0, output_padding=0, multiplier=1, backend=None
-):
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, grid: tuple[int, int], num_prefix_tokens: int = 0, prefix: Prefix = "keep",
+    stride: Pair, padding: Pair = 0, output_padding: Pair = 0, multiplier: int = 1, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """The transpose of a strided depth-wise convolution: every token spreads its filter over a finer grid.
 
     ``y[b, P + u*W' + v, c] = bias[c] + sum weight[c, 0, i, j] * x[b, P + r*W + q, c]`` over all r*sh + i - ph = u, q*sw + j - pw = v, as

@@ -20,6 +20,7 @@ from lifeops.ops.token_dwconv import act_spec as spec
 from lifeops.ops.token_dwconv import function as plain
 from lifeops.ops.token_dwconv import spec as dwconv
 from lifeops.ops.token_dwconv.function import _bwd_db
+from lifeops.options import Act
 
 _fwd, _bwd_dx, _bwd_dw = map(torchlib.caller, (spec.fwd_op, spec.bwd_dx_op, spec.bwd_dw_op))
 _bwd = torchlib.caller(act_bwd_spec.op)
@@ -36,7 +37,7 @@ class ChannelAct(NamedTuple):
 
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
-    act: str = "none"
+    act: Act = "none"
 
 
 class Convolved(NamedTuple):

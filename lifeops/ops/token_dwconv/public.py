@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
+from torch import Tensor
 
 from lifeops import config, geometry, registry, torchlib
 from lifeops.arguments import check_flags, check_tensors, is_dense
 from lifeops.ops.token_conv import public as token_conv
 from lifeops.ops.token_dwconv import act_function, function, spec
+from lifeops.options import Backend, Pair, Prefix
 
 
 def _refuse(x, weight, bias, residual):
@@ -48,10 +52,33 @@ def _general(x, weight, stride, padding) -> bool:
     return x.dim() == 4 or not token_conv.is_plain(x, weight, token_conv.steps(spec.NAME, weight.shape[2:], stride, padding))
 
 
+@overload
 def token_dwconv(
-    x, weight, bias=None, *, grid, num_prefix_tokens=0, prefix="keep", residual=None, backend=None, prologue=None, epilogue=None,
-    pool=False, stats=False, stride=1, padding=None,
-):  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, grid: tuple[int, int], num_prefix_tokens: int = 0,
+    prefix: Prefix = "keep", residual: Tensor | None = None, backend: Backend | None = None,
+    prologue: act_function.ChannelAct | None = None, epilogue: act_function.ChannelAct | None = None,
+    stride: Pair = 1, padding: Pair | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def token_dwconv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, grid: tuple[int, int], num_prefix_tokens: int = 0,
+    prefix: Prefix = "keep", residual: Tensor | None = None, backend: Backend | None = None,
+    prologue: act_function.ChannelAct | None = None, epilogue: act_function.ChannelAct | None = None,
+    pool: Literal[True], stats: bool = False, stride: Pair = 1, padding: Pair | None = None,
+) -> act_function.Convolved: ...  # fmt: skip
+@overload
+def token_dwconv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, grid: tuple[int, int], num_prefix_tokens: int = 0,
+    prefix: Prefix = "keep", residual: Tensor | None = None, backend: Backend | None = None,
+    prologue: act_function.ChannelAct | None = None, epilogue: act_function.ChannelAct | None = None,
+    pool: bool = False, stats: Literal[True], stride: Pair = 1, padding: Pair | None = None,
+) -> act_function.Convolved: ...  # fmt: skip
+def token_dwconv(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, grid: tuple[int, int], num_prefix_tokens: int = 0,
+    prefix: Prefix = "keep", residual: Tensor | None = None, backend: Backend | None = None,
+    prologue: act_function.ChannelAct | None = None, epilogue: act_function.ChannelAct | None = None,
+    pool: bool = False, stats: bool = False, stride: Pair = 1, padding: Pair | None = None,
+) -> Tensor | act_function.Convolved:  # fmt: skip
     """Depth-wise convolution over the patch tokens of ``x``; the prefix tokens bypass it.
 
     ``y[b, P + r*W + q, c] = bias[c] + sum_{i,j} weight[c, 0, i, j] * x[b, P + (r+i-K//2)*W + (q+j-K//2), c] (+ residual)``

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from lifeops import config, geometry, registry, torchlib
 from lifeops.arguments import check_choice
@@ -10,6 +11,7 @@ from lifeops.ops.token_conv.public import cast, formed_as, rows_of
 from lifeops.ops.token_dwconv import spec as plain
 from lifeops.ops.token_dwconv.function import _fold, _unfold
 from lifeops.ops.token_pool import spec
+from lifeops.options import Backend, Pair, PoolMode, Prefix
 
 _fwd, _bwd = map(torchlib.caller, (spec.fwd_op, spec.bwd_op))
 
@@ -102,9 +104,9 @@ def _arguments(x, kernel_size, mode, grid, num_prefix_tokens, prefix, stride, pa
 
 
 def token_pool(
-    x, kernel_size, *, mode="max", grid, num_prefix_tokens=0, prefix="keep", stride=None, padding=0, ceil_mode=False,
-    count_include_pad=True, backend=None,
-):  # fmt: skip
+    x: Tensor, kernel_size: Pair, *, mode: PoolMode = "max", grid: tuple[int, int], num_prefix_tokens: int = 0, prefix: Prefix = "keep",
+    stride: Pair | None = None, padding: Pair = 0, ceil_mode: bool = False, count_include_pad: bool = True, backend: Backend | None = None,
+) -> Tensor:  # fmt: skip
     """Pooling over the patch tokens of ``x``; the prefix tokens bypass it.
 
     ``y[b, P + r*W' + q, c]`` is the maximum or the mean of ``x[b, P + u*W + v, c]`` over ``u in [r*sh - ph, r*sh - ph + Kh)`` and v alike,
