@@ -66,6 +66,8 @@ def check_tokens(op: str, name: str, count, height, width, prefix, dim: int = 1)
 
 def pair(op: str, name: str, value, least: int) -> tuple:
     """``value`` as two ints of at least ``least``, of the rows and of the columns; an int stands for both."""
+    if type(value) is int and least <= value < LARGEST:  # most calls
+        return value, value
     given = value
     if not isinstance(value, (tuple, list)):
         value = (value, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from lifeops import geometry
@@ -18,6 +20,7 @@ SCHEMAS = {
 }
 
 
+@functools.lru_cache(maxsize=1024)
 def _place(op, kernel, H, W, sh, sw, ph, pw, ceil_mode=False):
     """H, W, H', W' and the steps, and H'*W'."""
     small = geometry.filtered_grid(op, H, W, kernel, (sh, sw), (ph, pw), ceil_mode)

@@ -104,7 +104,7 @@ def sizes_are_numbers(fn):
     return run
 
 
-def _seen_by_torch() -> bool:
+def seen_by_torch() -> bool:
     """Whether something looks at operators as they pass the dispatcher: compilers, tracers, transforms, modes, the profiler."""
     return _transformed() or _dispatch_modes() > 0 or _tracing() is not None or _profiling()
 
@@ -141,7 +141,7 @@ def caller(op: Op) -> Callable:
     operator, kernel = overload(op), _kernel(op)
 
     def call(*args):
-        if _seen_by_torch() or not {*map(type, args)} <= _PLAIN or args[0].is_meta:
+        if seen_by_torch() or not {*map(type, args)} <= _PLAIN or args[0].is_meta:
             if _by_torch(args):
                 op.check(*args)
                 return op.reference(*args)
@@ -283,7 +283,7 @@ def builds_graph(*tensors) -> bool:
 def below_autograd(call: Callable, *args):
     """``call(*args)`` where nothing is recorded: past the operators' autograd, which would only find that out again."""
     # compilers trace no such guard, a program has to record, and other libraries' modes know convolution, not the conv2d above it
-    if _seen_by_torch() and (_transformed() or captured() or _foreigner_looks_on()):
+    if seen_by_torch() and (_transformed() or captured() or _foreigner_looks_on()):
         return call(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return call(*args)
@@ -295,7 +295,7 @@ def apply(function: type[torch.autograd.Function], fallback, *args):
     ``Function.apply`` binds its arguments with ``inspect.signature`` on every call of a setup_context Function: 150 to 180 µs
     on the host, more than a small kernel. Compilers and torch.func transforms need that entry; eager mode does not.
     """
-    if _seen_by_torch():
+    if seen_by_torch():
         if captured():
             return fallback(*args)
         if _transformed():

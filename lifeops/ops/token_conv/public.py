@@ -70,21 +70,25 @@ def cast(x):
 
 
 @torchlib.sizes_are_numbers
-def _prepared(x, weight, bias, grid, num_prefix_tokens, prefix, backend, stride, padding):
-    """The strided operator's arguments, checked."""
+def _prepared(x, weight, bias, grid, num_prefix_tokens, prefix, backend, stride, padding, check=True):
+    """The strided operator's arguments; with ``check`` all is known to fit, else what the operator finds out once per signature is not."""
     op, rows = plain.NAME, cast(rows_of(plain.NAME, x))
     plain._check_prefix(op, prefix)
     weight, bias = shared_filters(op, weight, bias, rows, x)
     g = geometry.to_grid(op, grid, num_prefix_tokens)
     place = *steps(op, weight.shape[2:], stride, padding), prefix, config.requested_backend(op, backend)
     args = rows, weight, bias, g.height, g.width, g.prefix, *place
-    spec.check(*args, op=op)
+    if check:
+        spec.check(*args, op=op)
     return args
 
 
 def convolve(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend, prologue, epilogue, pool, stats, stride, padding):
     """token_dwconv in all its generality; what surrounds the convolution are operators of their own."""
-    rows, weight, bias, H, W, P, *place = _prepared(x, weight, bias, grid, num_prefix_tokens, prefix, backend, stride, padding)
+    options = grid, num_prefix_tokens, prefix, backend, stride, padding
+    if prologue is epilogue is residual is None and not (pool or stats or torchlib.seen_by_torch()):
+        return formed_as(x, _alone(_prepared(x, weight, bias, *options, check=False)))
+    rows, weight, bias, H, W, P, *place = _prepared(x, weight, bias, *options)
     before, after = _surroundings(rows, weight, prologue, epilogue)
     if before != act_function.ChannelAct():
         rows = act_function.activated(rows, before, P, place[-1])
@@ -97,6 +101,16 @@ def convolve(x, weight, bias, grid, num_prefix_tokens, prefix, residual, backend
     if residual is not None:
         y = y + _residual(residual, y)
     return y if sums is None else act_function.Convolved(y, *sums)
+
+
+def _alone(args):
+    """The filter of arguments that the operator checks, once per signature and in its name: refused again in that of the caller."""
+    try:
+        return _filtered(*args)
+    except (ValueError, TypeError) as error:
+        refused = error
+    spec.check(*args, op=plain.NAME)
+    raise refused
 
 
 @torchlib.sizes_are_numbers
