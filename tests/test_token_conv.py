@@ -57,6 +57,29 @@ def test_strided(steps, prefix):
     same(y, behind(x, expected, prefix), (x, weight, bias))
 
 
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 2), (1, 3)])
+def test_windows_of_stride_2_at_every_edge(padding, m):
+    """Whole vectors of channels: outputs without a tap at one edge, or both, are summed with their neighbours."""
+    for w in (1, 2, 3, 9, 16, 17, 34):
+        x, weight, bias = draw(2, 5 * w, 32), draw(32 * m, 1, 3, 3), draw(32 * m)
+        if w + 2 * padding[1] >= 3:
+            y = lifeops.token_dwconv(x, weight, bias, grid=(5, w), stride=2, padding=padding)
+            expected = F.conv2d(to_map(x, (5, w), 0), weight, bias, 2, padding, groups=32).flatten(2).transpose(1, 2)
+            torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_refused_in_the_name_of_what_was_called():
+    """At every call, also where a graph is built; the operator's own name is another."""
+    x, weight = draw(2, P + H * W, C), draw(C, 1, 3, 3, grad=True)
+    wrong = ((x[:, 1:], weight, 2), (x, draw(C, 1, 9, 3), 2), (x, weight, 0))
+    for args in wrong * 2:
+        with pytest.raises(ValueError, match=r"^token_dwconv: "):
+            lifeops.token_dwconv(*args[:2], grid=(H, W), num_prefix_tokens=P, stride=args[2], padding=0)
+    with pytest.raises(TypeError, match=r"^token_dwconv: "):
+        lifeops.token_dwconv(x.long(), weight, grid=(H, W), num_prefix_tokens=P, stride=2)
+
+
 @pytest.mark.parametrize("m", [2, 3])
 def test_channel_multiplier(m):
     """RegionViT's: channel c makes c*m … c*m + m - 1, as nn.Conv2d orders them."""

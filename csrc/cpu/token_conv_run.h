@@ -131,7 +131,9 @@ template <class T> struct TokenConv {
 
   template <class S, class O> void walk(const Row<S, O>& row, const Walk& w) const {
     const auto inside = [&](int64_t u, int64_t k) { return w.column(u, k) >= 0 && w.column(u, k) < x_width(); };
-    const auto all_inside = [&](int64_t u) { return w.taps == 0 || (inside(u, 0) && inside(u, w.taps - 1)); };
+    // Outputs that are summed together: those that miss no tap, or of a window one at the edge of the grid.
+    const int64_t missing = w.taps == 3 && w.out_step == 2 && task.v1 * L <= p.C ? 1 : 0;
+    const auto together = [&](int64_t u) { return w.taps == 0 || (inside(u, missing) && inside(u, w.taps - 1 - missing)); };
     const auto edge = [&](int64_t u) {
       int64_t k0 = 0, k1;
       while (k0 < w.taps && !inside(u, k0)) ++k0;
@@ -139,8 +141,8 @@ template <class T> struct TokenConv {
       tile<S, O>(row, w, u, 1, k0, k1);
     };
     int64_t u = 0, end = w.count;
-    for (; u < end && !all_inside(u); ++u) edge(u);
-    while (end > u && !all_inside(end - 1)) --end;
+    for (; u < end && !together(u); ++u) edge(u);
+    while (end > u && !together(end - 1)) --end;
     const int64_t tiles = ceil_div(end - u, kWidest), first = u;
     for (int64_t t = 0; t < tiles; ++t) {  // even widths
       const int64_t next = first + (t + 1) * (end - first) / tiles;
@@ -162,7 +164,8 @@ template <class T> struct TokenConv {
     const int64_t taps = p.rows.K * p.columns.K, seen = k1 - k0, from = w.column(u, k0) * row.x_column, tap = (w.tap0 + k0 * w.tap_every) * L;
     const int64_t n = min64(p.C, L);
     Tile<S, O> tile{row.under, row.count, int(seen), 0, 0, w.out_step * row.x_column, row.x_column, w.tap_every * L, 0, L, p.m * taps * L,
-                    (p.transpose ? 1 : p.m) * L, nullptr, nullptr, w.y_every * row.y_column, {}, n, nullptr, 0, 0, 0, 0, 0};
+                    (p.transpose ? 1 : p.m) * L, nullptr, nullptr, w.y_every * row.y_column, {}, n, w.column(u, k0) < 0,
+                    w.column(u + width - 1, k1 - 1) >= x_width(), nullptr, 0, 0, 0, 0, 0};
     if (p.transpose) {
       tile.y_row = p.columns.size * row.y_column;
     } else if (row.ahead) {

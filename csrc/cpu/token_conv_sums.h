@@ -28,6 +28,7 @@ template <class S, class O> struct Tile {
   int64_t y_output;                  // vectors lie side by side
   Lanes lanes;                       // of the only vector, where it is not whole
   int64_t n;                         // its channels in x
+  bool no_first, no_last;            // the first, the last column lies outside the grid: of sum_window alone
   // Asked for ahead, since the tokens under a tile are runs that no hardware foresees: the rows of x that the next row of outputs is the
   // first to see, and what it writes. Rows or a step of 0 ask for nothing.
   const S* ahead;
@@ -83,13 +84,16 @@ template <class S, class O, int kWidth, Vectors kVectors> void sum_any(const Til
 // The same for kTaps neighbouring columns, outputs kStep columns apart: every column is loaded, and converted, once a row.
 template <class S, class O, int kWidth, int kTaps, int kStep> void sum_window(const Tile<S, O>& tile) {
   using A = typename AccOf<S>::type;
+  constexpr int kColumns = (kWidth - 1) * kStep + kTaps;
   const int64_t x_tap = tile.x_tap, w_tap = tile.w_tap;
+  const bool no_first = tile.no_first, no_last = tile.no_last;
   sum_vectors<S, O, kWidth, Vectors::whole>(tile, [&](const S* x, const A* w, vec_t<A>* acc) __attribute__((always_inline)) {
     vec_t<A> tap[kTaps];
 #pragma GCC unroll 4
     for (int k = 0; k < kTaps; ++k) tap[k] = load(w + k * w_tap);
 #pragma GCC unroll 32
-    for (int column = 0; column < (kWidth - 1) * kStep + kTaps; ++column, x += x_tap) {
+    for (int column = 0; column < kColumns; ++column, x += x_tap) {
+      if ((column == 0 && no_first) || (column == kColumns - 1 && no_last)) continue;
       const vec_t<A> value = in_register(load(x));
 #pragma GCC unroll 4
       for (int k = 0; k < kTaps; ++k)
