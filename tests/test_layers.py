@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lifeops"
 LAYERS = (
-    {"after_import", "arguments", "built", "config", "errors", "files", "geometry", "pointwise", "registry", "told", "torchlib"},
+    {"after_import", "arguments", "built", "config", "errors", "files", "geometry", "options", "pointwise", "registry", "told", "torchlib"},
     {"native_args", "native_attention", "ops"},
     {"autograd", "native", "native_windows", "testing"},  # what implements the ops, and tests them
     {"nn"},
