@@ -141,9 +141,14 @@ def _sums(x, dy, scale, shift, act, patches, sums):
     return partial
 
 
+def channel_stats_parts(x, act, patches):
+    """Statistics (B, parts, 3, C) of SUM_TOKENS tokens each, see channel_sums_kernel."""
+    return _sums(x, None, None, None, act, patches, 3)
+
+
 def channel_stats(x, act, patches, backend):
     """The parts' means and m2 merged in float64: numbers of the size of C."""
-    partial = _sums(x, None, None, None, act, patches, 3).double()
+    partial = channel_stats_parts(x, act, patches).double()
     starts = torch.arange(0, patches, SUM_TOKENS, device=x.device)
     n = (patches - starts).clamp_max(SUM_TOKENS).double()[None, :, None]
     means = partial[:, :, 0] + partial[:, :, 1] / n
