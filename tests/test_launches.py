@@ -13,6 +13,7 @@ import lifeops
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parent))
 from launches import counted_launches
+
 from lifeops.ops.dw_shortcut.function import dw_shortcut_eval, dw_shortcut_train
 
 B, GRID, P, C = 2, (4, 6), 1, 16

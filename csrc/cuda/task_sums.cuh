@@ -47,19 +47,28 @@ __global__ void __launch_bounds__(kThreads) merge_stats_kernel(const __grid_cons
   merged[0] = sum.n, merged[a.C] = sum.mean, merged[2 * a.C] = sum.m2, merged[3 * a.C] = plain;
 }
 
-template <typename Acc>
-__global__ void __launch_bounds__(kThreads) finish_stats_kernel(const __grid_constant__ TaskSumsArgs a) {
-  const int64_t c = global_thread();
-  if (c >= a.C) return;
+// Mean and m2 of channel c from all chunks; an infinity makes the mean what a plain sum would be, and m2 NaN.
+struct MeanM2 {
+  double mean, m2;
+};
+__device__ __forceinline__ MeanM2 finished_stats(const TaskSumsArgs& a, int64_t c) {
   Moments sum{0, 0, 0};
   double plain = 0;
   for (int64_t chunk = 0; chunk < a.chunks; ++chunk) {
     const double* merged = a.merged + chunk * kMergedStats * a.C + c;
     sum.join(merged[0], merged[a.C], merged[2 * a.C]), plain += merged[3 * a.C];
   }
-  const bool finite = sum.mean - sum.mean == 0;  // an infinity makes the mean what a plain sum would be, and m2 NaN
-  static_cast<Acc*>(a.out)[c] = static_cast<Acc>(finite ? sum.mean : plain / sum.n);
-  static_cast<Acc*>(a.out)[a.C + c] = static_cast<Acc>(finite ? sum.m2 : sum.mean - sum.mean);
+  const bool finite = sum.mean - sum.mean == 0;
+  return {finite ? sum.mean : plain / sum.n, finite ? sum.m2 : sum.mean - sum.mean};
+}
+
+template <typename Acc>
+__global__ void __launch_bounds__(kThreads) finish_stats_kernel(const __grid_constant__ TaskSumsArgs a) {
+  const int64_t c = global_thread();
+  if (c >= a.C) return;
+  const MeanM2 found = finished_stats(a, c);
+  static_cast<Acc*>(a.out)[c] = static_cast<Acc>(found.mean);
+  static_cast<Acc*>(a.out)[a.C + c] = static_cast<Acc>(found.m2);
 }
 
 // Plain sums over all tasks.
@@ -96,9 +105,10 @@ __global__ void __launch_bounds__(kThreads) image_sums_kernel(const __grid_const
   static_cast<Acc*>(a.out)[i] = sum;
 }
 
+// Without `out` the chunks are left to who joins them.
 template <typename Acc, typename Launch> void run_stats(const TaskSumsArgs& a, const Launch& launch) {
   launch(merge_stats_kernel<Acc>, one_thread_each(a.chunks * a.C), a);
-  launch(finish_stats_kernel<Acc>, one_thread_each(a.C), a);
+  if (a.out) launch(finish_stats_kernel<Acc>, one_thread_each(a.C), a);
 }
 template <typename Acc, typename Launch> void run_sums(const TaskSumsArgs& a, const Launch& launch) {
   launch(merge_sums_kernel<Acc>, one_thread_each(a.chunks * a.sums * a.C), a);

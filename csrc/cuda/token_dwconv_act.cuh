@@ -56,21 +56,21 @@ void run_token_dwconv_act(const Plan<TokenDWConvActArgs>& plan, const TaskSumsAr
   if (stats.out) run_stats<acc_t<T>>(stats, launch);
 }
 
-// plan.args.partial points at tasks * kGradSums * C accumulators.
+// plan.args.partial points at tasks * kGradSums * C accumulators, or is null as sums.out is.
 template <typename T, typename Launch>
 void run_token_dwconv_act_grad_input(const Plan<TokenDWConvActArgs>& plan, const TaskSumsArgs& sums, const Launch& launch) {
   if (!launch_tile<T, GradInputActKernels<T>>(plan, plan.args.conv.p.K, launch))
     launch(token_dwconv_act_bwd_dx_any_kernel<T>, plan.shape, plan.args);
-  run_sums<acc_t<T>>(sums, launch);
+  if (sums.out) run_sums<acc_t<T>>(sums, launch);
 }
 
-// Both stages; plan.args.conv.partial points at chunks * taps * C accumulators.
+// Both stages, or without dw the first; plan.args.conv.partial points at chunks * taps * C accumulators.
 template <typename T, typename Launch>
 void run_token_dwconv_act_grad_weight(const Plan<TokenDWConvActGradWeightArgs>& plan, const Launch& launch) {
   const TokenDWConvGradWeightArgs& a = plan.args.conv;
   if (!launch_tile<T, GradWeightActKernels<T>>(plan, a.p.K, launch))
     launch(token_dwconv_act_bwd_dw_any_kernel<T>, plan.shape, plan.args);
-  launch(token_dwconv_bwd_dw_reduce_kernel<T>, one_thread_each(a.taps * a.p.C), a);
+  if (a.p.dw) launch(token_dwconv_bwd_dw_reduce_kernel<T>, one_thread_each(a.taps * a.p.C), a);
 }
 
 }  // namespace cuda

@@ -55,7 +55,7 @@ class Config(NamedTuple):
 
 def _one_op(x, group, backend) -> bool:
     """Whether the operators made for one kernel serve. A program has the others, gradients or not."""
-    return not torchlib.captured() and group is None and backend != "cuda"
+    return not torchlib.captured() and group is None
 
 
 def dw_shortcut_eval(x, block_output, weight, bias, norm, grid, num_prefix_tokens, backend):
