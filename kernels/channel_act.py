@@ -7,6 +7,7 @@ import triton.language as tl
 from lifeops import registry
 from lifeops.kernels import _tile
 from lifeops.kernels._activations import activate, derivative
+from lifeops.kernels._sums import moments, row_sums
 from lifeops.kernels._tile import load_block, per_channel, row_offset, store_block
 from lifeops.ops.channel.act import accumulate_dtype
 
@@ -147,15 +148,7 @@ def channel_stats_parts(x, act, patches):
 
 
 def channel_stats(x, act, patches, backend):
-    """The parts' means and m2 merged in float64: numbers of the size of C."""
-    partial = channel_stats_parts(x, act, patches).double()
-    starts = torch.arange(0, patches, SUM_TOKENS, device=x.device)
-    n = (patches - starts).clamp_max(SUM_TOKENS).double()[None, :, None]
-    means = partial[:, :, 0] + partial[:, :, 1] / n
-    mean = (means * n).sum((0, 1)) / (x.shape[0] * patches)
-    m2 = (partial[:, :, 2] + n * (means - mean).square()).sum((0, 1))
-    dtype = accumulate_dtype(x.dtype)
-    return mean.to(dtype), m2.to(dtype)
+    return moments(channel_stats_parts(x, act, patches), patches, 1, SUM_TOKENS, 1)
 
 
 def channel_act(x, scale, shift, gate, residual, act, patches, backend):
@@ -163,11 +156,11 @@ def channel_act(x, scale, shift, gate, residual, act, patches, backend):
 
 
 def channel_act_pool(x, scale, shift, act, patches, backend):
-    return _sums(x, None, scale, shift, act, patches, 1)[:, :, 0].sum(1)
+    return row_sums(_sums(x, None, scale, shift, act, patches, 1))[0]
 
 
 def channel_act_sums(dy, x, scale, shift, act, patches, backend):
-    return _sums(x, dy, scale, shift, act, patches, 5).sum(1).movedim(1, 0).contiguous()
+    return row_sums(_sums(x, dy, scale, shift, act, patches, 5))
 
 
 def channel_act_grad(dy, x, scale, shift, gate, pool_grad, a, b, act, patches, backend):

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from lifeops import registry
 from lifeops.kernels import _tile
+from lifeops.kernels._sums import BLOCK_C, ROWS, cut, joined_moments
 from lifeops.kernels._tile import inside, load_block, per_channel, row_offset, strides
 from lifeops.kernels.channel_act import SUM_TOKENS, channel_stats_parts
 from lifeops.kernels.token_dwconv import MAX_KERNEL, PLAIN, forward, token_dwconv_fwd_kernel
@@ -17,40 +18,23 @@ from lifeops.kernels.token_dwconv_grad import grad_launch, token_dwconv_bwd_dw_k
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.channel.activations import GELU_FIRST
 
-VALUES = 2048  # of a tile, 16 per thread: all loads of one are on their way at once
+VALUES = ROWS * BLOCK_C  # of a tile
 
 
-@triton.jit(do_not_specialize=["rows", "parts", "patches"])
+@triton.jit(do_not_specialize=["rows", "cuts", "segments", "H", "W"])
 def dw_shortcut_norm_kernel(
-    partial_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, affine_ptr, rows, parts, patches,
-    C: tl.constexpr, TOKENS: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    partial_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr, affine_ptr, rows, cuts, segments, H, W, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    C: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """affine (3, C): scale, shift and rstd of BLOCK_C channels. With partial statistics (rows, 3, C), ``parts`` to an image of
-    ``patches``, mean and unbiased variance are written; without them they are read.
+    """affine (3, C): scale, shift and rstd of BLOCK_C channels. With partial statistics (rows, 3, C) mean and unbiased variance are
+    written; without them they are read.
     """
     o_c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     m_c = o_c < C
     if partial_ptr is None:
         b_mean, b_var = per_channel(mean_ptr, o_c, m_c, 0.0, tl.float64), per_channel(var_ptr, o_c, m_c, 0.0, tl.float64)
     else:
-        n = (rows // parts).to(tl.float64) * patches.to(tl.float64)
-        b_sum = tl.zeros([ROWS, BLOCK_C], dtype=tl.float64)
-        for i in range(0, rows, ROWS):
-            o_row = i + tl.arange(0, ROWS)
-            m = inside(o_row, rows) & m_c
-            p = partial_ptr + (o_row.to(tl.int64) * (3 * C))[:, None] + o_c
-            b_n = tl.minimum(patches - o_row % parts * TOKENS, TOKENS).to(tl.float64)[:, None]
-            b_sum += load_block(p, m, True, tl.float64) * b_n + load_block(p + C, m, True, tl.float64)
-        b_mean = (tl.sum(b_sum, 0) / n)[None, :]
-        b_sum = tl.zeros([ROWS, BLOCK_C], dtype=tl.float64)
-        for i in range(0, rows, ROWS):
-            o_row = i + tl.arange(0, ROWS)
-            m = inside(o_row, rows) & m_c
-            p = partial_ptr + (o_row.to(tl.int64) * (3 * C))[:, None] + o_c
-            b_n = tl.minimum(patches - o_row % parts * TOKENS, TOKENS).to(tl.float64)[:, None]
-            b_gap = load_block(p, m, True, tl.float64) + load_block(p + C, m, True, tl.float64) / b_n - b_mean
-            b_sum += tl.where(m, load_block(p + 2 * C, m, True, tl.float64) + b_n * b_gap * b_gap, 0.0)
-        b_m2 = tl.sum(b_sum, 0)[None, :]
+        n, b_mean, b_m2 = joined_moments(partial_ptr, o_c, m_c, rows, cuts, segments, H, W, HEIGHT, WIDTH, C, ROWS, BLOCK_C)
         b_var = b_m2 / n
         tl.store(mean_ptr + o_c, b_mean.to(mean_ptr.dtype.element_ty), mask=m_c)
         tl.store(var_ptr + o_c, (b_m2 / tl.maximum(n - 1.0, 1.0)).to(var_ptr.dtype.element_ty), mask=m_c)
@@ -137,15 +121,13 @@ def dw_shortcut_gradients_kernel(
 
 def _norm(x, partial, mean, var, gamma, beta, eps, patches):
     """affine (3, C); mean and var are written where there are partial statistics."""
-    C, block_c = x.shape[2], 8
+    C, rows = x.shape[2], 0 if partial is None else partial.shape[0] * partial.shape[1]
     affine = torch.empty((3, C), dtype=accumulate_dtype(x.dtype), device=x.device)
     arguments = dict(
         partial_ptr=partial, mean_ptr=mean, var_ptr=var, gamma_ptr=_tile.contiguous(gamma), beta_ptr=_tile.contiguous(beta),
-        affine_ptr=affine, rows=0 if partial is None else partial.shape[0] * partial.shape[1],
-        parts=1 if partial is None else partial.shape[1], patches=patches, C=C, TOKENS=SUM_TOKENS, EPS=eps,
-        ROWS=VALUES // block_c, BLOCK_C=block_c,
+        affine_ptr=affine, **cut(rows, patches, 1, SUM_TOKENS, 1), C=C, EPS=eps, ROWS=ROWS, BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    _tile.launch(dw_shortcut_norm_kernel, -(-C // block_c), affine, arguments)
+    _tile.launch(dw_shortcut_norm_kernel, -(-C // BLOCK_C), affine, arguments)
     return affine
 
 
@@ -197,15 +179,15 @@ def _tap_sums(dy, x, K, H, W, P):
 
 
 def dw_shortcut_bwd(dy, x, weight, mean, affine, H, W, P, need_dx, backend):
-    C, K, block_c = x.shape[2], weight.shape[-1], 8
+    C, K = x.shape[2], weight.shape[-1]
     dw = torch.empty((C, 1, K, K), dtype=mean.dtype, device=x.device)
     grads, ab = [torch.empty_like(mean) for _ in range(3)], torch.empty((2, C), dtype=mean.dtype, device=x.device)
     arguments = dict(
         sums_ptr=_tap_sums(dy, x, K, H, W, P), weight_ptr=weight.contiguous(), mean_ptr=mean.contiguous(), affine_ptr=affine.contiguous(),
         dw_ptr=dw, **dict(zip(("dbias_ptr", "dgamma_ptr", "dbeta_ptr"), grads, strict=True)), ab_ptr=ab,
-        images=x.shape[0], patches=H * W, C=C, TAPS=K * K, BLOCK_T=triton.next_power_of_2(K * K), BLOCK_C=block_c,
+        images=x.shape[0], patches=H * W, C=C, TAPS=K * K, BLOCK_T=triton.next_power_of_2(K * K), BLOCK_C=BLOCK_C,
     )  # fmt: skip
-    _tile.launch(dw_shortcut_gradients_kernel, -(-C // block_c), x, arguments)
+    _tile.launch(dw_shortcut_gradients_kernel, -(-C // BLOCK_C), x, arguments)
     if not need_dx:
         return x.new_empty((0,)), dw, *grads
     a, b = ab.unbind(0)

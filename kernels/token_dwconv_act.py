@@ -4,6 +4,7 @@ import torch
 
 from lifeops import registry
 from lifeops.kernels import _tile
+from lifeops.kernels._sums import moments, row_sums
 from lifeops.kernels.token_dwconv import MAX_KERNEL, PLAIN, ROWS, forward, segments, token_dwconv_fwd_kernel
 from lifeops.kernels.token_dwconv_grad import grad_weight
 from lifeops.ops.channel.act import accumulate_dtype
@@ -20,21 +21,12 @@ def _job_sums(x, H, W, K):
     return torch.empty((x.shape[0], -(-H // ROWS), -(-W // segment), 3, x.shape[2]), dtype=accumulate_dtype(x.dtype), device=x.device)
 
 
-def _job_sizes(H, W, K, device):
-    """Outputs of every job, (pairs, segments, 1)."""
-    segment, _ = segments(H, W, K)
-    rows = (H - torch.arange(0, H, ROWS, device=device)).clamp_max(ROWS)
-    columns = (W - torch.arange(0, W, segment, device=device)).clamp_max(segment)
-    return (rows[:, None] * columns)[..., None].double()
-
-
-def merge(sums, n):
-    """Mean and m2 over all jobs from (k, sum of y - k, m2) of n values each, in float64."""
-    k, first, second = sums.double().unbind(-2)
-    means, total = k + first / n, n.sum() * len(sums)
-    mean = (means * n).sum((0, 1, 2)) / total
-    m2 = (second + n * (means - mean).square()).sum((0, 1, 2))
-    return mean.to(sums.dtype), m2.to(sums.dtype)
+def _pooled(sums, H, W, segment):
+    """(B, C): the sums of every image from (k, sum of y - k, m2) of its jobs."""
+    rows = (H - torch.arange(0, H, ROWS, device=sums.device)).clamp_max(ROWS)
+    columns = (W - torch.arange(0, W, segment, device=sums.device)).clamp_max(segment)
+    n = (rows[:, None] * columns)[..., None].to(sums.dtype)
+    return (sums[..., 0, :] * n + sums[..., 1, :]).sum((1, 2))
 
 
 def token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, out_act, residual, H, W, P, prefix, pool, stats, backend):
@@ -49,9 +41,9 @@ def token_dwconv_act(x, weight, bias, scale, shift, act, out_scale, out_shift, o
     nothing = [x.new_empty((0,), dtype=accumulate_dtype(x.dtype)) for _ in range(3)]
     if sums is None:
         return y, *nothing
-    n = _job_sizes(H, W, K, x.device)
-    total = (sums[..., 0, :] * n.to(sums.dtype) + sums[..., 1, :]).sum((1, 2)) if pool else nothing[0]
-    return y, total, *(merge(sums, n) if stats else nothing[1:])
+    segment, _ = segments(H, W, K)
+    total = _pooled(sums, H, W, segment) if pool else nothing[0]
+    return y, total, *(moments(sums, H, W, ROWS, segment) if stats else nothing[1:])
 
 
 def token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, prefix, backend):
@@ -62,8 +54,8 @@ def token_dwconv_act_bwd_dx(dy, x, weight, scale, shift, act, a, b, H, W, P, pre
         OUT_ACT="none" if b is not None else "shift" if a is not None else "",
     )  # fmt: skip
     dx = forward(dy, weight, None, None, H, W, 0 if prefix == "drop" else P, P, prefix == "keep", True, around)
-    _, dshift, dscale = sums.double().sum((0, 1, 2)).to(sums.dtype)
-    return dx, dscale.clone(), dshift.clone()
+    dshift, dscale = row_sums(sums.view(1, -1, *sums.shape[-2:]), first=1, two=True)
+    return dx, dscale[0], dshift[0]
 
 
 def token_dwconv_act_bwd_dw(dy, x, K, scale, shift, act, H, W, P, prefix, weight_dtype, bias_dtype, backend):

@@ -13,6 +13,12 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 WAITS = {"_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "unique"}  # the host reads what a device made
 
 
+def _shares(out, first) -> bool:
+    """Whether what may be a view is one: ``to`` and ``reshape`` copy where they have to."""
+    parts = out if isinstance(out, (tuple, list)) else [out]
+    return all(t.untyped_storage()._cdata == first.untyped_storage()._cdata for t in parts)
+
+
 class Counted(TorchDispatchMode):
     """``kernels``: lifeops' own, by name. ``torch``: operators of torch that launch something. ``waits``: those the host waits for."""
 
@@ -23,10 +29,10 @@ class Counted(TorchDispatchMode):
         self.kernels, self.torch, self.waits = Counter(), Counter(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if func.namespace == "aten" and not func.is_view and name not in ALLOCATIONS:
+        name, out = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
+        if func.namespace == "aten" and name not in ALLOCATIONS and not (func.is_view and _shares(out, args[0])):
             (self.waits if name in WAITS else self.torch)[name] += 1
-        return func(*args, **(kwargs or {}))
+        return out
 
     @property
     def launches(self) -> int:
