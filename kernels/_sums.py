@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from lifeops.kernels import _tile
-from lifeops.kernels._tile import inside, load_block
+from lifeops.kernels._tile import inside, load_block, per_channel
 
 BLOCK_C, ROWS = 8, 256  # 32 bytes of a row; 16 loads of a thread are on their way at once
 
@@ -40,6 +40,18 @@ def joined_moments(partial_ptr, o_c, m_c, rows, cuts, segments, H, W, HEIGHT: tl
         b_gap = load_block(p, m, True, tl.float64) + load_block(p + C, m, True, tl.float64) / b_n - b_mean
         b_sum += tl.where(m, load_block(p + 2 * C, m, True, tl.float64) + b_n * b_gap * b_gap, 0.0)
     return n, b_mean, tl.sum(b_sum, 0)[None, :]
+
+
+@triton.jit
+def store_affine(out_ptr, gamma_ptr, beta_ptr, b_mean, b_var, o_c, m_c, C: tl.constexpr, EPS: tl.constexpr):
+    """Scale, shift and rstd of a norm to rows 0 to 2 of (…, C)."""
+    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    b_rstd = 1.0 / tl.sqrt(b_var + EPS)
+    b_scale = per_channel(gamma_ptr, o_c, m_c, 1.0, tl.float64) * b_rstd
+    b_shift = per_channel(beta_ptr, o_c, m_c, 0.0, tl.float64) - b_mean * b_scale
+    tl.store(out_ptr + o_c, b_scale.to(ACC), mask=m_c)
+    tl.store(out_ptr + C + o_c, b_shift.to(ACC), mask=m_c)
+    tl.store(out_ptr + 2 * C + o_c, b_rstd.to(ACC), mask=m_c)
 
 
 @triton.jit(do_not_specialize=["rows", "cuts", "segments", "H", "W"])

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from lifeops import registry
 from lifeops.kernels import _tile
-from lifeops.kernels._sums import BLOCK_C, ROWS, cut, joined_moments
+from lifeops.kernels._sums import BLOCK_C, ROWS, cut, joined_moments, store_affine
 from lifeops.kernels._tile import inside, load_block, per_channel, row_offset, strides
 from lifeops.kernels.channel_act import SUM_TOKENS, channel_stats_parts
 from lifeops.kernels.token_dwconv import MAX_KERNEL, PLAIN, forward, token_dwconv_fwd_kernel
@@ -38,12 +38,7 @@ def dw_shortcut_norm_kernel(
         b_var = b_m2 / n
         tl.store(mean_ptr + o_c, b_mean.to(mean_ptr.dtype.element_ty), mask=m_c)
         tl.store(var_ptr + o_c, (b_m2 / tl.maximum(n - 1.0, 1.0)).to(var_ptr.dtype.element_ty), mask=m_c)
-    b_rstd = 1.0 / tl.sqrt(b_var + EPS)
-    b_scale = per_channel(gamma_ptr, o_c, m_c, 1.0, tl.float64) * b_rstd
-    b_shift = per_channel(beta_ptr, o_c, m_c, 0.0, tl.float64) - b_mean * b_scale
-    tl.store(affine_ptr + o_c, b_scale.to(affine_ptr.dtype.element_ty), mask=m_c)
-    tl.store(affine_ptr + C + o_c, b_shift.to(affine_ptr.dtype.element_ty), mask=m_c)
-    tl.store(affine_ptr + 2 * C + o_c, b_rstd.to(affine_ptr.dtype.element_ty), mask=m_c)
+    store_affine(affine_ptr, gamma_ptr, beta_ptr, b_mean, b_var, o_c, m_c, C, EPS)
 
 
 @triton.jit(do_not_specialize=["B", "first", "stride_b", "stride_n"])

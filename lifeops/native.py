@@ -16,6 +16,7 @@ from lifeops.native_args import contiguous as _contiguous
 from lifeops.native_args import isa as _isa
 from lifeops.native_args import mode as _mode
 from lifeops.native_args import rows as _rows
+from lifeops.ops.channel import norm
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.channel.activations import ACTS, PROLOGUES
 from lifeops.ops.rollout_step import FUSIONS, dropped_entries
@@ -242,6 +243,8 @@ _IMPLEMENTATIONS = {  # op: (native operator, function)
     "channel_act_pool": ("channel_act", _channel_act_pool),
     "channel_act_sums": ("channel_act", _channel_act_sums),
     "channel_act_grad": ("channel_act", _channel_act_grad),
+    "norm_affine": ("channel_act", norm.reference_affine),  # C numbers: torch's operators
+    "norm_gradients": ("channel_act", norm.reference_gradients),
     "dw_shortcut": ("dw_shortcut", _dw_shortcut),
     "dw_shortcut_bwd": ("dw_shortcut_bwd", _dw_shortcut_bwd),
     "dw_shortcut_eval": ("dw_shortcut_eval", _dw_shortcut_eval),

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from lifeops import registry
@@ -19,6 +20,10 @@ def _shares(out, first) -> bool:
     return all(t.untyped_storage()._cdata == first.untyped_storage()._cdata for t in parts)
 
 
+def _is_empty(out) -> bool:
+    return isinstance(out, torch.Tensor) and out.numel() == 0
+
+
 class Counted(TorchDispatchMode):
     """``kernels``: lifeops' own, by name. ``torch``: operators of torch that launch something. ``waits``: those the host waits for."""
 
@@ -30,7 +35,7 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, out = func.overloadpacket.__name__, func(*args, **(kwargs or {}))
-        if func.namespace == "aten" and name not in ALLOCATIONS and not (func.is_view and _shares(out, args[0])):
+        if func.namespace == "aten" and name not in ALLOCATIONS and not (func.is_view and _shares(out, args[0])) and not _is_empty(out):
             (self.waits if name in WAITS else self.torch)[name] += 1
         return out
 

@@ -54,9 +54,34 @@ def test_dw_shortcut_evaluation(monkeypatch, running, launches):
 
 
 def test_dw_shortcut_module(monkeypatch):
-    """With the running statistics: two lerps and a count more."""
+    """With the running statistics: one launch for both, one for the count."""
     module, x, y = lifeops.nn.DWShortcut(C, grid=GRID), tokens().requires_grad_(), tokens()
     with counted_launches(monkeypatch) as counted, lifeops.use_backend("triton"):
         out = module(x, y)
         torch.autograd.backward(out, y)
-    assert (counted.kernels.total(), counted.torch, counted.waits) == (8, Counter(lerp_=2, add_=1), Counter())
+    assert (counted.kernels.total(), counted.torch, counted.waits) == (8, Counter(_foreach_lerp_=1, _foreach_add_=1), Counter())
+
+
+LOCALVIT = {  # the gate's own operators, forward and backward
+    "relu6": (Counter(), 0),
+    "hs": (Counter(), 0),
+    "hs+se": (Counter(addmm=2, relu=1, add=1, hardtanh=1, div=2), 25),
+    "hs+eca": (Counter(convolution=1, sigmoid=1, div=1), 13),
+}
+
+
+@pytest.mark.parametrize("act", LOCALVIT)
+def test_localvit_step(monkeypatch, act):
+    """Fourteen launches forward, two for the running statistics, and twenty backward, beside the gate's and its pool's two."""
+    module, x = lifeops.nn.LocalityFeedForward(C, act=act, grid=GRID), tokens().requires_grad_()
+    forward, backward = LOCALVIT[act]
+    pooled = 2 if "+" in act else 0
+    with counted_launches(monkeypatch) as counted, lifeops.use_backend("triton"):
+        y = module(x)
+        assert counted.kernels.total() == 11 + pooled
+        assert counted.torch == Counter(mm=2, clone=1, _foreach_add_=1, _foreach_lerp_=1) + forward
+        counted.clear()
+        torch.autograd.backward(y, x.detach())
+        assert counted.kernels.total() == 16
+        assert counted.torch.total() == 4 + backward
+        assert not counted.waits

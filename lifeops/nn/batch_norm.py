@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -40,15 +40,6 @@ def sync_group(norm: nn.Module):
     return group if torch.distributed.get_world_size(group) > 1 else None
 
 
-def total_count(count: int, group, like: torch.Tensor) -> int:
-    """The sum of ``count`` over the processes of ``group`` (None: this one alone); ``like`` gives device and dtype."""
-    if group is None:
-        return count
-    total = like.new_tensor([count])
-    torch.distributed.all_reduce(total, group=group)
-    return int(total)
-
-
 def _recomputing() -> bool:
     """Inside a backward pass: activation checkpointing runs the forward pass, whose statistics were kept before, again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -59,18 +50,36 @@ def update_running(norm: nn.Module, mean: torch.Tensor, unbiased_var: torch.Tens
 
     Unlike nn.BatchNorm2d's, the statistics of a step count once where activation checkpointing runs the forward pass twice.
     """
-    if not norm.training or not norm.track_running_stats or _recomputing():
+    update_running_all([(norm, mean, unbiased_var)])
+
+
+def update_running_all(steps: Sequence[tuple[nn.Module, torch.Tensor, torch.Tensor]]) -> None:
+    """The same for several norms at once, a launch for all statistics of one momentum and one for the counts."""
+    steps = [step for step in steps if step[0].training and step[0].track_running_stats]
+    if not steps or _recomputing():
         return
-    running_mean, running_var, tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    if tracked is not None:
-        tracked.add_(1)
-    if running_mean is None:
-        return
-    momentum = norm.momentum
-    if momentum is None:
-        momentum = 0.0 if tracked is None else 1.0 / tracked.item()
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
+    tracked, new = [norm.num_batches_tracked for norm, _, _ in steps], {}
+    _at_once(torch._foreach_add_, [t for t in tracked if t is not None], 1)
+    for (norm, *found), count in zip(steps, tracked, strict=True):
+        running = norm.running_mean, norm.running_var
+        if running[0] is None:
+            continue
+        momentum = norm.momentum
+        if momentum is None:
+            momentum = 0.0 if count is None else 1.0 / count.item()
+        old, latest = new.setdefault(momentum, ([], []))
+        old += running
+        latest += [t.to(r.dtype) for t, r in zip(found, running, strict=True)]
+    for momentum, (old, latest) in new.items():
+        _at_once(torch._foreach_lerp_, old, latest, momentum)
+
+
+def _at_once(function, tensors: list[torch.Tensor], *others) -> None:
+    """``function`` on lists; where a tensor is there twice, as one norm's in two places, its steps come one after another."""
+    if len({id(t) for t in tensors}) == len(tensors):
+        return function(tensors, *others) if tensors else None
+    for i, t in enumerate(tensors):
+        function([t], *(o[i : i + 1] if isinstance(o, list) else o for o in others))
 
 
 def constants(norm: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

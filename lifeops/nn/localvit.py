@@ -15,8 +15,7 @@ from lifeops.nn.batch_norm import (
     folded,
     on_batch,
     sync_group,
-    total_count,
-    update_running,
+    update_running_all,
 )  # fmt: skip
 from lifeops.nn.channel_attention import ECALayer, SELayer
 from lifeops.nn.grids import GridHolder
@@ -159,10 +158,7 @@ class LocalityFeedForward(Fusible, NotScripted, ToldInMetadata):
         (w1, b1, n1), (dw, bd, n2), (w2, b2, n3) = parts
         gates = (*gates, None, None, None, None)[:4]
         y, *batch = chain.LocalityFFN.apply(cfg, x, w1, b1, *n1, dw, bd, *n2, *gates, w2, b2, *n3, x[:0].clone())
-        for norm, mean, var in zip(norms, batch[0::2], batch[1::2], strict=True):
-            if mean is not None:
-                n = total_count(x.shape[0] * chain.patches(cfg), sync_group(norm), mean)
-                update_running(norm, mean, var * (n / (n - 1)))
+        update_running_all([(norm, *pair) for norm, *pair in zip(norms, batch[0::2], batch[1::2], strict=True) if pair[0] is not None])
         return y
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
