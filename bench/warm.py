@@ -69,12 +69,21 @@ def rehearse(arch: int = TARGET) -> None:
     registry.forget_choices()
 
 
+class _Forgetful(dict):
+    """Keeps nothing."""
+
+    def __setitem__(self, key, value) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def without_launches(load: bool) -> Iterator[None]:
     """Triton's kernels are compiled, and with ``load`` put on the device with their launchers, but not run."""
     from triton.runtime.jit import JITFunction
 
-    run = JITFunction.run
+    from lifeops.kernels import _tile
+
+    run, known = JITFunction.run, _tile.compiled
 
     def prepare(self, *args, grid, warmup, **options):
         kernel = run(self, *args, grid=grid, warmup=True, **options)
@@ -82,11 +91,11 @@ def without_launches(load: bool) -> Iterator[None]:
             kernel.run  # noqa: B018  (a property: builds the launcher, which needs a C compiler, and loads the kernel)
         return kernel
 
-    JITFunction.run = prepare
+    JITFunction.run, _tile.compiled = prepare, _Forgetful()  # a kernel that is known would be launched past run
     try:
         yield
     finally:
-        JITFunction.run = run
+        JITFunction.run, _tile.compiled = run, known
 
 
 def worth(problems: list[Problem]) -> list[Problem]:

@@ -5,10 +5,12 @@ Names in the kernels say where a value lives: i_ program or tile index, o_ offse
 
 import contextlib
 from functools import lru_cache
+from operator import itemgetter
 
 import torch
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 from triton.runtime.errors import InterpreterError
 
 from lifeops import registry
@@ -144,12 +146,51 @@ def channels_per_lane(K: int, dtype: torch.dtype) -> int:
     return max(1, channels // 2) if dtype == torch.float64 else channels
 
 
+compiled: dict[tuple, CompiledKernel] = {}
+"""By kernel, device and what Triton specialises on: calls past the first are bound by position, without its binder of 40 keywords."""
+
+
+@lru_cache(64)
+def _parameters(kernel):
+    """(all arguments in order, the constants among them, (name, whether Triton asks for its value) of the others)."""
+    names = [p.name for p in kernel.params]
+    constants = [p.name for p in kernel.params if p.is_constexpr]
+    return itemgetter(*names), itemgetter(*constants), [(p.name, not p.do_not_specialize) for p in kernel.params if not p.is_constexpr]
+
+
+def specialised(kernel, arguments: dict) -> tuple:
+    """What ``kernel`` is compiled for: constants, dtypes and 16-byte alignment of tensors, the width of integers."""
+    _, constants, others = _parameters(kernel)
+    key = [*constants(arguments)]
+    for name, by_value in others:
+        value = arguments[name]
+        if value is None:
+            key.append(None)
+        elif isinstance(value, torch.Tensor):
+            key += value.dtype, value.data_ptr() % 16 == 0
+        elif by_value:
+            key.append((type(value), value))
+        else:
+            key.append(-0x80000000 <= value < 0x80000000)
+    return tuple(key)
+
+
 def launch(kernel, programs: int, on: torch.Tensor, arguments: dict) -> None:
     """Run ``programs`` programs on the device of ``on``. The sums are explicit FMAs; fusion is asked for all the same,
     because Triton 3.9 warns when it is left to a default that 3.10 turns off.
     """
     with on_device(on, kernel):
-        kernel[(programs,)](**arguments, num_warps=WARPS, enable_fp_fusion=True)
+        if interpreted(kernel):
+            kernel[(programs,)](**arguments, num_warps=WARPS, enable_fp_fusion=True)
+            return
+        key = id(kernel), on.device, *specialised(kernel, arguments)
+        found = compiled.get(key)
+        if found is not None:
+            found[programs, 1, 1](*_parameters(kernel)[0](arguments))
+            return
+        found = kernel[(programs,)](**arguments, num_warps=WARPS, enable_fp_fusion=True)
+        if isinstance(found, CompiledKernel):
+            compiled[key] = found
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ Compiled variants depend on C, M, the kernel size, the strides, dtypes and SEGME
 """
 # ruff: noqa: RUF005  (Triton compiles no starred tuples)
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -307,7 +307,7 @@ def strided_launch(x, weight, bias, y, H, W, rows, columns, x_prefix, y_prefix, 
         H=H, W=W, rows=rows, columns=columns, ph=padding[0], pw=padding[1], x_prefix=x_prefix, y_prefix=y_prefix,
         copied=B if copy_prefix else 0, conv_tiles=conv_tiles, C=C, M=weight.shape[0] // C, SPREAD=spread(weight.shape[0] // C),
         KH=KH, KW=KW, SH=stride[0], SW=stride[1],
-        **_tensors(x, weight, bias, y, _tile.alignment(C, *x.stride()[:2])), **asdict(config),
+        **_tensors(x, weight, bias, y, _tile.alignment(C, *x.stride()[:2])), **vars(config),
     )  # fmt: skip
     return (conv_tiles + prefix_tiles) * -(-weight.shape[0] // config.BLOCK_C), arguments
 
@@ -323,7 +323,7 @@ def transpose_launch(x, weight, bias, y, H, W, rows, columns, x_prefix, y_prefix
     arguments = dict(
         H=H, W=W, rows=rows, columns=columns, ph=ph, pw=pw, x_prefix=x_prefix, y_prefix=y_prefix, copied=B if copy_prefix else 0,
         conv_tiles=conv_tiles, cells=cells, cuts=cuts, C=C, M=x.shape[2] // C, KH=KH, KW=KW, SH=SH, SW=SW,
-        **_tensors(x, weight, bias, y, _tile.alignment(x.shape[2], *x.stride()[:2])), **asdict(config),
+        **_tensors(x, weight, bias, y, _tile.alignment(x.shape[2], *x.stride()[:2])), **vars(config),
     )  # fmt: skip
     return (conv_tiles + prefix_tiles) * -(-C // config.BLOCK_C), arguments
 

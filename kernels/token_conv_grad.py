@@ -8,7 +8,7 @@ times. The second stage is that of token_dwconv: how many partial sums there are
 """
 # ruff: noqa: RUF005  (Triton compiles no starred tuples)
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -122,7 +122,7 @@ def grad_launch(dy, x, KH, KW, H, W, rows, columns, dy_prefix, x_prefix, stride,
         stride_dyb=dy.stride(0) // align, stride_dyn=dy.stride(1) // align, stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
         C=C, M=OUT // C, SPREAD=spread(OUT // C), KH=KH, KW=KW, SH=stride[0], SW=stride[1], BIAS=int(with_bias),
         DY_STRIDE_N=_tile.common_stride(dy.stride(1), OUT), X_STRIDE_N=_tile.common_stride(x.stride(1), C),
-        ALIGN=align, ACC=_tile.accumulator(x.dtype), **asdict(config),
+        ALIGN=align, ACC=_tile.accumulator(x.dtype), **vars(config),
     )  # fmt: skip
     return parts * programs_each, arguments
 

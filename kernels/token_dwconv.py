@@ -12,7 +12,7 @@ Compiled variants depend on C, K, dtypes and on how W is cut into segments, neve
 """
 # ruff: noqa: RUF005  (Triton compiles no starred tuples)
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -376,7 +376,7 @@ def forward_launch(x, weight, bias, residual, y, H, W, x_prefix, y_prefix, copy_
         conv_tiles=conv_tiles, stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
         stride_rb=stride_rb // align, stride_rn=stride_rn // align, stride_pb=stride_pb // align, stride_pn=stride_pn // align,
         C=C, K=K, FLIP=flip, ROWS=ROWS, X_STRIDE_N=_tile.common_stride(x.stride(1), C), R_STRIDE_N=_tile.common_stride(stride_rn, C),
-        P_STRIDE_N=_tile.common_stride(stride_pn, C), ALIGN=align, ACC=_tile.accumulator(x.dtype), **asdict(config), **around,
+        P_STRIDE_N=_tile.common_stride(stride_pn, C), ALIGN=align, ACC=_tile.accumulator(x.dtype), **vars(config), **around,
     )  # fmt: skip
     return (conv_tiles + prefix_tiles) * blocks_c, arguments
 

@@ -9,7 +9,7 @@ For K >= 9 a program takes one row of taps, so that x and dy are read K times.
 """
 # ruff: noqa: RUF005  (Triton compiles no starred tuples)
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -213,7 +213,7 @@ def grad_launch(dy, x, K, H, W, dy_prefix, x_prefix, with_bias, scale=None, shif
         stride_dyb=dy.stride(0) // align, stride_dyn=dy.stride(1) // align,
         stride_xb=x.stride(0) // align, stride_xn=x.stride(1) // align,
         C=C, K=K, BIAS=int(with_bias), DY_STRIDE_N=_tile.common_stride(dy.stride(1), C), X_STRIDE_N=_tile.common_stride(x.stride(1), C),
-        ALIGN=align, ACC=_tile.accumulator(x.dtype), ACT=act, **asdict(config),
+        ALIGN=align, ACC=_tile.accumulator(x.dtype), ACT=act, **vars(config),
     )  # fmt: skip
     return parts * programs_each, arguments
 
