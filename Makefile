@@ -114,6 +114,7 @@ budgets: $(VENV)/test.ready
 	$(BIN)/python -m bench.rollout_budgets
 	$(BIN)/python tests/cuda_budgets.py
 	$(BIN)/python tests/cuda_conv_budgets.py
+	$(BIN)/python -m bench.light
 
 # Generated parts of README.md and docs/.
 readme: $(VENV)/test.ready
