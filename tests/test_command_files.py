@@ -396,7 +396,7 @@ def test_a_converted_transformers_model(system, folder, capsys, monkeypatch):
     line = refused(capsys, "ok.png", model="transformers:plain", checkpoint="converted.pth")
     assert f"the checkpoint is of a model converted to '{system}': lifeops.convert(model, '{system}')" in line
     line = refused(capsys, "ok.png", model="transformers:plain", checkpoint="plain.pth", options=["--convert", system])
-    assert f"the checkpoint is of a model that was not converted, this one is, to '{system}': load it first" in line
+    assert f"the checkpoint is of a model that was not converted, this one is, to '{system}': load it, then lifeops.convert" in line
     assert run("ok.png", model="transformers:plain", checkpoint=None, options=["--convert", system]) == 0
     assert f"warning: transformers:plain has layers of '{system}' with random weights" in capsys.readouterr().err
     assert "does not read --pretrained" in refused(capsys, "ok.png", model="transformers:plain", checkpoint=None, options=["--pretrained"])

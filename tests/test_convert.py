@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -117,6 +118,34 @@ def test_copies_and_pickles_are_independent():
     assert torch.equal(torch.load(file, weights_only=False)(x), expected)
     lifeops.revert(twin)
     assert torch.equal(model(x), expected)
+
+
+def _same(model):
+    return model
+
+
+@pytest.mark.parametrize("copied", [_same, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), torch.nn.Sequential])
+@pytest.mark.parametrize("system", ["life", "localvit", "dw_shortcut"])
+def test_a_checkpoint_of_another_model_is_refused_in_one_sentence(system, copied):
+    """Whatever ``strict`` is, before anything is loaded; its own, and parts of it, are not."""
+    model = lifeops.convert(_model("cls"), system)
+    plain, (other, *_) = _model("cls").state_dict(), [s for s in ("life", "localvit", "dw_shortcut") if s != system]
+    converted = lifeops.convert(_model("cls"), other).state_dict()
+    loading = copied(model)
+    before, prefix = {name: t.clone() for name, t in loading.state_dict().items()}, "0." if copied is torch.nn.Sequential else ""
+    refused = (plain, f"was not converted, this one is, to '{system}': load it, then"), (converted, f"converted to '{other}'")
+    for strict in (True, False):
+        for state, said in refused:
+            with pytest.raises(ValueError, match=f"^convert: the checkpoint is of a model (that )?{said}") as error:
+                loading.load_state_dict({prefix + name: t + 1 for name, t in state.items()}, strict=strict)
+            assert isinstance(error.value, RuntimeError)
+            assert "\n" not in str(error.value)
+    assert all(torch.equal(t, before[name]) for name, t in loading.state_dict().items())
+    assert not loading.load_state_dict(before).missing_keys
+    assert not loading.load_state_dict({f"{prefix}head.bias": torch.zeros(5)}, strict=False).unexpected_keys
+    if copied is not torch.nn.Sequential:
+        lifeops.revert(loading).load_state_dict(plain)
+        assert not loading._load_state_dict_pre_hooks
 
 
 def test_training_mode_dropout_and_freezing_are_kept():

@@ -19,6 +19,7 @@ from lifeops.integrations.convert_plan import Plan, share_hooks
 from lifeops.integrations.convert_probe import can_try, run_through
 from lifeops.integrations.convert_probe import probe as run_once
 from lifeops.integrations.convert_stages import pooled, put_in_place, try_stages
+from lifeops.integrations.converted_states import names_of, refuse_others
 from lifeops.integrations.undisturbed import undisturbed
 from lifeops.nn.grid_copies import living
 from lifeops.nn.grids import GridHolder
@@ -51,6 +52,7 @@ class Conversion:
         self.states = [_state(new, old) for old, new in swaps]
         self.holder = GridHolder()
         self.handles: list = []
+        self.gone: frozenset[str] = frozenset()  # names that the model's parameters and buffers had before
 
     def __getstate__(self):
         return {**self.__dict__, "handles": living(self.handles)}
@@ -187,6 +189,10 @@ def convert(model: M, system: System = "life", *, probe: bool = True, start: str
     Patches that a model shuffles before its blocks (ViTMAE) reach them in the order of the grid. Where it leaves some out, at a
     ``mask_ratio`` that is not 0 or by timm's patch dropout in training, that forward pass is a ValueError.
 
+    ``load_state_dict`` of a converted model takes the checkpoints of models converted alike, and parts of them. One of a model
+    that was not converted, or to another system, is a CheckpointError (ValueError and RuntimeError) before anything is loaded, with
+    ``strict=False``, too: names differ, and the layers behind them would silently stay what they are. Load, then convert.
+
     Blocks that the model holds several times stay shared, hooks on a replaced module act on its replacement, and a conversion that
     fails changes nothing.
 
@@ -214,7 +220,7 @@ def convert(model: M, system: System = "life", *, probe: bool = True, start: str
         plan = SYSTEMS[system](model, **options)
     if probe and can_try(plan.host):
         _try(plan)
-    record = Conversion(system, plan.swaps)
+    record, before = Conversion(system, plan.swaps), names_of(model)
     for old, new in plan.swaps:
         share_hooks(old, new)
     for module in plan.asks:
@@ -222,6 +228,8 @@ def convert(model: M, system: System = "life", *, probe: bool = True, start: str
     put_in_place(model, {id(old): new for old, new in plan.swaps})
     if plan.bound:
         _hook(model, record, plan)
+    record.gone = frozenset(before - names_of(model))
+    record.handles.append(model.register_load_state_dict_pre_hook(refuse_others))
     timm_indices.count_blocks(model)
     if plan.starts is not None:
         record.handles += [
