@@ -29,14 +29,25 @@ FIRST = """# Performance
 
 {message}
 
-How many times as fast as each, geometric mean over sizes (range): float32, inputs in the caches, two threads. "Inference" and "training
-step" are against what people write: the patches viewed as a map, conv2d, viewed back, cat; the authors' code; timm's blocks. The three
-columns behind them are inference / training step against the bare library convolution on a ready map, torch.compile of what people
-write, and the plain layer or model without its local part: below 1 there is the price of locality, which no kernel can remove. "Closest
-case": where a baseline of the same work comes nearest, or is ahead (below 1); b8_14x14_c192_k3 is a batch of 8 with 14 x 14 patches of 192
-channels, kernel 3.
+Every figure is another way's time over lifeops': above 1 lifeops is faster. Geometric mean over sizes (range); float32, inputs in the
+caches, two threads. "Inference" and "training step" are against what people write: of an op the patches viewed as a map, PyTorch's op,
+viewed back, cat, or its authors' code; of CoaT, PVT v2 and Twins timm's blocks; of other blocks and models the authors' code. The three
+columns behind them are inference / training step against the bare library convolution on a ready map, torch.compile of what people write,
+and the plain layer or model without its local part: 0.80 there means that locality costs a quarter more time, which no kernel can remove.
+That is told only of runs in which the quartiles of both lay within {steady} of each other: a plain model was timed beside each system, in
+the same run, and machines drift from one run to the next. "Closest case": where a baseline of the same work comes nearest, or is ahead
+(below 1); 8 x 14 x 14 x 192 is a batch of 8 with 14 x 14 patches of 192 channels, K the kernel size.
 
 {table}
+
+## Where it loses
+
+The {worst} worst cases of this page, to what does the same work (`eager` is what people write, `onednn` the bare convolution on a ready
+map):
+
+{losing}
+
+Those of other dtypes, cold caches and other allocators stand in [every row](performance/tables.md), too, which counts them all.
 
 - [Every row](performance/tables.md): sizes, bfloat16, cold caches, gradients alone, memory, share of the machine's limit, promises kept.
 - [How cost grows with size](performance/scaling.md), memory of the roll-out, what it costs to look at the layers.
@@ -73,7 +84,8 @@ tensors gets no number.
   or the plain model, `products` life_qkv's three products without depth-wise steps (eager / products is the most that any way to
   write it can gain), `block` the Transformer block without the shortcut, `mlp` the LayerNorm and MLP that LocalViT's feed-forward
   replaces, `sdpa` attention without a local term, `product` the scores alone, `clone` a copy of the same bytes.
-- "promise": whether the library's own target for that row was met.
+- "promise": whether the library's own target for that row was met: how many times as fast as a baseline it shall at least be
+  (`targets` in `bench/problems.py`).
 """
 NO_GPU = "**No GPU has been measured.** Until one is, the evidence for the GPU kernels is static: `make budgets`."
 
@@ -137,10 +149,9 @@ def _section(path: Path, rows: list[dict]) -> list[str]:
     lines += [f"![{kind}]({path.stem}_{kind}.png)" for kind in ("ratios", "share") if _has(kind, rows)]
     broken, slower = losing(rows)
     red = wrong(rows)
-    summary = (
-        f"{len(broken)} promises are not kept, {len(slower)} times a baseline of the same work is faster, {len(red)} results are wrong."
-    )
-    return [*lines, "", summary, *(f"- wrong, no number: {line}" for line in red), "", *tables(rows)]
+    said = f"Of all rows, whatever dtype, cache and allocator, {len(slower)} times a baseline of the same work is faster, and {len(red)}"
+    said += f" results are wrong. {len(broken)} promises are not kept{':' if broken else '.'}"
+    return [*lines, "", said, "", *(f"- {line}" for line in broken), *(f"- wrong, no number: {line}" for line in red), "", *tables(rows)]
 
 
 def _has(kind: str, rows: list[dict]) -> bool:
@@ -155,7 +166,8 @@ what hooks on its attention collect."""
 def _rollout_memory(path: Path) -> list[str]:
     """What ``python -m bench.rollout --out`` measured."""
     facts = json.loads(path.read_text())
-    lines = [f"## Roll-out, peak memory: {facts['machine']}", "", ROLLOUT_MEMORY.format(**facts, name=path.name), ""]
+    dirty = " Measured with changes that were not committed." if facts["commit"].endswith("-dirty") else ""
+    lines = [f"## Roll-out, peak memory: {facts['machine']}", "", ROLLOUT_MEMORY.format(**facts, name=path.name) + dirty, ""]
     lines += ["| level | way | peak MiB | of lifeops' |", "|---|---|---|---|"]
     for level, found in facts["peak_mib"].items():
         lines += [f"| {level} | {way} | {mib:.1f} | {mib / found['lifeops']:.1f} |" for way, mib in found.items()]
@@ -164,9 +176,11 @@ def _rollout_memory(path: Path) -> list[str]:
 
 def _facts(rows: list[dict]) -> str:
     """Where the first page's rows are from."""
-    machines = dict.fromkeys((row["machine"], row["torch"]) for row in rows)
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
-    return f"Measured on {'; '.join(f'{m}, torch {t}' for m, t in machines)}; commit {commits}. Written by `python -m bench page`."
+    machines: dict[tuple[str, str], dict] = {}
+    for row in rows:
+        machines.setdefault((row["machine"], row["torch"]), {})[row["commit"]] = None
+    told = "; ".join(f"{m}, torch {t}, commit {', '.join(commits)}" for (m, t), commits in machines.items())
+    return f"Measured on {told}. Written by `python -m bench page`."
 
 
 def _first(files: dict[Path, list[dict]]) -> str:
@@ -175,7 +189,7 @@ def _first(files: dict[Path, list[dict]]) -> str:
     no_gpu = [] if any(store.is_gpu(row) for row in kept) else [NO_GPU]
     return FIRST.format(
         facts="\n\n".join([_facts(measured(kept)), *no_gpu]), message="\n".join(summary.message(found, count)),
-        table="\n".join(summary.table(found)),
+        table="\n".join(summary.table(found)), steady=summary.STEADY, worst=summary.WORST, losing="\n".join(summary.losing(found)),
     )  # fmt: skip
 
 

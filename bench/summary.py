@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from bench import rows as store
 from bench.baselines import does_same_work
 from bench.problems import LEVELS, SYSTEMS, Problem, level_of
 from bench.tables import Key, ratios
@@ -17,6 +19,8 @@ AUTHORS = ("eager", "naive")  # what people write
 LIBRARY = ("onednn", "cudnn")
 COMPILED = ("compiled", "compiled_shifts")
 PLAIN = ("plain", "block", "mlp", "products", "product", "sdpa")  # of less work: without the local part
+STEADY = 1.25  # the upper quartile over the lower, of what a price is told of: it is a matter of percents
+WORST = 10  # cases named that lose
 WORDS = {
     "token_dwconv": "token convolution", "life_qkv": "LIFE: q, k, v", "local_attention": "attention with a local term",
     "dw_shortcut": "DW shortcut alone", "rollout": "attention roll-out", "token_dwconv_strided": "strided convolution",
@@ -54,11 +58,19 @@ class Line(NamedTuple):
 def lines(rows: list[dict]) -> list[Line]:
     """In the order of the levels: ops, blocks, models."""
     found: dict[tuple[str, str], dict] = {}
-    for (p, machine, *_), cell in _first_page(rows):
+    for (p, machine, *_), cell in _first_page(_without_unsteady(rows)):
         middle = {name: statistics.median(values) for name, values in cell.items()}
         found.setdefault((p.system, machine), {}).setdefault(p.mode, []).append((p, middle))
     order = {system: n for n, system in enumerate(SYSTEMS)}
     return [Line(*key, cells) for key, cells in sorted(found.items(), key=lambda item: (order[item[0][0]], item[0][1]))]
+
+
+def _without_unsteady(rows: list[dict]) -> list[dict]:
+    """Rows without the plain baselines of runs in which they or lifeops did not keep their time."""
+    run = lambda row: (*store.key(row), row["cache"], row["repeat"])  # noqa: E731
+    compared = [row for row in rows if row["variant"] == "lifeops" or row["variant"].startswith(PLAIN)]
+    unsteady = {run(row) for row in compared if row["median_ms"] is not None and row["q75_ms"] > STEADY * row["q25_ms"]}
+    return [row for row in rows if not (row["variant"].startswith(PLAIN) and run(row) in unsteady)]
 
 
 def _first_page(rows: list[dict]) -> Iterable[tuple[Key, dict]]:
@@ -72,10 +84,10 @@ def mean(values: list[float]) -> float:
     return statistics.geometric_mean(values)
 
 
-def _range(values: list[float]) -> str:
+def mean_range(values: list[float], mark: str = "") -> str:
     if not values:
         return "-"
-    return f"**{mean(values):.2f}**" + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+    return f"{mark}{mean(values):.2f}{mark}" + (f" ({_from_to(values)})" if len(values) > 1 else "")
 
 
 def _means(line: Line, among: tuple[str, ...]) -> str:
@@ -83,16 +95,34 @@ def _means(line: Line, among: tuple[str, ...]) -> str:
     return " / ".join(f"{mean(values):.2f}" if values else "-" for values in found) if any(found) else "-"
 
 
-def _worst(line: Line) -> str:
-    """The case in which a baseline of the same work comes closest, or is ahead."""
-    every = [
-        (ratio, f"{name} {ratio:.2f}, {MODES[mode]} {p.name.removesuffix('_float32')}")
+def _cases(line: Line) -> list[tuple[float, str]]:
+    """Every baseline of the same work: its time over lifeops', and words for it."""
+    return [
+        (ratio, f"{name} {ratio:.2f}, {MODES[mode]}, {_size(p)}")
         for mode, cells in line.cells.items()
         for p, cell in cells
         for name, ratio in cell.items()
         if does_same_work(name)
     ]
-    return min(every)[1] if every else "-"
+
+
+def _size(p: Problem) -> str:
+    """Of a model its batch alone; K is a kernel where it is no stride or depth."""
+    if level_of(p.system) == "model":
+        return f"batch {p.B}"
+    kernel = f", K {p.K}" if p.K and p.system not in ("pool_qkv", "mvit_pool") else f", stride {p.K}" if p.K else ""
+    return f"{p.B} x {p.H} x {p.W} x {p.C}{kernel}"
+
+
+def _worst(line: Line) -> str:
+    """The case in which a baseline of the same work comes closest, or is ahead."""
+    return min(_cases(line), default=(0, "-"))[1]
+
+
+def losing(found: list[Line]) -> list[str]:
+    """The cases furthest behind a baseline of the same work, worst first."""
+    behind = sorted((ratio, f"- {line.words}: {said}") for line in found for ratio, said in _cases(line) if ratio < 1)
+    return [said for _, said in behind[:WORST]]
 
 
 def table(found: list[Line]) -> list[str]:
@@ -100,7 +130,7 @@ def table(found: list[Line]) -> list[str]:
     columns = "", "inference", "training step", "bare library op", "torch.compile", "without the local part", "closest case", "machine"
     out = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for line in found:
-        eager = [_range(line.values(mode, AUTHORS)) for mode in MODES]
+        eager = [mean_range(line.values(mode, AUTHORS), "**") for mode in MODES]
         others = [_means(line, among) for among in (LIBRARY, COMPILED, PLAIN)]
         out.append(f"| {line.words} | {' | '.join([*eager, *others, _worst(line), _short(line.machine)])} |")
     return out
@@ -119,6 +149,15 @@ def sentence(found: list[Line]) -> str:
     )
 
 
+def _from_to(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def _single(lines: list[list[float]]) -> str:
+    return _from_to(itertools.chain(*lines))
+
+
 def _short(machine: str) -> str:
     return machine.split("(")[0].strip()
 
@@ -127,15 +166,20 @@ def message(found: list[Line], refused: int) -> list[str]:
     """What the table says, in sentences."""
     out = []
     doing = "inference", "training"
-    for level, what in zip(LEVELS, ("Ops", "Blocks", "Whole models"), strict=True):
+    authors = "their authors' code or timm's"
+    words = ("Ops", "PyTorch's ops on the patches viewed as a map, or their authors' code"), ("Blocks", authors), ("Whole models", authors)
+    for level, (what, other) in zip(LEVELS, words, strict=True):
         of = [line for line in found if level_of(line.system) == level]
-        means = [[mean(v) for line in of if (v := line.values(mode, AUTHORS))] for mode in MODES]
-        if all(means):
-            told = [f"{min(m):.1f} to {max(m):.1f} times as fast in {word}" for m, word in zip(means, doing, strict=True)]
-            out.append(f"- **{what}**: {', '.join(told)}.")
+        every = [[v for line in of if (v := line.values(mode, AUTHORS))] for mode in MODES]
+        if all(every):
+            told = [
+                f"{_from_to(map(mean, values))} times as fast in {word} (single sizes {_single(values)})"
+                for values, word in zip(every, doing, strict=True)
+            ]
+            out.append(f"- **{what}**: {', '.join(told)}, against {other}.")
     cells = [cell for line in found for of in line.cells.values() for _, cell in of]
     behind = [cell for cell in cells if any(does_same_work(b) and ratio < 1 for b, ratio in cell.items())]
-    out.append(f"- **It loses** in {len(behind)} of {len(cells)} cases to something that does the same work.")
+    out.append(f"- **It loses** in {len(behind)} of {len(cells)} cases of this page to something that does the same work, listed below.")
     return [*out, f"- **Nothing is said** of {refused} problems whose rows are [refused](performance/refused.md)."] if refused else out
 
 

@@ -7,7 +7,6 @@ named there is looked up: an op, module, model or test file that is gone is an e
 from __future__ import annotations
 
 import functools
-import statistics
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import yaml
 
 import lifeops
-from bench import tables
+from bench import summary
 from bench.refused import shown
 
 ROOT = Path(__file__).parent.parent
@@ -60,29 +59,26 @@ def _tests(names: tuple[str, ...]) -> str:
     return ", ".join(f"`tests/{name}.py`" for name in names)
 
 
-def _speed(found: dict, system: str) -> str:
-    """The spread of eager over lifeops, forward and with backward."""
-    parts = []
-    for modes, word in ((("fwd", "infer"), "forward"), (("fwdbwd", "train"), "step")):
-        of_system = [(p, cell) for (p, *_), cell in found.items() if (p.system, p.dtype) == (system, "float32")]
-        cells = [cell["eager"] for p, cell in of_system if p.mode in modes and "eager" in cell]
-        if cells:
-            parts.append(f"{tables.spread([statistics.median(values) for values in cells])} {word}")
-    return ", ".join(parts)
+def _speed(line: summary.Line) -> str:
+    """Forward and with backward, as on the page of the performance."""
+    words = {"fwd": "forward", "fwdbwd": "step"}
+    found = {words[mode]: values for mode in summary.MODES if (values := line.values(mode, ("eager",)))}
+    return ", ".join(f"{summary.mean_range(values)} {word}" for word, values in found.items())
 
 
 @functools.cache
-def _measured() -> dict:
-    return tables.ratios(shown())
+def _measured() -> list[summary.Line]:
+    return summary.lines(shown())
 
 
 def _speeds(system: System) -> str:
-    return "; ".join(f"`{name}` {text}" for name in system.rows if (text := _speed(_measured(), name))) or "-"
+    found = [(line.words, text) for line in _measured() if line.system in system.rows and (text := _speed(line))]
+    return "; ".join(f"{words} {text}" for words, text in found) or "-"
 
 
 def systems_table(page: Path) -> str:
     """One row per system."""
-    columns = "system", "ops", "`lifeops.nn`", "`lifeops.models`", "authors' files", "times as fast as its authors' code, fp32"
+    columns = "system", "ops", "`lifeops.nn`", "`lifeops.models`", "authors' files", "times as fast as its authors' code, float32"
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for path, s in systems().items():
         ops, modules, models = _names(lifeops, s.ops), _names(lifeops.nn, s.modules), _names(lifeops.models, s.models)
@@ -98,6 +94,6 @@ def system_facts(page: Path) -> str:
         "source": s.source, "ops": _names(lifeops, s.ops), "`lifeops.nn`": _names(lifeops.nn, s.modules),
         "`lifeops.models`": _names(lifeops.models, s.models),
         "authors' checkpoints": "`lifeops.load_official` reads them" if s.loads else "-",
-        "times as fast as its authors' code, fp32": _speeds(s), "tests": _tests(s.tests),
+        "times as fast as its authors' code, float32": _speeds(s), "tests": _tests(s.tests),
     }  # fmt: skip
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items() if text != "-")])

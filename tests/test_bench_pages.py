@@ -177,9 +177,26 @@ def test_the_first_page_says_mean_range_and_worst_case():
     assert f"**{statistics.geometric_mean([2, 4, 2]):.2f}** (2.00 to 4.00)" in text
     assert f"{statistics.geometric_mean([1.5, 0.8, 1.5]):.2f} / -" in text
     assert "0.50 / -" in text
-    assert "onednn 0.80, inference b8_14x14_c16_k3" in text
+    assert "onednn 0.80, inference, 8 x 14 x 14 x 16, K 3" in text
+    assert summary.losing([line]) == ["- token convolution: onednn 0.80, inference, 8 x 14 x 14 x 16, K 3"]
     assert "**It loses** in 1 of 3 cases" in summary.message([line], 2)[0]
     assert "**Nothing is said** of 2 problems" in summary.message([line], 2)[1]
+
+
+@pytest.mark.parametrize("variant", ["lifeops", "plain_linear"])
+def test_a_price_is_told_of_steady_runs_alone(variant):
+    """Of one size neither; its speed stays."""
+    found = [row | {"q25_ms": 1.0, "q75_ms": 1.4} if (row["variant"], row["C"]) == (variant, 16) else row for row in _three_sizes()]
+    (line,) = summary.lines(found)
+    assert [len(line.values("fwd", among)) for among in (summary.AUTHORS, summary.PLAIN)] == [3, 2]
+
+
+def test_a_size_is_told_in_words():
+    several = {"mvit_pool": "8 x 14 x 14 x 16, stride 3", "cvt_13": "batch 8", "life_qkv": "8 x 14 x 14 x 16"}
+    for system, said in several.items():
+        p = PROBLEM._replace(system=system, C=16, K=0 if system == "life_qkv" else 3)
+        (line,) = summary.lines([_row(p=p), _row("eager", 3.0, p=p)])
+        assert f"eager 3.00, inference, {said} |" in summary.table([line])[2]
 
 
 def test_the_first_page_is_of_warm_float32_on_two_threads():
@@ -279,6 +296,12 @@ TABLE = """setting,model,quantity,value,sd
 "a training step of DeiT-Tiny, 224 x 224",eager,peak bytes of a training step,300,
 "a training step of DeiT-Tiny, 224 x 224",{0},seconds per training step,0.3,
 "a training step of DeiT-Tiny, 224 x 224",{0},peak bytes of a training step,110,
+"a training step of the demo's model, batch 32",plain,seconds per training step,0.2,
+"a training step of the demo's model, batch 32",plain,peak bytes of a training step,100,
+"a training step of the demo's model, batch 32",eager,seconds per training step,0.5,
+"a training step of the demo's model, batch 32",eager,peak bytes of a training step,300,
+"a training step of the demo's model, batch 32",{0},seconds per training step,0.4,
+"a training step of the demo's model, batch 32",{0},peak bytes of a training step,110,
 """
 
 
@@ -292,15 +315,16 @@ def test_a_demo_is_stored_with_its_commit_and_shown(results):
     _stored(results, *demo.FIRST)
     found = demo.read(results / "life.json")
     assert (found.commit, found.seeds, found.accuracy[50]["life"]) == ("abc", 3, (60.0, 3.0))
-    assert found.cost("seconds per training step") == pytest.approx(1.5)
+    assert found.cost("seconds per training step", "DeiT-Tiny") == pytest.approx(1.5)
     accuracy = demo.accuracy_table(results, "life")
     assert "| 50 | 50.0 ± 2.0 | 60.0 ± 3.0 |" in accuracy
     assert "commit abc" in accuracy
     assert "| DeiT-Tiny, 224 x 224: lifeops | 1.50 | 1.10 |" in demo.cost_table(results, "life")
     assert "as the authors wrote it | 2.50 | 3.00 |" in demo.cost_table(results, "life")
     choice = demo.choice_table(results)
-    assert "| plain ViT | 50.0 | 1 | 1 | - |" in choice
-    assert "| LocalViT | 60.0 | 1.50 | 1.10 | all but the MLP's |" in choice
+    assert "| plain ViT | 50.0 ± 2.0 | 1 | 1 | - |" in choice
+    assert "| LocalViT | 60.0 ± 3.0 | 2.00 | 1.10 | all but the MLP's |" in choice  # the demo's own model
+    assert "LIFE 1.50, LocalViT 1.50, DW shortcut 1.50" in choice  # DeiT-Tiny
     assert len(demo.figure(demo.stored()).axes[0].get_lines()) == 4
 
 
