@@ -19,6 +19,7 @@ from lifeops import config, registry
 from lifeops.cost.model_cost import model_cost
 from lifeops.demo.train import SYSTEMS
 from lifeops.files import written
+from lifeops.integrations import official
 from lifeops.models.named import image_size, named, systems_of
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +72,14 @@ def flops_table(page: Path, model: str) -> str:
     return "\n".join(lines)
 
 
+def families(page: Path) -> str:
+    """The checkpoints that load_official knows, and which of its arguments they may need."""
+    lines = ["| model | told by | arguments that say what its tensors may not tell |", "|---|---|---|"]
+    for family in official.families():
+        lines.append(f"| {family.name} | `{family.key}` | {', '.join(f'`{name}`' for name in family.asks) or '-'} |")
+    return "\n".join(lines)
+
+
 def names(page: Path, module: str) -> str:
     """What mkdocstrings shows of a public module: everything."""
     return "\n\n".join(f"::: lifeops.{module}.{name}" for name in getattr(lifeops, module).__all__)
@@ -94,7 +103,7 @@ def speed(page: Path) -> str:
 PARTS = {
     "ops": op_table, "environment": environment_table, "systems": systems_table, "system": system_facts, "choice": demo.choice_table,
     "demo": demo.accuracy_table, "demo-cost": demo.cost_table,
-    "finetune": demo.finetune_table, "flops": flops_table, "speed": speed, "names": names, "examples": examples,
+    "finetune": demo.finetune_table, "flops": flops_table, "speed": speed, "names": names, "families": families, "examples": examples,
 }  # fmt: skip
 """Functions of the page's path and the arguments in the mark."""
 _PART = re.compile(rf"(<!-- ({'|'.join(PARTS)})((?: [\w-]+)*) -->\n).*?(<!-- /\2 -->)", re.DOTALL)

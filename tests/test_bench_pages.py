@@ -1,5 +1,6 @@
 """What the benchmark's pages show: rows that cannot be are refused and measured again, the first page's figures, the stored demos."""
 
+import inspect
 import json
 import statistics
 import subprocess
@@ -16,8 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 from rich.console import Console  # noqa: E402
 
+import lifeops  # noqa: E402
 from bench import again, ceilings, collect, demo, page, readme, refused, rows, summary, systems_table, tables  # noqa: E402
 from bench.problems import Problem  # noqa: E402
+from lifeops.integrations import official  # noqa: E402
 
 PROBLEM = Problem("token_dwconv", "fwd", 8, 14, 14, 192, 3, "float32")
 BLANK = dict.fromkeys(rows.FIELDS) | {"note": ""}
@@ -385,3 +388,10 @@ def test_a_system_is_a_page(tmp_path, monkeypatch):
     (tmp_path / "a.md").write_text("---\nname: a\nsource: arXiv\ntests: [no_such_test]\n---\n")
     with pytest.raises(SystemExit, match=r"tests/no_such_test\.py is gone"):
         systems_table.system_facts(tmp_path / "a.md")
+
+
+def test_checkpoint_families_ask_for_arguments_that_exist():
+    arguments = inspect.signature(lifeops.load_official).parameters
+    for family in official.families():
+        assert set(family.asks) <= arguments.keys()
+        assert f"| {family.name} | `{family.key}` |" in readme.families(readme.ROOT)

@@ -30,7 +30,7 @@ _PLAIN_KEY = "blocks.0.attn.qkv.weight"
 
 class Family(NamedTuple):
     """Models with the same keys: the one that tells them, the number of its dimensions, and what builds one; ``keys``: what the tensors are
-    called there, if not as they come.
+    called there, if not as they come; ``asks``: arguments of load_official that say what tensors may not tell.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Family(NamedTuple):
     dims: int
     build: Callable[[Facts], nn.Module]
     keys: Callable[[Facts], Mapping] | None = None
+    asks: tuple[str, ...] = ()
 
 
 def load_official(
@@ -87,18 +88,27 @@ def load_official(
         names the argument). TypeError: neither a path nor a dict. FileNotFoundError: no such file.
     """
     given = _given("load_official", key, num_heads, aux_key, act, img_size, num_classes, window_size, stage_blocks)
-    families = (
-        Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", published=True)),
-        Family("LIFE Swin V2", life_swin.KEY, 2, life_swin.life_swinv2),
-        Family("LocalViT PVT", localvit.PVT_KEY, 4, localvit.pvt), Family("LocalViT TNT", localvit.TNT_KEY, 1, localvit.tnt),
-        Family("LocalViT T2T", localvit.T2T_KEY, 4, localvit.t2t), Family("LocalViT Swin", localvit.SWIN_KEY, 4, localvit.swin),
-        Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit), Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit),
-        Family("DW shortcut CaiT", shortcut.CAIT_KEY, 4, shortcut.cait), Family("DW shortcut Swin", shortcut.SWIN_KEY, 4, shortcut.swin),
-        Family("CvT", cvt.KEY, 4, cvt.cvt), Family("EdgeViT", edgevit.KEY, 4, edgevit.edgevit),
+    return _load("load_official", checkpoint, key, given, families())
+
+
+def families() -> tuple[Family, ...]:
+    """All that :func:`load_official` reads."""
+    heads, swin, hosts = ("num_heads",), ("img_size", "window_size"), ("num_heads", "act")
+    return (
+        Family("LIFE DeiT", _LIFE_KEY, 2, lambda facts: _life_deit(facts, "scale1", published=True), asks=("num_heads", "aux_key")),
+        Family("LIFE Swin V2", life_swin.KEY, 2, life_swin.life_swinv2, asks=swin),
+        Family("LocalViT PVT", localvit.PVT_KEY, 4, localvit.pvt, asks=hosts),
+        Family("LocalViT TNT", localvit.TNT_KEY, 1, localvit.tnt, asks=hosts),
+        Family("LocalViT T2T", localvit.T2T_KEY, 4, localvit.t2t, asks=hosts),
+        Family("LocalViT Swin", localvit.SWIN_KEY, 4, localvit.swin, asks=(*swin, "act")),
+        Family("LocalViT DeiT", _LOCALVIT_KEY, 4, _localvit_deit, asks=hosts),
+        Family("DW shortcut ViT", shortcut.VIT_KEY, 4, shortcut.vit, asks=heads),
+        Family("DW shortcut CaiT", shortcut.CAIT_KEY, 4, shortcut.cait),
+        Family("DW shortcut Swin", shortcut.SWIN_KEY, 4, shortcut.swin, asks=swin),
+        Family("CvT", cvt.KEY, 4, cvt.cvt, asks=heads), Family("EdgeViT", edgevit.KEY, 4, edgevit.edgevit, asks=heads),
         Family("MViTv2", mvit.KEY, 1, mvit.mvit, mvit.timm_keys), Family("MViTv2", mvit.TIMM_KEY, 1, mvit.mvit),
-        Family("RegionViT", regionvit.KEY, 2, regionvit.regionvit), Family("SiT", sit.KEY, 2, sit.sit),
+        Family("RegionViT", regionvit.KEY, 2, regionvit.regionvit), Family("SiT", sit.KEY, 2, sit.sit, asks=(*heads, "stage_blocks")),
     )  # fmt: skip
-    return _load("load_official", checkpoint, key, given, families)
 
 
 def lifeops_deit(
