@@ -156,8 +156,8 @@ def choice_table(page: Path) -> str:
         lines.append(f"| {_label(of.system)} | " + " | ".join([*cells, *costs, FIRST[of.system]]) + " |")
     tiny = ", ".join(f"{_label(of.system)} {of.cost(SECONDS, TINY):.2f}" for of in found)
     told = (
-        f"Test accuracy in % of {MODEL}, from scratch, {_where(found)}\nIts training step, batch 32, one thread, is over the plain one's;"
-        f" DeiT-Tiny's at 224 px, batch 2, one thread, takes: {tiny}. `python -m bench demo` runs all this."
+        f"Test accuracy in % of {MODEL}, from scratch, {_where(found)}\nTraining step: this model's, batch 32, one thread, over the plain"
+        f" one's. DeiT-Tiny's, 224 px, batch 2: {tiny}. Run: `python -m bench demo`."
     )
     return "\n".join([*lines, "", told])
 
