@@ -25,8 +25,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Pages that show a file at the top, whose links are written for there."""
-    shown = re.fullmatch(r'--8<-- "(\w+\.md)"\s*', markdown)
+    """A page that is a link to a file at the top shows that file, whose links are written for there."""
+    shown = re.fullmatch(r"\[(\w+\.md)\]\(\.\./\1\)\s*", markdown)
     return _from_top((ROOT / shown[1]).read_text()) if shown else markdown
 
 

@@ -8,7 +8,7 @@ crops of the picture's left part, plain and with LIFE's attention: same seeds, c
 model on a part of the training picture. The mean intersection over union (mIoU) is that of the right quarter, which no crop touches.
 
 Writes results.json, table.md, predictions.png and rollout.png: for each class, which patches LIFE's output draws on. A run that was
-interrupted is gone on with: what it trained is in OUT/unfinished until it ends. Needs stardist (its picture), matplotlib, rich, Pillow.
+interrupted goes on: what it trained is in OUT/unfinished until it ends. Needs stardist (its picture), matplotlib, rich, Pillow.
 """
 
 import argparse

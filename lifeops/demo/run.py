@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a small DeiT from scratch on scikit-learn's digits, plain and with local structure (same seeds, data"
         " order and schedule), and compare accuracy, parameters, MACs, time and memory. Writes OUT/<system>/table.csv, table.md,"
         " curves.png, attention.png (impulse: heads.png) and the models' weights, <model>.pt, for `lifeops rollout`. A demo that was"
-        " interrupted is gone on with: what it trained is in OUT/<system>/unfinished until it ends.",
+        " interrupted goes on where it stopped: what it trained is in OUT/<system>/unfinished until it ends.",
     )
     choices = [*SYSTEMS, "impulse"]
     parser.add_argument("--system", choices=choices, default="life", help="what to compare with the plain model (default: life)")

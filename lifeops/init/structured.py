@@ -65,7 +65,7 @@ def structured_(
 
     Args:
         model_or_blocks: a ViT of timm, transformers, torchvision or this library (LIFE, LocalViT, DW shortcut), or a list of its
-            blocks (then with ``position_embedding`` and ``grid``). Of ``LifeAttention`` the heads of scale 1 are set, the rest
+            blocks (then with ``position_embedding`` and ``grid``). In ``LifeAttention`` the heads of scale 1 are set, the rest
             keeps its values and magnitude.
         kernel_size: 3 or 5: the offsets the heads take, in turn (2025) or at random (2024).
         generator: a CPU generator that everything is drawn from; weights on any device and of any dtype get the same numbers.
