@@ -28,6 +28,16 @@ FAILS = {}  # (host, column): the cause of a cell that is wrong and known to be
 
 HEAD = """# Hosts
 
+Which models each function takes. Yours: look for its family (timm's name of the architecture, transformers' class) below, then for the
+line that says what is special about it (registers, rotary positions, windows …); or ask it: `print(lifeops.describe(model))` says what is
+known of a model without changing it, and `lifeops.convert` and the others refuse what they do not take, with the reason. "works" is
+followed by the largest difference found, "mass" by the attention that an impulse is reported to move / that it moves, a number in
+brackets is a refusal.
+
+All models are in evaluation mode. With patch dropout a converted model works there alone: in training the forward pass is a ValueError.
+
+## How it was tested
+
 Written by `make hosts` from what `tests/test_hosts_matrix.py` finds, on {versions}: small configurations with random weights, layer
 scales, biases and tables, mostly 4 x 6 patches.
 
