@@ -157,7 +157,7 @@ def choice_table(page: Path) -> str:
     tiny = ", ".join(f"{_label(of.system)} {of.cost(SECONDS, TINY):.2f}" for of in found)
     told = (
         f"Test accuracy in % of {MODEL}, from scratch, {_where(found)}\nTraining step: this model's, batch 32, one thread, over the plain"
-        f" one's. DeiT-Tiny's, 224 px, batch 2: {tiny}. Run: `python -m bench demo`."
+        f" one's. DeiT-Tiny's, 224 px, batch 2: {tiny}; other CPUs: [performance](docs/performance.md). Run: `python -m bench demo`."
     )
     return "\n".join([*lines, "", told])
 

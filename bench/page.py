@@ -40,6 +40,9 @@ the same run, and machines drift from one run to the next. "Closest case": where
 
 {table}
 
+What locality costs depends on the machine: on one thread of an AMD EPYC a training step of DeiT-Tiny, batch 2, costs less than here, as the
+page of each system says ([LocalViT](systems/localvit.md#what-it-gains-and-costs), which even wins there, and why).
+
 ## Where it loses
 
 The {worst} worst cases of this page, to what does the same work (`eager` is what people write, `onednn` the bare convolution on a ready
