@@ -87,7 +87,7 @@ tensors gets no number.
   or the plain model, `products` life_qkv's three products without depth-wise steps (eager / products is the most that any way to
   write it can gain), `block` the Transformer block without the shortcut, `mlp` the LayerNorm and MLP that LocalViT's feed-forward
   replaces, `sdpa` attention without a local term, `product` the scores alone, `clone` a copy of the same bytes.
-- "promise": whether the library's own target for that row was met: how many times as fast as a baseline it shall at least be
+- "promise": whether the library's own target for that row was met: how many times as fast as a baseline it should be at least
   (`targets` in `bench/problems.py`).
 """
 NO_GPU = "**No GPU has been measured.** Until one is, the evidence for the GPU kernels is static: `make budgets`."
