@@ -90,6 +90,15 @@ def calls_layers() -> bool:
     return _functorch_active() or captured()
 
 
+def may_be_one(size) -> bool:
+    """Whether a size is 1 or, where a program for any size is written down, could be: asking would fix it to the example's."""
+    if not isinstance(size, torch.SymInt):
+        return size == 1
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # sympy comes with it
+
+    return guard_or_true(size == 1)
+
+
 def sizes_are_numbers(fn):
     """Decorates what looks at sizes that torch.jit.trace has tensors for: a program belongs to its grid, torch need not warn of that."""
 

@@ -21,7 +21,7 @@ from lifeops.nn.embedded_grid import plain
 from lifeops.nn.feed_forward import FeedForward
 from lifeops.nn.global_sparse import GlobalSparseAttention
 from lifeops.nn.local_agg import LocalAgg
-from lifeops.nn.maps import call, to_maps, to_tokens
+from lifeops.nn.maps import call, to_maps, to_tokens, written_down
 from lifeops.nn.plain import batch_norm, depthwise, exactly, is_fused
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.token_dwconv.public import token_dwconv
@@ -98,7 +98,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The tokens and their grid."""
-        maps = self.proj(maps)
+        maps = self.proj(written_down(maps))
         return self.norm(to_tokens(maps)), plain(maps.shape[2:])
 
 

@@ -13,7 +13,7 @@ from lifeops.models.inputs import check_counts, check_rates, check_sizes, to_pai
 from lifeops.nn.attend import split_heads
 from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.inputs import check_heads
-from lifeops.nn.maps import on_patches, to_maps
+from lifeops.nn.maps import on_patches, to_maps, written_down
 from lifeops.options import Pair
 from lifeops.told import ToldInMetadata
 
@@ -122,7 +122,7 @@ class PyramidVisionTransformer(nn.Module):
             for block in self._modules[f"block{s}"]:
                 x = block(x, grid)
             if s < self.num_stages:
-                x = to_maps(x, grid)
+                x = written_down(to_maps(x, grid))
         return self.norm(x)
 
     def forward_head(self, x: Tensor) -> Tensor:

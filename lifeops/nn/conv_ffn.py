@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lifeops import geometry
+from lifeops import geometry, torchlib
 from lifeops.arguments import check_factory, check_flags, check_int, check_rate, check_tensor
 from lifeops.nn.embedded_grid import plain
 from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_kernel_size, check_like
 from lifeops.nn.localvit import hidden_width
-from lifeops.nn.maps import on_patches, to_tokens
+from lifeops.nn.maps import on_patches, to_tokens, written_down
 from lifeops.nn.plain import depthwise, exactly, gelu, is_fused
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.token_dwconv.act_function import ChannelAct
@@ -135,5 +135,5 @@ class OverlapPatchEmbed(ToldInMetadata):
             raise ValueError(f"{EMBED}: maps must be (B, {self.in_chans}, H, W), got {tuple(maps.shape)}")
         check_like(EMBED, "maps", maps, self.proj)
         geometry.filtered_grid(EMBED, *maps.shape[2:], *((n, n) for n in (self.patch_size, self.stride, self.padding)))
-        maps = self.proj(maps.contiguous(memory_format=torch.channels_last))
+        maps = self.proj(written_down(maps) if torchlib.captured() else maps.contiguous(memory_format=torch.channels_last))
         return self.norm(to_tokens(maps)), plain(maps.shape[2:])

@@ -155,7 +155,7 @@ class ConvProjectionAttention(Fusible, NotScripted, ToldInMetadata):
 
     def projected(self, x: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, P + H*W, C) -> what the Linears of q, k and v read, each (B, P + H'*W', C) on its own grid."""
-        fast = x.shape[0] * grid[0] * grid[1] > 0 and not torchlib.calls_layers()
+        fast = not torchlib.calls_layers() and x.shape[0] * grid[0] * grid[1] > 0
         step = {"dw_bn": self._convolved, "avg": self._averaged}.get(self.method, self._by_layer)
         found = (step if fast and is_fused(self) else self._by_layer)(x, grid)
         return tuple(found.get(f"conv_proj_{part}", x) for part in "qkv")

@@ -115,7 +115,7 @@ class LocalAgg(Fusible, NotScripted, nn.Module):
         P = self.num_prefix_tokens
         grid = check_input(NAME, x, self.dim, self.grid_holder.of(NAME, grid), P)
         check_like(NAME, "x", x, self.pos_embed)
-        fast = x.shape[0] * grid[0] * grid[1] > 0 and not torchlib.calls_layers()
+        fast = not torchlib.calls_layers() and x.shape[0] * grid[0] * grid[1] > 0
         y = (self._run if fast and is_fused(self) else self._composed)(x[:, P:], grid)
         return torch.cat((x[:, :P].to(y.dtype), y), 1) if P else y
 

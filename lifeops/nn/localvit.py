@@ -134,7 +134,7 @@ class LocalityFeedForward(Fusible, NotScripted, ToldInMetadata):
         return self.conv[1], self.conv[4], self.conv[-1]
 
     def _fast(self, x, grid) -> bool:
-        return x.shape[0] * grid[0] * grid[1] > 0 and not torchlib.calls_layers() and is_fused(self)
+        return not torchlib.calls_layers() and x.shape[0] * grid[0] * grid[1] > 0 and is_fused(self)
 
     def _config(self, dtype, grid, norms, backend) -> chain.Config:
         groups = tuple(sync_group(n) for n in norms)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from lifeops import torchlib
 from lifeops.nn.plain import Rule
 
 
@@ -26,14 +27,19 @@ def orderly(maps: torch.Tensor) -> torch.Tensor:
     the gradient is then read in the wrong order. A view of tokens has them for one image, whose batch stride may be any number, and for
     a grid one patch wide.
     """
-    return maps.contiguous() if 1 in (maps.shape[0], *maps.shape[2:]) else maps
+    return maps.contiguous() if any(map(torchlib.may_be_one, (maps.shape[0], *maps.shape[2:]))) else maps
+
+
+def written_down(maps: torch.Tensor) -> torch.Tensor:
+    """``maps`` for a convolution: where a program is written down with strides that fix no batch size (channels last of one image does)."""
+    return orderly(maps) if torchlib.captured() else maps
 
 
 def orderly_gradient(maps: torch.Tensor) -> torch.Tensor:
     """``maps``, whose gradient has such strides, too: it is added to fresh zeros."""
-    if maps.shape[0] != 1 or not maps.requires_grad:
+    if not (maps.requires_grad and torchlib.may_be_one(maps.shape[0])):
         return maps
-    return maps.index_select(0, torch.zeros(1, dtype=torch.long, device=maps.device))
+    return maps.index_select(0, torch.arange(maps.shape[0], device=maps.device))
 
 
 def apply(name: str, layer: Callable, maps: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lifeops.geometry import conv_grid
-from lifeops.nn.maps import to_maps
+from lifeops.nn.maps import to_maps, written_down
 from lifeops.nn.plain import pool, why_not
 from lifeops.ops.token_dwconv.public import token_dwconv
 from lifeops.ops.token_pool.function import token_pool
@@ -38,7 +38,7 @@ def pool_tokens(name: str, layer: nn.Module | None, x, grid, num_prefix_tokens: 
 
 def _by_layer(name, layer, x, grid, P):
     maps = to_maps(x[..., P:, :].reshape(-1, grid[0] * grid[1], x.shape[-1]), grid)
-    out = layer(maps)
+    out = layer(written_down(maps))
     if out.dim() != 4 or out.shape[:2] != maps.shape[:2]:
         why = "; ".join(why_not(layer, pool)) or "a layer inside it"
         raise ValueError(f"{name} makes {tuple(out.shape)} of {tuple(maps.shape)}, and every channel needs a map of its own ({why})")
