@@ -305,7 +305,8 @@ def test_onnx_of_any_batch_and_image_size(system, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     for positions, example in (("learn", 2), ("none", 1)):  # one image as an example does not fix the batch
         model = _vit(system, dynamic=True, pos_embed=positions)
-        path = _onnx(model, _images(48, 64, batch=example), tmp_path, dynamic_shapes={"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}})
+        sizes = {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
+        path = _onnx(model, _images(48, 64, batch=example), tmp_path, dynamic_shapes=sizes)
         session, other = onnxruntime.InferenceSession(path), _openvino(path)
         for size, batch in (((32, 48), 3), ((64, 24), 2)):
             x = _images(*size, batch=batch)
