@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.arguments import check_callable
 from lifeops.models.inputs import check_images, check_rates, check_sizes, grid_of, to_pair
+from lifeops.nn.attend import fused_attention
 from lifeops.told import ToldInMetadata
 
 AttentionFactory = Callable[[int, int, int], nn.Module]
@@ -59,7 +59,7 @@ class Attention(ToldInMetadata):
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = fused_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 

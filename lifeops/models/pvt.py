@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.arguments import check_callable, check_positive, got
 from lifeops.models.blocks import ConvFactory, pre_norm_block
 from lifeops.models.deit import DropPath, NormedPatchEmbed, _init_linear
 from lifeops.models.inputs import check_counts, check_rates, check_sizes, to_pair
-from lifeops.nn.attend import split_heads
+from lifeops.nn.attend import fused_attention, split_heads
 from lifeops.nn.dense import linears, multiplier
 from lifeops.nn.inputs import check_heads
 from lifeops.nn.maps import on_patches, to_maps, written_down
@@ -49,7 +48,7 @@ class SpatialReductionAttention(ToldInMetadata):
             keys = self.norm(on_patches(f"{NAME}: sr", self.sr, x, grid, self.num_prefix_tokens))
         q = multiply(x, self.q).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = split_heads(multiply(keys, self.kv), self.num_heads, 2)
-        return multiply(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), self.proj)
+        return multiply(fused_attention(q, k, v).transpose(1, 2).flatten(2), self.proj)
 
 
 class PyramidVisionTransformer(nn.Module):

@@ -10,11 +10,11 @@ Sources: Dosovitskiy et al., arXiv 2010.11929; Touvron et al., "Going deeper wit
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops.arguments import check_rate, check_tensor
 from lifeops.models.inputs import check_images, check_rates, check_sizes, grid_of, to_pair
+from lifeops.nn.attend import fused_attention
 from lifeops.nn.dw_shortcut import ShortcutModule, check_every
 from lifeops.nn.inputs import check_like
 from lifeops.nn.inputs import kernel_sizes as check_kernel_sizes
@@ -87,7 +87,7 @@ class Attention(ToldInMetadata):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (_heads(t, self.num_heads) for t in self.to_qkv(x).chunk(3, -1))
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop_rate if self.training else 0.0)
+        x = fused_attention(q, k, v, dropout_p=self.drop_rate if self.training else 0.0)
         return self.to_out(x.transpose(1, 2).flatten(2))
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lifeops import config
+from lifeops import config, torchlib
 from lifeops.nn.embedded_grid import plain
 from lifeops.nn.maps import call, to_maps, to_tokens
 from lifeops.nn.plain import depthwise, exactly, is_plain
@@ -14,6 +14,7 @@ from lifeops.ops.local_attention.formula import causal_mask, sequence
 from lifeops.ops.local_attention.function import local_attention
 
 DROPOUT = exactly(nn.Dropout, nn.Identity)
+LANES = 16  # at most, of a vector of float32
 
 
 def attend(module, q, k, v, attn_mask, is_causal, local=None, *, grid, num_prefix_tokens, fused):
@@ -46,7 +47,18 @@ def attend_keys(module, q, k, v, *, scale, fused):
     if (drop.training and getattr(drop, "p", 0.0) >= 1) or (not fused and not is_plain(drop, DROPOUT)):
         return sequence(_by_layer(drop, q, k, v, None, scale))
     dropout_p = getattr(drop, "p", 0.0) if drop.training else 0.0
-    return sequence(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale))
+    return sequence(fused_attention(q, k, v, dropout_p=dropout_p, scale=scale))
+
+
+def fused_attention(q, k, v, bias=None, dropout_p: float = 0.0, scale: float | None = None):
+    """softmax(scale q kᵀ + bias) v, (B, h, n, d), by torch's kernel; a query of NaN gives NaN.
+
+    Without a mask, and for fewer keys than a vector has lanes, torch's on CPU (2.13) takes such a query for one that sees no key, and
+    gives 0: a mask of zeros goes with few keys. findings/cpu_attention_nan_of_few_keys.sh.
+    """
+    if bias is None and q.device.type == "cpu" and not torchlib.captured() and 0 < k.shape[-2] < LANES:
+        bias = q.new_zeros((*(1 for _ in q.shape[:-1]), k.shape[-2]))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
 
 def attend_tokens(q, k, v, scale: float, bias=None):
@@ -109,5 +121,5 @@ def _attend_fused(q, k, v, bias, scale):
     if len(images) == 2:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
         bias = bias if bias is None else bias.expand(*images, *bias.shape[1:]).flatten(0, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    y = fused_attention(q, k, v, bias, scale=scale)
     return y.unflatten(0, images) if len(images) == 2 else y

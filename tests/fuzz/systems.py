@@ -29,7 +29,8 @@ def life_qkv(x, w1, b1, dw2, pw2, dw3, pw3, H, W, P, scale1_key):
     return tuple(torch.cat(parts, 2) for parts in zip(*(z.chunk(3, 2) for z in scales), strict=True))
 
 
-def _heads(t, h):
+def heads(t, h):
+    """(B, N, C) as (B, h, N, C / h)."""
     return t.unflatten(2, (h, -1)).transpose(1, 2)
 
 
@@ -41,14 +42,14 @@ def life_attention(p, x, H, W, P, h, scale1_key, qkv_norm):
     qkv = life_qkv(x, *weights, H, W, P, scale1_key)
     if qkv_norm:
         qkv = [F.layer_norm(t, t.shape[2:], p["qkv.norm.weight"], p["qkv.norm.bias"], 1e-5) for t in qkv]
-    q, k, v = (_heads(t, h) for t in qkv)
+    q, k, v = (heads(t, h) for t in qkv)
     y = attention(q, k, v, None, None, None, None, None, H, W, P, q.shape[-1] ** -0.5, 0.0)
     return F.linear(y, p["proj.weight"], p["proj.bias"])
 
 
 def local_attention(p, x, H, W, P, h):
     """nn.LocalAttention."""
-    q, k, v = (_heads(t, h) for t in F.linear(x, p["qkv.weight"], p.get("qkv.bias")).chunk(3, 2))
+    q, k, v = (heads(t, h) for t in F.linear(x, p["qkv.weight"], p.get("qkv.bias")).chunk(3, 2))
     y = attention(q, k, v, p["local.weight"], p["local.bias"], None, None, None, H, W, P, q.shape[-1] ** -0.5, 0.0)
     return F.linear(y, p["proj.weight"], p["proj.bias"])
 
@@ -59,7 +60,7 @@ def running(p, name, t):
     return tuple((0.9 * p[f"{name}.{n}"] + 0.1 * new).detach() for n, new in zip(("running_mean", "running_var"), found, strict=True))
 
 
-def _norm(p, name, t, train, seen=None):
+def batch_norm(p, name, t, train, seen=None):
     """Batch norm of (B, C, H, W); the running statistics go to ``seen``."""
     if train and seen is not None:
         seen += running(p, name, t)
@@ -84,11 +85,11 @@ def locality(p, x, H, W, P, act, train):
     f = oracle.VALUES["relu6" if name == "relu6" else "hardswish"]
     last = 7 if kind else 6
     product = lambda t, i: torch.einsum("bchw,oc->bohw", t, p[f"conv.{i}.weight"].flatten(1))  # noqa: E731
-    t = f(_norm(p, "conv.1", product(oracle.maps(x, H, W), 0), train, seen))
-    t = f(_norm(p, "conv.4", oracle.conv(t, p["conv.3.weight"]), train, seen))
+    t = f(batch_norm(p, "conv.1", product(oracle.maps(x, H, W), 0), train, seen))
+    t = f(batch_norm(p, "conv.4", oracle.conv(t, p["conv.3.weight"]), train, seen))
     if kind:
         t = t * _gate(p, kind, t.sum((2, 3)) / max(1, H * W))[:, :, None, None]
-    t = _norm(p, f"conv.{last + 1}", product(t, last), train, seen)
+    t = batch_norm(p, f"conv.{last + 1}", product(t, last), train, seen)
     return torch.cat((x[:, :P], x[:, P:] + oracle.tokens(t)), 1), seen
 
 
@@ -96,7 +97,7 @@ def shortcut(p, x, y, H, W, P, kernels, train):
     """nn.DWShortcut with several kernels, and its running statistics."""
     g, total, seen = oracle.gelu(oracle.maps(x, H, W)), 0, []
     for i in range(kernels):
-        v = _norm(p, f"batchnorms.{i}", g, train, seen)
+        v = batch_norm(p, f"batchnorms.{i}", g, train, seen)
         total = total + oracle.conv(v, p[f"convs.{i}.weight"]) + p[f"convs.{i}.bias"][:, None, None]
     return torch.cat((y[:, :P], y[:, P:] + oracle.tokens(total)), 1), seen
 
@@ -109,7 +110,7 @@ def distance_to_kinks(p, x, H, W, act, train):
     f = oracle.VALUES["relu6" if name == "relu6" else "hardswish"]
     t = torch.einsum("bchw,oc->bohw", oracle.maps(x, H, W), p["conv.0.weight"].flatten(1))
     for norm, conv in (("conv.1", "conv.3"), ("conv.4", None)):
-        t = _norm(p, norm, t, train)
+        t = batch_norm(p, norm, t, train)
         near = min(near, *((t - kink).abs().min().item() for kink in kinks))
         t = f(t) if conv is None else oracle.conv(f(t), p[f"{conv}.weight"])
     if kind in ("se", "ecah"):

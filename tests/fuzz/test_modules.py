@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(harness.INTERPRETED, reason="the operators below
 TRAIN = {"train": st.booleans()}
 
 
-def _state(module, plan):
+def state_of(module, plan):
     """Random parameters and running statistics by name."""
     found = {}
     for i, (name, t) in enumerate(module.state_dict().items()):
@@ -39,7 +39,7 @@ def _library(module, grid):
 
 def _module(what, plan, module, formula, **inputs):
     """Compare. One bit of ``plan.need`` for each input, one for all parameters."""
-    state = _state(module, plan)
+    state = state_of(module, plan)
     parameters = [n for n in state if "running" not in n]
     need = [n for i, n in enumerate(inputs) if plan.need >> i & 1] + parameters * (plan.need >> 3 & 1)
 
@@ -102,7 +102,7 @@ def test_locality_feed_forward(plan):
     dim = min(16, max(4, plan.C))
     module = nn.LocalityFeedForward(dim, o["ratio"], o["act"], num_prefix_tokens=P, dtype=DTYPES[plan.dtype]).train(o["train"])
     x = plan.draw(plan.B, P + H * W, dim)
-    state = {n: t.double() for n, t in _state(module, plan).items()}
+    state = {n: t.double() for n, t in state_of(module, plan).items()}
     if plan.B * H * W and systems.distance_to_kinks(state, x.double(), H, W, o["act"], o["train"]) < 1e-4:
         return
 
