@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifeops import geometry, torchlib
@@ -12,7 +13,7 @@ from lifeops.nn.grids import GridHolder
 from lifeops.nn.inputs import check_input, check_kernel_size, check_like
 from lifeops.nn.localvit import hidden_width
 from lifeops.nn.maps import on_patches, to_tokens, written_down
-from lifeops.nn.plain import depthwise, exactly, gelu, is_fused
+from lifeops.nn.plain import depthwise, exactly, gelu, is_fused, is_plain
 from lifeops.nn.scripting import NotScripted
 from lifeops.ops.token_dwconv.act_function import ChannelAct
 from lifeops.ops.token_dwconv.public import token_dwconv
@@ -128,6 +129,18 @@ class OverlapPatchEmbed(ToldInMetadata):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, self.padding, **dd)
         self.norm = nn.LayerNorm(embed_dim, **dd)
 
+    def _convolved(self, maps: Tensor) -> Tensor:
+        """``proj(maps)``. Torch's bfloat16 weight gradient on CPU (2.13) is not written where a tap sees padding alone, as on maps that are
+        smaller than kernel and stride: computed in float32 there. findings/bf16_depthwise_weight_gradient.sh
+        """
+        conv, dtype = self.proj, torchlib.autocast_dtype(maps) or maps.dtype
+        small = dtype == torch.bfloat16 and maps.device.type == "cpu" and not torchlib.captured()
+        if not small or min(maps.shape[2:]) >= self.patch_size + self.stride or not is_plain(conv, exactly(nn.Conv2d)):
+            return conv(maps)
+        with torch.autocast("cpu", enabled=False):
+            weight, bias = conv.weight.float(), None if conv.bias is None else conv.bias.float()
+            return F.conv2d(maps.float(), weight, bias, conv.stride, conv.padding).to(dtype)
+
     def forward(self, maps: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """maps (B, in_chans, H, W) -> the tokens (B, H'*W', C) and their grid."""
         check_tensor(EMBED, "maps", maps)
@@ -135,5 +148,5 @@ class OverlapPatchEmbed(ToldInMetadata):
             raise ValueError(f"{EMBED}: maps must be (B, {self.in_chans}, H, W), got {tuple(maps.shape)}")
         check_like(EMBED, "maps", maps, self.proj)
         geometry.filtered_grid(EMBED, *maps.shape[2:], *((n, n) for n in (self.patch_size, self.stride, self.padding)))
-        maps = self.proj(written_down(maps) if torchlib.captured() else maps.contiguous(memory_format=torch.channels_last))
+        maps = self._convolved(written_down(maps) if torchlib.captured() else maps.contiguous(memory_format=torch.channels_last))
         return self.norm(to_tokens(maps)), plain(maps.shape[2:])

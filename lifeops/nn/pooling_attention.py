@@ -33,7 +33,9 @@ def _pooling(mode: str, width: int, kernel: tuple, stride: tuple, dd: dict) -> n
 
 
 def _by_token(norm: nn.Module, t: torch.Tensor) -> torch.Tensor:
-    """``norm`` of heads (B, h, N, d), which the ops leave side by side in memory, (B, N, h, d), where it can be read without a copy."""
+    """``norm`` of tokens, or of heads (B, h, N, d), which the ops leave side by side in memory, (B, N, h, d): read without a copy."""
+    if t.dim() == 3:
+        return norm(t)
     tokens = t.transpose(1, 2)
     return norm(tokens).transpose(1, 2) if tokens.is_contiguous() else norm(t)
 

@@ -83,7 +83,7 @@ class RegionalAttention(NotScripted, ToldInMetadata):
 
     def forward(self, x: Tensor, windows: bool = False, mask: Tensor | None = None) -> Tensor:
         """x (B, N, C) -> (B, N, C). ``windows``: x is windows of images one after another, and there is a bias; ``mask`` then says where
-        the windows of an image attend (:func:`padding_mask`).
+        the windows of an image attend (:func:`padding_mask`); a query that it leaves no key has the mean of all values.
         """
         name = "RegionalAttention"
         check_sequence(name, "x", x, self.dim)
@@ -98,7 +98,9 @@ class RegionalAttention(NotScripted, ToldInMetadata):
             if not windows or mask.dtype != torch.bool or mask.dim() != 3 or x.shape[0] % mask.shape[0]:
                 raise ValueError(f"{name}: mask must be bool (windows of an image, n, n), got {mask.dtype} {tuple(mask.shape)}")
             q, k, v = (t.unflatten(0, (-1, mask.shape[0])) for t in (q, k, v))
-            bias = torch.where(mask[:, None], bias, torch.finfo(bias.dtype).min)  # finite: padding may be hidden from all
+            seen = mask.any(-1, keepdim=True)[:, None]  # a query that sees nothing has the same score with all keys, whatever it is
+            q = torch.where(seen, q, 0)
+            bias = torch.where(seen, torch.where(mask[:, None], bias, torch.finfo(bias.dtype).min), 0)
         y = attend_biased(q, k, v, bias, self.scale).flatten(0, -4)
         return self.proj(y.transpose(1, 2).flatten(2))
 

@@ -217,10 +217,11 @@ def slimmed(p, x, P):
 
 
 def grown(p, x):
-    """nn.ReverseTokenSlimming."""
+    """(nn.ReverseTokenSlimming, the least standard deviation that its second norm divides by)."""
     t = layer_norm(p, "norm1", x).transpose(1, 2)
     t = dense(p, "mlp1.fc2", gelu(dense(p, "mlp1.fc1", t))).transpose(1, 2)
-    return t + dense(p, "mlp2.fc2", gelu(dense(p, "mlp2.fc1", layer_norm(p, "norm2", t))))
+    y = t + dense(p, "mlp2.fc2", gelu(dense(p, "mlp2.fc1", layer_norm(p, "norm2", t))))
+    return y, min([torch.inf, *t.detach().std(-1, unbiased=False).flatten().tolist()])
 
 
 def shared_conv(p, x, H, W, P, offsets, qkv, out):

@@ -18,8 +18,8 @@ from rich.table import Table
 HERE = Path(__file__).parent
 KINDS = {  # of what is counted, by how its name begins or ends
     "special values": "operators: NaN and infinities", "same bits": "operators: the same bits, threads and runs",
-    "an image alone": "operators: an image alone and in its batch", "lifeops.": "public functions with gradients",
-    ", NaN": "modules and losses: NaN", "nn.": "modules with gradients, training and evaluation",
+    "an image alone": "operators: an image alone and in its batch", ", NaN": "modules: NaN",
+    "lifeops.": "public functions with gradients", "nn.": "modules with gradients, training and evaluation",
 }  # fmt: skip
 PARTS = "test_operators.py", "test_public.py", "test_modules.py", "test_family.py"
 PROPERTIES = 103  # each gets as many cases; one takes about 20 ms
