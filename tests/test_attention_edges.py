@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lifeops
+from lifeops.nn.attend import fused_attention
 
 BACKENDS = ["cpu", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -153,3 +154,15 @@ def test_windows_keep_a_fused_kernel(build, options, kernel):
     calls = {event.key: event.count for event in seen.key_averages()}
     assert calls.get(kernel) == 4
     assert not any("softmax" in name for name in calls)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 7, 8, 15, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_a_query_of_nan_shows_among_few_keys(dtype, keys):
+    """Torch's own kernel gives 0 for it, of fewer keys than a vector has lanes: findings/cpu_attention_nan_of_few_keys.sh."""
+    q, k = torch.ones(2, 2, 3, 4, dtype=dtype), torch.ones(2, 2, keys, 4, dtype=dtype)
+    q[1, 0, 2, 1] = torch.nan
+    y = fused_attention(q, k, k)
+    expected = torch.ones_like(q)
+    expected[1, 0, 2] = torch.nan
+    torch.testing.assert_close(y, expected, equal_nan=True)

@@ -235,6 +235,25 @@ def test_patch_embedding_in_other_tools(dtype):
         OverlapPatchEmbed(3, 8, 3, 1).load_state_dict(embed.state_dict())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradient_of_taps_that_see_padding_alone(autocast):
+    """On a map smaller than the kernel torch's bfloat16 leaves them as they lay in memory (findings/bf16_depthwise_weight_gradient.sh)."""
+    torch.manual_seed(0)
+    x, dy, embed = torch.randn(3, 64, 2, 2), torch.randn(3, 1, 64), OverlapPatchEmbed(64, 64, 7, 4)
+    exact, other = copy.deepcopy(embed).double(), embed if autocast else embed.bfloat16()
+    (exact(x.double())[0] * dy).sum().backward()
+    for _ in range(5):
+        other.zero_grad()
+        torch.full((64 * 64 * 49,), 1e20)  # what the next tensors find in their memory
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y, grid = other(x if autocast else x.bfloat16())
+        assert grid == (1, 1)
+        (y * dy).sum().backward()
+        expected, got = exact.proj.weight.grad, other.proj.weight.grad
+        assert not got[expected == 0].any()
+        assert (got.double() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
