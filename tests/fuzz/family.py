@@ -25,7 +25,7 @@ def depthwise(p, name, m, stride=1):
     """The depth-wise convolution ``name`` of maps, padding K // 2."""
     w = p[f"{name}.weight"]
     if 0 in m.shape[2:]:
-        return m
+        return m + 0 * sum(t.sum() for n, t in p.items() if n.startswith(f"{name}."))
     return F.conv2d(m, w, p.get(f"{name}.bias"), stride, [k // 2 for k in w.shape[2:]], groups=m.shape[1])
 
 
@@ -37,7 +37,6 @@ def spread(p, name, m):
 
 
 def joined(y):
-    """Heads (B, h, N, d) side by side."""
     return y.transpose(1, 2).flatten(2)
 
 
@@ -54,7 +53,7 @@ def conv_projection(p, x, H, W, P, h, method, K, stride_q, stride_kv, train):
 
     def projected(part, stride):
         m = maps(x, H, W)
-        if method == "dw_bn" and H * W:
+        if method == "dw_bn":
             m = batch_norm(p, f"conv_proj_{part}.bn", depthwise(p, f"conv_proj_{part}.conv", m, stride), train, seen)
         elif method == "avg" and part != "q" and H * W:  # as many windows as begin inside the map or the padding before it
             m = F.avg_pool2d(m, K, stride, K // 2, ceil_mode=True)
@@ -221,7 +220,7 @@ def grown(p, x):
     t = layer_norm(p, "norm1", x).transpose(1, 2)
     t = dense(p, "mlp1.fc2", gelu(dense(p, "mlp1.fc1", t))).transpose(1, 2)
     y = t + dense(p, "mlp2.fc2", gelu(dense(p, "mlp2.fc1", layer_norm(p, "norm2", t))))
-    return y, min([torch.inf, *t.detach().std(-1, unbiased=False).flatten().tolist()])
+    return y, t.detach().var(-1, unbiased=False).min().sqrt().item() if t.numel() else torch.inf
 
 
 def shared_conv(p, x, H, W, P, offsets, qkv, out):
@@ -286,7 +285,7 @@ def relative_localization(p, x, H, W, P, mode, signed, normalize, pairs):
         goal = d + n - 1 if signed else d.abs()
         if mode == "l1":
             divisor = {"paper": n, "none": 1, "code": max(1, 2 * n - 2 if signed else n - 1)}[normalize]
-            off = t[..., axis] - goal / divisor
+            off = t[..., axis] - goal.double() / divisor
             near = min([near, *off.detach().abs().flatten().tolist()])
             total = total + off.abs().mean() / 2
             continue
