@@ -170,7 +170,8 @@ def test_what_is_saved_is_the_input_and_not_the_weight():
 
 def _tiny(system: str, mode: str) -> Problem:
     K = 2 if system in ("token_dwconv_transpose", "pool_qkv") else 3 if system in ("token_dwconv", "local_attention", *WINDOWS) else 0
-    p = Problem(system, mode, 2, 4, 4, 192, K, "float32")
+    side = 14 if system == "localvit_swin_tiny" else 4  # windows of 7 in every stage
+    p = Problem(system, mode, 2, side, side, 192, K, "float32")
     return p._replace(P=0) if system in NO_PREFIX else p._replace(K=1) if system in LEVELS["model"] else p
 
 

@@ -148,6 +148,5 @@ class OverlapPatchEmbed(ToldInMetadata):
             raise ValueError(f"{EMBED}: maps must be (B, {self.in_chans}, H, W), got {tuple(maps.shape)}")
         check_like(EMBED, "maps", maps, self.proj)
         geometry.filtered_grid(EMBED, *maps.shape[2:], *((n, n) for n in (self.patch_size, self.stride, self.padding)))
-        maps = written_down(maps) if torchlib.captured() else maps.contiguous(memory_format=torch.channels_last)
-        maps = self._convolved(maps)
+        maps = self._convolved(written_down(maps) if torchlib.captured() else maps.contiguous(memory_format=torch.channels_last))
         return self.norm(to_tokens(maps)), plain(maps.shape[2:])

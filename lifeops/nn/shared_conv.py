@@ -28,7 +28,8 @@ class SharedConvAttention(NotScripted, nn.Module):
 
     as a dense K x K convolution whose tap δ_h is W_O,h W_V,h would give it, but as one product, a shift of each head's channels in place
     of attention, and another product: C² + C² multiplications a token, not C² for every tap. The queries' and keys' weights have zero
-    gradients, the bias of ``qkv`` has none: the authors leave that of the values out. Prefix tokens look at themselves.
+    gradients, the bias of ``qkv`` has none: the authors leave that of the values out. Prefix tokens look at themselves. A NaN reaches
+    all of the K x K patches around it, as it does in that convolution.
 
     The module holds ``mhsa`` itself, not copies: what one trains, the other has.
 
