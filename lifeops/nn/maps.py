@@ -37,7 +37,7 @@ def written_down(maps: torch.Tensor) -> torch.Tensor:
 
 def orderly_gradient(maps: torch.Tensor) -> torch.Tensor:
     """``maps``, whose gradient has such strides, too: it is added to fresh zeros."""
-    if not (maps.requires_grad and torchlib.may_be_one(maps.shape[0])):
+    if not torchlib.may_be_one(maps.shape[0]) or not maps.requires_grad:  # asked in this order: torch.jit.trace checks without gradients
         return maps
     return maps.index_select(0, torch.arange(maps.shape[0], device=maps.device))
 
