@@ -50,7 +50,8 @@ def _given(name, dtype):
     return dict(zip(names(registry.ops[name]), arguments(case), strict=True))
 
 
-OPERATORS = [(name, dim) for name in registry.ops if BACKEND in registry.ops[name].impls and not name.startswith("norm_")  # numbers, no tokens
+OPERATORS = [(name, dim) for name in registry.ops
+             if BACKEND in registry.ops[name].impls and not name.startswith("norm_")  # which have no tokens
              for dim in range(3 if name.startswith(("local", "rollout")) else 2)]  # fmt: skip
 
 
