@@ -166,3 +166,18 @@ def test_a_query_of_nan_shows_among_few_keys(dtype, keys):
     expected = torch.ones_like(q)
     expected[1, 0, 2] = torch.nan
     torch.testing.assert_close(y, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_row_of_the_smallest_numbers(backend, dtype):
+    """As transformers hides what is padding: all keys the same for that query, none of them n times; gradients of the formula."""
+    q, k, v = (torch.randn(2, 3, 21, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 1, 21, 21, dtype=dtype)
+    mask[..., 4, :] = torch.finfo(dtype).min
+    y = lifeops.local_attention(q, k, v, grid=(4, 5), num_prefix_tokens=1, attn_mask=mask, backend=backend)
+    expected = ((q @ k.transpose(-1, -2) * 8**-0.5 + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    if backend == "reference":
+        got, wanted = (torch.autograd.grad(t.square().sum(), (q, k, v)) for t in (y, expected))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

@@ -7,6 +7,8 @@ import torch
 from lifeops.ops.channel.act import accumulate_dtype
 from lifeops.ops.full_precision import full_precision
 
+FAR = 2**10  # above it float32's lse is off by more than 3e-5, and its exponential as much
+
 
 def sequence(t: torch.Tensor) -> torch.Tensor:
     """(B, h, N, d) as (B, N, h*d): a view where heads lie beside each other."""
@@ -56,6 +58,13 @@ def log_sum_exp(s):
     return lse.masked_fill(lse == -torch.inf, 0)
 
 
+def probabilities(s, lse):
+    """exp(s - lse); over their sum where scores lie so far from 0 that lse has no digits left for its logarithm (finfo.min in a whole row)."""
+    p = (s - lse.unsqueeze(-1)).exp()
+    total = p.sum(-1, keepdim=True)
+    return torch.where((lse.abs() > FAR).unsqueeze(-1) & total.isfinite(), p / total, p)
+
+
 def kept(s, seed, dropout_p):
     """What dropout multiplies every probability with, drawn from ``seed`` alone."""
     generator = torch.Generator(s.device).manual_seed(int(seed.item()))
@@ -82,7 +91,7 @@ def attend(q, k, v, attn_mask, key_mask, seed, scale, dropout_p):
     q, k, v, attn_mask = _inputs(q, k, v, attn_mask)
     s = scores(q, k, attn_mask, key_mask, scale)
     lse = log_sum_exp(s)
-    p = (s - lse.unsqueeze(-1)).exp()
+    p = probabilities(s, lse)
     if seed is not None:
         p = p * kept(s, seed, dropout_p)
     return sequence((p @ v).to(dtype)).contiguous(), lse
@@ -94,7 +103,7 @@ def attend_bwd(dy, q, k, v, attn, lse, attn_mask, key_mask, seed, scale, dropout
     dtype, h, mask_like = q.dtype, q.shape[1], attn_mask
     dy, attn = (heads(t, h) for t in _wide(dy, attn))
     q, k, v, attn_mask = _inputs(q, k, v, attn_mask)
-    p = (scores(q, k, attn_mask, key_mask, scale) - lse.unsqueeze(-1)).exp()
+    p = probabilities(scores(q, k, attn_mask, key_mask, scale), lse)
     dp, dropped = dy @ v.transpose(-1, -2), p
     if seed is not None:
         keep = kept(p, seed, dropout_p)
