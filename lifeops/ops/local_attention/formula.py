@@ -59,7 +59,7 @@ def log_sum_exp(s):
 
 
 def probabilities(s, lse):
-    """exp(s - lse); over their sum where scores lie so far from 0 that lse has no digits left for its logarithm (finfo.min in a whole row)."""
+    """exp(s - lse); over their sum where scores lie so far from 0 that lse has no digits left for its logarithm (a row of finfo.min)."""
     p = (s - lse.unsqueeze(-1)).exp()
     total = p.sum(-1, keepdim=True)
     return torch.where((lse.abs() > FAR).unsqueeze(-1) & total.isfinite(), p / total, p)
