@@ -258,7 +258,7 @@ def test_command_line(files, kind, capsys):
     (files / "names.txt").write_text("\n".join(["zero", "one", "two", "three", "four"]))
     common = ["--model", "lifeops", "--num-heads", "3", "--checkpoint", str(files / f"{kind}.pt"), "--out", str(files / "out")]
     command = ["rollout", str(files / "grey.png"), *common, "--class-names", str(files / "names.txt")]
-    assert cli.main([*command, "--target", "soft", "--classes", "1", "4"]) == 0
+    assert cli.main([*command, "--target", "soft", "--classes", "1", "4", "--prefix", "normalize"]) == 0
     assert {p.name for p in (files / "out").iterdir()} == {"grey.npy", "grey_one.png", "grey_four.png"}
     maps = np.load(files / "out" / "grey.npy")
     assert maps.shape == (2, 4, 4)
